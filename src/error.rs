@@ -1,0 +1,153 @@
+//! The one error type of the engine. Converted to an errno in `fuse` and to a QMP class in `qmp`, nowhere else.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io;
+
+/// Shorthand for results of the engine.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What kind of failure an [`Error`] is; callers branch on this, never on text.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum ErrorKind {
+    /// The bytes are not a qcow2 image, or break a bound of the format at open.
+    InvalidImage,
+    /// A feature of the format that this program does not do.
+    UnsupportedFeature,
+    /// Metadata of an open image contradicts itself (`qemu-img check` word: corruption).
+    Corrupt,
+    /// The caller asked for something that makes no sense.
+    InvalidArgument,
+    /// A change was asked of something that is open read-only.
+    ReadOnly,
+    /// No space left, in the image or on the host.
+    NoSpace,
+    /// A file or object does not exist.
+    NotFound,
+    /// Somebody else uses the resource.
+    Busy,
+    /// An operation of the operating system failed; [`Error::errno`] says how.
+    Io,
+}
+
+/// An error of the engine: its kind, one line of context, and the cause below it.
+#[derive(Debug)]
+pub struct Error {
+    kind: ErrorKind,
+    context: Cow<'static, str>,
+    source: Option<Box<dyn std::error::Error + Send + Sync>>,
+}
+
+impl Error {
+    /// An error without a cause. `context` is a whole sentence part, lower case, without a full stop.
+    pub fn new(kind: ErrorKind, context: impl Into<Cow<'static, str>>) -> Self {
+        Error { kind, context: context.into(), source: None }
+    }
+
+    /// Wraps an operating system error; its kind follows from the errno.
+    pub fn io(context: impl Into<Cow<'static, str>>, source: io::Error) -> Self {
+        let kind = match source.raw_os_error().map(rustix::io::Errno::from_raw_os_error) {
+            Some(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT | rustix::io::Errno::FBIG) => ErrorKind::NoSpace,
+            Some(rustix::io::Errno::NOENT) => ErrorKind::NotFound,
+            Some(rustix::io::Errno::ROFS) => ErrorKind::ReadOnly,
+            Some(rustix::io::Errno::BUSY) => ErrorKind::Busy,
+            _ => ErrorKind::Io,
+        };
+        Error { kind, context: context.into(), source: Some(Box::new(source)) }
+    }
+
+    /// Wraps any other error under `kind`.
+    pub fn wrap(
+        kind: ErrorKind,
+        context: impl Into<Cow<'static, str>>,
+        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+    ) -> Self {
+        Error { kind, context: context.into(), source: Some(source.into()) }
+    }
+
+    /// Puts `context` in front, keeping the kind and the cause.
+    #[must_use]
+    pub fn context(self, context: impl Into<Cow<'static, str>>) -> Self {
+        Error { kind: self.kind, context: context.into(), source: Some(Box::new(self)) }
+    }
+
+    /// What kind of failure this is.
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+
+    /// The errno of the operating system error at the bottom, if there is one.
+    pub fn errno(&self) -> Option<i32> {
+        let mut cause: &(dyn std::error::Error + 'static) = self;
+        loop {
+            if let Some(io) = cause.downcast_ref::<io::Error>() {
+                return io.raw_os_error();
+            }
+            cause = cause.source()?;
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    /// The whole chain on one line: `context: cause: cause`. Operating system errors lose their "(os error N)".
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.context)?;
+        match &self.source {
+            Some(source) => match source.downcast_ref::<io::Error>() {
+                Some(io) => write!(f, ": {}", os_text(io)),
+                None => write!(f, ": {source}"),
+            },
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.source.as_ref().map(|source| source.as_ref() as &(dyn std::error::Error + 'static))
+    }
+}
+
+/// The text of an operating system error as strerror(3) has it: `Input/output error`, without the number that std appends.
+pub fn os_text(error: &io::Error) -> String {
+    let text = error.to_string();
+    match (error.raw_os_error(), text.rfind(" (os error ")) {
+        (Some(_), Some(at)) => text[..at].to_string(),
+        _ => text,
+    }
+}
+
+/// Adds context to a `Result` where the path or offset is known.
+pub trait Context<T> {
+    /// Maps the error, if any, to an [`Error`] with `context` in front.
+    ///
+    /// # Errors
+    /// The error given, wrapped.
+    fn context<C: Into<Cow<'static, str>>>(self, context: impl FnOnce() -> C) -> Result<T>;
+}
+
+impl<T> Context<T> for io::Result<T> {
+    fn context<C: Into<Cow<'static, str>>>(self, context: impl FnOnce() -> C) -> Result<T> {
+        self.map_err(|error| Error::io(context(), error))
+    }
+}
+
+impl<T> Context<T> for Result<T> {
+    fn context<C: Into<Cow<'static, str>>>(self, context: impl FnOnce() -> C) -> Result<T> {
+        self.map_err(|error| error.context(context()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn display_is_one_line_and_errno_is_found_through_the_chain() {
+        let error = Error::io("L2 table at 0x50000", io::Error::from_raw_os_error(5)).context("overlay.qcow2");
+        assert_eq!(error.to_string(), "overlay.qcow2: L2 table at 0x50000: Input/output error");
+        assert_eq!(error.errno(), Some(5));
+        assert_eq!(error.kind(), ErrorKind::Io);
+        assert_eq!(Error::io("x", io::Error::from_raw_os_error(28)).kind(), ErrorKind::NoSpace);
+    }
+}

@@ -1,0 +1,55 @@
+//! The bytes of qcow2: headers, table entries, refcounts, compressed clusters.
+//!
+//! **Touches:** nothing. **Never:** does I/O, takes a lock, asks the time. **Invariants:** every number that comes from
+//! an image is checked before it is used in a shift, a multiplication, an allocation or a seek.
+//! Section names in docs are those of QEMU's `docs/interop/qcow2.txt`, the specification.
+
+mod compressed;
+mod coords;
+mod entries;
+mod header;
+mod refcounts;
+
+pub use compressed::decompress;
+pub use coords::{ClusterCount, Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset};
+pub use entries::{L1Entry, Mapping};
+pub use header::{BackingFormat, BackingReference, CompressionType, Header, HeaderPatch, NewImage, feature, patch};
+pub use refcounts::{RefcountBlock, decode_table_entry};
+
+use std::fmt;
+
+/// What is wrong with bytes of an image. One line, naming field and value; strings from images are escaped.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum FormatError {
+    /// The first bytes are not those of a qcow2 version 2 or 3 image.
+    NotQcow2(String),
+    /// A field is outside its bounds, or two fields contradict each other.
+    Invalid(String),
+    /// A feature that this program does not do, named, with what to do instead.
+    Unsupported(String),
+    /// Metadata (a table entry, a compressed cluster) that the format does not allow.
+    Corrupt(String),
+}
+
+impl fmt::Display for FormatError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            FormatError::NotQcow2(text) | FormatError::Invalid(text) | FormatError::Unsupported(text) | FormatError::Corrupt(text) => {
+                f.write_str(text)
+            }
+        }
+    }
+}
+
+impl std::error::Error for FormatError {}
+
+impl From<FormatError> for crate::Error {
+    fn from(error: FormatError) -> Self {
+        let kind = match error {
+            FormatError::NotQcow2(_) | FormatError::Invalid(_) => crate::ErrorKind::InvalidImage,
+            FormatError::Unsupported(_) => crate::ErrorKind::UnsupportedFeature,
+            FormatError::Corrupt(_) => crate::ErrorKind::Corrupt,
+        };
+        crate::Error::new(kind, error.to_string())
+    }
+}

@@ -1,0 +1,5 @@
+//! Background jobs. (to be written)
+
+/// The registry.
+#[derive(Clone, Debug, Default)]
+pub struct Jobs {}
