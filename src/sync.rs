@@ -40,6 +40,7 @@ mod held {
     pub struct Held(u8);
 
     impl Held {
+        /// Asserts the order.
         pub fn take(rank: u8) -> Held {
             HELD.with(|held| {
                 let now = held.get();
@@ -64,6 +65,7 @@ mod held {
     pub struct Held;
 
     impl Held {
+        /// Nothing.
         #[inline]
         pub fn take(_rank: u8) -> Held {
             Held

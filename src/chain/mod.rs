@@ -11,6 +11,7 @@
 //! [`Chain::open`]; no file is in it twice; at most [`MAX_LAYERS`]; walks are loops, so depth costs no stack.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::format::{BackingFormat, BackingReference, printable};
 use crate::{Error, ErrorKind, Result};
@@ -57,7 +58,8 @@ pub struct LayerInfo {
 /// The backing files, top first; immutable after open, at most [`MAX_LAYERS`].
 #[derive(Debug)]
 pub struct Chain {
-    layers: Vec<Layer>,
+    /// Shared with the shorter chain that [`Chain::below`] makes.
+    layers: Vec<Arc<Layer>>,
 }
 
 /// Opens `base` as an image in `directory` would have it opened, with all that lies below it, tells its virtual size in bytes, and closes
@@ -77,7 +79,7 @@ impl Chain {
     /// files that are in the chain already, and more than [`MAX_LAYERS`] layers; whatever `storage` and `image` say of the files.
     pub fn open(first: &BackingReference, directory: &Path, gate: &Gate) -> Result<Chain> {
         let mut gate = gate.clone();
-        let mut layers: Vec<Layer> = Vec::new();
+        let mut layers: Vec<Arc<Layer>> = Vec::new();
         let mut next = Some(first.clone());
         while let Some(reference) = next {
             if layers.len() == MAX_LAYERS {
@@ -87,23 +89,29 @@ impl Chain {
                     format!("backing chain is longer than {MAX_LAYERS} layers at \"{name}\""),
                 ));
             }
-            let directory = layers.last().map_or(directory, Layer::directory);
+            let directory = layers.last().map_or(directory, |layer| layer.directory());
             let (file, format) = gate.admit(&reference, directory)?;
             let layer = Layer::open(&reference, file, format)?;
             next = layer.backing();
-            layers.push(layer);
+            layers.push(Arc::new(layer));
         }
         Ok(Chain { layers })
     }
 
     /// Virtual size in bytes of the first layer.
     pub fn size(&self) -> u64 {
-        self.layers.first().map_or(0, Layer::size)
+        self.layers.first().map_or(0, |layer| layer.size())
     }
 
     /// The layers, top first.
     pub fn layers(&self) -> Vec<LayerInfo> {
-        self.layers.iter().map(Layer::info).collect()
+        self.layers.iter().map(|layer| layer.info()).collect()
+    }
+
+    /// The chain that is left when the first `depth` layers go; `None` where nothing is left. The files stay open as they are.
+    pub fn below(&self, depth: usize) -> Option<Chain> {
+        let rest = self.layers.get(depth..).filter(|rest| !rest.is_empty())?;
+        Some(Chain { layers: rest.to_vec() })
     }
 
     /// Fills `buf` from `offset`; zeros past the end of a layer (and then not what lies below it).

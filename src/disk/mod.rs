@@ -363,7 +363,10 @@ impl Disk {
 
     fn check_range(&self, range: &Range<u64>) -> Result<()> {
         if range.start > range.end || range.end > self.size() {
-            return Err(Error::new(ErrorKind::InvalidArgument, format!("bytes {}..{} are beyond the end of the disk", range.start, range.end)));
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format!("bytes {}..{} are beyond the end of the disk", range.start, range.end),
+            ));
         }
         Ok(())
     }

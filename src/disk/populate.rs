@@ -50,7 +50,10 @@ impl FillHealth {
             first
         };
         if first_of_pause {
-            log::warn!("copy-on-read failed and pauses for {FILL_PAUSE:?}, reads are answered from below: {error} (failure {})", before + 1);
+            log::warn!(
+                "copy-on-read failed and pauses for {FILL_PAUSE:?}, reads are answered from below: {error} (failure {})",
+                before + 1
+            );
         }
     }
 }

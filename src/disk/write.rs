@@ -153,7 +153,8 @@ impl Disk {
         let cluster_size = self.cluster_size();
         let first_whole = range.start.next_multiple_of(cluster_size);
         // The last cluster of the disk is whole where the range reaches the end of the disk.
-        let end_whole = if range.end == self.size() { range.end.next_multiple_of(cluster_size) } else { range.end - range.end % cluster_size };
+        let end_whole =
+            if range.end == self.size() { range.end.next_multiple_of(cluster_size) } else { range.end - range.end % cluster_size };
         if first_whole >= end_whole {
             return self.write_zero_bytes(range);
         }

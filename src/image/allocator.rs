@@ -98,14 +98,21 @@ impl Allocator {
         let mut entries = Vec::with_capacity(raw.len() / 8);
         for (index, raw) in raw.chunks_exact(8).enumerate() {
             let raw = raw.iter().fold(0, |value, &byte| value << 8 | u64::from(byte));
-            let block = decode_table_entry(raw, &geometry).map_err(|error| Error::from(error).context(format!("refcount table, index {index}")))?;
+            let block =
+                decode_table_entry(raw, &geometry).map_err(|error| Error::from(error).context(format!("refcount table, index {index}")))?;
             if let Some(block) = block {
                 let end = geometry.host_offset(block).0.checked_add(cluster_size);
                 if end.is_none_or(|end| end > storage.size()) {
-                    return Err(corrupt(format!("refcount table, index {index}: block at {} is outside the file", geometry.host_offset(block))));
+                    return Err(corrupt(format!(
+                        "refcount table, index {index}: block at {} is outside the file",
+                        geometry.host_offset(block)
+                    )));
                 }
                 if !metadata.insert(block.0) {
-                    return Err(corrupt(format!("refcount table, index {index}: block at {} overlaps other metadata", geometry.host_offset(block))));
+                    return Err(corrupt(format!(
+                        "refcount table, index {index}: block at {} overlaps other metadata",
+                        geometry.host_offset(block)
+                    )));
                 }
             }
             entries.push(block.map_or(0, |block| block.0));
@@ -287,7 +294,8 @@ impl Allocator {
         let entries = self.geometry.refblock_entries();
         let missing = |state: &State, clusters: u64| {
             let last = (state.end + clusters.max(1) - 1) / entries;
-            (state.end / entries..=last).filter(|&index| state.entries.get(index as usize).is_none_or(|&cluster| cluster == 0)).count() as u64
+            (state.end / entries..=last).filter(|&index| state.entries.get(index as usize).is_none_or(|&cluster| cluster == 0)).count()
+                as u64
         };
         let mut blocks = 0;
         while missing(state, blocks + extra) > blocks {

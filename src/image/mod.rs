@@ -114,13 +114,7 @@ impl Image {
         let allocator = Arc::new(Allocator::open(storage.clone(), &header)?);
         let tables = Tables::open(storage.clone(), &header, Some(allocator.clone()), OVERLAY_TABLE_MEMORY)?;
         let reader = ImageReader { storage, header: RwLock::new(header), tables };
-        Ok(Image {
-            reader,
-            allocator,
-            commit: GroupCommit::default(),
-            write_back: Mutex::new(()),
-            failed: AtomicBool::new(false),
-        })
+        Ok(Image { reader, allocator, commit: GroupCommit::default(), write_back: Mutex::new(()), failed: AtomicBool::new(false) })
     }
 
     /// To be called once before the first change, when everything else that can go wrong at open has not: clears the autoclear bits that
@@ -150,7 +144,8 @@ impl Image {
     /// [`ErrorKind::InvalidArgument`] where the name does not fit the first cluster; I/O. The old reference then still stands.
     pub fn set_backing(&self, backing: Option<&BackingReference>) -> Result<()> {
         self.check_usable()?;
-        let change = self.reader.header().with_backing(backing).map_err(|error| Error::wrap(ErrorKind::InvalidArgument, "backing file", error))?;
+        let change =
+            self.reader.header().with_backing(backing).map_err(|error| Error::wrap(ErrorKind::InvalidArgument, "backing file", error))?;
         if let Some((at, bytes)) = &change.before {
             self.write_header(*at, bytes)?;
         }

@@ -121,7 +121,10 @@ impl Tables {
                 // An L2 table must be there whole, unlike a data cluster, of which only the start must be.
                 let end = geometry.host_offset(entry.table).0.checked_add(geometry.cluster_size());
                 if end.is_none_or(|end| end > storage.size()) {
-                    return Err(corrupt(format!("L1 table, index {index}: L2 table at {} is outside the file", geometry.host_offset(entry.table))));
+                    return Err(corrupt(format!(
+                        "L1 table, index {index}: L2 table at {} is outside the file",
+                        geometry.host_offset(entry.table)
+                    )));
                 }
                 if let Some(allocator) = &allocator {
                     allocator.claim_l2_table(entry.table, index)?;
@@ -338,7 +341,9 @@ impl Tables {
             let slots = self.slots.read();
             let evicted = match slots[l1_index].table.try_write() {
                 // Asked again under the lock: a pass that starts now finds either no table or a clean one.
-                Some(mut slot) if slot.as_deref().is_some_and(L2Table::is_clean) && !self.writing_back.load(Ordering::SeqCst) => slot.take(),
+                Some(mut slot) if slot.as_deref().is_some_and(L2Table::is_clean) && !self.writing_back.load(Ordering::SeqCst) => {
+                    slot.take()
+                }
                 _ => None,
             };
             drop(slots);

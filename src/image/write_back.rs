@@ -152,10 +152,7 @@ impl Image {
 
     fn write_all(&self, what: &str, writes: &[(u64, impl AsRef<[u8]>)]) -> Result<()> {
         for (at, bytes) in writes {
-            self.reader
-                .storage
-                .write_at(*at, bytes.as_ref())
-                .map_err(|error| Error::io(format!("{what} at {at:#x}"), error))?;
+            self.reader.storage.write_at(*at, bytes.as_ref()).map_err(|error| Error::io(format!("{what} at {at:#x}"), error))?;
         }
         Ok(())
     }
