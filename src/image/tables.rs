@@ -327,11 +327,11 @@ impl Tables {
         Ok(())
     }
 
-    /// Drops the oldest clean tables while there is too much in memory. Does no I/O; never while a write-back pass is between copy and write,
+    /// Drops the oldest clean tables while there is too much in memory, looking at a bounded number of them. Does no I/O; never while a write-back pass is between copy and write,
     /// since a table dropped then would be read back old.
     fn evict(&self) {
         let table_bytes = self.geometry().cluster_size() as usize;
-        let mut tries = self.resident.lock().len().min(64);
+        let mut tries = self.resident.lock().len().min(1024);
         while tries > 0
             && self.resident_bytes.load(Ordering::Relaxed) + table_bytes > self.memory
             && !self.writing_back.load(Ordering::SeqCst)
@@ -394,6 +394,8 @@ impl Tables {
     /// The pass is over, and everything that [`Tables::take_dirty`] gave out is on disk.
     pub fn written(&self) {
         self.writing_back.store(false, Ordering::SeqCst);
+        // What could not be dropped while it was dirty can be now.
+        self.evict();
     }
 
     /// The pass failed: everything that it took is dirty again.
@@ -428,6 +430,16 @@ impl Tables {
     /// Host offset in bytes of an L1 entry.
     pub fn l1_entry_offset(&self, l1_index: usize) -> u64 {
         self.l1_offset.load(Ordering::Acquire) + l1_index as u64 * 8
+    }
+
+    #[cfg(test)]
+    pub fn limit_memory(&mut self, bytes: usize) {
+        self.memory = bytes;
+    }
+
+    #[cfg(test)]
+    pub fn resident(&self) -> usize {
+        self.resident.lock().len()
     }
 
     /// Number of L1 entries.

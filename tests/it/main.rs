@@ -1,1 +1,2 @@
 //! One integration binary: links once.
+mod hostile_image;
