@@ -39,7 +39,7 @@ impl Control {
     /// # Errors
     /// Those of [`stream::start`].
     pub(super) fn start_stream(&self, disk: &Arc<Disk>, device: &str, speed: u64) -> Result<()> {
-        stream::start(disk, &self.jobs, StreamOptions { job_id: device.to_string(), depth: None, speed })
+        stream::start(disk, &self.jobs, StreamOptions { speed, ..StreamOptions::new(device) })
     }
 
     /// Tells QMP clients that the end has begun.
