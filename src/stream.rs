@@ -14,6 +14,14 @@ pub struct StreamOptions {
     pub depth: Option<usize>,
     /// Bytes per second; 0 is unlimited.
     pub speed: u64,
+    /// What the job does about errors.
+    pub on_error: crate::job::OnError,
+    /// The result takes effect without an order.
+    pub auto_finalize: bool,
+    /// The job is forgotten when it has concluded.
+    pub auto_dismiss: bool,
+    /// The name to write into the header for what remains below, instead of the one that stands in the chain; only with `depth`.
+    pub backing_file: Option<String>,
 }
 
 /// Starts the job on a thread of its own.

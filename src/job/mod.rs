@@ -243,6 +243,14 @@ impl Jobs {
         })
     }
 
+    /// Whether `verb` would be accepted now.
+    ///
+    /// # Errors
+    /// [`JobError::NotFound`], [`JobError::VerbRefused`].
+    pub fn check(&self, id: &str, verb: Verb) -> Result<(), JobError> {
+        self.shared.registry.lock().find(id).ok_or(JobError::NotFound)?.check(verb)
+    }
+
     /// Stops a job until it is resumed; its status says so when its worker has stopped.
     ///
     /// # Errors
@@ -356,8 +364,8 @@ impl Jobs {
     }
 }
 
-/// QEMU `id_wellformed`.
-fn is_valid_id(id: &str) -> bool {
+/// Whether a job may be called `id` (QEMU `id_wellformed`).
+pub fn is_valid_id(id: &str) -> bool {
     id.starts_with(|first: char| first.is_ascii_alphabetic())
         && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_'))
 }
