@@ -306,9 +306,9 @@ impl Jobs {
         self.shared.registry.lock().last.clone()
     }
 
-    /// Whether any job is not over.
+    /// Whether there is any job. One that has concluded counts until it is dismissed, as in QEMU.
     pub fn is_busy(&self) -> bool {
-        self.shared.registry.lock().is_busy()
+        !self.shared.registry.lock().jobs.is_empty()
     }
 
     /// Everything that happens to jobs from now on. The channel has no bound, so that no job ever waits for a subscriber: read it, or drop it.
@@ -343,7 +343,7 @@ impl Jobs {
         let events = registry.jobs.iter_mut().filter(|job| job.status.accepts(Verb::Cancel)).filter_map(Job::cancel).collect();
         registry.emit(events);
         self.shared.changed.notify_all();
-        while registry.is_busy() {
+        while registry.has_workers() {
             self.shared.changed.wait(&mut registry);
         }
         let concluded: Vec<u64> = registry.jobs.iter().map(|job| job.serial).collect();

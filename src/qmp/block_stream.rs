@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::codec::{Class, Refusal};
 use super::dispatch::Call;
 use super::job_commands::{SETTLE, non_negative};
-use super::nodes::{self, Node};
+use super::nodes;
 use super::queries;
 use crate::disk::DiskInfo;
 use crate::job::{self, JobSpec, OnError};
@@ -40,20 +40,19 @@ fn start(call: &mut Call<'_>, dialect: Dialect) -> Result<Value, Refusal> {
     }
     let info = queries::info(call)?;
     let device = arguments.mandatory_text("device");
-    let node = if device == call.backend.device { Some(Node::Overlay) } else { nodes::find(&info, device) };
-    let node = node.ok_or_else(|| dialect.device_not_found(device))?;
-    let depth = depth(call, &info, dialect)?;
+    let top = find(call, &info, device).ok_or_else(|| dialect.device_not_found(device))?;
+    let depth = depth(call, &info, top, dialect)?;
     let jobs = &call.backend.jobs;
     let starting = call.backend.starting.lock();
     if jobs.is_busy() {
-        let name = if node == Node::Overlay { &call.backend.device } else { device };
+        let name = if top == 0 { &call.backend.device } else { device };
         return Err(dialect.busy(name, device));
     }
     let backing_file = arguments.text("backing-file");
     if backing_file.is_some() && (arguments.text("base").or(arguments.text("base-node"))).is_none() {
         return Err(Refusal::generic("backing file specified, but streaming the entire chain"));
     }
-    if info.read_only || node != Node::Overlay {
+    if info.read_only || top > 0 {
         return Err(dialect.read_only());
     }
     if let Some(name) = arguments.text("filter-node-name") {
@@ -88,29 +87,34 @@ fn start(call: &mut Call<'_>, dialect: Dialect) -> Result<Value, Refusal> {
     Ok(json!({}))
 }
 
-/// How many layers are copied up, by whichever of `base`, `base-node` and `bottom` is given; `None` is all of them.
-fn depth(call: &Call<'_>, info: &DiskInfo, dialect: Dialect) -> Result<Option<usize>, Refusal> {
+/// The depth of what `name` stands for: the device, which is the overlay, or a node.
+fn find(call: &Call<'_>, info: &DiskInfo, name: &str) -> Option<usize> {
+    if name == call.backend.device { Some(0) } else { nodes::find(info, name) }
+}
+
+/// How many layers are copied up into the one at depth `top`, by whichever of `base`, `base-node` and `bottom` is given; `None` is all of them.
+fn depth(call: &Call<'_>, info: &DiskInfo, top: usize, dialect: Dialect) -> Result<Option<usize>, Refusal> {
     let arguments = &call.arguments;
     let device = arguments.mandatory_text("device");
-    let node = |name: &str| {
-        let found = if name == call.backend.device { Some(Node::Overlay) } else { nodes::find(info, name) };
-        found.ok_or_else(|| Refusal::generic(format!("Cannot find device='' nor node-name='{name}'")))
-    };
+    let node = |name: &str| find(call, info, name).ok_or_else(|| Refusal::generic(format!("Cannot find device='' nor node-name='{name}'")));
     if let Some(name) = arguments.text("base") {
-        return nodes::find_file(info, name).map(Some).ok_or_else(|| dialect.base_not_found(name));
+        let base = nodes::find_file(info, top, name).ok_or_else(|| dialect.base_not_found(name))?;
+        return Ok(Some(base - 1 - top));
     }
     if let Some(name) = arguments.text("base-node") {
-        return match node(name)? {
-            Node::Backing(index) => Ok(Some(index)),
-            Node::Overlay => Err(Refusal::generic(format!("Node '{name}' is not a backing image of '{device}'"))),
+        return match node(name)?.checked_sub(top + 1) {
+            Some(depth) => Ok(Some(depth)),
+            None => Err(Refusal::generic(format!("Node '{name}' is not a backing image of '{device}'"))),
         };
     }
-    Ok(match arguments.text("bottom").map(node).transpose()? {
-        Some(Node::Overlay) => Some(0),
-        Some(Node::Backing(index)) => Some(index + 1),
-        None => None,
+    if let Some(name) = arguments.text("bottom") {
+        return match node(name)?.checked_sub(top) {
+            // What includes the last layer includes them all.
+            Some(depth) => Ok(Some(depth).filter(|depth| top + depth < info.backing.len())),
+            None => Err(Refusal::generic(format!("Node '{name}' is not in a chain starting from '{device}'"))),
+        };
     }
-    .filter(|&depth| depth < info.backing.len()))
+    Ok(None)
 }
 
 /// QEMU makes a node of this name while the job runs. We have none, but refuse what it refuses.

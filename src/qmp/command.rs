@@ -4,7 +4,7 @@ use serde_json::{Map, Value};
 
 use super::codec::{Class, Refusal, Request};
 use super::dispatch::Call;
-use super::{block_stream, job_commands, json, queries};
+use super::{block_stream, job_commands, queries};
 
 /// One command.
 pub(super) struct Command {
@@ -146,8 +146,9 @@ impl Arguments {
             }
         }
         let known = |key: &str| command.arguments.iter().any(|argument| argument.name == key);
-        match json::in_order(&given).into_iter().find(|(key, _)| !known(key)) {
-            Some((key, _)) => Err(Refusal::generic(format!("Parameter '{key}' is unexpected"))),
+        // QEMU names one of them in no order at all.
+        match given.keys().find(|key| !known(key)) {
+            Some(key) => Err(Refusal::generic(format!("Parameter '{key}' is unexpected"))),
             None => Ok(Arguments(given)),
         }
     }

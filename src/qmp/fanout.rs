@@ -139,6 +139,12 @@ impl Fanout {
         Ok(())
     }
 
+    /// How many clients there are.
+    #[cfg(test)]
+    pub fn len(&self) -> usize {
+        self.inner.lock().members.len()
+    }
+
     /// Forgets a client.
     pub fn leave(&self, client: &Arc<Client>) {
         self.inner.lock().members.retain(|member| !Arc::ptr_eq(&member.client, client));

@@ -30,18 +30,27 @@ fn done() -> Result<Value, Refusal> {
     Ok(json!({}))
 }
 
-fn block_job_verb(call: &Call<'_>, argument: &str, verb: Verb) -> Result<Value, Refusal> {
+fn block_job_verb(call: &mut Call<'_>, argument: &str, verb: Verb) -> Result<Value, Refusal> {
+    hold(call, verb);
     let id = call.arguments.mandatory_text(argument);
     let worker = call.backend.jobs.apply(id, verb).map_err(block_job(id))?;
     settle(call, id, verb, worker);
     done()
 }
 
-fn job_verb(call: &Call<'_>, verb: Verb) -> Result<Value, Refusal> {
+fn job_verb(call: &mut Call<'_>, verb: Verb) -> Result<Value, Refusal> {
+    hold(call, verb);
     let id = call.arguments.mandatory_text("id");
     let worker = call.backend.jobs.apply(id, verb).map_err(job)?;
     settle(call, id, verb, worker);
     done()
+}
+
+/// What sets a job to work is answered before that work shows.
+fn hold(call: &mut Call<'_>, verb: Verb) {
+    if matches!(verb, Verb::Resume | Verb::SetSpeed) {
+        call.session.hold = Some(call.backend.jobs.hold());
+    }
 }
 
 /// What ends a job that sleeps has ended it when the reply is sent.
@@ -52,6 +61,7 @@ fn settle(call: &Call<'_>, id: &str, verb: Verb, worker: Worker) {
 }
 
 pub(super) fn block_job_set_speed(call: &mut Call<'_>) -> Result<Value, Refusal> {
+    hold(call, Verb::SetSpeed);
     let id = call.arguments.mandatory_text("device");
     let speed = call.arguments.integer("value").or(call.arguments.integer("speed"));
     let speed = speed.ok_or_else(|| Refusal::generic("Parameter 'value' is missing"))?;

@@ -16,35 +16,23 @@ pub(super) fn backing_name(depth: usize) -> String {
     format!("backing-{depth}")
 }
 
-/// What a node name stands for.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Node {
-    /// The qcow2 file that is written.
-    Overlay,
-    /// A layer below it: its index in [`DiskInfo::backing`].
-    Backing(usize),
-}
-
-/// Finds a layer by its node name.
-pub(super) fn find(info: &DiskInfo, name: &str) -> Option<Node> {
+/// Finds a layer by its node name: its depth, 0 being the overlay.
+pub(super) fn find(info: &DiskInfo, name: &str) -> Option<usize> {
     if name == OVERLAY {
-        return Some(Node::Overlay);
+        return Some(0);
     }
-    (0..info.backing.len()).find(|&index| backing_name(index + 1) == name).map(Node::Backing)
+    (1..=info.backing.len()).find(|&depth| backing_name(depth) == name)
 }
 
-/// Finds a layer by its file's name: as it stands in the image above, as it was opened, or relative to the directory of the image above.
-/// Names are compared, no file is looked at.
-pub(super) fn find_file(info: &DiskInfo, name: &str) -> Option<usize> {
-    let mut above = info.path.as_path();
-    for (index, layer) in info.backing.iter().enumerate() {
-        let relative = above.parent().map(|directory| directory.join(name));
-        if name == layer.reference.name || Path::new(name) == layer.path || relative.as_ref() == Some(&layer.path) {
-            return Some(index);
-        }
-        above = &layer.path;
-    }
-    None
+/// Finds a layer below `depth` by its file's name: as it stands in the image above, as it was opened, or relative to the directory of the image above.
+/// Names are compared, no file is looked at. Returns its depth.
+pub(super) fn find_file(info: &DiskInfo, depth: usize, name: &str) -> Option<usize> {
+    let below = info.backing.iter().enumerate().skip(depth);
+    let mut matching = below.filter(|(index, layer)| {
+        let relative = file_of(info, *index).parent().map(|directory| directory.join(name));
+        name == layer.reference.name || Path::new(name) == layer.path || relative.as_ref() == Some(&layer.path)
+    });
+    matching.next().map(|(index, _)| index + 1)
 }
 
 /// All layers as a list of `BlockDeviceInfo`, the overlay first.

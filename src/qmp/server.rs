@@ -92,6 +92,12 @@ impl Server {
         self.core.socket.path()
     }
 
+    /// How many clients there are.
+    #[cfg(test)]
+    pub(super) fn clients(&self) -> usize {
+        self.core.fanout.len()
+    }
+
     /// Tells all clients that the process is about to end. To be called first of all on the way out; `quit` has done so already.
     pub fn announce_shutdown(&self, reason: ShutdownReason) {
         self.core.fanout.announce_shutdown(reason);
