@@ -32,12 +32,14 @@ pub struct StreamOptions {
     pub auto_finalize: bool,
     /// The job is forgotten when it has concluded.
     pub auto_dismiss: bool,
+    /// The name to write into the header for what remains below, instead of the one that stands in the chain; only with `depth`.
+    pub backing_file: Option<String>,
 }
 
 impl StreamOptions {
     /// Everything up, as fast as it goes, stopping at the first error: a plain `block_stream`.
     pub fn new(job_id: impl Into<String>) -> Self {
-        StreamOptions { job_id: job_id.into(), depth: None, speed: 0, on_error: OnError::Report, auto_finalize: true, auto_dismiss: true }
+        StreamOptions { job_id: job_id.into(), depth: None, speed: 0, on_error: OnError::Report, auto_finalize: true, auto_dismiss: true, backing_file: None }
     }
 }
 
@@ -65,7 +67,7 @@ pub fn start(disk: &Arc<Disk>, jobs: &Jobs, options: StreamOptions) -> Result<()
         .name("stream".into())
         .spawn(move || {
             let outcome = copy_up(&disk, &control, depth);
-            control.finish(outcome, || disk.detach_backing(depth).map_err(Failure::from));
+            control.finish(outcome, || disk.detach_backing(depth, options.backing_file.as_deref()).map_err(Failure::from));
         })
         .map_err(|error| Error::io("stream thread", error))?;
     Ok(())

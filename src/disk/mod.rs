@@ -307,13 +307,14 @@ impl Disk {
 
     /// Cuts the first `depth` layers off the chain (all of them: the backing link goes), durably (R12): drained, flushed, verified, one small
     /// header write between barriers; then the files are released. Everything those layers held must have been populated.
+    /// `backing_file` is the name to write for what remains, in place of the one that the chain uses; it is not looked at (QEMU likewise).
     ///
     /// # Errors
     /// I/O; [`ErrorKind::InvalidArgument`] where something was not populated or the new name does not fit. The old link then still stands.
-    pub fn detach_backing(&self, depth: usize) -> Result<()> {
+    pub fn detach_backing(&self, depth: usize, backing_file: Option<&str>) -> Result<()> {
         let image = self.image()?;
         let Some(chain) = self.chain() else { return Ok(()) };
-        if depth == 0 {
+        if depth == 0 && backing_file.is_none() {
             return Ok(());
         }
         // Most of the work before the guest has to wait.
@@ -324,21 +325,21 @@ impl Disk {
             return Err(Error::new(ErrorKind::InvalidArgument, format!("offset {missing} still comes from the backing file")));
         }
         let rest = chain.below(depth);
-        let reference = rest.as_ref().map(|rest| self.reference_to(&chain, depth, rest));
+        let reference = rest.as_ref().map(|rest| self.reference_to(&chain, depth, rest, backing_file));
         image.set_backing(reference.as_ref())?;
         *self.backing.write() = rest.map(Arc::new);
         Ok(())
     }
 
     /// What the header is to say of the layer at `depth`: the name that the chain itself uses, as long as that is relative to the same directory.
-    fn reference_to(&self, chain: &Chain, depth: usize, rest: &Chain) -> BackingReference {
+    fn reference_to(&self, chain: &Chain, depth: usize, rest: &Chain, backing_file: Option<&str>) -> BackingReference {
         let layers = chain.layers();
         let base = &rest.layers()[0];
-        let same_directory = layers[depth - 1].path.parent() == self.path.parent();
-        let name = if same_directory || Path::new(&base.reference.name).is_absolute() {
-            base.reference.name.clone()
-        } else {
-            base.path.display().to_string()
+        let above = depth.checked_sub(1).map_or(&self.path, |above| &layers[above].path);
+        let name = match backing_file {
+            Some(name) => name.to_string(),
+            None if above.parent() == self.path.parent() || Path::new(&base.reference.name).is_absolute() => base.reference.name.clone(),
+            None => base.path.display().to_string(),
         };
         BackingReference { name, format: Some(base.format) }
     }

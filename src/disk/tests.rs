@@ -133,7 +133,7 @@ fn model(qemu_options: &str, base_len: usize, size: u64, operations: u32, seed: 
         }
     }
     disk.populate(0..size, usize::MAX).unwrap();
-    disk.detach_backing(usize::MAX).unwrap();
+    disk.detach_backing(usize::MAX, None).unwrap();
     std::fs::remove_file(&base).unwrap();
     let mut all = vec![0; size as usize];
     disk.read(0, &mut all).unwrap();
@@ -321,9 +321,9 @@ fn partial_stream_keeps_the_base_and_its_relative_name() {
     .unwrap();
     let _ = base;
     let disk = open(&overlay);
-    assert_eq!(disk.detach_backing(1).unwrap_err().kind(), ErrorKind::InvalidArgument, "nothing was populated yet");
+    assert_eq!(disk.detach_backing(1, None).unwrap_err().kind(), ErrorKind::InvalidArgument, "nothing was populated yet");
     disk.populate(0..2 << 20, 1).unwrap();
-    disk.detach_backing(1).unwrap();
+    disk.detach_backing(1, None).unwrap();
     std::fs::remove_file(&middle).unwrap();
     let info = disk.info().unwrap();
     assert_eq!(info.backing.len(), 1);
@@ -407,7 +407,7 @@ fn concurrent_requests_never_lose_a_write() {
                         disk.flush().unwrap();
                     }
                 }
-                disk.detach_backing(usize::MAX).unwrap();
+                disk.detach_backing(usize::MAX, None).unwrap();
             });
             finals = workers.into_iter().map(|worker| worker.join().unwrap()).collect();
         });

@@ -243,6 +243,14 @@ impl Jobs {
         })
     }
 
+    /// Whether `verb` would be accepted now.
+    ///
+    /// # Errors
+    /// [`JobError::NotFound`], [`JobError::VerbRefused`].
+    pub fn check(&self, id: &str, verb: Verb) -> Result<(), JobError> {
+        self.shared.registry.lock().find(id).ok_or(JobError::NotFound)?.check(verb)
+    }
+
     /// Stops a job until it is resumed; its status says so when its worker has stopped.
     ///
     /// # Errors
@@ -298,9 +306,9 @@ impl Jobs {
         self.shared.registry.lock().last.clone()
     }
 
-    /// Whether any job is not over.
+    /// Whether there is any job. One that has concluded counts until it is dismissed, as in QEMU.
     pub fn is_busy(&self) -> bool {
-        self.shared.registry.lock().is_busy()
+        !self.shared.registry.lock().jobs.is_empty()
     }
 
     /// Everything that happens to jobs from now on. The channel has no bound, so that no job ever waits for a subscriber: read it, or drop it.
@@ -335,7 +343,7 @@ impl Jobs {
         let events = registry.jobs.iter_mut().filter(|job| job.status.accepts(Verb::Cancel)).filter_map(Job::cancel).collect();
         registry.emit(events);
         self.shared.changed.notify_all();
-        while registry.is_busy() {
+        while registry.has_workers() {
             self.shared.changed.wait(&mut registry);
         }
         let concluded: Vec<u64> = registry.jobs.iter().map(|job| job.serial).collect();
@@ -356,8 +364,8 @@ impl Jobs {
     }
 }
 
-/// QEMU `id_wellformed`.
-fn is_valid_id(id: &str) -> bool {
+/// Whether a job may be called `id` (QEMU `id_wellformed`).
+pub fn is_valid_id(id: &str) -> bool {
     id.starts_with(|first: char| first.is_ascii_alphabetic())
         && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_'))
 }

@@ -9,8 +9,8 @@ const SLICES_PER_SECOND: u64 = 10;
 /// The longest delay: far beyond any process, small enough to be added to an [`Instant`].
 const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
-/// The limiter of QEMU (`include/qemu/ratelimit.h`). Work is charged after it was done, so the first chunk of every slice is free, the speed is
-/// exceeded by one chunk at most, and in the long run it is met exactly: what one slice took too much lengthens that slice.
+/// The limiter of QEMU (`include/qemu/ratelimit.h`). Work is charged after it was done, so the first chunk of every slice is free, a slice
+/// takes its quota and one chunk at most, and in the long run the speed is met exactly: what one slice took too much lengthens that slice.
 #[derive(Debug, Default)]
 pub struct RateLimit {
     /// Bytes per slice; 0 is unlimited.
@@ -110,11 +110,11 @@ mod tests {
     }
 
     #[test]
-    fn the_long_run_meets_the_speed_and_overshoots_by_one_chunk_at_most() {
+    fn the_long_run_meets_the_speed_and_a_slice_overshoots_by_one_chunk_at_most() {
         for speed in [CHUNK / 3, CHUNK, 5 * CHUNK, 10 * CHUNK, 64 * CHUNK] {
             let seconds = 60;
             let done = run(&mut RateLimit::new(speed), Instant::now(), Duration::from_secs(seconds));
-            assert!(done <= speed * seconds + CHUNK, "speed {speed}: {done} is too much");
+            assert!(done <= speed * seconds + speed / 10 + CHUNK, "speed {speed}: {done} is too much");
             assert!(done >= speed * seconds * 95 / 100, "speed {speed}: {done} is too little");
         }
     }

@@ -64,7 +64,7 @@ impl Registry {
     }
 
     /// Whether a job has a worker.
-    pub fn is_busy(&self) -> bool {
+    pub fn has_workers(&self) -> bool {
         self.jobs.iter().any(|job| job.status != Status::Concluded)
     }
 

@@ -1,1 +1,39 @@
-//! (to be written)
+//! The control socket: QMP, the protocol of QEMU's monitors, as QEMU 10.2 speaks it, with the names of 2012 besides.
+//!
+//! ```text
+//!  socket ─▶ Decoder ─▶ Session ─▶ command table ─▶ Jobs, stream::start, Disk::info
+//!   (one thread per client)                │ reply
+//!  socket ◀─ Outbox ◀── Fanout ◀───────────┘
+//!   (one more thread)    ▲ events, before the replies that come after them
+//!                        └── Jobs::subscribe
+//! ```
+//!
+//! **Touches:** one Unix socket, `job`, `stream::start`, facts of the `disk`. **Never:** FUSE, the image, a file that a client names; I/O of the disk's bytes.
+//! **Locks:** the fan-out (order of what clients are sent), then one outbox (its bytes); neither is held while a socket is read or written, nor while
+//! a command runs.
+//! **Invariants:** replies to a client come in the order of its requests; an event that happened before a reply was made is sent before it; a client that has
+//! not negotiated is sent nothing but the greeting and replies; a client that does not read loses its connection and nothing else; memory per client is bounded;
+//! nobody but the owner of the process and root is served.
+
+mod block_stream;
+mod client;
+mod codec;
+mod command;
+mod dispatch;
+mod events;
+mod fanout;
+mod job_commands;
+mod json;
+mod lexer;
+mod nodes;
+mod parser;
+mod queries;
+mod server;
+mod socket;
+#[cfg(test)]
+mod tests;
+mod unicode;
+
+pub use dispatch::Target;
+pub use fanout::ShutdownReason;
+pub use server::Server;

@@ -1,0 +1,174 @@
+//! `block-stream`, and `block_stream` as it was called in 2012.
+
+use serde_json::{Value, json};
+
+use super::codec::{Class, Refusal};
+use super::dispatch::Call;
+use super::job_commands::{SETTLE, non_negative};
+use super::nodes;
+use super::queries;
+use crate::disk::DiskInfo;
+use crate::job::{self, JobSpec, OnError};
+use crate::stream::StreamOptions;
+
+/// Which texts and classes errors have.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Dialect {
+    Today,
+    Of2012,
+}
+
+/// What streams.
+const KIND: &str = "stream";
+
+pub(super) fn block_stream(call: &mut Call<'_>) -> Result<Value, Refusal> {
+    start(call, Dialect::Today)
+}
+
+pub(super) fn block_stream_2012(call: &mut Call<'_>) -> Result<Value, Refusal> {
+    start(call, Dialect::Of2012)
+}
+
+/// Checks in the order of QEMU's `qmp_block_stream` and `stream_start`, starts the job, and has the reply sent before the job's work shows,
+/// or after its end where there is nothing to do.
+fn start(call: &mut Call<'_>, dialect: Dialect) -> Result<Value, Refusal> {
+    let arguments = &call.arguments;
+    for (one, other) in [("base", "base-node"), ("base", "bottom"), ("bottom", "base-node")] {
+        if arguments.text(one).is_some() && arguments.text(other).is_some() {
+            return Err(Refusal::generic(format!("'{one}' and '{other}' cannot be specified at the same time")));
+        }
+    }
+    let info = queries::info(call)?;
+    let device = arguments.mandatory_text("device");
+    let top = find(call, &info, device).ok_or_else(|| dialect.device_not_found(device))?;
+    let depth = depth(call, &info, top, dialect)?;
+    let jobs = &call.backend.jobs;
+    let starting = call.backend.starting.lock();
+    if jobs.is_busy() {
+        let name = if top == 0 { &call.backend.device } else { device };
+        return Err(dialect.busy(name, device));
+    }
+    let backing_file = arguments.text("backing-file");
+    if backing_file.is_some() && (arguments.text("base").or(arguments.text("base-node"))).is_none() {
+        return Err(Refusal::generic("backing file specified, but streaming the entire chain"));
+    }
+    if info.read_only || top > 0 {
+        return Err(dialect.read_only());
+    }
+    if let Some(name) = arguments.text("filter-node-name") {
+        check_filter_name(&info, name)?;
+    }
+    let default_id = if device == call.backend.device { device } else { "" };
+    let options = StreamOptions {
+        job_id: arguments.text("job-id").unwrap_or(default_id).into(),
+        depth,
+        speed: 0,
+        on_error: on_error(arguments.text("on-error")),
+        auto_finalize: arguments.boolean("auto-finalize").unwrap_or(true),
+        auto_dismiss: arguments.boolean("auto-dismiss").unwrap_or(true),
+        backing_file: backing_file.map(String::from),
+    };
+    let speed = match non_negative(arguments.integer("speed").unwrap_or_default()) {
+        Ok(speed) => speed,
+        Err(refusal) => {
+            // QEMU has the job already when it looks at the speed, and takes it back: created, null, error.
+            take_back(call, &options)?;
+            return Err(refusal);
+        }
+    };
+    let id = options.job_id.clone();
+    let hold = jobs.hold();
+    (call.backend.start_stream)(StreamOptions { speed, ..options }).map_err(|error| Refusal::generic(error.to_string()))?;
+    drop(starting);
+    if jobs.query().iter().any(|job| job.progress.id == id && job.progress.len == 0) {
+        jobs.settle(&id, SETTLE);
+    }
+    call.session.hold = Some(hold);
+    Ok(json!({}))
+}
+
+/// The depth of what `name` stands for: the device, which is the overlay, or a node.
+fn find(call: &Call<'_>, info: &DiskInfo, name: &str) -> Option<usize> {
+    if name == call.backend.device { Some(0) } else { nodes::find(info, name) }
+}
+
+/// How many layers are copied up into the one at depth `top`, by whichever of `base`, `base-node` and `bottom` is given; `None` is all of them.
+fn depth(call: &Call<'_>, info: &DiskInfo, top: usize, dialect: Dialect) -> Result<Option<usize>, Refusal> {
+    let arguments = &call.arguments;
+    let device = arguments.mandatory_text("device");
+    let node = |name: &str| find(call, info, name).ok_or_else(|| Refusal::generic(format!("Cannot find device='' nor node-name='{name}'")));
+    if let Some(name) = arguments.text("base") {
+        let base = nodes::find_file(info, top, name).ok_or_else(|| dialect.base_not_found(name))?;
+        return Ok(Some(base - 1 - top));
+    }
+    if let Some(name) = arguments.text("base-node") {
+        return match node(name)?.checked_sub(top + 1) {
+            Some(depth) => Ok(Some(depth)),
+            None => Err(Refusal::generic(format!("Node '{name}' is not a backing image of '{device}'"))),
+        };
+    }
+    if let Some(name) = arguments.text("bottom") {
+        return match node(name)?.checked_sub(top) {
+            // What includes the last layer includes them all.
+            Some(depth) => Ok(Some(depth).filter(|depth| top + depth < info.backing.len())),
+            None => Err(Refusal::generic(format!("Node '{name}' is not in a chain starting from '{device}'"))),
+        };
+    }
+    Ok(None)
+}
+
+/// QEMU makes a node of this name while the job runs. We have none, but refuse what it refuses.
+fn check_filter_name(info: &DiskInfo, name: &str) -> Result<(), Refusal> {
+    let problem = match nodes::find(info, name) {
+        Some(_) => format!("Duplicate nodes with node-name='{name}'"),
+        None if !job::is_valid_id(name) => format!("Invalid node-name: '{name}'"),
+        None => return Ok(()),
+    };
+    Err(Refusal::generic(format!("Could not create node: {problem}")))
+}
+
+fn take_back(call: &Call<'_>, options: &StreamOptions) -> Result<(), Refusal> {
+    let StreamOptions { job_id, on_error, auto_finalize, auto_dismiss, .. } = options.clone();
+    let spec = JobSpec { id: job_id, kind: KIND, len: 0, speed: 0, auto_finalize, auto_dismiss, on_error };
+    call.backend.jobs.create(spec).map(drop).map_err(|error| Refusal::generic(error.to_string()))
+}
+
+fn on_error(word: Option<&str>) -> OnError {
+    match word {
+        Some("ignore") => OnError::Ignore,
+        Some("enospc") => OnError::Enospc,
+        Some("stop") => OnError::Stop,
+        Some("auto") => OnError::Auto,
+        _ => OnError::Report,
+    }
+}
+
+impl Dialect {
+    fn device_not_found(self, device: &str) -> Refusal {
+        match self {
+            Dialect::Today => Refusal::generic(format!("Cannot find device='{device}' nor node-name='{device}'")),
+            Dialect::Of2012 => Refusal::new(Class::DeviceNotFound, format!("Device '{device}' not found")),
+        }
+    }
+
+    fn busy(self, node: &str, device: &str) -> Refusal {
+        Refusal::generic(match self {
+            Dialect::Today => format!("Node '{node}' is busy: block device is in use by block job: {KIND}"),
+            Dialect::Of2012 => format!("Device '{device}' is in use"),
+        })
+    }
+
+    fn base_not_found(self, base: &str) -> Refusal {
+        Refusal::generic(match self {
+            Dialect::Today => format!("Can't find '{base}' in the backing chain"),
+            Dialect::Of2012 => format!("Base '{base}' not found"),
+        })
+    }
+
+    fn read_only(self) -> Refusal {
+        Refusal::generic(match self {
+            Dialect::Today => "Block node is read-only",
+            Dialect::Of2012 => "Not supported",
+        })
+    }
+}

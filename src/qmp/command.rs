@@ -1,0 +1,251 @@
+//! The commands: one table, from which requests are dispatched, arguments checked and `query-commands` answered.
+
+use serde_json::{Map, Value};
+
+use super::codec::{Class, Refusal, Request};
+use super::dispatch::Call;
+use super::{block_stream, job_commands, queries};
+
+/// One command.
+pub(super) struct Command {
+    pub name: &'static str,
+    /// In the order in which they are checked, which is that of QEMU's schema.
+    pub arguments: &'static [Argument],
+    pub run: fn(&mut Call<'_>) -> Result<Value, Refusal>,
+}
+
+/// One argument of a command.
+pub(super) struct Argument {
+    pub name: &'static str,
+    pub kind: ArgumentKind,
+    pub presence: Presence,
+}
+
+/// Whether an argument must be given.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Presence {
+    Mandatory,
+    Optional,
+}
+
+/// What an argument is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum ArgumentKind {
+    String,
+    /// 64 bits with a sign.
+    Integer,
+    Boolean,
+    /// One of these strings.
+    Enum(&'static [&'static str]),
+    /// Any number of these strings.
+    EnumList(&'static [&'static str]),
+}
+
+use ArgumentKind::{Boolean, Enum, EnumList, Integer, String as Text};
+
+const fn mandatory(name: &'static str, kind: ArgumentKind) -> Argument {
+    Argument { name, kind, presence: Presence::Mandatory }
+}
+
+const fn optional(name: &'static str, kind: ArgumentKind) -> Argument {
+    Argument { name, kind, presence: Presence::Optional }
+}
+
+const NONE: &[Argument] = &[];
+const DEVICE: &[Argument] = &[mandatory("device", Text)];
+const ID: &[Argument] = &[mandatory("id", Text)];
+const CANCEL: &[Argument] = &[mandatory("device", Text), optional("force", Boolean)];
+const SET_SPEED: &[Argument] = &[mandatory("device", Text), mandatory("speed", Integer)];
+/// The argument was called `value` until April 2012.
+const SET_SPEED_2012: &[Argument] = &[mandatory("device", Text), optional("value", Integer), optional("speed", Integer)];
+const STREAM: &[Argument] = &[
+    optional("job-id", Text),
+    mandatory("device", Text),
+    optional("base", Text),
+    optional("base-node", Text),
+    optional("backing-file", Text),
+    optional("backing-mask-protocol", Boolean),
+    optional("bottom", Text),
+    optional("speed", Integer),
+    optional("on-error", Enum(&["report", "ignore", "enospc", "stop", "auto"])),
+    optional("filter-node-name", Text),
+    optional("auto-finalize", Boolean),
+    optional("auto-dismiss", Boolean),
+];
+
+const fn command(name: &'static str, arguments: &'static [Argument], run: fn(&mut Call<'_>) -> Result<Value, Refusal>) -> Command {
+    Command { name, arguments, run }
+}
+
+/// All commands. Names with underscores are those of 2012, before the first release that had them.
+pub(super) const COMMANDS: &[Command] = &[
+    command(NEGOTIATION, &[optional("enable", EnumList(&["oob"]))], queries::qmp_capabilities),
+    command("query-version", NONE, queries::query_version),
+    command("query-commands", NONE, queries::query_commands),
+    command("query-block", NONE, queries::query_block),
+    command("query-named-block-nodes", &[optional("flat", Boolean)], queries::query_named_block_nodes),
+    command("query-block-jobs", NONE, job_commands::query_block_jobs),
+    command("query-jobs", NONE, job_commands::query_jobs),
+    command("block-stream", STREAM, block_stream::block_stream),
+    command("block_stream", STREAM, block_stream::block_stream_2012),
+    command("block-job-set-speed", SET_SPEED, job_commands::block_job_set_speed),
+    command("block_job_set_speed", SET_SPEED_2012, job_commands::block_job_set_speed),
+    command("block-job-cancel", CANCEL, job_commands::block_job_cancel),
+    command("block_job_cancel", CANCEL, job_commands::block_job_cancel),
+    command("block-job-pause", DEVICE, job_commands::block_job_pause),
+    command("block_job_pause", DEVICE, job_commands::block_job_pause),
+    command("block-job-resume", DEVICE, job_commands::block_job_resume),
+    command("block_job_resume", DEVICE, job_commands::block_job_resume),
+    command("block-job-complete", DEVICE, job_commands::block_job_complete),
+    command("block_job_complete", DEVICE, job_commands::block_job_complete),
+    command("block-job-finalize", ID, job_commands::block_job_finalize),
+    command("block-job-dismiss", ID, job_commands::block_job_dismiss),
+    command("job-pause", ID, job_commands::job_pause),
+    command("job-resume", ID, job_commands::job_resume),
+    command("job-cancel", ID, job_commands::job_cancel),
+    command("job-complete", ID, job_commands::job_complete),
+    command("job-finalize", ID, job_commands::job_finalize),
+    command("job-dismiss", ID, job_commands::job_dismiss),
+    command("quit", NONE, queries::quit),
+];
+
+/// The one command that is there before capabilities are negotiated.
+pub(super) const NEGOTIATION: &str = "qmp_capabilities";
+
+/// Finds the command of a request.
+///
+/// # Errors
+/// There is none of that name, or it was asked for out of band, which none of ours can do.
+pub(super) fn find(request: &Request) -> Result<&'static Command, Refusal> {
+    let name = &request.command;
+    let found = COMMANDS.iter().find(|command| command.name == name);
+    let command = found.ok_or_else(|| Refusal::new(Class::CommandNotFound, format!("The command {name} has not been found")))?;
+    match request.oob {
+        true => Err(Refusal::generic(format!("The command {name} does not support OOB"))),
+        false => Ok(command),
+    }
+}
+
+/// Arguments of a command, checked against its table entry.
+#[derive(Debug)]
+pub(super) struct Arguments(Map<String, Value>);
+
+impl Arguments {
+    /// Checks in the order of the table; what the table does not know comes last.
+    ///
+    /// # Errors
+    /// The reply for the first thing that is wrong.
+    pub fn check(command: &Command, given: Map<String, Value>) -> Result<Arguments, Refusal> {
+        for argument in command.arguments {
+            match given.get(argument.name) {
+                Some(value) => argument.check(value)?,
+                None if argument.presence == Presence::Mandatory => {
+                    return Err(Refusal::generic(format!("Parameter '{}' is missing", argument.name)));
+                }
+                None => {}
+            }
+        }
+        let known = |key: &str| command.arguments.iter().any(|argument| argument.name == key);
+        // QEMU names one of them in no order at all.
+        match given.keys().find(|key| !known(key)) {
+            Some(key) => Err(Refusal::generic(format!("Parameter '{key}' is unexpected"))),
+            None => Ok(Arguments(given)),
+        }
+    }
+
+    /// An optional string.
+    pub fn text(&self, name: &str) -> Option<&str> {
+        self.0.get(name).and_then(Value::as_str)
+    }
+
+    /// A mandatory string.
+    pub fn mandatory_text(&self, name: &str) -> &str {
+        self.text(name).unwrap_or_default()
+    }
+
+    /// An integer.
+    pub fn integer(&self, name: &str) -> Option<i64> {
+        self.0.get(name).and_then(Value::as_i64)
+    }
+
+    /// A boolean.
+    pub fn boolean(&self, name: &str) -> Option<bool> {
+        self.0.get(name).and_then(Value::as_bool)
+    }
+
+    /// The strings of a list.
+    pub fn texts(&self, name: &str) -> impl Iterator<Item = &str> {
+        self.0.get(name).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str)
+    }
+}
+
+impl Argument {
+    fn check(&self, value: &Value) -> Result<(), Refusal> {
+        let invalid =
+            |name: &str, expected: &str| Err(Refusal::generic(format!("Invalid parameter type for '{name}', expected: {expected}")));
+        // An element of a list has no name (QEMU prints `null`).
+        let one_of = |name: &str, values: &[&str], text: &str| match values.contains(&text) {
+            true => Ok(()),
+            false => Err(Refusal::generic(format!("Parameter '{name}' does not accept value '{text}'"))),
+        };
+        match (self.kind, value) {
+            (Text, Value::String(_)) | (Boolean, Value::Bool(_)) => Ok(()),
+            (Integer, value) if value.is_i64() => Ok(()),
+            (Enum(values), Value::String(text)) => one_of(self.name, values, text),
+            (EnumList(values), Value::Array(elements)) => elements.iter().enumerate().try_for_each(|(i, element)| match element.as_str() {
+                Some(text) => one_of("null", values, text),
+                None => invalid(&format!("{}[{i}]", self.name), "string"),
+            }),
+            (Text | Enum(_), _) => invalid(self.name, "string"),
+            (Integer, _) => invalid(self.name, "integer"),
+            (Boolean, _) => invalid(self.name, "boolean"),
+            (EnumList(_), _) => invalid(self.name, "array"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn check(name: &str, arguments: Value) -> Result<Arguments, String> {
+        let Value::Object(arguments) = arguments else { panic!("arguments are an object") };
+        let request = Request { command: name.into(), oob: false, arguments: arguments.clone() };
+        Arguments::check(find(&request).unwrap(), arguments).map_err(|refusal| refusal.desc)
+    }
+
+    #[test]
+    fn names_are_unique() {
+        for (i, command) in COMMANDS.iter().enumerate() {
+            assert!(COMMANDS[..i].iter().all(|other| other.name != command.name), "{}", command.name);
+        }
+    }
+
+    /// Texts copied from sessions with qemu-storage-daemon.
+    #[test]
+    fn arguments_are_checked_in_schema_order() {
+        for (name, arguments, expected) in [
+            ("block-stream", json!({"speed": "x"}), "Parameter 'device' is missing"),
+            ("block-stream", json!({"device": null}), "Invalid parameter type for 'device', expected: string"),
+            ("block-stream", json!({"device": "d", "speed": 1.5, "yy": 1}), "Invalid parameter type for 'speed', expected: integer"),
+            ("block-stream", json!({"device": "d", "speed": u64::MAX}), "Invalid parameter type for 'speed', expected: integer"),
+            ("block-stream", json!({"device": "d", "on-error": 1}), "Invalid parameter type for 'on-error', expected: string"),
+            ("block-stream", json!({"device": "d", "on-error": "x"}), "Parameter 'on-error' does not accept value 'x'"),
+            ("block-stream", json!({"device": "d", "auto-dismiss": "x"}), "Invalid parameter type for 'auto-dismiss', expected: boolean"),
+            ("block-stream", json!({"device": "d", "zz": 1, "yy": 2}), "Parameter 'yy' is unexpected"),
+            ("block-stream", json!({"device": "d", "snapshot-file": "x"}), "Parameter 'snapshot-file' is unexpected"),
+            ("block-job-set-speed", json!({"device": "d", "value": 1}), "Parameter 'speed' is missing"),
+            ("block-job-dismiss", json!({"device": "d"}), "Parameter 'id' is missing"),
+            ("qmp_capabilities", json!({"enable": "oob"}), "Invalid parameter type for 'enable', expected: array"),
+            ("qmp_capabilities", json!({"enable": [1]}), "Invalid parameter type for 'enable[0]', expected: string"),
+            ("qmp_capabilities", json!({"enable": ["foo"]}), "Parameter 'null' does not accept value 'foo'"),
+            ("query-version", json!({"a": 1}), "Parameter 'a' is unexpected"),
+        ] {
+            assert_eq!(check(name, arguments).unwrap_err(), expected);
+        }
+        check("block-stream", json!({"device": "d", "speed": -1})).unwrap();
+        check("block_job_set_speed", json!({"device": "d", "value": 1})).unwrap();
+        check("qmp_capabilities", json!({"enable": ["oob", "oob"]})).unwrap();
+    }
+}

@@ -1,0 +1,182 @@
+//! The socket's file: made so that only its owner can ever connect, never over another process's, removed only while it is ours.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode, fchmod};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use crate::error::Context;
+use crate::{Error, ErrorKind, Result};
+
+/// Nobody but the owner.
+const MODE: u32 = 0o600;
+/// How many connections may wait to be accepted.
+const BACKLOG: i32 = 16;
+/// How long another process may take to make its socket in the same directory.
+const DIRECTORY_LOCK: Duration = Duration::from_secs(1);
+
+/// A listening socket and its file, which is removed on drop if it is still ours.
+#[derive(Debug)]
+pub(super) struct Socket {
+    path: PathBuf,
+    /// (device, inode) of the file.
+    identity: (u64, u64),
+    listener: UnixListener,
+}
+
+impl Socket {
+    /// Makes the socket. One that is there already is replaced if nobody listens to it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] if somebody listens to it; [`ErrorKind::InvalidArgument`] if the file is no socket; I/O.
+    pub fn listen(path: &Path) -> Result<Socket> {
+        let path = std::path::absolute(path).context(|| format!("QMP socket {}", path.display()))?;
+        Self::bind(&path).map_err(|error| error.context(format!("QMP socket {}", path.display())))
+    }
+
+    fn bind(path: &Path) -> Result<Socket> {
+        let address = SocketAddrUnix::new(path).map_err(io::Error::from).context(|| "address")?;
+        let _lock = lock_directory(path);
+        remove_stale(path)?;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
+        let socket = socket.map_err(io::Error::from).context(|| "socket")?;
+        // The file inherits the mode of the socket. Whatever it has, nobody connects before `listen`.
+        fchmod(&socket, Mode::from_raw_mode(MODE)).map_err(io::Error::from).context(|| "mode")?;
+        rustix::net::bind(&socket, &address).map_err(io::Error::from).context(|| "bind")?;
+        let listening = secure(path).and_then(|identity| {
+            rustix::net::listen(&socket, BACKLOG)?;
+            Ok(identity)
+        });
+        match listening {
+            Ok(identity) => Ok(Socket { path: path.into(), identity, listener: socket.into() }),
+            Err(error) => {
+                let _ = fs::remove_file(path);
+                Err(Error::io("listen", error))
+            }
+        }
+    }
+
+    /// The socket, for whoever accepts connections.
+    pub fn listener(&self) -> &UnixListener {
+        &self.listener
+    }
+
+    /// Where it is, absolute.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Lets nobody connect any more, and ends an `accept` that waits, with an error.
+    pub fn stop_accepting(&self) {
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        let _lock = lock_directory(&self.path);
+        let ours = fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.identity);
+        if ours && let Err(error) = fs::remove_file(&self.path) {
+            log::warn!("QMP socket {}: {error}", self.path.display());
+        }
+    }
+}
+
+/// Gives the file its mode, if it has another one, and says which file it is.
+fn secure(path: &Path) -> io::Result<(u64, u64)> {
+    let meta = fs::symlink_metadata(path)?;
+    if meta.mode() & 0o7777 != MODE {
+        fs::set_permissions(path, fs::Permissions::from_mode(MODE))?;
+    }
+    Ok((meta.dev(), meta.ino()))
+}
+
+/// Removes a socket that nobody listens to.
+fn remove_stale(path: &Path) -> Result<()> {
+    let meta = match fs::symlink_metadata(path) {
+        Ok(meta) => meta,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io("stat", error)),
+    };
+    if !meta.file_type().is_socket() {
+        return Err(Error::new(ErrorKind::InvalidArgument, "the file exists and is not a socket"));
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(Error::new(ErrorKind::Busy, "another process listens to it")),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).context(|| "removing a stale socket"),
+        Err(error) => Err(Error::io("a file is there, and cannot be connected to", error)),
+    }
+}
+
+/// Keeps other processes of ours from looking for, making or removing a socket in the same directory at the same time. Best effort: `None` where the
+/// directory cannot be opened or locked, or somebody else keeps the lock.
+fn lock_directory(path: &Path) -> Option<File> {
+    let directory = File::open(path.parent()?).ok()?;
+    let give_up = Instant::now() + DIRECTORY_LOCK;
+    loop {
+        match directory.try_lock() {
+            Ok(()) => return Some(directory),
+            Err(TryLockError::WouldBlock) if Instant::now() < give_up => thread::sleep(Duration::from_millis(10)),
+            Err(_) => return None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_owner_may_connect_and_the_file_goes_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let socket = Socket::listen(&path).unwrap();
+        assert_eq!(fs::symlink_metadata(&path).unwrap().mode() & 0o7777, MODE);
+        UnixStream::connect(&path).unwrap();
+        drop(socket);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_live_socket_is_left_alone_and_a_stale_one_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let first = Socket::listen(&path).unwrap();
+        assert_eq!(Socket::listen(&path).unwrap_err().kind(), ErrorKind::Busy);
+        assert!(path.exists());
+        let Socket { listener, .. } = &first;
+        let duplicate = listener.try_clone().unwrap();
+        drop(duplicate);
+        drop(UnixListener::bind(dir.path().join("stale")).unwrap());
+        let second = Socket::listen(&dir.path().join("stale")).unwrap();
+        UnixStream::connect(second.path()).unwrap();
+    }
+
+    #[test]
+    fn other_files_are_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        fs::write(&path, "precious").unwrap();
+        assert_eq!(Socket::listen(&path).unwrap_err().kind(), ErrorKind::InvalidArgument);
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+        fs::remove_file(&path).unwrap();
+        let socket = Socket::listen(&path).unwrap();
+        fs::remove_file(&path).unwrap();
+        fs::write(&path, "somebody else's").unwrap();
+        drop(socket);
+        assert!(path.exists(), "no longer ours");
+    }
+
+    #[test]
+    fn a_path_that_is_too_long_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(Socket::listen(&dir.path().join("x".repeat(120))).is_err());
+        assert!(Socket::listen(&dir.path().join("nowhere/qmp")).is_err());
+    }
+}

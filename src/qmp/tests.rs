@@ -1,0 +1,548 @@
+//! Conversations over a real socket, with jobs whose worker only sleeps. What is expected was copied from sessions with qemu-storage-daemon.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Receiver;
+use parking_lot::Mutex;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::dispatch::Backend;
+use super::server::Server;
+use crate::chain::LayerInfo;
+use crate::disk::DiskInfo;
+use crate::format::{BackingFormat, BackingReference};
+use crate::job::{ErrorAction, Failure, JobSpec, Jobs, Next, Outcome};
+use crate::stream::StreamOptions;
+
+const CHUNK: u64 = 512 << 10;
+const SIZE: u64 = 8 * CHUNK;
+
+struct Fixture {
+    server: Option<Server>,
+    jobs: Jobs,
+    quit: Receiver<()>,
+    /// Failures that the workers of streams are still to meet.
+    failures: Arc<Mutex<Vec<Failure>>>,
+    path: PathBuf,
+    _dir: TempDir,
+}
+
+/// A disk of two backing layers: `/images/overlay.qcow2` on `mid.qcow2` on `/base/base.raw`.
+fn disk_info() -> DiskInfo {
+    let layer = |name: &str, path: &str, format, cluster_size| LayerInfo {
+        reference: BackingReference { name: name.into(), format: Some(format) },
+        path: path.into(),
+        format,
+        size: SIZE,
+        allocated_size: 4096,
+        cluster_size,
+    };
+    DiskInfo {
+        path: "/images/overlay.qcow2".into(),
+        size: SIZE,
+        allocated_size: 4096,
+        cluster_size: 65536,
+        version: 3,
+        read_only: false,
+        copy_on_read: true,
+        backing: vec![
+            layer("mid.qcow2", "/images/mid.qcow2", BackingFormat::Qcow2, Some(65536)),
+            layer("../base/base.raw", "/base/base.raw", BackingFormat::Raw, None),
+        ],
+    }
+}
+
+fn stream(jobs: &Jobs, failures: &Arc<Mutex<Vec<Failure>>>, options: StreamOptions) -> crate::Result<()> {
+    let StreamOptions { job_id, depth, speed, on_error, auto_finalize, auto_dismiss, .. } = options;
+    let len = if depth == Some(0) { 0 } else { SIZE };
+    let control = jobs.create(JobSpec { id: job_id, kind: "stream", len, speed, auto_finalize, auto_dismiss, on_error })?;
+    control.start();
+    let failures = Arc::clone(failures);
+    thread::spawn(move || {
+        let (mut offset, mut skipped) = (0, None);
+        while offset < len {
+            if control.checkpoint() == Next::Cancel {
+                return control.finish(Outcome::Cancelled, || unreachable!());
+            }
+            let failure = failures.lock().pop();
+            if let Some(failure) = failure {
+                match control.error(&failure) {
+                    ErrorAction::Report => return control.finish(Outcome::Failed(failure), || unreachable!()),
+                    ErrorAction::Stop => continue,
+                    ErrorAction::Ignore => skipped = Some(failure),
+                }
+            }
+            control.advance(CHUNK, CHUNK);
+            offset += CHUNK;
+        }
+        control.finish(skipped.map_or(Outcome::Done, Outcome::Failed), || Ok(()));
+    });
+    Ok(())
+}
+
+impl Fixture {
+    fn new() -> Fixture {
+        Self::with_disk(disk_info())
+    }
+
+    fn with_disk(info: DiskInfo) -> Fixture {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let (jobs, failures) = (Jobs::new(), Arc::default());
+        let (sender, quit) = crossbeam_channel::bounded(1);
+        let start_stream = {
+            let (jobs, failures) = (jobs.clone(), Arc::clone(&failures));
+            Box::new(move |options| stream(&jobs, &failures, options))
+        };
+        let backend = Backend {
+            jobs: jobs.clone(),
+            device: "drive0".into(),
+            quit: sender,
+            starting: Mutex::default(),
+            info: Box::new(move || Ok(info.clone())),
+            start_stream,
+        };
+        let server = Some(Server::with_backend(&path, backend).unwrap());
+        Fixture { server, jobs, quit, failures, path, _dir: dir }
+    }
+
+    fn stranger(&self) -> Client {
+        let stream = UnixStream::connect(&self.path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut client = Client { reader: BufReader::new(stream) };
+        assert!(client.line().starts_with(r#"{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 10}, "package": "cordisk "#));
+        client
+    }
+
+    fn client(&self) -> Client {
+        let mut client = self.stranger();
+        assert_eq!(client.ask(r#"{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}"#), r#"{"return": {}}"#);
+        client
+    }
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        self.jobs.cancel_all_and_wait();
+    }
+}
+
+struct Client {
+    reader: BufReader<UnixStream>,
+}
+
+impl Client {
+    fn send(&mut self, text: impl AsRef<[u8]>) {
+        self.reader.get_ref().write_all(text.as_ref()).unwrap();
+    }
+
+    /// The next line; empty at the end.
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.reader.read_line(&mut line).unwrap();
+        assert!(line.is_ascii() && (line.is_empty() || line.ends_with("\r\n")), "{line:?}");
+        line.trim_end().to_string()
+    }
+
+    fn ask(&mut self, text: impl AsRef<[u8]>) -> String {
+        self.send(text);
+        self.line()
+    }
+
+    /// The names of the events up to the next reply, and what it says. A status change is named by its status.
+    fn events_and_reply(&mut self, text: &str) -> (Vec<String>, Value) {
+        self.send(text);
+        let mut events = Vec::new();
+        loop {
+            let value: Value = serde_json::from_str(&self.line()).unwrap();
+            match value.get("event") {
+                Some(_) => events.push(event_word(&value)),
+                None => return (events, value),
+            }
+        }
+    }
+
+    fn events(&mut self, count: usize) -> Vec<String> {
+        (0..count).map(|_| event_word(&serde_json::from_str(&self.line()).unwrap())).collect()
+    }
+}
+
+fn event_word(event: &Value) -> String {
+    let word = if event["event"] == "JOB_STATUS_CHANGE" { &event["data"]["status"] } else { &event["event"] };
+    word.as_str().unwrap().to_string()
+}
+
+fn execute(name: &str, arguments: &Value) -> String {
+    json!({ "execute": name, "arguments": arguments }).to_string()
+}
+
+fn error(reply: &Value) -> (&str, &str) {
+    (reply["error"]["class"].as_str().unwrap_or_default(), reply["error"]["desc"].as_str().unwrap_or_default())
+}
+
+fn ok() -> Value {
+    json!({ "return": {} })
+}
+
+#[test]
+fn before_negotiation_nothing_but_negotiation_works() {
+    let fixture = Fixture::new();
+    let mut client = fixture.stranger();
+    for (request, reply) in [
+        (
+            r#"{"execute":"nope","id":1}"#,
+            r#"{"id": 1, "error": {"class": "CommandNotFound", "desc": "Expecting capabilities negotiation with 'qmp_capabilities'"}}"#,
+        ),
+        (
+            r#"{"exec-oob":"qmp_capabilities"}"#,
+            r#"{"error": {"class": "GenericError", "desc": "QMP input member 'exec-oob' is unexpected"}}"#,
+        ),
+        (
+            r#"{"execute":"qmp_capabilities","arguments":{"enable":["foo"]}}"#,
+            r#"{"error": {"class": "GenericError", "desc": "Parameter 'null' does not accept value 'foo'"}}"#,
+        ),
+        (
+            r#"{"execute":"qmp_capabilities","arguments":{"enable":["oob","oob"]},"id":{"b":1,"a":[1e3,0.1]}}"#,
+            r#"{"return": {}, "id": {"a": [1000, 0.10000000000000001], "b": 1}}"#,
+        ),
+        (
+            r#"{"execute":"qmp_capabilities","arguments":{"enable":[]}}"#,
+            r#"{"error": {"class": "CommandNotFound", "desc": "Capabilities negotiation is already complete, command ignored"}}"#,
+        ),
+        (
+            r#"{"exec-oob":"query-version","id":2}"#,
+            r#"{"id": 2, "error": {"class": "GenericError", "desc": "The command query-version does not support OOB"}}"#,
+        ),
+        (
+            r#"{"execute":"query-version","exec-oob":"x","id":2}"#,
+            r#"{"id": 2, "error": {"class": "GenericError", "desc": "QMP input member 'execute' clashes with 'exec-oob'"}}"#,
+        ),
+    ] {
+        assert_eq!(client.ask(request), reply);
+    }
+}
+
+#[test]
+fn requests_need_no_separators_and_replies_keep_their_order() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    let many: String = (0..2000).map(|i| format!(r#"{{'execute':'query-block-jobs','id':{i}}}"#)).collect();
+    // More than the sockets and the outbox hold: the server stops reading instead of dropping the client.
+    let mut sender = Client { reader: BufReader::new(client.reader.get_ref().try_clone().unwrap()) };
+    let sending = thread::spawn(move || (0..20).for_each(|_| sender.send(&many)));
+    thread::sleep(Duration::from_millis(50));
+    for i in (0..2000).cycle().take(40_000) {
+        assert_eq!(client.line(), format!(r#"{{"return": [], "id": {i}}}"#));
+    }
+    sending.join().unwrap();
+}
+
+#[test]
+fn a_stream_tells_its_life_in_order() {
+    let fixture = Fixture::new();
+    let (mut client, mut watcher, mut stranger) = (fixture.client(), fixture.client(), fixture.stranger());
+    let (events, reply) = client.events_and_reply(&execute("block-stream", &json!({"device": "drive0"})));
+    assert_eq!((events, reply), (vec!["created".into(), "running".into()], ok()));
+    assert_eq!(client.events(3), ["waiting", "pending", "BLOCK_JOB_COMPLETED"]);
+    let (events, reply) = client.events_and_reply(&execute("query-block-jobs", &json!({})));
+    assert_eq!((events, reply), (vec!["concluded".into(), "null".into()], json!({"return": []})));
+    assert_eq!(watcher.events(7), ["created", "running", "waiting", "pending", "BLOCK_JOB_COMPLETED", "concluded", "null"]);
+    assert!(stranger.ask(r#"{"execute":"qmp_capabilities"}"#) == r#"{"return": {}}"#, "no event before or after");
+    assert_eq!(stranger.ask(r#"{"execute":"query-jobs"}"#), r#"{"return": []}"#);
+}
+
+#[test]
+fn the_completed_event_has_the_members_of_2012() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    client.events_and_reply(&execute("block_stream", &json!({"device": "drive0"})));
+    client.events(2);
+    let event: Value = serde_json::from_str(&client.line()).unwrap();
+    assert_eq!(event["data"], json!({"type": "stream", "device": "drive0", "len": SIZE, "offset": SIZE, "speed": 0}));
+    assert!(event["timestamp"]["seconds"].as_i64().unwrap() > 1_600_000_000 && event["timestamp"]["microseconds"].is_u64());
+}
+
+#[test]
+fn nothing_to_do_is_done_before_the_reply() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    for arguments in [
+        json!({"device": "drive0", "base": "mid.qcow2"}),
+        json!({"device": "overlay", "job-id": "j", "bottom": "overlay"}),
+        json!({"device": "drive0", "base-node": "backing-1", "backing-file": "x"}),
+    ] {
+        let (events, reply) = client.events_and_reply(&execute("block-stream", &arguments));
+        assert_eq!(events, ["created", "running", "waiting", "pending", "BLOCK_JOB_COMPLETED", "concluded", "null"]);
+        assert_eq!(reply, ok());
+    }
+}
+
+#[test]
+fn a_limited_job_obeys() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    client.events_and_reply(&execute("block-stream", &json!({"device": "drive0", "job-id": "j", "speed": 1})));
+    while fixture.jobs.query()[0].busy || fixture.jobs.query()[0].progress.offset == 0 {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let text = r#"{"return": [{"auto-finalize": true, "io-status": "ok", "device": "j", "auto-dismiss": true, "busy": false, "len": 4194304, "offset": 524288, "status": "running", "paused": false, "speed": 1, "ready": false, "type": "stream"}]}"#;
+    assert_eq!(client.ask(execute("query-block-jobs", &json!({}))), text);
+    let text = r#"{"return": [{"current-progress": 524288, "status": "running", "total-progress": 4194304, "type": "stream", "id": "j"}]}"#;
+    assert_eq!(client.ask(execute("query-jobs", &json!({}))), text);
+
+    let none: &[&str] = &[];
+    for (name, arguments, events, desc) in [
+        ("block-stream", json!({"device": "drive0"}), none, "Node 'drive0' is busy: block device is in use by block job: stream"),
+        ("block-stream", json!({"device": "backing-1"}), none, "Node 'backing-1' is busy: block device is in use by block job: stream"),
+        ("block_stream", json!({"device": "drive0"}), none, "Device 'drive0' is in use"),
+        ("block-job-pause", json!({"device": "j"}), &["paused"], ""),
+        ("job-pause", json!({"id": "j"}), none, "Job is already paused"),
+        ("block-job-cancel", json!({"device": "j"}), none, "The block job for device 'j' is currently paused"),
+        ("block-job-set-speed", json!({"device": "j", "speed": -1}), none, "Parameter 'speed' expects a non-negative value"),
+        ("block_job_set_speed", json!({"device": "j", "value": 5}), none, ""),
+        ("job-complete", json!({"id": "j"}), none, "Job 'j' in state 'paused' cannot accept command verb 'complete'"),
+        ("block-job-finalize", json!({"id": "j"}), none, "Job 'j' in state 'paused' cannot accept command verb 'finalize'"),
+        ("job-dismiss", json!({"id": "j"}), none, "Job 'j' in state 'paused' cannot accept command verb 'dismiss'"),
+        ("block_job_resume", json!({"device": "j"}), &["running"], ""),
+        ("job-resume", json!({"id": "j"}), none, "Can't resume a job that was not paused"),
+        ("block-job-pause", json!({"device": "j"}), &["paused"], ""),
+        ("job-cancel", json!({"id": "j"}), &["running", "aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"], ""),
+        ("job-cancel", json!({"id": "j"}), none, "Job not found"),
+    ] {
+        let (seen, reply) = client.events_and_reply(&execute(name, &arguments));
+        assert_eq!(seen, events, "{name}");
+        assert_eq!(error(&reply).1, desc, "{name}");
+    }
+    let (_, reply) = client.events_and_reply(&execute("block-job-set-speed", &json!({"device": "j", "speed": -1})));
+    assert_eq!(error(&reply), ("DeviceNotActive", "Block job 'j' not found"));
+}
+
+#[test]
+fn a_job_waits_for_orders_where_it_is_told_to() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    let manual = json!({"device": "drive0", "auto-finalize": false, "auto-dismiss": false});
+    client.events_and_reply(&execute("block-stream", &manual));
+    assert_eq!(client.events(3), ["waiting", "pending", "BLOCK_JOB_PENDING"]);
+    for (name, arguments, events, desc) in [
+        ("job-pause", json!({"id": "drive0"}), vec![], "Job 'drive0' in state 'pending' cannot accept command verb 'pause'"),
+        ("job-finalize", json!({"id": "drive0"}), vec!["BLOCK_JOB_COMPLETED", "concluded"], ""),
+        ("job-cancel", json!({"id": "drive0"}), vec![], "Job 'drive0' in state 'concluded' cannot accept command verb 'cancel'"),
+        ("block-stream", manual.clone(), vec![], "Node 'drive0' is busy: block device is in use by block job: stream"),
+        ("block-job-dismiss", json!({"id": "drive0"}), vec!["null"], ""),
+    ] {
+        let (seen, reply) = client.events_and_reply(&execute(name, &arguments));
+        assert_eq!(seen, events, "{name}");
+        assert_eq!(error(&reply).1, desc, "{name}");
+    }
+    client.events_and_reply(&execute("block-stream", &json!({"device": "drive0", "auto-finalize": false})));
+    client.events(3);
+    let (seen, _) = client.events_and_reply(&execute("block-job-cancel", &json!({"device": "drive0"})));
+    assert_eq!(seen, ["aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]);
+}
+
+#[test]
+fn errors_follow_the_policy() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    let eio = Failure { text: "Input/output error".into(), no_space: false };
+    let enospc = Failure { text: "No space left on device".into(), no_space: true };
+    let fail = |failures: &[&Failure]| fixture.failures.lock().extend(failures.iter().map(|&failure| failure.clone()));
+    let stream = |policy: &str| execute("block-stream", &json!({"device": "drive0", "on-error": policy}));
+
+    fail(&[&eio]);
+    client.events_and_reply(&stream("report"));
+    assert_eq!(client.events(2), ["BLOCK_JOB_ERROR", "aborting"]);
+    let event: Value = serde_json::from_str(&client.line()).unwrap();
+    assert_eq!((&event["data"]["error"], &event["data"]["offset"]), (&json!("Input/output error"), &json!(0)));
+    client.events(2);
+
+    fail(&[&eio]);
+    client.events_and_reply(&stream("ignore"));
+    assert_eq!(client.events(2), ["BLOCK_JOB_ERROR", "aborting"]);
+    let event: Value = serde_json::from_str(&client.line()).unwrap();
+    assert_eq!((&event["data"]["error"], &event["data"]["offset"]), (&json!("Input/output error"), &json!(SIZE)));
+    client.events(2);
+
+    fail(&[&enospc]);
+    client.events_and_reply(&stream("enospc"));
+    assert_eq!(client.events(2), ["BLOCK_JOB_ERROR", "paused"]);
+    let (_, reply) = client.events_and_reply(&execute("query-block-jobs", &json!({})));
+    assert_eq!(reply["return"][0]["io-status"], "nospace");
+    let (events, _) = client.events_and_reply(&execute("block-job-resume", &json!({"device": "drive0"})));
+    assert_eq!(events, ["running"]);
+    assert_eq!(client.events(5), ["waiting", "pending", "BLOCK_JOB_COMPLETED", "concluded", "null"]);
+}
+
+#[test]
+fn streams_that_cannot_be_are_refused() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    let generic = "GenericError";
+    for (name, arguments, class, desc) in [
+        ("block-stream", json!({"device": "nope"}), generic, "Cannot find device='nope' nor node-name='nope'"),
+        ("block_stream", json!({"device": "nope"}), "DeviceNotFound", "Device 'nope' not found"),
+        ("block-stream", json!({"device": "drive0", "base": "zz"}), generic, "Can't find 'zz' in the backing chain"),
+        ("block_stream", json!({"device": "drive0", "base": "zz"}), generic, "Base 'zz' not found"),
+        ("block-stream", json!({"device": "backing-1", "base": "mid.qcow2"}), generic, "Can't find 'mid.qcow2' in the backing chain"),
+        ("block-stream", json!({"device": "overlay"}), generic, "Invalid job ID ''"),
+        ("block-stream", json!({"device": "drive0", "job-id": "1x", "speed": -1}), generic, "Invalid job ID '1x'"),
+        ("block-stream", json!({"device": "backing-1", "job-id": "j"}), generic, "Block node is read-only"),
+        ("block_stream", json!({"device": "backing-1", "job-id": "j"}), generic, "Not supported"),
+        (
+            "block-stream",
+            json!({"device": "nope", "base": "a", "base-node": "b"}),
+            generic,
+            "'base' and 'base-node' cannot be specified at the same time",
+        ),
+        ("block-stream", json!({"device": "drive0", "base-node": "overlay"}), generic, "Node 'overlay' is not a backing image of 'drive0'"),
+        ("block-stream", json!({"device": "drive0", "base-node": "x"}), generic, "Cannot find device='' nor node-name='x'"),
+        (
+            "block-stream",
+            json!({"device": "backing-1", "bottom": "overlay"}),
+            generic,
+            "Node 'overlay' is not in a chain starting from 'backing-1'",
+        ),
+        (
+            "block-stream",
+            json!({"device": "drive0", "backing-file": "x"}),
+            generic,
+            "backing file specified, but streaming the entire chain",
+        ),
+        (
+            "block-stream",
+            json!({"device": "drive0", "filter-node-name": "overlay"}),
+            generic,
+            "Could not create node: Duplicate nodes with node-name='overlay'",
+        ),
+        (
+            "block-stream",
+            json!({"device": "drive0", "filter-node-name": "1mid"}),
+            generic,
+            "Could not create node: Invalid node-name: '1mid'",
+        ),
+    ] {
+        let (events, reply) = client.events_and_reply(&execute(name, &arguments));
+        assert_eq!((error(&reply), events.len()), ((class, desc), 0));
+    }
+    let (events, reply) = client.events_and_reply(&execute("block-stream", &json!({"device": "drive0", "speed": -1})));
+    assert_eq!((error(&reply).1, events), ("Parameter 'speed' expects a non-negative value", vec!["created".into(), "null".into()]));
+
+    let fixture = Fixture::with_disk(DiskInfo { read_only: true, ..disk_info() });
+    let (_, reply) = fixture.client().events_and_reply(&execute("block-stream", &json!({"device": "drive0"})));
+    assert_eq!(error(&reply), (generic, "Block node is read-only"));
+}
+
+#[test]
+fn the_disk_can_be_looked_at() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    let (_, reply) = client.events_and_reply(&execute("query-block", &json!({})));
+    let disk = &reply["return"][0];
+    assert_eq!(
+        (&disk["device"], &disk["inserted"]["node-name"], &disk["inserted"]["ro"]),
+        (&json!("drive0"), &json!("overlay"), &json!(false))
+    );
+    assert_eq!(disk["inserted"]["backing_file_depth"], 2);
+    assert_eq!(disk["inserted"]["image"]["backing-image"]["backing-image"]["filename"], "/base/base.raw");
+    let (_, reply) = client.events_and_reply(&execute("query-named-block-nodes", &json!({"flat": true})));
+    let names: Vec<_> = reply["return"].as_array().unwrap().iter().map(|node| node["node-name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["overlay", "backing-1", "backing-2"]);
+    let (_, reply) = client.events_and_reply(&execute("query-commands", &json!({})));
+    assert!(reply["return"].as_array().unwrap().contains(&json!({"name": "block-stream"})));
+}
+
+#[test]
+fn quit_is_answered_when_everything_is_over() {
+    let mut fixture = Fixture::new();
+    let (mut client, mut watcher) = (fixture.client(), fixture.client());
+    client.events_and_reply(&execute("block-stream", &json!({"device": "drive0", "speed": 1})));
+    client.send(r#"{"execute":"quit","id":"q"}{"execute":"query-version"}"#);
+    fixture.quit.recv_timeout(Duration::from_secs(10)).unwrap();
+    let server = fixture.server.take().unwrap();
+    server.announce_shutdown(super::ShutdownReason::HostSignal);
+    server.announce_export_deleted("fuse0");
+    fixture.jobs.cancel_all_and_wait();
+    server.shutdown(&Ok(()));
+    let events = ["SHUTDOWN", "BLOCK_EXPORT_DELETED", "aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"];
+    assert_eq!(client.events(6), events);
+    assert_eq!([client.line(), client.line()], [r#"{"return": {}, "id": "q"}"#, ""]);
+    watcher.events(2);
+    let first: Value = serde_json::from_str(&watcher.line()).unwrap();
+    assert_eq!(first["data"], json!({"guest": false, "reason": "host-qmp-quit"}));
+    assert_eq!(watcher.events(5), events[1..]);
+    assert_eq!(watcher.line(), "");
+    assert!(!fixture.path.exists());
+    assert!(
+        fixture
+            .jobs
+            .create(JobSpec {
+                id: "j".into(),
+                kind: "stream",
+                len: 1,
+                speed: 0,
+                auto_finalize: true,
+                auto_dismiss: true,
+                on_error: crate::job::OnError::Report
+            })
+            .is_err()
+    );
+}
+
+#[test]
+fn a_client_that_does_not_read_loses_its_connection_and_nothing_else() {
+    let fixture = Fixture::new();
+    let (mut stalled, mut client) = (fixture.client(), fixture.client());
+    let start = Instant::now();
+    let mut rounds = 0;
+    client.events_and_reply(&execute("block-stream", &json!({"device": "drive0", "speed": 1})));
+    while fixture.server.as_ref().unwrap().clients() == 2 {
+        assert!(start.elapsed() < Duration::from_secs(60));
+        client.events_and_reply(&execute("job-pause", &json!({"id": "drive0"})));
+        client.events_and_reply(&execute("job-resume", &json!({"id": "drive0"})));
+        rounds += 1;
+    }
+    assert!(rounds > 1000, "{rounds}");
+    assert!(fixture.jobs.is_busy());
+    let mut rest = Vec::new();
+    stalled.reader.read_to_end(&mut rest).unwrap();
+    assert!(rest.len() > 1000);
+}
+
+#[test]
+fn places_are_limited_and_the_idle_do_not_keep_them() {
+    let fixture = Fixture::new();
+    let mut clients: Vec<_> = (0..32).map(|_| fixture.client()).collect();
+    let mut refused = BufReader::new(UnixStream::connect(&fixture.path).unwrap());
+    assert_eq!(refused.read_line(&mut String::new()).unwrap(), 0);
+    assert_eq!(clients[31].ask(r#"{"execute":"query-jobs"}"#), r#"{"return": []}"#);
+    drop(clients.pop());
+    while fixture.server.as_ref().unwrap().clients() == 32 {
+        thread::sleep(Duration::from_millis(1));
+    }
+    fixture.client();
+}
+
+#[test]
+fn what_was_asked_before_the_end_of_input_is_answered() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    client.send(r#"{"execute":"query-jobs"}{"execute":"#);
+    client.reader.get_ref().shutdown(std::net::Shutdown::Write).unwrap();
+    assert_eq!([client.line(), client.line()], [r#"{"return": []}"#, ""]);
+}
+
+#[test]
+fn the_server_goes_away_with_clients_connected() {
+    let mut fixture = Fixture::new();
+    let mut client = fixture.client();
+    drop(fixture.server.take());
+    assert_eq!(client.line(), "");
+    assert!(!fixture.path.exists());
+}
