@@ -56,11 +56,9 @@ fn qemu_img_images_have_the_right_numbers() {
 
 #[test]
 fn qemu_img_backing_references() {
-    for (options, name, format) in [
-        ("compat=1.1", "base.raw", "raw"),
-        ("compat=0.10", "sub dir/base ü.qcow2", "qcow2"),
-        ("cluster_size=512", "x", "raw"),
-    ] {
+    for (options, name, format) in
+        [("compat=1.1", "base.raw", "raw"), ("compat=0.10", "sub dir/base ü.qcow2", "qcow2"), ("cluster_size=512", "x", "raw")]
+    {
         let (bytes, _) = made(options, "10M", &["-b", name, "-F", format]);
         let backing = parse(&bytes).unwrap().backing.unwrap();
         assert_eq!((backing.name.as_str(), backing.format.unwrap().to_string().as_str()), (name, format));
