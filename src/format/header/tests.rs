@@ -274,8 +274,8 @@ fn short_files_are_refused() {
     }
 }
 
-fn apply(bytes: &mut Vec<u8>, patch: &HeaderPatch) {
-    let old = bytes.clone();
+fn apply(bytes: &mut [u8], patch: &HeaderPatch) {
+    let old = bytes.to_vec();
     let (at, data) = &patch.patch;
     assert!(*at as usize + data.len() <= 512, "one sector");
     if let Some((at, data)) = &patch.before {
