@@ -76,3 +76,6 @@ fn zstd_frame(decoder: &mut FrameDecoder, input: &mut &[u8], output: &mut [u8]) 
 fn corrupt<T>(text: String) -> Result<T, FormatError> {
     Err(FormatError::Corrupt(format!("compressed cluster: {text}")))
 }
+
+#[cfg(test)]
+mod tests;

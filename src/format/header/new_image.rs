@@ -1,7 +1,8 @@
 //! The bytes of a new, empty image.
 
 use super::extensions::encode_backing_format;
-use super::{BackingReference, FormatError, Geometry, MAGIC, MAX_BACKING_NAME, MAX_L1_TABLE, MAX_REFCOUNT_TABLE, be64, invalid};
+use super::tables::{MAX_L1_TABLE, MAX_REFCOUNT_TABLE};
+use super::{BackingReference, FormatError, Geometry, MAGIC, MAX_BACKING_NAME, be64, invalid};
 use crate::format::{HostCluster, RefcountBlock};
 
 /// What we write: with compression_type and its padding.

@@ -56,11 +56,9 @@ fn qemu_img_images_have_the_right_numbers() {
 
 #[test]
 fn qemu_img_backing_references() {
-    for (options, name, format) in [
-        ("compat=1.1", "base.raw", "raw"),
-        ("compat=0.10", "sub dir/base ü.qcow2", "qcow2"),
-        ("cluster_size=512", "x", "raw"),
-    ] {
+    for (options, name, format) in
+        [("compat=1.1", "base.raw", "raw"), ("compat=0.10", "sub dir/base ü.qcow2", "qcow2"), ("cluster_size=512", "x", "raw")]
+    {
         let (bytes, _) = made(options, "10M", &["-b", name, "-F", format]);
         let backing = parse(&bytes).unwrap().backing.unwrap();
         assert_eq!((backing.name.as_str(), backing.format.unwrap().to_string().as_str()), (name, format));
@@ -276,8 +274,8 @@ fn short_files_are_refused() {
     }
 }
 
-fn apply(bytes: &mut Vec<u8>, patch: &HeaderPatch) {
-    let old = bytes.clone();
+fn apply(bytes: &mut [u8], patch: &HeaderPatch) {
+    let old = bytes.to_vec();
     let (at, data) = &patch.patch;
     assert!(*at as usize + data.len() <= 512, "one sector");
     if let Some((at, data)) = &patch.before {
