@@ -1,2 +1,5 @@
 //! One integration binary: links once.
+
+mod architecture;
 mod hostile_image;
+mod second_reader;
