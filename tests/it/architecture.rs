@@ -195,7 +195,7 @@ struct Source {
 impl Source {
     fn new(name: String, text: String) -> Source {
         let (code_with_tests, literals) = blank(&text);
-        let tests = if name.ends_with("/tests.rs") { vec![0..text.len()] } else { test_items(&code_with_tests) };
+        let tests = if name.ends_with("/tests.rs") { std::iter::once(0..text.len()).collect() } else { test_items(&code_with_tests) };
         let mut code = code_with_tests.clone().into_bytes();
         for at in tests.iter().flat_map(Clone::clone) {
             if code[at] != b'\n' {

@@ -19,7 +19,7 @@ use qcow2_rs::meta::{MappingSource, Qcow2Header};
 use qcow2_rs::ops::Qcow2IoOps;
 use qcow2_rs::utils::{qcow2_setup_dev_sync, qcow2_setup_dev_tokio, qcow2_setup_dev_uring};
 
-const MIB: u64 = 1 << 20;
+use crate::support::{MIB, assert_same, run_ok};
 
 /// The three ways in which qcow2-rs does its I/O.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -97,34 +97,30 @@ fn runtime() -> tokio::runtime::Runtime {
 
 #[test]
 fn qcow2_rs_reads_what_the_disk_wrote() {
-    if missing(&["qemu-img"]) {
-        return;
-    }
+    requires!("qemu-img");
     // Sizes: a multiple of the cluster, and one sector more than that (qcow2-rs reads whole sectors only).
     for (cluster_size, size) in [(4096, 3 * MIB), (65536, 8 * MIB), (65536, 8 * MIB + 512), (2 * MIB, 16 * MIB)] {
         let scratch = tempfile::tempdir().unwrap();
         let (overlay, shadow) = busy_overlay(scratch.path(), cluster_size, size);
         for back_end in BackEnd::available() {
             let read = read_all_with(back_end, &overlay);
-            assert_same(&read, &shadow, &format!("{back_end:?}, clusters of {cluster_size}, size {size}"));
+            assert_same(&format!("{back_end:?}, clusters of {cluster_size}, size {size}"), &read, &shadow);
         }
         qemu_img_says_clean(&overlay);
         let raw = scratch.path().join("converted.raw");
-        run(Command::new("qemu-img").args(["convert", "-f", "qcow2", "-O", "raw"]).args([&overlay, &raw]));
-        assert_same(&std::fs::read(raw).unwrap(), &shadow, "qemu-img convert");
+        run_ok(Command::new("qemu-img").args(["convert", "-f", "qcow2", "-O", "raw"]).args([&overlay, &raw]));
+        assert_same("qemu-img convert", &std::fs::read(raw).unwrap(), &shadow);
     }
 }
 
 /// Both decoders, ours and theirs, look at the same bytes of a file and have to say the same of every field that both know.
 #[test]
 fn qcow2_rs_decodes_header_and_tables_as_we_do() {
-    if missing(&["qemu-img"]) {
-        return;
-    }
+    requires!("qemu-img");
     for cluster_size in [4096, 65536, 2 * MIB] {
         let scratch = tempfile::tempdir().unwrap();
         let (overlay, shadow) = busy_overlay(scratch.path(), cluster_size, 16 * MIB);
-        assert_same(&read_all(&overlay), &shadow, "qcow2-rs");
+        assert_same("qcow2-rs", &read_all(&overlay), &shadow);
         let file = std::fs::read(&overlay).unwrap();
         let first = &file[..file.len().min(65536)];
         let ours = Header::parse(first, file.len() as u64).unwrap();
@@ -219,7 +215,7 @@ fn busy_overlay(directory: &Path, cluster_size: u64, size: u64) -> (PathBuf, Vec
     let raw = directory.join("base.raw");
     let base = directory.join("base.qcow2");
     std::fs::write(&raw, &shadow).unwrap();
-    run(Command::new("qemu-img").args(["convert", "-f", "raw", "-O", "qcow2"]).args([&raw, &base]));
+    run_ok(Command::new("qemu-img").args(["convert", "-f", "raw", "-O", "qcow2"]).args([&raw, &base]));
     std::fs::remove_file(raw).unwrap();
 
     let overlay = directory.join("overlay.qcow2");
@@ -248,11 +244,10 @@ fn busy_overlay(directory: &Path, cluster_size: u64, size: u64) -> (PathBuf, Vec
     for at in [len / 2, len * 9 / 16] {
         let mut buf = vec![0xee; 4096];
         disk.read(at as u64, &mut buf).unwrap();
-        assert_same(&buf, &shadow[at..at + 4096], "a read through the disk");
+        assert_same("a read through the disk", &buf, &shadow[at..at + 4096]);
     }
     disk.flush().unwrap();
-    disk.close().unwrap();
-    drop(disk);
+    close(disk);
     (overlay, shadow)
 }
 
@@ -267,9 +262,7 @@ const NEW: u8 = 0xaa;
 /// the two offsets lie in different slices of one table. What QEMU then finds: the old data at 0, and a cluster that nothing points to.
 #[test]
 fn qcow2_rs_0_1_6_still_loses_a_flushed_write() {
-    if missing(&["qemu-img", "qemu-io"]) {
-        return;
-    }
+    requires!("qemu-img", "qemu-io");
     for back_end in BackEnd::available() {
         let scratch = tempfile::tempdir().unwrap();
         let overlay = old_base_and_overlay(scratch.path());
@@ -312,9 +305,7 @@ async fn write_flush_read_flush<T: Qcow2IoOps>(dev: &Qcow2Dev<T>) {
 /// The same sequence with our engine. The overlay is looked at as it lies on the disk right after the second flush, before anything is closed.
 #[test]
 fn cordisk_keeps_a_flushed_write_in_the_same_sequence() {
-    if missing(&["qemu-img", "qemu-io"]) {
-        return;
-    }
+    requires!("qemu-img", "qemu-io");
     let scratch = tempfile::tempdir().unwrap();
     let overlay = old_base_and_overlay(scratch.path());
     let disk = open_disk(&overlay);
@@ -331,8 +322,7 @@ fn cordisk_keeps_a_flushed_write_in_the_same_sequence() {
     assert!(qemu_io_finds(&copy, 65536, 65536, OLD), "its neighbour changed");
     assert_eq!(qemu_img_check(&copy).corruptions, 0);
 
-    disk.close().unwrap();
-    drop(disk);
+    close(disk);
     assert!(qemu_io_finds(&overlay, 0, 65536, NEW), "the write is not there after close");
     qemu_img_says_clean(&overlay);
 }
@@ -340,24 +330,15 @@ fn cordisk_keeps_a_flushed_write_in_the_same_sequence() {
 /// A base of 256 MiB whose first MiB and whose 4 KiB at 100 MiB hold `OLD`, and an empty overlay above it, made by qemu-img as the defect was found. The base is qcow2: qcow2-rs opens no other.
 fn old_base_and_overlay(directory: &Path) -> PathBuf {
     let base = directory.join("base.qcow2");
-    run(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&base).arg("256M"));
+    run_ok(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&base).arg("256M"));
     let fill = [format!("write -q -P {OLD} 0 1M"), format!("write -q -P {OLD} 100M 64k")];
-    run(Command::new("qemu-io").args(["-f", "qcow2", "-c", &fill[0], "-c", &fill[1]]).arg(&base));
+    run_ok(Command::new("qemu-io").args(["-f", "qcow2", "-c", &fill[0], "-c", &fill[1]]).arg(&base));
     let overlay = directory.join("overlay.qcow2");
-    run(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"]).args([&base, &overlay]));
+    run_ok(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"]).args([&base, &overlay]));
     overlay
 }
 
 // ---- small helpers ------------------------------------------------------------------------------------------------------------------------------
-
-/// Says which of these programs is not there. A skip with a reason on a developer's machine, a failure where `scripts/test.sh` promised all of them.
-fn missing(programs: &[&str]) -> bool {
-    let there = |program: &str| std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).any(|dir| dir.join(program).is_file());
-    let Some(program) = programs.iter().find(|program| !there(program)) else { return false };
-    assert!(std::env::var_os("CORDISK_REQUIRE_ALL").is_none(), "{program} is not installed, and CORDISK_REQUIRE_ALL is set");
-    eprintln!("skipped: {program} is not installed");
-    true
-}
 
 fn create_over(overlay: &Path, base: &Path, format: BackingFormat, size: Option<u64>, cluster_size: u64) {
     let base = base.to_str().unwrap().to_string();
@@ -366,6 +347,12 @@ fn create_over(overlay: &Path, base: &Path, format: BackingFormat, size: Option<
 
 fn open_disk(overlay: &Path) -> Disk {
     Disk::open(overlay, &DiskOptions { read_only: false, copy_on_read: true, gate: Gate::default() }).unwrap()
+}
+
+/// Closes, and lets go of the file and its locks, so that QEMU may open it.
+#[allow(clippy::needless_pass_by_value)]
+fn close(disk: Disk) {
+    disk.close().unwrap();
 }
 
 struct Checked {
@@ -394,16 +381,4 @@ fn qemu_io_finds(image: &Path, at: u64, len: u64, byte: u8) -> bool {
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.contains(&format!("read {len}/{len} bytes")), "qemu-io: {text}{}", String::from_utf8_lossy(&output.stderr));
     !text.contains("Pattern verification failed")
-}
-
-fn run(command: &mut Command) {
-    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    assert!(output.status.success(), "{command:?}: {}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-}
-
-fn assert_same(got: &[u8], expected: &[u8], what: &str) {
-    assert_eq!(got.len(), expected.len(), "{what}: length");
-    if let Some(at) = (0..got.len()).find(|&at| got[at] != expected[at]) {
-        panic!("{what}: byte {at} is {:#04x}, expected {:#04x}", got[at], expected[at]);
-    }
 }
