@@ -1,5 +1,5 @@
 # Shared by the scripts beside it; to be sourced, not run. Defines: repo, bold/dim/plain, headings, and the installation of missing tools.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # what is set here is used by those who source it
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
