@@ -122,7 +122,7 @@ fn qcow2_rs_decodes_header_and_tables_as_we_do() {
         let (overlay, shadow) = busy_overlay(scratch.path(), cluster_size, 16 * MIB);
         assert_same("qcow2-rs", &read_all(&overlay), &shadow);
         let file = std::fs::read(&overlay).unwrap();
-        let first = &file[..file.len().min(65536)];
+        let first = &file[..file.len().min(usize::try_from(cluster_size).unwrap())];
         let ours = Header::parse(first, file.len() as u64).unwrap();
         let theirs = Qcow2Header::from_buf(first).unwrap();
         assert_eq!(theirs.version(), ours.geometry.version());
