@@ -73,13 +73,13 @@ def ended(events):
 def show_progress(offset, length, rate):
     live = sys.stdout.isatty()
     part = offset / length if length else 1.0
-    text = "%3d %%   %s of %s MiB" % (part * 100, offset // MIB, length // MIB)
-    text += "   %.1f MiB/s" % (rate / MIB) if rate is not None else ""
+    text = "%3d %%  %s of %s MiB" % (part * 100, offset // MIB, length // MIB)
+    text += ", %.1f MiB/s" % (rate / MIB) if rate is not None else ""
     if live:
         filled = int(part * 30)
-        sys.stdout.write("\r  [%s%s] %s\x1b[K" % ("#" * filled, "." * (30 - filled), text))
+        sys.stdout.write("\r     [%s%s] %s\x1b[K" % ("#" * filled, "." * (30 - filled), text))
     else:
-        sys.stdout.write("  %s\n" % text)
+        sys.stdout.write("     %s\n" % text)
     sys.stdout.flush()
 
 
@@ -120,7 +120,7 @@ def main(words):
         print(json.dumps(result))
         return 0
     event = follow(qmp)
-    print(json.dumps(event))
+    print("     " + json.dumps(event))
     return 0 if event["event"] == "BLOCK_JOB_COMPLETED" and "error" not in event["data"] else 1
 
 
