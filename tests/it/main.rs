@@ -6,5 +6,6 @@ mod support;
 mod architecture;
 mod hostile_image;
 mod qmp_client;
+mod readme;
 mod release_log;
 mod second_reader;
