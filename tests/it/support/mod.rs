@@ -10,6 +10,7 @@ pub mod mounts;
 pub mod pattern;
 pub mod qemu;
 pub mod qmp;
+pub mod rig;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -24,6 +25,7 @@ pub use daemon::{Daemon, Mount};
 pub use guest::Guest;
 pub use pattern::{Pattern, Rng, assert_same};
 pub use qmp::QmpClient;
+pub use rig::{CLUSTER, Rig};
 
 pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
