@@ -1,7 +1,7 @@
 //! The program's life: composition root, wiring, orderly shutdown. No logic that a test would want.
 //!
 //! Start: lock the pidfile, open the disk, QMP, mount, stream, say "ready". Shutdown, whatever the reason, strictly in this order:
-//! unmount, stop jobs, close QMP, close the disk. After that point every acknowledged write is durable or the exit status says otherwise.
+//! unmount, stop jobs, close the disk, close QMP. After that point every acknowledged write is durable or the exit status says otherwise.
 //!
 //! **Touches:** everything once. **Never:** leaves a mount, placeholder, socket or pidfile behind, on any path but a kill.
 //! **Locks:** none; events come over one channel to the one thread that decides ([`serve`]).
@@ -90,7 +90,7 @@ fn start_log(level: log::LevelFilter) {
 fn serve(config: &MountConfig) -> Result<()> {
     rustix::process::umask(Mode::from_raw_mode(0o077));
     let (sender, events) = unbounded();
-    let _signals = signals::start(sender.clone())?;
+    let _signals = signals::start(sender)?;
     let pidfile = config.pidfile.as_deref().map(Pidfile::acquire).transpose()?;
     rustix::process::chdir("/").map_err(std::io::Error::from).context(|| "chdir to /")?;
 
@@ -100,50 +100,53 @@ fn serve(config: &MountConfig) -> Result<()> {
         gate: Gate { backing_format: config.backing_format, ..Gate::default() },
     };
     let disk = Arc::new(Disk::open(&config.image, &options)?);
-    let served = serve_disk(config, &disk, pidfile.as_ref(), &sender, &events);
-    // All users of the disk are gone, or hang: see there. The first error is the one to report, the others go to the log.
-    match served {
-        Ok(Finished::Quiet) => disk.close(),
+    // QMP before the mount: a socket that cannot be bound should not make a disk appear and vanish.
+    let control = Control::start(config, &disk)?;
+    let served = serve_disk(config, &disk, pidfile.as_ref(), &control, &events);
+    // No request comes any more: the jobs, then the disk, then the socket.
+    control.stop_jobs(&config.device);
+    let closed = match served {
         Ok(Finished::StillRunning) => {
             log::warn!("requests still hang; leaving without them");
             disk.flush()
         }
-        Err(error) => {
-            if let Err(closing) = disk.close() {
-                log::error!("closing {}: {closing}", config.image.display());
-            }
-            return Err(error);
-        }
+        Ok(Finished::Quiet) | Err(_) => disk.close(),
     }
-    .context(|| format!("closing {}", config.image.display()))
+    .context(|| format!("closing {}", config.image.display()));
+    control.close(&closed);
+    // The first error is the one to report, the other goes to the log.
+    match (served, closed) {
+        (Err(error), closed) => {
+            if let Err(closing) = closed {
+                log::error!("{closing}");
+            }
+            Err(error)
+        }
+        (Ok(_), closed) => closed,
+    }
 }
 
-/// Everything between the open disk and its close.
+/// Everything between the open disk and its close: mounted, served, unmounted.
 fn serve_disk(
     config: &MountConfig,
     disk: &Arc<Disk>,
     pidfile: Option<&Pidfile>,
-    sender: &Sender<Event>,
+    control: &Control,
     events: &Receiver<Event>,
 ) -> Result<Finished> {
-    // QMP before the mount: a socket that cannot be bound should not make a disk appear and vanish.
-    let control = Control::start(config, disk, sender.clone())?;
     let options = MountOptions { mountpoint: config.mountpoint.clone(), allow_other: config.allow_other };
-    let outcome = fuse::mount(disk, &options).and_then(|mounted| {
-        let announced = announce(config, disk, &control, pidfile, &mounted);
-        let timer = CommitTimer::start(Arc::clone(disk));
-        let ended = announced.and_then(|()| wait_for_end(&mounted, disk, events, &control));
-        if ended.is_err()
-            && let Err(error) = mounted.detach()
-        {
-            log::error!("{error}");
-        }
-        let finished = mounted.finish();
-        drop(timer);
-        ended.map(|()| finished)
-    });
-    control.stop();
-    outcome
+    let mounted = fuse::mount(disk, &options)?;
+    let announced = announce(config, disk, control, pidfile, &mounted);
+    let timer = CommitTimer::start(Arc::clone(disk));
+    let ended = announced.and_then(|()| wait_for_end(&mounted, disk, events, control));
+    if ended.is_err()
+        && let Err(error) = mounted.detach()
+    {
+        log::error!("{error}");
+    }
+    let finished = mounted.finish();
+    drop(timer);
+    ended.map(|()| finished)
 }
 
 /// The stream, the pidfile, and the news that the disk is there.
@@ -170,10 +173,11 @@ fn wait_for_end(mounted: &Mounted, disk: &Disk, events: &Receiver<Event>, contro
     loop {
         let event = select! {
             recv(mounted.ended()) -> end => {
-                control.announce_shutdown();
+                control.announce_shutdown(None);
                 return end.unwrap_or(Ok(())).context(|| "reading requests from /dev/fuse");
             }
-            recv(events) -> event => event.unwrap_or(Event::Quit),
+            recv(events) -> event => event.unwrap_or(Event::Terminate),
+            recv(control.quit()) -> _ => Event::Quit,
         };
         // Whatever happens next, what was written until now is safe (P15).
         if let Err(error) = disk.flush() {
@@ -192,7 +196,7 @@ fn wait_for_end(mounted: &Mounted, disk: &Disk, events: &Receiver<Event>, contro
             continue;
         }
         log::warn!("{} is in use: detaching it", mounted.path().display());
-        control.announce_shutdown();
+        control.announce_shutdown(Some(event));
         return mounted.detach();
     }
 }

@@ -39,7 +39,15 @@ pub struct StreamOptions {
 impl StreamOptions {
     /// Everything up, as fast as it goes, stopping at the first error: a plain `block_stream`.
     pub fn new(job_id: impl Into<String>) -> Self {
-        StreamOptions { job_id: job_id.into(), depth: None, speed: 0, on_error: OnError::Report, auto_finalize: true, auto_dismiss: true, backing_file: None }
+        StreamOptions {
+            job_id: job_id.into(),
+            depth: None,
+            speed: 0,
+            on_error: OnError::Report,
+            auto_finalize: true,
+            auto_dismiss: true,
+            backing_file: None,
+        }
     }
 }
 

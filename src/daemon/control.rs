@@ -2,19 +2,22 @@
 
 use std::sync::Arc;
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::Receiver;
 
 use super::Event;
+use crate::Result;
 use crate::cli::MountConfig;
 use crate::disk::Disk;
 use crate::job::Jobs;
+use crate::qmp::{Server, ShutdownReason, Target};
 use crate::stream::{self, StreamOptions};
-use crate::{Error, ErrorKind, Result};
 
 /// The job registry and, if asked for, the QMP server.
 pub(super) struct Control {
     jobs: Jobs,
-    // SEAM(qmp): server: Option<qmp::Server>,
+    server: Option<Server>,
+    /// A client wants the process to end.
+    quit: Receiver<()>,
 }
 
 impl Control {
@@ -22,16 +25,18 @@ impl Control {
     ///
     /// # Errors
     /// The socket cannot be bound.
-    pub(super) fn start(config: &MountConfig, _disk: &Arc<Disk>, events: Sender<Event>) -> Result<Control> {
-        let jobs = Jobs::default(); // SEAM(job): Jobs::new()
-        let _quit = move || {
-            let _ = events.send(Event::Quit);
-        };
-        if let Some(path) = &config.qmp {
-            // SEAM(qmp): Server::start(path, Target { disk: Arc::clone(disk), jobs: jobs.clone(), device: config.device.clone(), quit })?
-            return Err(Error::new(ErrorKind::UnsupportedFeature, format!("QMP socket {}: not wired yet", path.display())));
-        }
-        Ok(Control { jobs })
+    pub(super) fn start(config: &MountConfig, disk: &Arc<Disk>) -> Result<Control> {
+        let jobs = Jobs::new();
+        // Room for one: who asks does not wait, and a second request adds nothing.
+        let (sender, quit) = crossbeam_channel::bounded(1);
+        let target = Target { disk: Arc::clone(disk), jobs: jobs.clone(), device: config.device.clone(), quit: sender };
+        let server = config.qmp.as_deref().map(|path| Server::start(path, target)).transpose()?;
+        Ok(Control { jobs, server, quit })
+    }
+
+    /// Where a client's wish to end the process arrives; silent for ever without a socket.
+    pub(super) fn quit(&self) -> Receiver<()> {
+        if self.server.is_some() { self.quit.clone() } else { crossbeam_channel::never() }
     }
 
     /// Starts the job of `--stream`.
@@ -42,14 +47,28 @@ impl Control {
         stream::start(disk, &self.jobs, StreamOptions { speed, ..StreamOptions::new(device) })
     }
 
-    /// Tells QMP clients that the end has begun.
-    pub(super) fn announce_shutdown(&self) {
-        // SEAM(qmp): if let Some(server) = &self.server { server.announce_shutdown() }
+    /// Tells QMP clients that the end has begun, and why; `None` where the disk was unmounted from outside.
+    pub(super) fn announce_shutdown(&self, event: Option<Event>) {
+        if let Some(server) = &self.server {
+            server.announce_shutdown(match event {
+                Some(Event::Quit) => ShutdownReason::HostQmpQuit,
+                Some(Event::Terminate) | None => ShutdownReason::HostSignal,
+            });
+        }
     }
 
-    /// After the unmount: stops the jobs, waits for them, then closes the socket, so that clients see the last events.
-    pub(super) fn stop(self) {
-        // SEAM(job): self.jobs.cancel_all_and_wait();
-        // SEAM(qmp): if let Some(server) = self.server { server.shutdown() }
+    /// After the unmount: tells of it, cancels the jobs and waits for them.
+    pub(super) fn stop_jobs(&self, export: &str) {
+        if let Some(server) = &self.server {
+            server.announce_export_deleted(export);
+        }
+        self.jobs.cancel_all_and_wait();
+    }
+
+    /// Last of all, with the disk closed: the socket. Clients that asked to quit are told how closing went.
+    pub(super) fn close(self, closed: &Result<()>) {
+        if let Some(server) = self.server {
+            server.shutdown(closed);
+        }
     }
 }

@@ -9,11 +9,6 @@
 mod support;
 
 mod architecture;
-mod hostile_image;
-mod qmp_client;
-mod readme;
-mod release_log;
-mod second_reader;
 mod bad_input;
 mod ext4_real;
 mod fio_verify;
@@ -22,4 +17,8 @@ mod hostile_image;
 mod hung_backing;
 mod image_interop;
 mod kill_restart;
+mod qmp_client;
+mod readme;
+mod release_log;
+mod second_reader;
 mod stream_qmp;
