@@ -26,6 +26,9 @@ pub(super) struct Layer {
     path: PathBuf,
     /// Virtual size in bytes; a raw file's is its length, whatever that is a multiple of.
     size: u64,
+    /// Bytes it occupied on the host when it was opened. Nothing writes it, and asking again could hang with its file system, and with it
+    /// whoever only wants to know what there is.
+    allocated_size: u64,
     body: Body,
 }
 
@@ -41,6 +44,7 @@ impl Layer {
     pub(super) fn open(reference: &BackingReference, file: FileStorage, format: BackingFormat) -> Result<Layer> {
         let path = file.path().to_path_buf();
         let storage: Arc<dyn Storage> = Arc::new(file);
+        let allocated_size = storage.allocated_size().context(|| path.display().to_string())?;
         let (size, body) = match format {
             BackingFormat::Raw => (storage.size(), Body::Raw(storage)),
             BackingFormat::Qcow2 => {
@@ -54,7 +58,7 @@ impl Layer {
         if size > i64::MAX as u64 {
             return Err(Error::new(ErrorKind::InvalidImage, format!("{}: {size} bytes are too many", path.display())));
         }
-        Ok(Layer { reference: reference.clone(), path, size, body })
+        Ok(Layer { reference: reference.clone(), path, size, allocated_size, body })
     }
 
     /// Virtual size in bytes.
@@ -76,16 +80,16 @@ impl Layer {
     }
 
     pub(super) fn info(&self) -> LayerInfo {
-        let (format, storage, cluster_size) = match &self.body {
-            Body::Raw(storage) => (BackingFormat::Raw, storage, None),
-            Body::Qcow2(reader) => (BackingFormat::Qcow2, reader.storage(), Some(reader.geometry().cluster_size())),
+        let (format, cluster_size) = match &self.body {
+            Body::Raw(_) => (BackingFormat::Raw, None),
+            Body::Qcow2(reader) => (BackingFormat::Qcow2, Some(reader.geometry().cluster_size())),
         };
         LayerInfo {
             reference: self.reference.clone(),
             path: self.path.clone(),
             format,
             size: self.size,
-            allocated_size: storage.allocated_size().unwrap_or(0),
+            allocated_size: self.allocated_size,
             cluster_size,
         }
     }

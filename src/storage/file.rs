@@ -149,6 +149,12 @@ impl FileStorage {
     }
 }
 
+impl Drop for FileStorage {
+    fn drop(&mut self) {
+        locks::release(&self.file);
+    }
+}
+
 impl Storage for FileStorage {
     fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)

@@ -35,7 +35,7 @@ pub(super) enum Failure {
     Io(io::Error),
 }
 
-/// Takes the locks for `access`, then tests for those of others. They go when the file is closed.
+/// Takes the locks for `access`, then tests for those of others.
 pub(super) fn take(file: &File, access: Access) -> Result<(), Failure> {
     let used: &[Permission] = match access {
         Access::ReadWrite => &[CONSISTENT_READ, WRITE, RESIZE],
@@ -53,6 +53,15 @@ pub(super) fn take(file: &File, access: Access) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+/// Gives all locks back. Closing alone would not be enough at once: a child that is being started holds the open file until it runs.
+pub(super) fn release(file: &File) {
+    for (first, len) in [(USED, 4), (DENIED, 4)] {
+        let range = libc::flock { l_len: len, ..lock(libc::F_UNLCK, first) };
+        // Nothing to be done about a failure; the close that follows gives them back too.
+        let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&range));
+    }
 }
 
 fn bytes(base: i64, permissions: &[Permission]) -> impl Iterator<Item = Permission> {
