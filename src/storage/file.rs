@@ -27,7 +27,7 @@ pub enum Access {
     ReadOnly,
 }
 
-/// A file, opened once, used by offset only. Closing it gives up its locks.
+/// A file, opened once, used by offset only. Dropping it gives up its locks.
 #[derive(Debug)]
 pub struct FileStorage {
     path: PathBuf,
@@ -150,6 +150,8 @@ impl FileStorage {
 }
 
 impl Drop for FileStorage {
+    /// Gives the locks up by name. Closing would do as well, but for children: one that was forked on another thread shares the open file
+    /// until it calls exec(2), and would keep the image locked for that moment.
     fn drop(&mut self) {
         locks::release(&self.file);
     }

@@ -35,7 +35,7 @@ pub(super) enum Failure {
     Io(io::Error),
 }
 
-/// Takes the locks for `access`, then tests for those of others.
+/// Takes the locks for `access`, then tests for those of others. They go with [`release`], or when the file is closed.
 pub(super) fn take(file: &File, access: Access) -> Result<(), Failure> {
     let used: &[Permission] = match access {
         Access::ReadWrite => &[CONSISTENT_READ, WRITE, RESIZE],
@@ -55,13 +55,11 @@ pub(super) fn take(file: &File, access: Access) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Gives all locks back. Closing alone would not be enough at once: a child that is being started holds the open file until it runs.
+/// Gives up whatever [`take`] took.
 pub(super) fn release(file: &File) {
-    for (first, len) in [(USED, 4), (DENIED, 4)] {
-        let range = libc::flock { l_len: len, ..lock(libc::F_UNLCK, first) };
-        // Nothing to be done about a failure; the close that follows gives them back too.
-        let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&range));
-    }
+    let all = libc::flock { l_len: DENIED + RESIZE.0 + 1 - USED, ..lock(libc::F_UNLCK, USED) };
+    // Where this fails there are no locks, or the file is about to be closed, which gives them up.
+    let _ = fcntl(file, FcntlArg::F_OFD_SETLK(&all));
 }
 
 fn bytes(base: i64, permissions: &[Permission]) -> impl Iterator<Item = Permission> {

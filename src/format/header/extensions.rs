@@ -56,13 +56,13 @@ impl Extensions {
                 return invalid(format!("header extension at {at:#x} does not fit before {:#x}", bytes.len()));
             }
             let (magic, len) = (be32(bytes, at), be32(bytes, at + 4) as usize);
-            if magic == END {
-                return Ok(Extensions { list, end: at + PREFIX, terminated: true });
-            }
             let end = len.checked_next_multiple_of(8).and_then(|len| len.checked_add(at + PREFIX));
             let Some(end) = end.filter(|&end| end <= bytes.len()) else {
                 return invalid(format!("header extension {magic:#010x} at {at:#x} of {len} bytes does not fit before {:#x}", bytes.len()));
             };
+            if magic == END {
+                return Ok(Extensions { list, end: at + PREFIX, terminated: true });
+            }
             if KNOWN.contains(&magic) && list.iter().any(|other| other.magic == magic) {
                 return invalid(format!("header extension {magic:#010x} stands there twice"));
             }

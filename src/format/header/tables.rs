@@ -49,6 +49,9 @@ impl Header {
         if self.nb_snapshots > MAX_SNAPSHOTS {
             return invalid(format!("nb_snapshots is {}, more than {MAX_SNAPSHOTS}", self.nb_snapshots));
         }
+        if !snapshots_offset.is_multiple_of(cluster_size) {
+            return invalid(format!("snapshots_offset {snapshots_offset:#x} is not at a cluster boundary"));
+        }
         if self.nb_snapshots != 0 {
             tables.push(table("snapshot table", snapshots_offset, u64::from(self.nb_snapshots) * MIN_SNAPSHOT_ENTRY)?);
         }

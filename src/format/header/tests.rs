@@ -192,6 +192,8 @@ fn every_field_out_of_bounds_is_refused_by_name() {
         ("V13", 24, u64s(1 << 61), "l1_size is 2, too small"),
         ("V14", 60, u32s(65537), "nb_snapshots is 65537"),
         ("V14", 60, u32s(1), "snapshot table at 0x0"),
+        ("V14", 64, u64s(8), "snapshots_offset 0x8"),
+        ("V15", 0x20c, u32s(9), "header extension 0x00000000"),
         ("V15", 0x74, u32s(0xffff_fff0), "header extension 0xe2792aca"),
         ("V15", 0x74, u32s(u32::MAX), "header extension 0xe2792aca"),
         ("V15", 0x80, u32s(0xe279_2aca), "twice"),

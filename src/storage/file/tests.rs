@@ -254,6 +254,17 @@ fn p12_qemu_storage_daemon() {
 }
 
 #[test]
+fn a_copy_of_the_descriptor_does_not_keep_the_lock() {
+    let (_dir, path) = scratch(512);
+    let ours = FileStorage::open(&path, Access::ReadWrite).unwrap();
+    // What a child between fork and exec has.
+    let _copy = ours.file.try_clone().unwrap();
+    assert_eq!(FileStorage::open(&path, Access::ReadWrite).unwrap_err().kind(), ErrorKind::Busy);
+    drop(ours);
+    FileStorage::open(&path, Access::ReadWrite).unwrap();
+}
+
+#[test]
 fn an_exclusive_lock_of_a_stranger_is_busy_too() {
     let (_dir, path) = scratch(512);
     let stranger = File::options().read(true).write(true).open(&path).unwrap();
