@@ -4,6 +4,8 @@ use std::borrow::Cow;
 use std::fmt;
 use std::io;
 
+use rustix::io::Errno;
+
 /// Shorthand for results of the engine.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -46,11 +48,20 @@ impl Error {
 
     /// Wraps an operating system error; its kind follows from the errno.
     pub fn io(context: impl Into<Cow<'static, str>>, source: io::Error) -> Self {
-        let kind = match source.raw_os_error().map(rustix::io::Errno::from_raw_os_error) {
-            Some(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT | rustix::io::Errno::FBIG) => ErrorKind::NoSpace,
-            Some(rustix::io::Errno::NOENT) => ErrorKind::NotFound,
-            Some(rustix::io::Errno::ROFS) => ErrorKind::ReadOnly,
-            Some(rustix::io::Errno::BUSY) => ErrorKind::Busy,
+        const fn raw(errno: Errno) -> i32 {
+            errno.raw_os_error()
+        }
+        const NOSPC: i32 = raw(Errno::NOSPC);
+        const DQUOT: i32 = raw(Errno::DQUOT);
+        const FBIG: i32 = raw(Errno::FBIG);
+        const NOENT: i32 = raw(Errno::NOENT);
+        const ROFS: i32 = raw(Errno::ROFS);
+        const BUSY: i32 = raw(Errno::BUSY);
+        let kind = match source.raw_os_error() {
+            Some(NOSPC | DQUOT | FBIG) => ErrorKind::NoSpace,
+            Some(NOENT) => ErrorKind::NotFound,
+            Some(ROFS) => ErrorKind::ReadOnly,
+            Some(BUSY) => ErrorKind::Busy,
             _ => ErrorKind::Io,
         };
         Error { kind, context: context.into(), source: Some(Box::new(source)) }

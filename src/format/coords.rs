@@ -107,7 +107,7 @@ impl Geometry {
 
     /// Entries of one refcount block (one cluster).
     pub fn refblock_entries(&self) -> u64 {
-        self.cluster_size() * 8 >> self.refcount_order
+        (self.cluster_size() * 8) >> self.refcount_order
     }
 
     /// Bytes of guest space that one L2 table maps.

@@ -45,14 +45,13 @@ impl Image {
             // Its refcounts, then (write_header) the pointer to it.
             self.flush()?;
         }
-        let (at, bytes) = patch::size_and_l1(size, entries as u32, offset);
-        self.write_header(at, &bytes)?;
-        {
-            let mut header = self.reader.header.write();
+        self.change_header(|header| {
             header.geometry = after;
             header.l1_size = entries as u32;
             header.l1_table_offset = offset;
-        }
+            let (at, bytes) = patch::size_and_l1(size, entries as u32, offset);
+            (at, bytes.to_vec())
+        })?;
         self.reader.tables.grow(entries as usize, offset, size);
         if moves && old.l1_size > 0 {
             let clusters = (u64::from(old.l1_size) * 8).div_ceil(before.cluster_size());

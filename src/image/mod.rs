@@ -99,6 +99,8 @@ pub struct Image {
     allocator: Arc<Allocator>,
     commit: GroupCommit,
     write_back: Mutex<{ rank::WRITE_BACK }, ()>,
+    /// One change of the header at a time, from reading it in memory to both copies being new.
+    header_change: Mutex<{ rank::HEADER }, ()>,
     /// Latched by a failed barrier (P7) and by corruption (P11): nothing is written any more.
     failed: AtomicBool,
 }
@@ -114,7 +116,14 @@ impl Image {
         let allocator = Arc::new(Allocator::open(storage.clone(), &header)?);
         let tables = Tables::open(storage.clone(), &header, Some(allocator.clone()), OVERLAY_TABLE_MEMORY)?;
         let reader = ImageReader { storage, header: RwLock::new(header), tables };
-        Ok(Image { reader, allocator, commit: GroupCommit::default(), write_back: Mutex::new(()), failed: AtomicBool::new(false) })
+        Ok(Image {
+            reader,
+            allocator,
+            commit: GroupCommit::default(),
+            write_back: Mutex::new(()),
+            header_change: Mutex::new(()),
+            failed: AtomicBool::new(false),
+        })
     }
 
     /// To be called once before the first change, when everything else that can go wrong at open has not: clears the autoclear bits that
@@ -123,13 +132,14 @@ impl Image {
     /// # Errors
     /// I/O.
     pub fn begin_writing(&self) -> Result<()> {
-        let header = self.reader.header();
-        if header.autoclear != 0 {
-            let (at, bytes) = patch::autoclear(0);
-            self.write_header(at, &bytes)?;
-            self.reader.header.write().autoclear = 0;
+        if self.reader.header().autoclear == 0 {
+            return Ok(());
         }
-        Ok(())
+        self.change_header(|header| {
+            header.autoclear = 0;
+            let (at, bytes) = patch::autoclear(0);
+            (at, bytes.to_vec())
+        })
     }
 
     /// The reading half.
@@ -144,6 +154,7 @@ impl Image {
     /// [`ErrorKind::InvalidArgument`] where the name does not fit the first cluster; I/O. The old reference then still stands.
     pub fn set_backing(&self, backing: Option<&BackingReference>) -> Result<()> {
         self.check_usable()?;
+        let _one_at_a_time = self.header_change.lock();
         let change =
             self.reader.header().with_backing(backing).map_err(|error| Error::wrap(ErrorKind::InvalidArgument, "backing file", error))?;
         if let Some((at, bytes)) = &change.before {
@@ -152,6 +163,16 @@ impl Image {
         let (at, bytes) = &change.patch;
         self.write_header(*at, bytes)?;
         *self.reader.header.write() = change.header;
+        Ok(())
+    }
+
+    /// Changes fields of the header, on disk and durably, then in memory: `change` makes the change and says which bytes are written where.
+    fn change_header(&self, change: impl FnOnce(&mut Header) -> (u64, Vec<u8>)) -> Result<()> {
+        let _one_at_a_time = self.header_change.lock();
+        let mut header = self.reader.header();
+        let (at, bytes) = change(&mut header);
+        self.write_header(at, &bytes)?;
+        *self.reader.header.write() = header;
         Ok(())
     }
 
@@ -188,16 +209,24 @@ impl Image {
             && !self.failed.swap(true, Ordering::SeqCst)
         {
             log::error!("the overlay is corrupt ({error}): no write is accepted any more, run qemu-img check");
-            let header = self.reader.header();
-            if header.geometry.version() >= 3 {
-                let (at, bytes) = patch::incompatible(header.incompatible | feature::CORRUPT);
-                let marked = self.reader.storage.write_at(at, &bytes).and_then(|()| self.reader.storage.sync());
-                if let Err(error) = marked {
-                    log::error!("the corrupt bit could not be set: {error}");
-                }
-            }
+            self.mark_corrupt();
         }
         result
+    }
+
+    fn mark_corrupt(&self) {
+        let _one_at_a_time = self.header_change.lock();
+        let mut header = self.reader.header();
+        if header.geometry.version() < 3 {
+            return;
+        }
+        header.incompatible |= feature::CORRUPT;
+        let (at, bytes) = patch::incompatible(header.incompatible);
+        // Not by the barrier, which the latch has closed.
+        match self.reader.storage.write_at(at, &bytes).and_then(|()| self.reader.storage.sync()) {
+            Ok(()) => *self.reader.header.write() = header,
+            Err(error) => log::error!("the corrupt bit could not be set: {error}"),
+        }
     }
 
     /// The mapping at a guest offset; see [`ImageReader::map`].

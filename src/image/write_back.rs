@@ -103,8 +103,12 @@ impl Image {
             if let Some(table) = &refcounts.table {
                 self.write_all("refcount table", &[(table.offset, &table.bytes)])?;
                 self.barrier()?;
-                let (at, bytes) = patch::refcount_table(table.offset, table.clusters);
-                self.write_header(at, &bytes)?;
+                self.change_header(|header| {
+                    header.refcount_table_offset = table.offset;
+                    header.refcount_table_clusters = table.clusters;
+                    let (at, bytes) = patch::refcount_table(table.offset, table.clusters);
+                    (at, bytes.to_vec())
+                })?;
             } else if !refcounts.entries.is_empty() {
                 self.barrier()?;
                 let entries: Vec<_> = refcounts.entries.iter().map(|(at, entry)| (*at, entry.to_be_bytes())).collect();
@@ -131,9 +135,6 @@ impl Image {
             Ok(()) => {
                 self.reader.tables.written();
                 if let Some(table) = refcounts.table.take() {
-                    let mut header = self.reader.header.write();
-                    header.refcount_table_offset = table.offset;
-                    header.refcount_table_clusters = table.clusters;
                     let (old, clusters) = table.old;
                     for cluster in old.0..old.0 + clusters {
                         *frees.entry(cluster).or_default() += 1;
