@@ -240,6 +240,8 @@ mod tests {
     fn input_without_end_is_bounded() {
         let deep = [b"[".repeat(1024), b"]".repeat(1024)].concat();
         assert!(matches!(decode(&deep, 4096)[..], [Ok(_)]));
+        let deep = [br#"{"a":"#.repeat(1024), b"1".to_vec(), b"}".repeat(1024)].concat();
+        assert!(matches!(decode(&deep, 4096)[..], [Ok(_)]), "recursion fits the stack of a thread");
         assert_eq!(decode(&b"[".repeat(1025), 4096), [Err("JSON nesting depth limit exceeded".into())]);
         let tokens = [b"[".as_slice(), &b"1,".repeat(MAX_TOKENS)].concat();
         assert_eq!(decode(&tokens, 4096)[0], Err("JSON token count limit exceeded".into()));
