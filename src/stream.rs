@@ -1,9 +1,21 @@
 //! The one job we have: bring everything up, then cut the chain.
+//!
+//! **Touches:** `disk`, `job`. **Never:** sockets, the image directly. **Locks:** none of its own.
+//! **Invariants:** guest order, steps of [`STREAM_CHUNK`]; the chain is cut only after every byte was dealt with, and only if nothing was
+//! skipped by an error (R12, QEMU `stream_prepare`).
 
 use std::sync::Arc;
+use std::thread;
 
-use crate::Result;
 use crate::disk::Disk;
+use crate::job::{Control, ErrorAction, Failure, JobSpec, Jobs, Next, OnError, Outcome};
+use crate::{Error, ErrorKind, Result};
+
+/// Bytes per step (QEMU: STREAM_CHUNK): the unit in which a failing place is reported and the speed is charged.
+pub const STREAM_CHUNK: u64 = 512 << 10;
+
+/// The kind of job on the wire and in lists.
+const KIND: &str = "stream";
 
 /// Arguments of a stream, checked.
 #[derive(Clone, Debug)]
@@ -14,9 +26,9 @@ pub struct StreamOptions {
     pub depth: Option<usize>,
     /// Bytes per second; 0 is unlimited.
     pub speed: u64,
-    /// What the job does about errors.
-    pub on_error: crate::job::OnError,
-    /// The result takes effect without an order.
+    /// What an error does.
+    pub on_error: OnError,
+    /// The chain is cut without an order.
     pub auto_finalize: bool,
     /// The job is forgotten when it has concluded.
     pub auto_dismiss: bool,
@@ -24,11 +36,78 @@ pub struct StreamOptions {
     pub backing_file: Option<String>,
 }
 
+impl StreamOptions {
+    /// Everything up, as fast as it goes, stopping at the first error: a plain `block_stream`.
+    pub fn new(job_id: impl Into<String>) -> Self {
+        StreamOptions {
+            job_id: job_id.into(),
+            depth: None,
+            speed: 0,
+            on_error: OnError::Report,
+            auto_finalize: true,
+            auto_dismiss: true,
+            backing_file: None,
+        }
+    }
+}
+
 /// Starts the job on a thread of its own.
 ///
 /// # Errors
-/// The disk is read-only or busy, the job id is taken.
-#[allow(clippy::todo)]
-pub fn start(_disk: &Arc<Disk>, _jobs: &crate::job::Jobs, _options: StreamOptions) -> Result<()> {
-    todo!()
+/// [`ErrorKind::ReadOnly`] for a read-only disk; what [`Jobs::create`] refuses; the thread could not be made.
+pub fn start(disk: &Arc<Disk>, jobs: &Jobs, options: StreamOptions) -> Result<()> {
+    if disk.is_read_only() {
+        return Err(Error::new(ErrorKind::ReadOnly, "a read-only disk cannot be streamed into"));
+    }
+    let depth = options.depth.unwrap_or(usize::MAX);
+    let control = jobs.create(JobSpec {
+        id: options.job_id,
+        kind: KIND,
+        len: disk.stream_len(depth),
+        speed: options.speed,
+        auto_finalize: options.auto_finalize,
+        auto_dismiss: options.auto_dismiss,
+        on_error: options.on_error,
+    })?;
+    let disk = Arc::clone(disk);
+    control.start();
+    thread::Builder::new()
+        .name("stream".into())
+        .spawn(move || {
+            let outcome = copy_up(&disk, &control, depth);
+            control.finish(outcome, || disk.detach_backing(depth, options.backing_file.as_deref()).map_err(Failure::from));
+        })
+        .map_err(|error| Error::io("stream thread", error))?;
+    Ok(())
+}
+
+/// Walks the disk once.
+fn copy_up(disk: &Disk, control: &Control, depth: usize) -> Outcome {
+    let len = disk.stream_len(depth);
+    let mut offset = 0;
+    let mut ignored = None;
+    while offset < len {
+        if control.checkpoint() == Next::Cancel {
+            return Outcome::Cancelled;
+        }
+        let end = len.min(offset + STREAM_CHUNK);
+        match disk.populate(offset..end, depth) {
+            Ok(populated) => control.advance(end - offset, populated.copied + populated.zeroed),
+            Err(error) => {
+                log::warn!("stream: bytes {offset}..{end}: {error}");
+                let failure = Failure::from(error);
+                match control.error(&failure) {
+                    ErrorAction::Report => return Outcome::Failed(failure),
+                    // The same chunk once more, when a user resumes the job.
+                    ErrorAction::Stop => continue,
+                    ErrorAction::Ignore => {
+                        ignored.get_or_insert(failure);
+                        control.advance(end - offset, 0);
+                    }
+                }
+            }
+        }
+        offset = end;
+    }
+    ignored.map_or(Outcome::Done, Outcome::Failed)
 }

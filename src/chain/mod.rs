@@ -1,9 +1,31 @@
 //! What lies below the overlay, read-only by type.
+//!
+//! ```text
+//! overlay ──▶ layer 0 (qcow2) ──▶ layer 1 (qcow2) ──▶ … ──▶ layer n-1 (qcow2 or raw)
+//!             first asked          asked for what layer 0 leaves unallocated
+//! ```
+//! A layer that is shorter than the disk reads as zeros past its end, and what lies below it there is *not* seen.
+//!
+//! **Touches:** `image::ImageReader`, `storage`. **Never:** writes anything; guesses a format; opens a file but through the [`Gate`].
+//! **Locks:** none of ours (host file locks are taken by `storage`). **Invariants:** the list of layers does not change after
+//! [`Chain::open`]; no file is in it twice; at most [`MAX_LAYERS`]; walks are loops, so depth costs no stack.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use crate::Result;
-use crate::format::{BackingFormat, BackingReference};
+use crate::format::{BackingFormat, BackingReference, printable};
+use crate::{Error, ErrorKind, Result};
+
+mod gate;
+mod layer;
+#[cfg(test)]
+mod tests;
+
+pub use gate::Gate;
+use layer::{Answer, Layer};
+
+/// The longest chain that is opened. QEMU has no limit, cloud-hypervisor 10; longer ones are a loop or an accident.
+pub const MAX_LAYERS: usize = 16;
 
 /// What a range of the chain holds.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -14,15 +36,6 @@ pub enum Content {
     Zero,
     /// No layer that was looked at holds anything: the layer below those decides, or it is zeros where there is none.
     Unallocated,
-}
-
-/// What the user allowed of backing files, and what is open already.
-#[derive(Clone, Debug, Default)]
-pub struct Gate {
-    /// `--backing-format`: the format of the first backing file where its overlay's header does not say.
-    pub backing_format: Option<BackingFormat>,
-    /// (device, inode) of files that must not appear in the chain: the overlay.
-    pub taken: Vec<(u64, u64)>,
 }
 
 /// Facts of one layer, for people and for QMP.
@@ -42,43 +55,114 @@ pub struct LayerInfo {
     pub cluster_size: Option<u64>,
 }
 
-/// The backing files, top first; immutable after open, at most 16.
+/// The backing files, top first; immutable after open, at most [`MAX_LAYERS`].
 #[derive(Debug)]
-pub struct Chain {}
+pub struct Chain {
+    /// Shared with the shorter chain that [`Chain::below`] makes.
+    layers: Vec<Arc<Layer>>,
+}
 
-#[allow(clippy::todo)]
+/// Opens `base` as an image in `directory` would have it opened, with all that lies below it, tells its virtual size in bytes, and closes
+/// everything again: for a new overlay.
+///
+/// # Errors
+/// As [`Chain::open`].
+pub fn base_size(base: &BackingReference, directory: &Path) -> Result<u64> {
+    Ok(Chain::open(base, directory, &Gate::default())?.size())
+}
+
 impl Chain {
-    /// Opens the whole chain below an image that lies in `directory`.
+    /// Opens the whole chain below an image that lies in `directory`: every file read-only and locked against writers.
     ///
     /// # Errors
-    /// As documented.
-    pub fn open(_first: &BackingReference, _directory: &Path, _gate: &Gate) -> Result<Chain> {
-        todo!()
+    /// [`ErrorKind::UnsupportedFeature`] and [`ErrorKind::InvalidArgument`] for names and formats that the [`Gate`] does not let pass,
+    /// files that are in the chain already, and more than [`MAX_LAYERS`] layers; whatever `storage` and `image` say of the files.
+    pub fn open(first: &BackingReference, directory: &Path, gate: &Gate) -> Result<Chain> {
+        let mut gate = gate.clone();
+        let mut layers: Vec<Arc<Layer>> = Vec::new();
+        let mut next = Some(first.clone());
+        while let Some(reference) = next {
+            if layers.len() == MAX_LAYERS {
+                let name = printable(&reference.name);
+                return Err(Error::new(
+                    ErrorKind::InvalidArgument,
+                    format!("backing chain is longer than {MAX_LAYERS} layers at \"{name}\""),
+                ));
+            }
+            let directory = layers.last().map_or(directory, |layer| layer.directory());
+            let (file, format) = gate.admit(&reference, directory)?;
+            let layer = Layer::open(&reference, file, format)?;
+            next = layer.backing();
+            layers.push(Arc::new(layer));
+        }
+        Ok(Chain { layers })
     }
 
     /// Virtual size in bytes of the first layer.
     pub fn size(&self) -> u64 {
-        todo!()
+        self.layers.first().map_or(0, |layer| layer.size())
     }
 
     /// The layers, top first.
     pub fn layers(&self) -> Vec<LayerInfo> {
-        todo!()
+        self.layers.iter().map(|layer| layer.info()).collect()
+    }
+
+    /// The chain that is left when the first `depth` layers go; `None` where nothing is left. The files stay open as they are.
+    pub fn below(&self, depth: usize) -> Option<Chain> {
+        let rest = self.layers.get(depth..).filter(|rest| !rest.is_empty())?;
+        Some(Chain { layers: rest.to_vec() })
     }
 
     /// Fills `buf` from `offset`; zeros past the end of a layer (and then not what lies below it).
     ///
     /// # Errors
     /// I/O, corruption.
-    pub fn read(&self, _offset: u64, _buf: &mut [u8]) -> Result<()> {
-        todo!()
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            done += self.read_run(offset + done as u64, &mut buf[done..])?;
+        }
+        Ok(())
+    }
+
+    /// Fills the beginning of `buf`, as far as one layer decides; says how far (at least one byte).
+    fn read_run(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+        let mut len = buf.len();
+        for layer in &self.layers {
+            if at >= layer.size() {
+                break;
+            }
+            len = (layer.size() - at).min(len as u64) as usize;
+            match layer.read(at, &mut buf[..len])? {
+                Answer::Here(read) => return Ok(read),
+                Answer::Below(run) => len = run as usize,
+            }
+        }
+        buf[..len].fill(0);
+        Ok(len)
     }
 
     /// What the first `depth` layers hold at `offset`, and for how many bytes, at most `max` (> 0).
     ///
+    /// Past the end of a layer there are two answers. Where another layer lies below it, within `depth` or not, it is [`Content::Zero`]:
+    /// the guest sees zeros there, and an overlay that left them unallocated would show the lower layer once a stream has cut the shorter
+    /// one out. Past the end of the last layer of the chain it is [`Content::Unallocated`]: nothing can ever shine through.
+    ///
     /// # Errors
     /// I/O, corruption.
-    pub fn content(&self, _depth: usize, _offset: u64, _max: u64) -> Result<(Content, u64)> {
-        todo!()
+    pub fn content(&self, depth: usize, offset: u64, max: u64) -> Result<(Content, u64)> {
+        let mut len = max;
+        for (index, layer) in self.layers.iter().enumerate().take(depth) {
+            if offset >= layer.size() {
+                let last = index + 1 == self.layers.len();
+                return Ok((if last { Content::Unallocated } else { Content::Zero }, len));
+            }
+            match layer.content(offset, len.min(layer.size() - offset))? {
+                Answer::Here(answer) => return Ok(answer),
+                Answer::Below(run) => len = run,
+            }
+        }
+        Ok((Content::Unallocated, len))
     }
 }

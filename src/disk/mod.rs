@@ -1,10 +1,43 @@
-//! The guest's disk. (docs to be written with the engine)
+//! The guest's disk: an overlay above a chain of backing files.
+//!
+//! ```text
+//! read   shared(range); every run held by the overlay?  ─► read, done
+//!        else drop; exclusive(cluster-aligned); look again; populate what is missing; answer from the same buffer
+//! write  shared(range); every run Data { in_place }?    ─► overwrite, done
+//!        else drop; exclusive(aligned); look again; per run: in place │ allocate, complete the clusters from below, fill, publish
+//! stream populate(512 KiB) … ; detach_backing
+//! ```
+//! "Drop, retake, look again" stands for lock upgrade: the first look is a hint, only the second decides.
+//!
+//! **Touches:** `image`, `chain`, `range_lock`. **Never:** FUSE, JSON, jobs; coordinate types end here, ranges are guest bytes.
+//! **Locks:** ranks `RANGE` and `BACKING` of [`crate::sync::rank`], and what `image` takes below.
+//! **Invariants:** I1 a guest cluster changes its mapping only while its range is held exclusively; plain reads and in-place writes hold it
+//! shared, so a host cluster is never freed under a reader (H5, H6). I4 a guest write wins over any copy from below: populate looks at the
+//! mapping under the exclusive guard before it publishes (H1 to H4). While there is a backing file nothing becomes `Unallocated` (H17).
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use crate::chain::{Gate, LayerInfo};
-use crate::{ErrorKind, Result};
+use crate::chain::{Chain, Content, Gate, LayerInfo};
+use crate::error::Context;
+use crate::format::{BackingReference, Geometry, GuestCluster, GuestOffset, Mapping};
+use crate::image::{Image, ImageReader};
+use crate::range_lock::RangeLock;
+use crate::storage::{Access, FileStorage, Storage};
+use crate::sync::{RwLock, rank};
+use crate::{Error, ErrorKind, Result};
+
+mod populate;
+mod read;
+mod write;
+
+#[cfg(test)]
+mod tests;
+
+pub use populate::Populated;
+
+use populate::FillHealth;
 
 /// How a disk is opened.
 #[derive(Clone, Debug)]
@@ -56,128 +89,307 @@ pub struct DiskInfo {
     pub backing: Vec<LayerInfo>,
 }
 
-/// What one populate did, in bytes.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Populated {
-    /// Read from below and written to the overlay.
-    pub copied: u64,
-    /// Read from below, found to be zero, recorded as zero.
-    pub zeroed: u64,
-    /// Known without reading: held by the overlay already, or zero, or nothing below.
-    pub skipped: u64,
+#[derive(Debug)]
+enum Overlay {
+    Writable(Box<Image>),
+    ReadOnly(Box<ImageReader>),
 }
 
-/// The disk: overlay above chain, one method per guest request. All offsets and lengths in bytes; ranges must lie inside [`Disk::size`]
-/// (an [`ErrorKind::InvalidArgument`] otherwise; `fuse` clamps first). Every method may be called from any thread.
+/// The disk: overlay above chain, one method per guest request. All offsets and lengths are bytes; ranges must lie inside [`Disk::size`]
+/// ([`ErrorKind::InvalidArgument`] otherwise; `fuse` clamps first). Every method may be called from any thread.
 #[derive(Debug)]
-pub struct Disk {}
+pub struct Disk {
+    path: PathBuf,
+    overlay: Overlay,
+    /// What lies below; none once detached. Cloned and released, never held across I/O.
+    backing: RwLock<{ rank::BACKING }, Option<Arc<Chain>>>,
+    in_flight: RangeLock,
+    copy_on_read: bool,
+    fills: FillHealth,
+}
 
-#[allow(clippy::todo, unused_variables)]
 impl Disk {
-    /// Opens the overlay and its chain, with locks.
+    /// Opens the overlay and its chain, with locks. Nothing is changed unless everything opens.
     ///
     /// # Errors
-    /// Anything that is wrong with any of the files.
+    /// Anything that is wrong with any of the files, in one line.
     pub fn open(path: &Path, options: &DiskOptions) -> Result<Disk> {
-        todo!()
+        let path = std::path::absolute(path).context(|| path.display().to_string())?;
+        let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
+        let file = Arc::new(FileStorage::open(&path, access)?);
+        let mut gate = options.gate.clone();
+        gate.taken.push(file.identity());
+        let storage: Arc<dyn Storage> = file;
+        let overlay = if options.read_only {
+            ImageReader::open(storage).map(|reader| Overlay::ReadOnly(Box::new(reader)))
+        } else {
+            Image::open(storage).map(|image| Overlay::Writable(Box::new(image)))
+        };
+        let overlay = overlay.context(|| path.display().to_string())?;
+        let chain = match overlay.reader().backing() {
+            // Symbolic links in the overlay's own path do not move the place that relative names are relative to (as QEMU).
+            Some(reference) => Some(Chain::open(&reference, path.parent().unwrap_or(Path::new("/")), &gate)?),
+            None => None,
+        };
+        let disk = Disk::assemble(path, overlay, chain, options.copy_on_read);
+        if let Overlay::Writable(image) = &disk.overlay {
+            image.begin_writing().context(|| disk.path.display().to_string())?;
+        }
+        Ok(disk)
     }
+
+    fn assemble(path: PathBuf, overlay: Overlay, chain: Option<Chain>, copy_on_read: bool) -> Disk {
+        let cluster_size = overlay.reader().geometry().cluster_size();
+        Disk {
+            path,
+            overlay,
+            backing: RwLock::new(chain.map(Arc::new)),
+            in_flight: RangeLock::new(cluster_size),
+            copy_on_read,
+            fills: FillHealth::default(),
+        }
+    }
+
+    fn reader(&self) -> &ImageReader {
+        self.overlay.reader()
+    }
+
+    /// The overlay for writing.
+    fn image(&self) -> Result<&Image> {
+        match &self.overlay {
+            Overlay::Writable(image) => Ok(image),
+            Overlay::ReadOnly(_) => Err(Error::new(ErrorKind::ReadOnly, "the disk is read-only")),
+        }
+    }
+
+    fn chain(&self) -> Option<Arc<Chain>> {
+        self.backing.read().clone()
+    }
+
+    /// The chain, if it decides what an unallocated byte at `offset` reads as; zeros otherwise.
+    fn chain_below(&self, offset: u64) -> Option<Arc<Chain>> {
+        self.backing.read().as_ref().filter(|chain| offset < chain.size()).cloned()
+    }
+
+    fn geometry(&self) -> Geometry {
+        self.reader().geometry()
+    }
+
     /// Virtual size in bytes.
     pub fn size(&self) -> u64 {
-        todo!()
+        self.geometry().size()
     }
+
     /// Cluster size of the overlay in bytes.
     pub fn cluster_size(&self) -> u64 {
-        todo!()
+        self.geometry().cluster_size()
     }
+
     /// Whether nothing may be written.
     pub fn is_read_only(&self) -> bool {
-        todo!()
+        matches!(self.overlay, Overlay::ReadOnly(_))
     }
+
     /// Facts.
     ///
     /// # Errors
     /// fstat(2) failed.
     pub fn info(&self) -> Result<DiskInfo> {
-        todo!()
+        let geometry = self.geometry();
+        Ok(DiskInfo {
+            path: self.path.clone(),
+            size: geometry.size(),
+            allocated_size: self.allocated_size()?,
+            cluster_size: geometry.cluster_size(),
+            version: geometry.version(),
+            read_only: self.is_read_only(),
+            copy_on_read: self.copy_on_read && !self.is_read_only(),
+            backing: self.chain().map_or_else(Vec::new, |chain| chain.layers()),
+        })
     }
+
     /// Bytes the overlay occupies on the host (`st_blocks` × 512).
     ///
     /// # Errors
     /// fstat(2) failed.
     pub fn allocated_size(&self) -> Result<u64> {
-        todo!()
+        self.reader().storage().allocated_size().context(|| self.path.display().to_string())
     }
-    /// Reads if the overlay alone can answer at once; never waits for a lock or a backing file.
-    ///
-    /// # Errors
-    /// I/O, corruption.
-    pub fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Local> {
-        todo!()
-    }
-    /// Reads, copying up what was missing if copy-on-read is on.
-    ///
-    /// # Errors
-    /// I/O, corruption.
-    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        todo!()
-    }
-    /// Writes if it is an in-place overwrite that can be done at once.
-    ///
-    /// # Errors
-    /// I/O, corruption, read-only.
-    pub fn write_local(&self, offset: u64, data: &[u8]) -> Result<Local> {
-        todo!()
-    }
-    /// Writes.
-    ///
-    /// # Errors
-    /// I/O, corruption, read-only, no space.
-    pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        todo!()
-    }
-    /// The range reads as zero afterwards; host clusters stay reserved.
-    ///
-    /// # Errors
-    /// As [`Disk::write`].
-    pub fn write_zeroes(&self, range: Range<u64>) -> Result<()> {
-        todo!()
-    }
-    /// The range reads as zero for ever after, whatever the backing file holds; host clusters are given back.
-    ///
-    /// # Errors
-    /// As [`Disk::write`].
-    pub fn discard(&self, range: Range<u64>) -> Result<()> {
-        todo!()
-    }
-    /// Makes every operation that has returned before this call durable.
+
+    /// Makes every operation that has returned before this call durable (P1).
     ///
     /// # Errors
     /// I/O; sticky after a failed fdatasync (P7).
     pub fn flush(&self) -> Result<()> {
-        todo!()
+        match &self.overlay {
+            Overlay::Writable(image) => image.flush(),
+            Overlay::ReadOnly(_) => Ok(()),
+        }
     }
-    /// Writes back metadata if any is dirty; for the commit timer.
+
+    /// Writes back metadata if any is dirty; for the commit timer (P2).
     ///
     /// # Errors
     /// As [`Disk::flush`].
     pub fn flush_if_dirty(&self) -> Result<()> {
-        todo!()
+        match &self.overlay {
+            Overlay::Writable(image) => image.flush_if_dirty(),
+            Overlay::ReadOnly(_) => Ok(()),
+        }
     }
-    /// SEEK_DATA and SEEK_HOLE over overlay and chain. `None` where there is no such byte before the end (data only; ENXIO).
-    ///
-    /// # Errors
-    /// I/O, corruption.
-    pub fn seek(&self, from: u64, what: Seek) -> Result<Option<u64>> {
-        todo!()
-    }
+
     /// Makes everything durable and gives back what is unused. To be called once, after the last request.
     ///
     /// # Errors
     /// As [`Disk::flush`].
     pub fn close(&self) -> Result<()> {
-        todo!()
+        match &self.overlay {
+            Overlay::Writable(image) => image.close(),
+            Overlay::ReadOnly(_) => Ok(()),
+        }
+    }
+
+    /// Grows the virtual size to `size` bytes, durably; the new range reads as zero even where a backing file is longer (2.6, H18).
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] for a size that is smaller, too large or no multiple of 512; read-only; I/O.
+    pub fn grow(&self, size: u64) -> Result<()> {
+        let image = self.image()?;
+        let drained = self.in_flight.exclusive(0..u64::MAX);
+        let before = self.size();
+        let cluster_size = self.cluster_size();
+        if let Some(chain) = self.chain()
+            && size > before
+            && chain.size() > before
+        {
+            // The part of the last cluster beyond the old end is inside a cluster that the guest may have from below: it must be ours first.
+            if !before.is_multiple_of(cluster_size) {
+                self.populate_held(&drained, before - before % cluster_size..before, usize::MAX)?;
+            }
+            image.grow(&drained, size)?;
+            let exposed = before.next_multiple_of(cluster_size)..chain.size().min(size).next_multiple_of(cluster_size);
+            return self.zero_clusters(&drained, exposed);
+        }
+        image.grow(&drained, size)
+    }
+
+    /// SEEK_DATA and SEEK_HOLE over overlay and chain. `None` where there is no data before the end (ENXIO); a hole is always found, the end
+    /// of the disk at the latest. A hint: what changes meanwhile may or may not be seen.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] beyond the end; I/O, corruption.
+    pub fn seek(&self, from: u64, what: Seek) -> Result<Option<u64>> {
+        let size = self.size();
+        self.check_range(&(from..from))?;
+        let mut at = from;
+        while at < size {
+            let extent = self.reader().map(GuestOffset(at), size - at)?;
+            let (holds, len) = match (extent.mapping, self.chain_below(at)) {
+                (Mapping::Data { .. } | Mapping::Compressed { .. }, _) => (Seek::Data, extent.len),
+                (Mapping::Unallocated, Some(chain)) => match chain.content(usize::MAX, at, extent.len)? {
+                    (Content::Data, len) => (Seek::Data, len),
+                    (Content::Zero | Content::Unallocated, len) => (Seek::Hole, len),
+                },
+                (Mapping::Unallocated | Mapping::Zero { .. }, _) => (Seek::Hole, extent.len),
+            };
+            if holds == what {
+                return Ok(Some(at));
+            }
+            at += len;
+        }
+        Ok((what == Seek::Hole).then_some(size))
+    }
+
+    /// How long a stream of the first `depth` backing layers is, in bytes: the virtual size, or 0 where there is nothing to copy.
+    pub fn stream_len(&self, depth: usize) -> u64 {
+        if depth > 0 && self.chain().is_some() { self.size() } else { 0 }
+    }
+
+    /// Cuts the first `depth` layers off the chain (all of them: the backing link goes), durably (R12): drained, flushed, verified, one small
+    /// header write between barriers; then the files are released. Everything those layers held must have been populated.
+    /// `backing_file` is the name to write for what remains, in place of the one that the chain uses; it is not looked at (QEMU likewise).
+    ///
+    /// # Errors
+    /// I/O; [`ErrorKind::InvalidArgument`] where something was not populated or the new name does not fit. The old link then still stands.
+    pub fn detach_backing(&self, depth: usize, backing_file: Option<&str>) -> Result<()> {
+        let image = self.image()?;
+        let Some(chain) = self.chain() else { return Ok(()) };
+        if depth == 0 && backing_file.is_none() {
+            return Ok(());
+        }
+        // Most of the work before the guest has to wait.
+        image.flush()?;
+        let _drained = self.in_flight.exclusive(0..u64::MAX);
+        image.flush()?;
+        if let Some(missing) = self.first_missing(&chain, depth)? {
+            return Err(Error::new(ErrorKind::InvalidArgument, format!("offset {missing} still comes from the backing file")));
+        }
+        let rest = chain.below(depth);
+        let reference = rest.as_ref().map(|rest| self.reference_to(&chain, depth, rest, backing_file));
+        image.set_backing(reference.as_ref())?;
+        *self.backing.write() = rest.map(Arc::new);
+        Ok(())
+    }
+
+    /// What the header is to say of the layer at `depth`: the name that the chain itself uses, as long as that is relative to the same directory.
+    fn reference_to(&self, chain: &Chain, depth: usize, rest: &Chain, backing_file: Option<&str>) -> BackingReference {
+        let layers = chain.layers();
+        let base = &rest.layers()[0];
+        let above = depth.checked_sub(1).map_or(&self.path, |above| &layers[above].path);
+        let name = match backing_file {
+            Some(name) => name.to_string(),
+            None if above.parent() == self.path.parent() || Path::new(&base.reference.name).is_absolute() => base.reference.name.clone(),
+            None => base.path.display().to_string(),
+        };
+        BackingReference { name, format: Some(base.format) }
+    }
+
+    /// The first guest offset that the first `depth` layers hold and the overlay does not.
+    fn first_missing(&self, chain: &Chain, depth: usize) -> Result<Option<u64>> {
+        let size = self.size();
+        let mut at = 0;
+        while at < size {
+            let extent = self.reader().map(GuestOffset(at), size - at)?;
+            if extent.mapping != Mapping::Unallocated {
+                at += extent.len;
+                continue;
+            }
+            match chain.content(depth, at, extent.len)? {
+                (Content::Unallocated, len) => at += len,
+                (Content::Data | Content::Zero, _) => return Ok(Some(at)),
+            }
+        }
+        Ok(None)
+    }
+
+    fn check_range(&self, range: &Range<u64>) -> Result<()> {
+        if range.start > range.end || range.end > self.size() {
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                format!("bytes {}..{} are beyond the end of the disk", range.start, range.end),
+            ));
+        }
+        Ok(())
+    }
+
+    /// `range` rounded outward to whole clusters; the end may lie beyond the end of the disk.
+    fn aligned(&self, range: &Range<u64>) -> Range<u64> {
+        let cluster_size = self.cluster_size();
+        range.start - range.start % cluster_size..range.end.next_multiple_of(cluster_size)
+    }
+
+    /// The clusters of a cluster-aligned range.
+    fn clusters(&self, aligned: &Range<u64>) -> Range<GuestCluster> {
+        let bits = self.geometry().cluster_bits();
+        GuestCluster(aligned.start >> bits)..GuestCluster(aligned.end >> bits)
     }
 }
 
-/// For `fuse` and `qmp`: kinds are all they need.
-pub type Kind = ErrorKind;
+impl Overlay {
+    fn reader(&self) -> &ImageReader {
+        match self {
+            Overlay::Writable(image) => image.reader(),
+            Overlay::ReadOnly(reader) => reader,
+        }
+    }
+}

@@ -1,6 +1,37 @@
 //! The header, its extensions and the backing file name (specification: "Header", "Header extensions").
+//!
+//! ```text
+//! cluster 0:  | header 72 / header_length | extensions … END | … | backing file name | … |
+//!             0                           area.len()             backing_file_offset     cluster size
+//! ```
+//! [`Header::parse`] checks everything before it is used (V2 to V21), `tables.rs` where it points to; `rewrite.rs` changes the backing
+//! reference in one sector write; `new_image.rs` lays out a new image.
+
+mod extensions;
+mod new_image;
+mod rewrite;
+mod tables;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::ops::Range;
+
+pub use new_image::NewImage;
 
 use super::{FormatError, Geometry};
+use extensions::{Extensions, feature_names};
+
+/// First bytes of every qcow2 image.
+const MAGIC: u32 = 0x5146_49fb;
+/// Length of a version 2 header, which has no field for it.
+const V2_LENGTH: usize = 72;
+/// Least length of a version 3 header.
+const V3_LENGTH: usize = 104;
+/// V6; the specification's limit.
+const MAX_BACKING_NAME: usize = 1023;
+/// QEMU addresses disks in sectors and rounds what is left over down.
+const GUEST_SECTOR: u64 = 512;
 
 /// Format of a backing file. Never probed (data-safety 3.3): it stands in the header extension or is given by the user.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -9,6 +40,16 @@ pub enum BackingFormat {
     Raw,
     /// qcow2.
     Qcow2,
+}
+
+impl fmt::Display for BackingFormat {
+    /// As it stands in the header extension and in QMP.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            BackingFormat::Raw => "raw",
+            BackingFormat::Qcow2 => "qcow2",
+        })
+    }
 }
 
 /// What a header says of its backing file: a name, never opened by this room.
@@ -35,6 +76,16 @@ pub mod feature {
     pub const DIRTY: u64 = 1;
     /// Incompatible bit 1: structures may be corrupt.
     pub const CORRUPT: u64 = 1 << 1;
+    /// Incompatible bit 2: guest data lies in another file.
+    pub const DATA_FILE: u64 = 1 << 2;
+    /// Incompatible bit 3: the compression type is not zlib.
+    pub const COMPRESSION: u64 = 1 << 3;
+    /// Incompatible bit 4: L2 entries are 16 bytes with subclusters.
+    pub const EXTENDED_L2: u64 = 1 << 4;
+    /// Autoclear bit 0: the persistent bitmaps are up to date.
+    pub const AUTOCLEAR_BITMAPS: u64 = 1;
+    /// Autoclear bit 1: the external data file is a raw image.
+    pub const AUTOCLEAR_RAW_DATA_FILE: u64 = 1 << 1;
 }
 
 /// A change of the header as one small write, atomic by lying inside one 512-byte sector, perhaps after another one that nothing points to yet.
@@ -79,9 +130,12 @@ pub mod patch {
 }
 
 /// A checked header.
+///
+/// The public fields are to be kept equal to what stands in the file: whoever writes one of [`patch`] changes the field with it, because
+/// [`Header::with_backing`] may write any of the first 512 bytes anew from them.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Header {
-    /// Version, cluster size, refcount width, virtual size.
+    /// Version, cluster size, refcount width, virtual size (rounded down to 512 bytes, as QEMU does).
     pub geometry: Geometry,
     /// Entries of the active L1 table.
     pub l1_size: u32,
@@ -103,42 +157,186 @@ pub struct Header {
     pub compression: CompressionType,
     /// The backing file, if there is one.
     pub backing: Option<BackingReference>,
+    area: Area,
+}
+
+/// The first bytes of the image as they were read: header and extensions, END included. Holds what has no public field.
+#[derive(Clone, Eq, PartialEq)]
+struct Area(Vec<u8>);
+
+impl fmt::Debug for Area {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.0.len())
+    }
 }
 
 impl Header {
-    /// Parses and checks.
+    /// Parses and checks (V2 to V21). `first` is the first `min(file_size, 2 MiB)` bytes of the file, of `file_size` bytes.
     ///
     /// # Errors
-    /// See [`FormatError`].
-    #[allow(clippy::todo)]
-    pub fn parse(_first: &[u8], _file_size: u64) -> Result<Header, FormatError> {
-        todo!()
+    /// [`FormatError::NotQcow2`], [`FormatError::Invalid`] for a field out of bounds, [`FormatError::Unsupported`] for what can be
+    /// neither read nor written correctly (data-safety 2.7).
+    pub fn parse(first: &[u8], file_size: u64) -> Result<Header, FormatError> {
+        if first.len() < 4 || be32(first, 0) != MAGIC {
+            return Err(FormatError::NotQcow2("not a qcow2 image (no QFI magic in the first bytes)".into()));
+        }
+        if first.len() < V2_LENGTH {
+            return Err(FormatError::NotQcow2(format!("file of {} bytes is shorter than a qcow2 header", first.len())));
+        }
+        let version = be32(first, 4);
+        if version == 3 && first.len() < V3_LENGTH {
+            return Err(FormatError::NotQcow2(format!("file of {} bytes is shorter than a version 3 header", first.len())));
+        }
+        let v3 = version >= 3;
+        let size = be64(first, 24);
+        let geometry = Geometry::new(version, be32(first, 20), if v3 { be32(first, 96) } else { 4 }, size)?;
+        let Some(cluster) = first.get(..geometry.cluster_size() as usize) else {
+            return invalid(format!("file of {file_size} bytes is shorter than its first cluster of {} bytes", geometry.cluster_size()));
+        };
+        let length = header_length(cluster, v3)?;
+        let [incompatible, compatible, autoclear] = if v3 { [72, 80, 88].map(|at| be64(cluster, at)) } else { [0; 3] };
+        check_features(incompatible, autoclear, &cluster[length..])?;
+        let crypt_method = be32(cluster, 32);
+        if crypt_method != 0 {
+            return Err(FormatError::Unsupported(format!("encrypted images are not supported (crypt_method {crypt_method})")));
+        }
+        let compression = compression_type(if length > V3_LENGTH { cluster[104] } else { 0 }, incompatible)?;
+
+        let name = backing_name_range(cluster, length)?;
+        let extensions_end = name.as_ref().map_or(cluster.len(), |range| range.start);
+        let extensions = Extensions::parse(&cluster[..extensions_end], length)?;
+        let backing = match name {
+            Some(range) => Some(BackingReference { name: backing_name(&cluster[range])?, format: extensions.backing_format(cluster)? }),
+            None => None,
+        };
+
+        let header = Header {
+            geometry: geometry.resized(size - size % GUEST_SECTOR)?,
+            l1_size: be32(cluster, 36),
+            l1_table_offset: be64(cluster, 40),
+            refcount_table_offset: be64(cluster, 48),
+            refcount_table_clusters: be32(cluster, 56),
+            nb_snapshots: be32(cluster, 60),
+            incompatible,
+            compatible,
+            autoclear,
+            compression,
+            backing,
+            area: Area(cluster[..extensions.end()].to_vec()),
+        };
+        header.check_tables(size, be64(cluster, 64), extensions.bitmaps(cluster), file_size)?;
+        Ok(header)
     }
 
-    /// Refuses what we cannot write.
+    /// Refuses what can be read but not written correctly (data-safety 2.7).
     ///
     /// # Errors
-    /// See [`FormatError`].
-    #[allow(clippy::todo)]
+    /// [`FormatError::Unsupported`] naming the feature and what to do about it.
     pub fn check_writable(&self) -> Result<(), FormatError> {
-        todo!()
-    }
-
-    /// Replaces or drops the backing reference.
-    ///
-    /// # Errors
-    /// See [`FormatError`].
-    #[allow(clippy::todo)]
-    pub fn with_backing(&self, _backing: Option<&BackingReference>) -> Result<HeaderPatch, FormatError> {
-        todo!()
+        let refuse = |what: &str| Err(FormatError::Unsupported(format!("{what}, or mount with --read-only")));
+        if self.incompatible & feature::CORRUPT != 0 {
+            return refuse("image is marked corrupt: repair a copy with qemu-img check -r all");
+        }
+        if self.incompatible & feature::DIRTY != 0 {
+            return refuse("image was not closed cleanly (dirty bit): repair it with qemu-img check -r all");
+        }
+        if self.nb_snapshots != 0 {
+            return refuse(&format!("image has internal snapshots ({}): remove them with qemu-img snapshot -d", self.nb_snapshots));
+        }
+        if self.autoclear & feature::AUTOCLEAR_BITMAPS != 0 {
+            return refuse("image has persistent bitmaps, which would become stale: remove them with qemu-img bitmap --remove");
+        }
+        Ok(())
     }
 }
 
-/// What a new image is to be.
-#[derive(Clone, Debug)]
-pub struct NewImage {
-    /// Version 3, cluster size, 16-bit refcounts, virtual size.
-    pub geometry: Geometry,
-    /// Its backing file.
-    pub backing: Option<BackingReference>,
+/// V4: where the fields end and the extensions start, bytes.
+fn header_length(cluster: &[u8], v3: bool) -> Result<usize, FormatError> {
+    if !v3 {
+        return Ok(V2_LENGTH);
+    }
+    let length = be32(cluster, 100) as usize;
+    if length < V3_LENGTH || length > cluster.len() || !length.is_multiple_of(8) {
+        return invalid(format!("header_length is {length}, must be a multiple of 8 from 104 to the cluster size {}", cluster.len()));
+    }
+    Ok(length)
+}
+
+/// V7 and what of data-safety 2.7 is refused for reading and writing alike. `extensions`: from the end of the header fields on.
+fn check_features(incompatible: u64, autoclear: u64, extensions: &[u8]) -> Result<(), FormatError> {
+    let known = feature::DIRTY | feature::CORRUPT | feature::DATA_FILE | feature::COMPRESSION | feature::EXTENDED_L2;
+    let unknown = incompatible & !known;
+    if unknown != 0 {
+        let names = feature_names(extensions);
+        let list: Vec<String> = (0..64u8)
+            .filter(|bit| unknown >> bit & 1 != 0)
+            .map(|bit| match names.iter().find(|(of, _)| *of == bit) {
+                Some((_, name)) => format!("bit {bit} \"{name}\""),
+                None => format!("bit {bit}"),
+            })
+            .collect();
+        return Err(FormatError::Unsupported(format!("unsupported incompatible feature(s): {}", list.join(", "))));
+    }
+    if incompatible & feature::DATA_FILE != 0 || autoclear & feature::AUTOCLEAR_RAW_DATA_FILE != 0 {
+        return Err(FormatError::Unsupported("images with an external data file are not supported".into()));
+    }
+    if incompatible & feature::EXTENDED_L2 != 0 {
+        return Err(FormatError::Unsupported("extended L2 entries (subclusters) are not supported".into()));
+    }
+    Ok(())
+}
+
+/// V20, as QEMU's validate_compression_type.
+fn compression_type(value: u8, incompatible: u64) -> Result<CompressionType, FormatError> {
+    let bit = incompatible & feature::COMPRESSION != 0;
+    match (value, bit) {
+        (0, false) => Ok(CompressionType::Zlib),
+        (1, true) => Ok(CompressionType::Zstd),
+        (0 | 1, _) => invalid(format!("compression_type is {value}, but incompatible feature bit 3 is {}", u8::from(bit))),
+        _ => Err(FormatError::Unsupported(format!("compression_type is {value}, only 0 (zlib) and 1 (zstd) are known"))),
+    }
+}
+
+/// V5 and the length of V6: where the backing file name is, behind the header fields and inside the first cluster.
+fn backing_name_range(cluster: &[u8], header_length: usize) -> Result<Option<Range<usize>>, FormatError> {
+    let (offset, len) = (be64(cluster, 8), be32(cluster, 16) as usize);
+    if (offset, len) == (0, 0) {
+        return Ok(None);
+    }
+    if offset == 0 || len == 0 || len > MAX_BACKING_NAME {
+        return invalid(format!("backing file name at {offset:#x} has {len} bytes, must be 1 to {MAX_BACKING_NAME}, or 0 at 0"));
+    }
+    let start = usize::try_from(offset).ok().filter(|&start| start >= header_length);
+    match start.and_then(|start| Some(start..start.checked_add(len)?)) {
+        Some(range) if range.end <= cluster.len() => Ok(Some(range)),
+        _ => invalid(format!("backing file name at {offset:#x} ({len} bytes) is not between the header and the end of its cluster")),
+    }
+}
+
+/// V6: the characters of the backing file name.
+fn backing_name(bytes: &[u8]) -> Result<String, FormatError> {
+    match std::str::from_utf8(bytes) {
+        Ok(name) if !name.chars().any(char::is_control) => Ok(name.to_string()),
+        Ok(name) => invalid(format!("backing file name \"{}\" has control characters", printable(name))),
+        Err(_) => invalid(format!("backing file name \"{}\" is not UTF-8", printable(&String::from_utf8_lossy(bytes)))),
+    }
+}
+
+/// Text of an image as it may stand in a message: one line, nothing but printable characters, at most 256 of them.
+pub fn printable(text: &str) -> String {
+    text.escape_debug().take(256).collect()
+}
+
+/// Big-endian at `at`; the caller has checked the length.
+fn be32(bytes: &[u8], at: usize) -> u32 {
+    bytes[at..at + 4].iter().fold(0, |value, &byte| value << 8 | u32::from(byte))
+}
+
+/// As [`be32`].
+fn be64(bytes: &[u8], at: usize) -> u64 {
+    bytes[at..at + 8].iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
+}
+
+fn invalid<T>(text: String) -> Result<T, FormatError> {
+    Err(FormatError::Invalid(text))
 }

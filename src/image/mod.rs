@@ -1,68 +1,236 @@
-//! One qcow2 file. (docs to be written with the engine)
+//! One qcow2 file: where guest clusters are, and how that changes without ever losing one.
+//!
+//! ```text
+//!            L1 slot ──► L2 table (entries are atomic words) ──► host cluster
+//!   allocate ─► fill ─► publish            the life of a new cluster: refcount, bytes, then the pointer
+//!   zero, unmap                            the pointer goes, the old cluster waits in the list of pending frees
+//!   flush                                  the write-back pass: [`write_back`]
+//! ```
+//!
+//! **Touches:** `format`, `storage`; range guards as proof only. **Never:** opens a backing file, knows what lies below, answers a guest.
+//! **Locks:** ranks `WRITE_BACK` to `SLOT` of [`crate::sync::rank`], taken in that order.
+//! **Invariants** (numbers of the crate docs): I1 the mapping of a cluster changes only under its exclusive guard; I2 on disk, refcounts are
+//! never below references; I3 a published cluster was filled first (only [`Image::fill`] makes a [`Filled`]).
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::Result;
-use crate::format::{BackingReference, Geometry, GuestOffset, Header, Mapping};
+use crate::format::{BackingReference, Geometry, GuestOffset, Header, Mapping, feature, patch};
 use crate::storage::Storage;
+use crate::sync::{Mutex, RwLock, rank};
+use crate::{Error, ErrorKind, Result};
 
-/// One run of equal mapping.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Extent {
-    /// What the first cluster of the run maps to; data clusters that follow lie behind it without a gap.
-    pub mapping: Mapping,
-    /// Bytes from the offset asked for to the end of the run.
-    pub len: u64,
+mod allocator;
+mod grow;
+mod lookup;
+mod publish;
+mod tables;
+mod write_back;
+
+#[cfg(test)]
+mod tests;
+
+pub use lookup::Extent;
+pub use publish::{Allocation, Filled};
+
+use allocator::Allocator;
+use tables::Tables;
+use write_back::GroupCommit;
+
+/// How much of the file is read to find the header: the largest cluster, since header, extensions and backing file name lie in the first one.
+const HEADER_AREA: u64 = 2 << 20;
+
+/// Memory for the L2 tables of the overlay, bytes; exceeded only while they are all dirty. 64 MiB map 512 GiB at 64 KiB clusters.
+const OVERLAY_TABLE_MEMORY: usize = 64 << 20;
+/// Memory for the L2 tables of one backing file, bytes: read once each by a stream.
+const BACKING_TABLE_MEMORY: usize = 16 << 20;
+
+/// Enough of an image to read it; what `chain` holds, so that a backing file cannot be written by type (I5).
+#[derive(Debug)]
+pub struct ImageReader {
+    storage: Arc<dyn Storage>,
+    header: RwLock<{ rank::LEAF }, Header>,
+    tables: Tables,
 }
 
-/// Enough of an image to read it; what `chain` holds, so that a backing file cannot be written by type.
-#[derive(Debug)]
-pub struct ImageReader {}
-
-#[allow(clippy::todo)]
 impl ImageReader {
     /// Opens for reading.
     ///
     /// # Errors
-    /// Whatever breaks V1 to V21, or I/O.
-    pub fn open(_storage: Arc<dyn Storage>) -> Result<Self> {
-        todo!()
+    /// [`ErrorKind::InvalidImage`], [`ErrorKind::UnsupportedFeature`] or [`ErrorKind::Corrupt`] for whatever breaks V1 to V22; I/O.
+    pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
+        let header = read_header(&*storage)?;
+        let tables = Tables::open(storage.clone(), &header, None, BACKING_TABLE_MEMORY)?;
+        Ok(ImageReader { storage, header: RwLock::new(header), tables })
     }
 
-    /// The numbers of the image.
+    /// Cluster size, widths and virtual size.
     pub fn geometry(&self) -> Geometry {
-        todo!()
+        self.tables.geometry()
     }
 
     /// The header as it is now.
     pub fn header(&self) -> Header {
-        todo!()
+        self.header.read().clone()
     }
 
     /// The file it lies in.
     pub fn storage(&self) -> &Arc<dyn Storage> {
-        todo!()
+        &self.storage
     }
 
-    /// A name, never opened here.
+    /// The backing file's name, never opened here.
     pub fn backing(&self) -> Option<BackingReference> {
-        todo!()
+        self.header.read().backing.clone()
     }
+}
 
-    /// The run of equal mapping that starts at `at` (any byte), at most `max` bytes (> 0), never beyond the virtual size.
+fn read_header(storage: &dyn Storage) -> Result<Header> {
+    let size = storage.size();
+    let mut first = vec![0; size.min(HEADER_AREA) as usize];
+    storage.read_at(0, &mut first).map_err(|error| Error::io("header", error))?;
+    Ok(Header::parse(&first, size)?)
+}
+
+/// An image open for writing.
+#[derive(Debug)]
+pub struct Image {
+    reader: ImageReader,
+    allocator: Arc<Allocator>,
+    commit: GroupCommit,
+    write_back: Mutex<{ rank::WRITE_BACK }, ()>,
+    /// Latched by a failed barrier (P7) and by corruption (P11): nothing is written any more.
+    failed: AtomicBool,
+}
+
+impl Image {
+    /// Opens for writing. Changes nothing yet: see [`Image::begin_writing`].
     ///
     /// # Errors
-    /// Corrupt tables, I/O.
-    pub fn map(&self, _at: GuestOffset, _max: u64) -> Result<Extent> {
-        todo!()
+    /// As [`ImageReader::open`], and for what we cannot write: the dirty or corrupt bit, internal snapshots, persistent bitmaps.
+    pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
+        let header = read_header(&*storage)?;
+        header.check_writable()?;
+        let allocator = Arc::new(Allocator::open(storage.clone(), &header)?);
+        let tables = Tables::open(storage.clone(), &header, Some(allocator.clone()), OVERLAY_TABLE_MEMORY)?;
+        let reader = ImageReader { storage, header: RwLock::new(header), tables };
+        Ok(Image { reader, allocator, commit: GroupCommit::default(), write_back: Mutex::new(()), failed: AtomicBool::new(false) })
     }
 
-    /// Reads from the start of a run that [`ImageReader::map`] returned for the same `at`; `buf` is at most `extent.len` bytes.
-    /// Unallocated and zero runs give zeros.
+    /// To be called once before the first change, when everything else that can go wrong at open has not: clears the autoclear bits that
+    /// we do not know, durably (R11; specification: "autoclear_features").
     ///
     /// # Errors
-    /// Corrupt compressed data, I/O.
-    pub fn read_extent(&self, _at: GuestOffset, _extent: &Extent, _buf: &mut [u8]) -> Result<()> {
-        todo!()
+    /// I/O.
+    pub fn begin_writing(&self) -> Result<()> {
+        let header = self.reader.header();
+        if header.autoclear != 0 {
+            let (at, bytes) = patch::autoclear(0);
+            self.write_header(at, &bytes)?;
+            self.reader.header.write().autoclear = 0;
+        }
+        Ok(())
+    }
+
+    /// The reading half.
+    pub fn reader(&self) -> &ImageReader {
+        &self.reader
+    }
+
+    /// Replaces the backing reference by `backing`, durably: one small write between two barriers (R12). The caller has flushed, and holds the
+    /// whole disk.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] where the name does not fit the first cluster; I/O. The old reference then still stands.
+    pub fn set_backing(&self, backing: Option<&BackingReference>) -> Result<()> {
+        self.check_usable()?;
+        let change =
+            self.reader.header().with_backing(backing).map_err(|error| Error::wrap(ErrorKind::InvalidArgument, "backing file", error))?;
+        if let Some((at, bytes)) = &change.before {
+            self.write_header(*at, bytes)?;
+        }
+        let (at, bytes) = &change.patch;
+        self.write_header(*at, bytes)?;
+        *self.reader.header.write() = change.header;
+        Ok(())
+    }
+
+    /// Writes inside the first cluster and makes it durable.
+    fn write_header(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        assert!(at + bytes.len() as u64 <= self.reader.geometry().cluster_size(), "the header ends with the first cluster (R16)");
+        self.reader.storage.write_at(at, bytes).map_err(|error| Error::io("header", error))?;
+        self.barrier()
+    }
+
+    /// The barrier. A failed one is never retried with success: what it covered may be lost although later ones succeed (P7).
+    fn barrier(&self) -> Result<()> {
+        self.check_usable()?;
+        self.reader.storage.sync().map_err(|error| {
+            self.failed.store(true, Ordering::SeqCst);
+            log::error!("fdatasync of the overlay failed ({error}): no write is accepted until it is opened again");
+            Error::io("fdatasync", error)
+        })
+    }
+
+    /// Fails once [`Image::failed`] is latched.
+    fn check_usable(&self) -> Result<()> {
+        if self.failed.load(Ordering::SeqCst) {
+            return Err(Error::new(ErrorKind::Io, "the overlay failed earlier and is not written any more: unmount and check it"));
+        }
+        Ok(())
+    }
+
+    /// Passes a result on; corruption latches the image and sets the corrupt bit in the header (P11), so that it is looked at before it is
+    /// written again (specification: incompatible feature bit 1).
+    pub(crate) fn watch<T>(&self, result: Result<T>) -> Result<T> {
+        if let Err(error) = &result
+            && error.kind() == ErrorKind::Corrupt
+            && !self.failed.swap(true, Ordering::SeqCst)
+        {
+            log::error!("the overlay is corrupt ({error}): no write is accepted any more, run qemu-img check");
+            let header = self.reader.header();
+            if header.geometry.version() >= 3 {
+                let (at, bytes) = patch::incompatible(header.incompatible | feature::CORRUPT);
+                let marked = self.reader.storage.write_at(at, &bytes).and_then(|()| self.reader.storage.sync());
+                if let Err(error) = marked {
+                    log::error!("the corrupt bit could not be set: {error}");
+                }
+            }
+        }
+        result
+    }
+
+    /// The mapping at a guest offset; see [`ImageReader::map`].
+    ///
+    /// # Errors
+    /// As [`ImageReader::map`]; corruption latches the image.
+    pub fn map(&self, at: GuestOffset, max: u64) -> Result<Extent> {
+        self.watch(self.reader.map(at, max))
+    }
+
+    /// Reads a run; see [`ImageReader::read_extent`].
+    ///
+    /// # Errors
+    /// As [`ImageReader::read_extent`].
+    pub fn read_extent(&self, at: GuestOffset, extent: &Extent, buf: &mut [u8]) -> Result<()> {
+        self.reader.read_extent(at, extent, buf)
+    }
+
+    /// Overwrites inside one run of clusters whose refcount is one (R10): no metadata changes.
+    ///
+    /// # Errors
+    /// I/O.
+    ///
+    /// # Panics
+    /// If the run is not `Data { in_place: true }` or `data` is longer than it.
+    pub fn write_in_place(&self, at: GuestOffset, extent: &Extent, data: &[u8]) -> Result<()> {
+        let Mapping::Data { host, in_place: true } = extent.mapping else {
+            panic!("in-place write to {:?}", extent.mapping);
+        };
+        assert!(data.len() as u64 <= extent.len);
+        self.check_usable()?;
+        let geometry = self.reader.geometry();
+        let offset = geometry.host_offset(host).0 + geometry.in_cluster(at);
+        self.reader.storage.write_at(offset, data).map_err(|error| Error::io(format!("data at {offset:#x}"), error))
     }
 }

@@ -1,9 +1,22 @@
 //! The file of the host.
 
-use std::io;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::{Holding, Storage};
+use rustix::fs::{FallocateFlags, OFlags};
+use rustix::io::{Errno, retry_on_intr};
+
+use super::{Holding, Storage, locks};
+use crate::error::Context;
+use crate::{Error, ErrorKind};
+
+/// Block devices count `st_blocks` in these, whatever their block size.
+const STAT_BLOCK: u64 = 512;
+/// Mode of a new image before umask: as qemu-img, not writable by others.
+const NEW_FILE_MODE: u32 = 0o644;
 
 /// How an image file is opened and what is locked against other programs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -14,29 +27,97 @@ pub enum Access {
     ReadOnly,
 }
 
-/// A file, opened once, used by offset only.
+/// A file, opened once, used by offset only. Closing it gives up its locks.
 #[derive(Debug)]
 pub struct FileStorage {
     path: PathBuf,
+    file: File,
+    access: Access,
+    identity: (u64, u64),
+    /// Bytes; only grows.
+    size: AtomicU64,
+    /// So that a file that shrank is reported once and not per request.
+    shrinking_reported: AtomicBool,
 }
 
 impl FileStorage {
     /// Opens and locks.
     ///
     /// # Errors
-    /// As documented.
-    #[allow(clippy::todo)]
-    pub fn open(_path: &Path, _access: Access) -> crate::Result<Self> {
-        todo!()
+    /// As [`FileStorage::open_unlocked`] and [`FileStorage::lock`].
+    pub fn open(path: &Path, access: Access) -> crate::Result<Self> {
+        let file = Self::open_unlocked(path, access)?;
+        file.lock()?;
+        Ok(file)
     }
 
-    /// Creates a new file that must not exist, opened for writing and locked.
+    /// Opens without a lock: to look who it is first, or to look at an image that another program uses.
     ///
     /// # Errors
-    /// As documented.
-    #[allow(clippy::todo)]
-    pub fn create_new(_path: &Path) -> crate::Result<Self> {
-        todo!()
+    /// Those of open(2); [`ErrorKind::InvalidArgument`] for anything but a regular file or a block device.
+    pub fn open_unlocked(path: &Path, access: Access) -> crate::Result<Self> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(access == Access::ReadWrite);
+        Self::opened(path, access, &mut options)
+    }
+
+    /// Creates a new file that must not exist, opened for reading and writing and locked.
+    ///
+    /// # Errors
+    /// Those of open(2), and as [`FileStorage::lock`].
+    pub fn create_new(path: &Path) -> crate::Result<Self> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(NEW_FILE_MODE);
+        let file = Self::opened(path, Access::ReadWrite, &mut options)?;
+        file.lock()?;
+        Ok(file)
+    }
+
+    /// Opens; O_NONBLOCK so that a FIFO is refused instead of waited for, O_NOCTTY so that a terminal does not become ours.
+    fn opened(path: &Path, access: Access, options: &mut OpenOptions) -> crate::Result<Self> {
+        let context = || path.display().to_string();
+        let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
+        let mut file = options.custom_flags(flags.bits().cast_signed()).open(path).context(context)?;
+        let metadata = file.metadata().context(context)?;
+        let kind = metadata.file_type();
+        let size = if kind.is_block_device() {
+            file.seek(SeekFrom::End(0)).context(context)?
+        } else if kind.is_file() {
+            metadata.size()
+        } else {
+            return Err(Error::new(ErrorKind::InvalidArgument, format!("{}: not a regular file or block device", path.display())));
+        };
+        Ok(FileStorage {
+            path: path.to_path_buf(),
+            file,
+            access,
+            identity: (metadata.dev(), metadata.ino()),
+            size: AtomicU64::new(size),
+            shrinking_reported: AtomicBool::new(false),
+        })
+    }
+
+    /// Takes the locks that QEMU takes on its images (see `locks.rs`). A file system that has none is warned about and used all the same.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] where another program holds the file; those of fcntl(2).
+    pub fn lock(&self) -> crate::Result<()> {
+        match locks::take(&self.file, self.access) {
+            Ok(()) => Ok(()),
+            Err(locks::Failure::Held(what)) => Err(Error::new(
+                ErrorKind::Busy,
+                format!("{}: in use by another process (its \"{what}\" lock is held); stop it first", self.path.display()),
+            )),
+            Err(locks::Failure::Unsupported(error)) => {
+                log::warn!(
+                    "{}: cannot be locked here ({}); take care that no other program uses it",
+                    self.path.display(),
+                    crate::error::os_text(&error)
+                );
+                Ok(())
+            }
+            Err(locks::Failure::Io(error)) => Err(Error::io(format!("{}: locking", self.path.display()), error)),
+        }
     }
 
     /// The path it was opened by.
@@ -45,33 +126,100 @@ impl FileStorage {
     }
 
     /// (device, inode): what a file is, whatever its name.
-    #[allow(clippy::todo)]
     pub fn identity(&self) -> (u64, u64) {
-        todo!()
+        self.identity
+    }
+
+    /// Makes the name of a new file durable: fsync(2) of the directory it lies in.
+    ///
+    /// # Errors
+    /// Those of open(2) and fsync(2).
+    pub fn sync_directory(&self) -> io::Result<()> {
+        let directory = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(directory)?.sync_all()
+    }
+
+    /// EIO, the answer where the file ends before the size we know (P9).
+    fn shrank(&self, at: u64) -> io::Error {
+        if !self.shrinking_reported.swap(true, Ordering::Relaxed) {
+            let (path, size) = (self.path.display(), self.size());
+            log::error!("{path}: ends at {at} or before, but had {size} bytes: it was truncated while in use");
+        }
+        Errno::IO.into()
     }
 }
 
-#[allow(clippy::todo)]
 impl Storage for FileStorage {
     fn size(&self) -> u64 {
-        todo!()
+        self.size.load(Ordering::Acquire)
     }
+
     fn allocated_size(&self) -> io::Result<u64> {
-        todo!()
+        Ok(self.file.metadata()?.blocks() * STAT_BLOCK)
     }
-    fn read_at(&self, _offset: u64, _buf: &mut [u8]) -> io::Result<()> {
-        todo!()
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let inside = self.size().saturating_sub(offset).min(buf.len() as u64) as usize;
+        let (inside, beyond) = buf.split_at_mut(inside);
+        beyond.fill(0);
+        let mut done = 0;
+        while done < inside.len() {
+            let at = offset + done as u64;
+            match retry_on_intr(|| rustix::io::pread(&self.file, &mut inside[done..], at))? {
+                0 => return Err(self.shrank(at)),
+                len => done += len,
+            }
+        }
+        Ok(())
     }
-    fn write_at(&self, _offset: u64, _data: &[u8]) -> io::Result<()> {
-        todo!()
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let mut done = 0;
+        while done < data.len() {
+            match retry_on_intr(|| rustix::io::pwrite(&self.file, &data[done..], offset + done as u64))? {
+                0 => return Err(Errno::IO.into()),
+                len => done += len,
+            }
+            self.size.fetch_max(offset + done as u64, Ordering::AcqRel);
+        }
+        Ok(())
     }
-    fn punch_hole(&self, _offset: u64, _len: u64) -> io::Result<()> {
-        todo!()
+
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        if len == 0 {
+            return Ok(());
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(retry_on_intr(|| rustix::fs::fallocate(&self.file, flags, offset, len))?)
     }
+
     fn sync(&self) -> io::Result<()> {
-        todo!()
+        Ok(retry_on_intr(|| rustix::fs::fdatasync(&self.file))?)
     }
-    fn holding(&self, _offset: u64, _max: u64) -> io::Result<(Holding, u64)> {
-        todo!()
+
+    fn holding(&self, offset: u64, max: u64) -> io::Result<(Holding, u64)> {
+        if offset >= self.size() {
+            return Ok((Holding::Hole, max));
+        }
+        let seek = |from| retry_on_intr(|| rustix::fs::seek(&self.file, from));
+        let run = |end: u64| (end - offset).min(max);
+        match seek(rustix::fs::SeekFrom::Data(offset)) {
+            Ok(data) if data > offset => Ok((Holding::Hole, run(data))),
+            Ok(_) => match seek(rustix::fs::SeekFrom::Hole(offset)) {
+                Ok(hole) if hole > offset => Ok((Holding::Data, run(hole))),
+                // It was data a moment ago: somebody punches holes. Reading decides.
+                Ok(_) | Err(Errno::NXIO) => Ok((Holding::Data, max)),
+                Err(error) => Err(error.into()),
+            },
+            // A hole to the end of the file, unless that end came nearer.
+            Err(Errno::NXIO) if self.file.metadata()?.size() < self.size() => Err(self.shrank(offset)),
+            Err(Errno::NXIO) => Ok((Holding::Hole, max)),
+            // Block devices and some network file systems do not know.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok((Holding::Data, run(self.size()))),
+            Err(error) => Err(error.into()),
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,6 +6,7 @@
 use std::io;
 
 mod file;
+mod locks;
 
 pub use file::{Access, FileStorage};
 

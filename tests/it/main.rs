@@ -1,1 +1,24 @@
 //! One integration binary: links once.
+//!
+//! The tests prove the promises of the design from outside: through the mount, the socket, the command line, and QEMU's tools.
+//! `CORDISK_SEED=N` repeats a random test, `CORDISK_KEEP=1` keeps the scratch directories,
+//! `CI=true` or `CORDISK_REQUIRE_ALL=1` makes a missing tool a failure instead of a skip.
+#![allow(clippy::single_range_in_vec_init)] // lists of ranges are what these tests compare; a list of one is no mistake
+
+#[macro_use]
+mod support;
+
+mod architecture;
+mod bad_input;
+mod ext4_real;
+mod fio_verify;
+mod fuse_end_to_end;
+mod hostile_image;
+mod hung_backing;
+mod image_interop;
+mod kill_restart;
+mod qmp_client;
+mod readme;
+mod release_log;
+mod second_reader;
+mod stream_qmp;

@@ -1,0 +1,111 @@
+# Shared by the scripts beside it; to be sourced, not run. Defines: repo, bold/dim/plain, headings, and the installation of missing tools.
+# shellcheck shell=bash disable=SC2034 # what is set here is used by those who source it
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+if [[ -t 1 && -z ${NO_COLOR:-} ]]; then
+    bold=$'\e[1m' dim=$'\e[2m' red=$'\e[31m' green=$'\e[32m' plain=$'\e[0m'
+else
+    bold='' dim='' red='' green='' plain=''
+fi
+
+die() {
+    printf '%s%s: %s%s\n' "$red" "$(basename "$0")" "$*" "$plain" >&2
+    exit 1
+}
+
+# Directories with administration tools are not in everybody's PATH.
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
+# have TOOL: whether it is there. `venv` and `ensurepip` are modules of Python, packaged apart by Debian.
+have() {
+    case $1 in
+        python3-venv) python3 -c 'import venv, ensurepip' >/dev/null 2>&1 ;;
+        *) command -v "$1" >/dev/null 2>&1 ;;
+    esac
+}
+
+# package_of TOOL: the Debian and Ubuntu package that has it.
+package_of() {
+    case $1 in
+        cc) echo 'gcc libc6-dev' ;;
+        qemu-img | qemu-io) echo qemu-utils ;;
+        # Debian 13 and later have it in qemu-utils, Debian 12 and Ubuntu in qemu-system-common. See install_missing.
+        qemu-storage-daemon) echo qemu-utils ;;
+        fusermount3) echo fuse3 ;;
+        mkfs.ext4 | e2fsck | debugfs) echo e2fsprogs ;;
+        mount | umount | losetup) echo mount ;;
+        findmnt | fallocate | setsid) echo util-linux ;;
+        setfattr | getfattr) echo attr ;;
+        *) echo "$1" ;;
+    esac
+}
+
+missing_of() {
+    local tool
+    for tool in "$@"; do have "$tool" || echo "$tool"; done
+}
+
+apt_install() {
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends --no-remove "$@" >/dev/null
+}
+
+# install_missing TOOL...: afterwards every tool is there, or it returns 1 after one line that says what is missing and what installs it.
+# Installs nothing that is there, removes and replaces nothing, and asks nobody.
+install_missing() {
+    local missing tool packages=()
+    mapfile -t missing < <(missing_of "$@")
+    ((${#missing[@]})) || return 0
+    for tool in "${missing[@]}"; do
+        # shellcheck disable=SC2207 # a list of package names
+        packages+=($(package_of "$tool"))
+    done
+    mapfile -t packages < <(printf '%s\n' "${packages[@]}" | sort -u)
+    if ! have apt-get || ((EUID != 0)); then
+        printf 'missing: %s (as root: apt-get install %s)\n' "${missing[*]}" "${packages[*]}" >&2
+        return 1
+    fi
+    printf 'installing with apt: %s\n' "${packages[*]}"
+    apt-get update -qq || echo 'apt-get update failed; trying with the lists that are here' >&2
+    # One by one where all at once does not work, so that one unknown name does not take the others with it.
+    if ! apt_install "${packages[@]}"; then
+        local package
+        for package in "${packages[@]}"; do apt_install "$package" || true; done
+    fi
+    # Not in this release's qemu-utils: then it is in qemu-system-common, of the same version.
+    if [[ " ${missing[*]} " == *' qemu-storage-daemon '* ]] && ! have qemu-storage-daemon; then
+        apt_install qemu-system-common || true
+    fi
+    mapfile -t missing < <(missing_of "$@")
+    ((${#missing[@]} == 0)) && return 0
+    printf 'still missing after apt-get install: %s\n' "${missing[*]}" >&2
+    return 1
+}
+
+# cordisk_mounts: mountpoints of type fuse.cordisk, one per line, as the kernel escapes them.
+cordisk_mounts() {
+    awk '$3 == "fuse.cordisk" { print $2 }' /proc/self/mounts | sort
+}
+
+# unmount PATH: whatever right it takes. Nothing mounted there is fine.
+unmount() {
+    mountpoint_is_busy "$1" || return 0
+    if ((EUID == 0)); then umount "$1"; else fusermount3 -u "$1"; fi
+}
+
+mountpoint_is_busy() {
+    local path
+    path=$(realpath -s "$1")
+    awk -v path="$path" '$2 == path { found = 1 } END { exit !found }' /proc/self/mounts
+}
+
+# human BYTES
+human() {
+    awk -v n="$1" 'BEGIN { split("B KiB MiB GiB TiB", unit); for (i = 1; n >= 1024 && i < 5; i++) n /= 1024
+                           printf (i == 1 || n >= 100 ? "%d %s" : "%.1f %s"), n, unit[i] }'
+}
+
+# on_disk FILE: bytes that it occupies
+on_disk() {
+    echo $(($(stat -Lc '%b * %B' "$1")))
+}

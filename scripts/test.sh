@@ -1,0 +1,218 @@
+#!/usr/bin/env bash
+# The one gate: everything that must hold before a change lands. CI runs exactly this.
+set -euo pipefail
+# shellcheck source=scripts/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+usage() {
+    cat <<'END'
+usage: scripts/test.sh [--quick] [--require-all]
+
+Formatting, lints, documentation, the release build, and every test. As root it installs with
+apt what is missing; otherwise it says what is missing. Leaves nothing mounted and nothing running.
+
+  --quick        without the slow parts: release-mode tests, the quickstart
+  --require-all  a missing tool is an error instead of a skip (also: CI=true)
+  -h, --help     this text
+
+Environment:
+  CORDISK_SEED=N  repeats the random tests of an earlier run (every run prints its seed)
+  CORDISK_KEEP=1  keeps the scratch directories
+END
+}
+
+quick='' require_all=''
+[[ ${CI:-} == true || ${CI:-} == 1 || ${CORDISK_REQUIRE_ALL:-} == 1 ]] && require_all=1
+for argument in "$@"; do
+    case $argument in
+        --quick) quick=1 ;;
+        --require-all) require_all=1 ;;
+        -h | --help) usage && exit 0 ;;
+        *) usage >&2 && exit 2 ;;
+    esac
+done
+cd "$repo"
+
+# ---- sections ------------------------------------------------------------------------------------
+
+started=$SECONDS
+results=() # one line per section, for the summary
+logs=$repo/target/test-logs
+mkdir -p "$logs"
+
+clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
+
+# section NAME COMMAND...: runs it under a heading; its output goes to the terminal and to target/test-logs/NAME.log.
+section() {
+    local name=$1 begin=$SECONDS status
+    shift
+    printf '\n%s== %s%s  %s(%s)%s\n' "$bold" "$name" "$plain" "$dim" "$(clock $((SECONDS - started)))" "$plain"
+    set +e # bash would switch it off inside of anything that stands before a ||
+    (set -e && "$@") 2>&1 | tee "$logs/$name.log"
+    status=$?
+    set -e
+    local took=$((SECONDS - begin))
+    if ((status == 0)); then
+        results+=("$(printf '%sok    %s %5s  %s' "$green" "$plain" "$(clock $took)" "$name")")
+    else
+        results+=("$(printf '%sFAILED%s %5s  %s' "$red" "$plain" "$(clock $took)" "$name")")
+        exit 1
+    fi
+}
+
+finish() {
+    local status=$? left
+    trap - EXIT
+    left=$(leftovers) || true
+    if [[ -n $left ]]; then
+        results+=("$(printf '%sFAILED%s %5s  left behind:\n%s' "$red" "$plain" '' "$left")")
+        ((status)) || status=1
+    fi
+    clean_up
+    printf '\n%s== summary%s  %s(%s)%s\n' "$bold" "$plain" "$dim" "$(clock $((SECONDS - started)))" "$plain"
+    local file
+    for file in "$logs"/*.log; do
+        [[ -e $file ]] || continue
+        sed 's/\x1b\[[0-9;]*m//g' "$file" | grep -E '^ +Summary \[|^test result:|^ +(FAIL|TIMEOUT|SIGABRT|SIGSEGV) \[|^skipped:' | sort -u || true
+    done
+    ((${#results[@]})) && printf '%s\n' "${results[@]}"
+    if ((status == 0)); then
+        printf '%sall good%s%s\n' "$green" "$plain" "${quick:+ (quick: without the slow parts)}"
+    else
+        printf '%snot good%s; logs are in %s; CORDISK_SEED=%s repeats the random tests\n' "$red" "$plain" target/test-logs "${CORDISK_SEED:-}"
+    fi
+    exit "$status"
+}
+
+# ---- nothing stays behind ------------------------------------------------------------------------
+
+# All scratch directories of all tests lie below this one, so that what is left behind is known to be ours.
+scratch=$(realpath "$(mktemp -d "${TMPDIR:-/tmp}/cordisk-tests.XXXXXX")")
+mounts_before=$(cordisk_mounts)
+rm -f "$logs"/*.log
+
+leftovers() {
+    local mount process device
+    while read -r mount; do
+        [[ -n $mount ]] || continue
+        if [[ $mount == "$scratch"/* || $mount == "$repo"/* ]]; then
+            printf '  still mounted: %s\n' "$mount"
+        else
+            printf 'note: %s was mounted meanwhile, but not by these tests\n' "$mount" >&2
+        fi
+    done < <(comm -13 <(printf '%s\n' "$mounts_before") <(cordisk_mounts))
+    for process in $(processes_of_ours); do
+        printf '  still running: %s\n' "$(tr '\0' ' ' <"/proc/$process/cmdline" 2>/dev/null)"
+    done
+    for device in /sys/block/loop*/loop/backing_file; do
+        [[ -r $device ]] && grep -q "^$scratch/" "$device" && printf '  still attached: %s\n' "$(cat "$device")"
+    done
+    true
+}
+
+# Processes called cordisk with an argument below our scratch directory.
+processes_of_ours() {
+    local process
+    for process in /proc/[0-9]*; do
+        [[ $(readlink "$process/exe" 2>/dev/null) == */cordisk* ]] || continue
+        tr '\0' '\n' 2>/dev/null <"$process/cmdline" | grep -q "^$scratch/" && basename "$process"
+    done
+    true
+}
+
+clean_up() {
+    local mount process
+    while read -r mount; do
+        if ((EUID == 0)); then umount -l "$mount"; else fusermount3 -uz "$mount"; fi || true
+    done < <(awk -v below="$scratch/" 'index($2, below) == 1 { print $2 }' /proc/self/mounts | sort -r)
+    for process in $(processes_of_ours); do kill -9 "$process" 2>/dev/null || true; done
+    [[ -n ${CORDISK_KEEP:-} ]] || rm -rf --one-file-system "$scratch"
+}
+
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+export TMPDIR=$scratch
+
+# ---- tools ---------------------------------------------------------------------------------------
+
+export CORDISK_SEED=${CORDISK_SEED:-$((RANDOM * 32768 + RANDOM))}
+[[ -n $require_all ]] && export CORDISK_REQUIRE_ALL=1
+export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-$([[ -t 1 ]] && echo always || echo auto)}
+unset RUST_LOG
+
+tools() {
+    have cargo || die "cargo is not in PATH; see https://rustup.rs"
+    printf 'seed: CORDISK_SEED=%s\n' "$CORDISK_SEED"
+    local status=0
+    install_missing cc qemu-img qemu-io qemu-storage-daemon fio fusermount3 mkfs.ext4 e2fsck debugfs \
+        losetup umount findmnt fallocate setfattr python3 python3-venv || status=$?
+    if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
+        have rustup && rustup component add rustfmt clippy
+    fi
+    if [[ ! -e /dev/fuse ]]; then
+        ((EUID == 0)) && modprobe fuse 2>/dev/null || true
+        [[ -e /dev/fuse ]] || { echo 'missing: /dev/fuse (no test can mount)' >&2; status=1; }
+    fi
+    ((EUID == 0)) || echo 'not root: tests that need loop devices are skipped'
+    if ((status)) && [[ -z $require_all ]]; then
+        echo 'going on without; the tests that need it are skipped'
+        return 0
+    fi
+    return $status
+}
+
+# QEMU's own QMP client for Python, in a virtual environment of ours.
+pypi_client() {
+    local venv=$repo/target/qmp-venv
+    if ! "$venv/bin/python" -c 'import qemu.qmp' 2>/dev/null; then
+        rm -rf "$venv"
+        if ! { python3 -m venv "$venv" && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check qemu.qmp; }; then
+            echo 'missing: the PyPI package qemu.qmp could not be installed' >&2
+            [[ -z $require_all ]]
+            return
+        fi
+    fi
+    "$venv/bin/python" -c 'import importlib.metadata as m; print("qemu.qmp", m.version("qemu.qmp"))'
+}
+
+tests() {
+    if cargo nextest --version >/dev/null 2>&1; then
+        cargo nextest run --locked --no-fail-fast "$@"
+    else
+        cargo test --locked --no-fail-fast --lib --bins --tests "$@"
+    fi
+}
+
+lints() { cargo clippy --locked --all-targets -- -D warnings; }
+
+documentation() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps; }
+
+scripts_parse() {
+    local file
+    for file in scripts/*.sh .ci/run; do bash -n "$file"; done
+    python3 - scripts/qmp.py tests/qmp_client.py <<'END'
+import ast, sys
+for name in sys.argv[1:]:
+    ast.parse(open(name).read(), name)
+END
+    if have shellcheck; then shellcheck -x scripts/*.sh .ci/run; fi
+}
+
+# ---- the gate ------------------------------------------------------------------------------------
+
+section tools tools
+section format cargo fmt --check
+section scripts scripts_parse
+section lints lints
+section documentation documentation
+# Built beside the dev-dependencies, one of which would silence it: see tests/it/release_log.rs.
+[[ -n $quick ]] || section release-mode-tests cargo test --locked --release --test it -- release_log
+# The binary that users get; built last, so that it is the one in target/release.
+section release-build cargo build --locked --release
+export CORDISK_RELEASE_BIN=$repo/target/release/cordisk
+section pypi-client pypi_client
+export CORDISK_QMP_PYTHON=$repo/target/qmp-venv/bin/python
+section tests tests
+section doc-tests cargo test --locked --doc
+[[ -n $quick ]] || section quickstart scripts/quickstart.sh

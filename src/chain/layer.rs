@@ -1,0 +1,142 @@
+//! One layer of the chain.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{Content, LayerInfo};
+use crate::error::Context;
+use crate::format::{BackingFormat, BackingReference, GuestOffset, Mapping, feature};
+use crate::image::{Extent, ImageReader};
+use crate::storage::{FileStorage, Holding, Storage};
+use crate::{Error, ErrorKind, Result};
+
+/// The kinds of layers: a closed set. Neither can be written by type or, opened read-only, at all.
+#[derive(Debug)]
+enum Body {
+    /// Plain bytes. Its first ones may look like anything: they belong to a guest and are never interpreted.
+    Raw(Arc<dyn Storage>),
+    /// A qcow2 image.
+    Qcow2(Box<ImageReader>),
+}
+
+/// A backing file, open.
+#[derive(Debug)]
+pub(super) struct Layer {
+    reference: BackingReference,
+    path: PathBuf,
+    /// Virtual size in bytes; a raw file's is its length, whatever that is a multiple of.
+    size: u64,
+    body: Body,
+}
+
+/// What one layer says of a run: that it holds it (or knows it to be zero), or that the layer below decides.
+pub(super) enum Answer<T> {
+    /// This layer decides.
+    Here(T),
+    /// For so many bytes, the layer below decides.
+    Below(u64),
+}
+
+impl Layer {
+    pub(super) fn open(reference: &BackingReference, file: FileStorage, format: BackingFormat) -> Result<Layer> {
+        let path = file.path().to_path_buf();
+        let storage: Arc<dyn Storage> = Arc::new(file);
+        let (size, body) = match format {
+            BackingFormat::Raw => (storage.size(), Body::Raw(storage)),
+            BackingFormat::Qcow2 => {
+                let reader = ImageReader::open(storage).context(|| path.display().to_string())?;
+                if reader.header().incompatible & feature::CORRUPT != 0 {
+                    log::warn!("{}: is marked corrupt; what can be read of it is used", path.display());
+                }
+                (reader.geometry().size(), Body::Qcow2(Box::new(reader)))
+            }
+        };
+        if size > i64::MAX as u64 {
+            return Err(Error::new(ErrorKind::InvalidImage, format!("{}: {size} bytes are too many", path.display())));
+        }
+        Ok(Layer { reference: reference.clone(), path, size, body })
+    }
+
+    /// Virtual size in bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The directory that relative names in this image start from.
+    pub(super) fn directory(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new("."))
+    }
+
+    /// What this layer names as its own backing file.
+    pub(super) fn backing(&self) -> Option<BackingReference> {
+        match &self.body {
+            Body::Raw(_) => None,
+            Body::Qcow2(reader) => reader.backing(),
+        }
+    }
+
+    pub(super) fn info(&self) -> LayerInfo {
+        let (format, storage, cluster_size) = match &self.body {
+            Body::Raw(storage) => (BackingFormat::Raw, storage, None),
+            Body::Qcow2(reader) => (BackingFormat::Qcow2, reader.storage(), Some(reader.geometry().cluster_size())),
+        };
+        LayerInfo {
+            reference: self.reference.clone(),
+            path: self.path.clone(),
+            format,
+            size: self.size,
+            allocated_size: storage.allocated_size().unwrap_or(0),
+            cluster_size,
+        }
+    }
+
+    /// Reads the run at `at`, as much of it as `buf` takes: `Here` with how many bytes. The range lies inside the layer.
+    pub(super) fn read(&self, at: u64, buf: &mut [u8]) -> Result<Answer<usize>> {
+        match &self.body {
+            Body::Raw(storage) => {
+                let len = buf.len();
+                storage.read_at(at, buf).context(|| format!("{}: reading {len} bytes at {at}", self.path.display()))?;
+                Ok(Answer::Here(len))
+            }
+            Body::Qcow2(reader) => {
+                let at = GuestOffset(at);
+                let extent = run(reader, at, buf.len() as u64).context(|| self.path.display().to_string())?;
+                if extent.mapping == Mapping::Unallocated {
+                    return Ok(Answer::Below(extent.len));
+                }
+                let len = extent.len as usize;
+                reader.read_extent(at, &extent, &mut buf[..len]).context(|| self.path.display().to_string())?;
+                Ok(Answer::Here(len))
+            }
+        }
+    }
+
+    /// What is at `at`, for at most `max` bytes, without reading it: `Here` with how many bytes. The range lies inside the layer.
+    pub(super) fn content(&self, at: u64, max: u64) -> Result<Answer<(Content, u64)>> {
+        match &self.body {
+            Body::Raw(storage) => {
+                let (holding, len) = storage.holding(at, max).context(|| self.path.display().to_string())?;
+                let content = match holding {
+                    Holding::Data => Content::Data,
+                    Holding::Hole => Content::Zero,
+                };
+                Ok(Answer::Here((content, len)))
+            }
+            Body::Qcow2(reader) => {
+                let extent = run(reader, GuestOffset(at), max).context(|| self.path.display().to_string())?;
+                Ok(match extent.mapping {
+                    Mapping::Unallocated => Answer::Below(extent.len),
+                    Mapping::Zero { .. } => Answer::Here((Content::Zero, extent.len)),
+                    Mapping::Data { .. } | Mapping::Compressed { .. } => Answer::Here((Content::Data, extent.len)),
+                })
+            }
+        }
+    }
+}
+
+/// The run at `at`; its length is what the loops above advance by, so it is checked here.
+fn run(reader: &ImageReader, at: GuestOffset, max: u64) -> Result<Extent> {
+    let extent = reader.map(at, max)?;
+    assert!((1..=max).contains(&extent.len), "run of {} bytes at {} of at most {max}", extent.len, at.0);
+    Ok(extent)
+}

@@ -1,0 +1,84 @@
+//! `cordisk mount` without `-f`: the program starts itself again and waits until that process is ready.
+//!
+//! No fork: the child is this program executed anew (`/proc/self/exe`) with the same arguments and a hidden option. Its standard output
+//! is a pipe on which it says [`READY`]; its standard error is a pipe that the parent copies to its own. If the child dies, both pipes
+//! end, so the parent cannot hang on a dead child. If the parent dies, the child's "ready" fails and it takes the mount down again.
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Command, ExitCode, Stdio};
+use std::thread;
+
+use crate::error::Context;
+use crate::{Error, ErrorKind, Result};
+
+/// What the child says when the disk is mounted and QMP clients can connect.
+const READY: &str = "ready";
+
+/// The hidden option of `cordisk mount` (see `cli`).
+const CHILD_OPTION: &str = "--background-child";
+
+/// The parent: starts the child, relays its messages, returns when it is ready (0) or has failed (1, after its own message).
+///
+/// # Errors
+/// The child could not be started, or died without a word.
+pub(super) fn start() -> Result<ExitCode> {
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_else(|| "cordisk".into());
+    let subcommand = arguments.next();
+    let mut child = Command::new("/proc/self/exe")
+        .arg0(name)
+        .args(subcommand)
+        .arg(CHILD_OPTION)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context(|| "starting the background process")?;
+
+    let relay = child.stderr.take().map(|mut messages| thread::spawn(move || io::copy(&mut messages, &mut io::stderr())));
+    let mut line = String::new();
+    if let Some(output) = child.stdout.take() {
+        // An error here means that the child is gone, like the end of the stream.
+        let _ = BufReader::new(output).read_line(&mut line);
+    }
+    let ready = line.trim_end() == READY;
+    let status = if ready { None } else { Some(child.wait().context(|| "waiting for the background process")?) };
+    // A child that is ready has given its end of the pipe away.
+    if let Some(relay) = relay {
+        let _ = relay.join();
+    }
+    match status {
+        None => Ok(ExitCode::SUCCESS),
+        Some(status) => match status.signal() {
+            Some(signal) => Err(Error::new(ErrorKind::Io, format!("the background process was killed by signal {signal}"))),
+            // It has said why; or was told to end before it was ready.
+            None => Ok(ExitCode::FAILURE),
+        },
+    }
+}
+
+/// The child, first of all: a session of its own, so that the terminal's signals no longer reach it, and the name that ps(1) shows
+/// ("exe" otherwise).
+///
+/// # Errors
+/// Those of setsid(2).
+pub(super) fn leave_terminal() -> Result<()> {
+    let _ = rustix::thread::set_name(c"cordisk");
+    rustix::process::setsid().map_err(io::Error::from).context(|| "setsid")?;
+    Ok(())
+}
+
+/// The child, last of all: lets the parent go and gives up its pipes.
+///
+/// # Errors
+/// The parent is gone: nobody would know of this daemon.
+pub(super) fn ready() -> Result<()> {
+    let mut output = io::stdout().lock();
+    writeln!(output, "{READY}").and_then(|()| output.flush()).context(|| "the process that started the daemon is gone")?;
+    let null = File::options().read(true).write(true).open("/dev/null").context(|| "/dev/null")?;
+    let redirect = rustix::stdio::dup2_stdout(&null).and_then(|()| rustix::stdio::dup2_stderr(&null));
+    redirect.map_err(io::Error::from).context(|| "redirecting to /dev/null")
+}

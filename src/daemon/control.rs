@@ -1,0 +1,74 @@
+//! Jobs and the QMP socket: the only file of the daemon that knows either.
+
+use std::sync::Arc;
+
+use crossbeam_channel::Receiver;
+
+use super::Event;
+use crate::Result;
+use crate::cli::MountConfig;
+use crate::disk::Disk;
+use crate::job::Jobs;
+use crate::qmp::{Server, ShutdownReason, Target};
+use crate::stream::{self, StreamOptions};
+
+/// The job registry and, if asked for, the QMP server.
+pub(super) struct Control {
+    jobs: Jobs,
+    server: Option<Server>,
+    /// A client wants the process to end.
+    quit: Receiver<()>,
+}
+
+impl Control {
+    /// Starts the QMP server where the command line asks for one.
+    ///
+    /// # Errors
+    /// The socket cannot be bound.
+    pub(super) fn start(config: &MountConfig, disk: &Arc<Disk>) -> Result<Control> {
+        let jobs = Jobs::new();
+        // Room for one: who asks does not wait, and a second request adds nothing.
+        let (sender, quit) = crossbeam_channel::bounded(1);
+        let target = Target { disk: Arc::clone(disk), jobs: jobs.clone(), device: config.device.clone(), quit: sender };
+        let server = config.qmp.as_deref().map(|path| Server::start(path, target)).transpose()?;
+        Ok(Control { jobs, server, quit })
+    }
+
+    /// Where a client's wish to end the process arrives; silent for ever without a socket.
+    pub(super) fn quit(&self) -> Receiver<()> {
+        if self.server.is_some() { self.quit.clone() } else { crossbeam_channel::never() }
+    }
+
+    /// Starts the job of `--stream`.
+    ///
+    /// # Errors
+    /// Those of [`stream::start`].
+    pub(super) fn start_stream(&self, disk: &Arc<Disk>, device: &str, speed: u64) -> Result<()> {
+        stream::start(disk, &self.jobs, StreamOptions { speed, ..StreamOptions::new(device) })
+    }
+
+    /// Tells QMP clients that the end has begun, and why; `None` where the disk was unmounted from outside.
+    pub(super) fn announce_shutdown(&self, event: Option<Event>) {
+        if let Some(server) = &self.server {
+            server.announce_shutdown(match event {
+                Some(Event::Quit) => ShutdownReason::HostQmpQuit,
+                Some(Event::Terminate) | None => ShutdownReason::HostSignal,
+            });
+        }
+    }
+
+    /// After the unmount: tells of it, cancels the jobs and waits for them.
+    pub(super) fn stop_jobs(&self, export: &str) {
+        if let Some(server) = &self.server {
+            server.announce_export_deleted(export);
+        }
+        self.jobs.cancel_all_and_wait();
+    }
+
+    /// Last of all, with the disk closed: the socket. Clients that asked to quit are told how closing went.
+    pub(super) fn close(self, closed: &Result<()>) {
+        if let Some(server) = self.server {
+            server.shutdown(closed);
+        }
+    }
+}

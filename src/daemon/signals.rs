@@ -1,0 +1,40 @@
+//! Signals become events, on a thread of their own.
+
+use std::thread;
+
+use crossbeam_channel::Sender;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
+use signal_hook::iterator::{Handle, Signals};
+
+use super::Event;
+use crate::Result;
+use crate::error::Context;
+
+/// Signals are received until this is dropped.
+pub(super) struct Receiving(Handle);
+
+impl Drop for Receiving {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// SIGTERM and SIGINT become [`Event::Terminate`]. SIGHUP (the terminal is gone, nothing to reload) and SIGXFSZ (the write that follows
+/// fails with EFBIG, which is handled) are taken and ignored: their default is to kill. The standard library ignores SIGPIPE already.
+///
+/// # Errors
+/// The system refuses handlers or threads.
+pub(super) fn start(events: Sender<Event>) -> Result<Receiving> {
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGXFSZ]).context(|| "signal handlers")?;
+    let handle = signals.handle();
+    let body = move || {
+        for signal in signals.forever() {
+            if matches!(signal, SIGTERM | SIGINT) {
+                log::info!("signal {signal}");
+                let _ = events.send(Event::Terminate);
+            }
+        }
+    };
+    thread::Builder::new().name("signals".to_string()).spawn(body).context(|| "starting the signal thread")?;
+    Ok(Receiving(handle))
+}

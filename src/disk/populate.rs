@@ -1,0 +1,200 @@
+//! Copying a range up from the chain: for a reader that waits (copy-on-read) and for nobody (stream). One mechanism, two users.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use super::Disk;
+use crate::Result;
+use crate::chain::{Chain, Content};
+use crate::format::{GuestCluster, GuestOffset, Mapping};
+use crate::image::Image;
+use crate::range_lock::Exclusive;
+use crate::sync::{Mutex, rank};
+
+/// After a copy-up failed (no space, I/O error on the overlay) reads come straight from below for this long before one tries again (H14).
+const FILL_PAUSE: Duration = Duration::from_secs(5);
+
+/// What one populate did, in bytes.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Populated {
+    /// Read from below and written to the overlay.
+    pub copied: u64,
+    /// Read from below, found to be zero, recorded as zero.
+    pub zeroed: u64,
+    /// Known without reading: held by the overlay already, or zero, or nothing below.
+    pub skipped: u64,
+}
+
+/// Whether copying up on reads works at present.
+#[derive(Debug, Default)]
+pub(super) struct FillHealth {
+    failures: AtomicU64,
+    paused_until: Mutex<{ rank::LEAF }, Option<Instant>>,
+}
+
+impl FillHealth {
+    /// Whether a read should copy up what it misses.
+    pub fn are_welcome(&self) -> bool {
+        // The common case without a lock: nothing ever failed.
+        self.failures.load(Ordering::Relaxed) == 0 || self.paused_until.lock().is_none_or(|until| Instant::now() >= until)
+    }
+
+    fn failed(&self, error: &crate::Error) {
+        let before = self.failures.fetch_add(1, Ordering::Relaxed);
+        let first_of_pause = {
+            let mut paused_until = self.paused_until.lock();
+            let now = Instant::now();
+            let first = paused_until.is_none_or(|until| now >= until);
+            *paused_until = Some(now + FILL_PAUSE);
+            first
+        };
+        if first_of_pause {
+            log::warn!(
+                "copy-on-read failed and pauses for {FILL_PAUSE:?}, reads are answered from below: {error} (failure {})",
+                before + 1
+            );
+        }
+    }
+}
+
+impl Disk {
+    /// Copies up what the first `depth` backing layers hold of `range` and the overlay does not, whole clusters. Waits for the range.
+    ///
+    /// # Errors
+    /// I/O on either side, [`crate::ErrorKind::NoSpace`], corruption. What was copied before stays.
+    pub fn populate(&self, range: Range<u64>, depth: usize) -> Result<Populated> {
+        self.check_range(&range)?;
+        let held = self.in_flight.exclusive(self.aligned(&range));
+        self.populate_held(&held, range, depth)
+    }
+
+    pub(super) fn populate_held(&self, held: &Exclusive<'_>, range: Range<u64>, depth: usize) -> Result<Populated> {
+        let image = self.image()?;
+        let mut populated = Populated::default();
+        let size = self.size();
+        let aligned = self.aligned(&range);
+        let end = aligned.end.min(size);
+        let mut at = aligned.start;
+        while at < end {
+            let extent = image.map(GuestOffset(at), end - at)?;
+            // I4: what the overlay holds by now, whoever put it there, is never replaced.
+            let (Mapping::Unallocated, Some(chain)) = (extent.mapping, self.chain()) else {
+                populated.skipped += extent.len;
+                at += extent.len;
+                continue;
+            };
+            let (content, known) = chain.content(depth, at, extent.len)?;
+            let cluster_size = self.cluster_size();
+            // Whole clusters (the last one may end with the disk). What is only partly known to be zero or absent is read.
+            let whole = if at + known == size { known } else { known - known % cluster_size };
+            let (content, len) = match content {
+                Content::Data => (Content::Data, known.next_multiple_of(cluster_size).min(extent.len)),
+                other if whole > 0 => (other, whole),
+                _ => (Content::Data, cluster_size.min(extent.len)),
+            };
+            match content {
+                Content::Unallocated => populated.skipped += len,
+                Content::Zero if self.geometry().version() >= 3 => {
+                    image.zero(held, self.clusters(&self.aligned(&(at..at + len))))?;
+                    populated.skipped += len;
+                }
+                // Version 2 has no zero flag: zeros are copied like any data.
+                Content::Zero | Content::Data => {
+                    let bounce = self.read_clusters(&chain, at..at + len)?;
+                    populated += self.fill(image, held, at, &bounce)?;
+                }
+            }
+            at += len;
+        }
+        Ok(populated)
+    }
+
+    /// The read of a miss: every run that is missing is read from below once, answers the guest and fills the overlay from the same buffer
+    /// (guest memory may change meanwhile, ours does not: H15).
+    pub(super) fn read_and_populate(&self, held: &Exclusive<'_>, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let image = self.image()?;
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let extent = image.map(GuestOffset(at), (buf.len() - done) as u64)?;
+            let part = &mut buf[done..done + extent.len as usize];
+            match self.chain_below(at) {
+                Some(chain) if extent.mapping == Mapping::Unallocated => {
+                    let aligned = self.aligned(&(at..at + extent.len));
+                    let bounce = self.read_clusters(&chain, aligned.start..aligned.end.min(self.size()))?;
+                    let start = (at - aligned.start) as usize;
+                    part.copy_from_slice(&bounce[start..start + part.len()]);
+                    // P5: the data is in hand, whatever becomes of the copy.
+                    if let Err(error) = self.fill(image, held, aligned.start, &bounce) {
+                        self.fills.failed(&error);
+                    }
+                }
+                _ => image.read_extent(GuestOffset(at), &extent, part)?,
+            }
+            done += extent.len as usize;
+        }
+        Ok(())
+    }
+
+    /// Reads whole clusters from below; `range` starts on a cluster and may end with the disk, the rest of the last cluster is zeros (H19).
+    fn read_clusters(&self, chain: &Chain, range: Range<u64>) -> Result<Vec<u8>> {
+        let len = range.end - range.start;
+        let mut clusters = vec![0; len.next_multiple_of(self.cluster_size()) as usize];
+        chain.read(range.start, &mut clusters[..len as usize])?;
+        Ok(clusters)
+    }
+
+    /// Stores whole clusters from guest offset `at` on: zeros as zero clusters where the version has them, the rest in contiguous runs.
+    fn fill(&self, image: &Image, held: &Exclusive<'_>, at: u64, data: &[u8]) -> Result<Populated> {
+        let geometry = self.geometry();
+        let cluster_size = geometry.cluster_size() as usize;
+        let first = at >> geometry.cluster_bits();
+        let zero = |cluster: usize| geometry.version() >= 3 && is_zero(&data[cluster * cluster_size..][..cluster_size]);
+        let count = data.len() / cluster_size;
+        let mut populated = Populated::default();
+        let mut done = 0;
+        while done < count {
+            let zeros = zero(done);
+            let run = 1 + (done + 1..count).take_while(|&cluster| zero(cluster) == zeros).count();
+            let start = GuestCluster(first + done as u64);
+            if zeros {
+                image.zero(held, start..GuestCluster(start.0 + run as u64))?;
+                populated.zeroed += (run * cluster_size) as u64;
+            } else {
+                self.store(image, held, start, &data[done * cluster_size..][..run * cluster_size])?;
+                populated.copied += (run * cluster_size) as u64;
+            }
+            done += run;
+        }
+        Ok(populated)
+    }
+
+    /// Allocate, fill, publish: whole clusters of data from guest cluster `start` on.
+    pub(super) fn store(&self, image: &Image, held: &Exclusive<'_>, start: GuestCluster, data: &[u8]) -> Result<()> {
+        let bits = self.geometry().cluster_bits();
+        let mut done = 0;
+        while done < data.len() {
+            let allocation = image.allocate(((data.len() - done) >> bits) as u64)?;
+            let len = (allocation.clusters() << bits) as usize;
+            let filled = image.fill(allocation, &data[done..done + len])?;
+            image.publish(held, GuestCluster(start.0 + (done >> bits) as u64), filled)?;
+            done += len;
+        }
+        Ok(())
+    }
+}
+
+impl std::ops::AddAssign for Populated {
+    fn add_assign(&mut self, other: Populated) {
+        self.copied += other.copied;
+        self.zeroed += other.zeroed;
+        self.skipped += other.skipped;
+    }
+}
+
+/// Whether all bytes are zero. Compares words: the compiler makes wide loads of it.
+fn is_zero(bytes: &[u8]) -> bool {
+    let (words, rest) = bytes.as_chunks::<64>();
+    rest.iter().all(|&byte| byte == 0) && words.iter().all(|word| word == &[0; 64])
+}

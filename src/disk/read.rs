@@ -1,0 +1,80 @@
+//! Reading: from the overlay alone if it can be, copying up what is missing otherwise.
+
+use super::{Disk, Local};
+use crate::Result;
+use crate::format::{GuestOffset, Mapping};
+
+impl Disk {
+    /// Reads if the overlay alone can answer at once; never waits for another request or for a backing file.
+    ///
+    /// # Errors
+    /// I/O, corruption.
+    pub fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Local> {
+        let range = offset..offset.saturating_add(buf.len() as u64);
+        self.check_range(&range)?;
+        match self.in_flight.try_shared(range) {
+            Some(_shared) if self.read_overlay(offset, buf)? => Ok(Local::Done),
+            _ => Ok(Local::Miss),
+        }
+    }
+
+    /// Reads, copying up what was missing if copy-on-read is on. A copy that fails does not fail the read (P5).
+    ///
+    /// # Errors
+    /// I/O, corruption.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let range = offset..offset.saturating_add(buf.len() as u64);
+        self.check_range(&range)?;
+        let copies_up = self.copy_on_read && !self.is_read_only() && self.fills.are_welcome();
+        {
+            let _shared = self.in_flight.shared(range.clone());
+            if self.read_overlay(offset, buf)? {
+                return Ok(());
+            }
+            if !copies_up {
+                return self.read_through(offset, buf);
+            }
+        }
+        let held = self.in_flight.exclusive(self.aligned(&range));
+        self.read_and_populate(&held, offset, buf)
+    }
+
+    /// Reads what the overlay decides by itself. `false` as soon as a byte comes from below; `buf` is then half filled. The range is held.
+    fn read_overlay(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let extent = self.map(at, (buf.len() - done) as u64)?;
+            if extent.mapping == Mapping::Unallocated && self.chain_below(at).is_some() {
+                return Ok(false);
+            }
+            let part = &mut buf[done..done + extent.len as usize];
+            self.reader().read_extent(GuestOffset(at), &extent, part)?;
+            done += extent.len as usize;
+        }
+        Ok(true)
+    }
+
+    /// Reads without copying anything up. The range is held.
+    pub(super) fn read_through(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let extent = self.map(at, (buf.len() - done) as u64)?;
+            let part = &mut buf[done..done + extent.len as usize];
+            match self.chain_below(at) {
+                Some(chain) if extent.mapping == Mapping::Unallocated => chain.read(at, part)?,
+                _ => self.reader().read_extent(GuestOffset(at), &extent, part)?,
+            }
+            done += extent.len as usize;
+        }
+        Ok(())
+    }
+
+    pub(super) fn map(&self, at: u64, max: u64) -> Result<crate::image::Extent> {
+        match self.image() {
+            Ok(image) => image.map(GuestOffset(at), max),
+            Err(_) => self.reader().map(GuestOffset(at), max),
+        }
+    }
+}

@@ -1,0 +1,424 @@
+//! The disk against a plain byte vector, with real files below and QEMU's checker as judge.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::*;
+use crate::chain::Gate;
+use crate::create::{CreateOptions, create};
+use crate::format::BackingFormat;
+
+/// xorshift64*: the seed is printed, so that a failure can be repeated.
+struct Random(u64);
+
+impl Random {
+    fn new(default: u64) -> Self {
+        let seed = std::env::var("CORDISK_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(default);
+        println!("CORDISK_SEED={seed}");
+        Random(seed.max(1))
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    fn bytes(&mut self, len: usize) -> Vec<u8> {
+        // Now and then zeros: they are detected when copied up.
+        if self.below(4) == 0 { vec![0; len] } else { (0..len).map(|_| self.next() as u8).collect() }
+    }
+}
+
+fn options() -> DiskOptions {
+    DiskOptions { read_only: false, copy_on_read: true, gate: Gate::default() }
+}
+
+fn open(path: &Path) -> Disk {
+    Disk::open(path, &options()).unwrap()
+}
+
+fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {args:?}: {text}");
+    text
+}
+
+/// No corruption and no leak.
+fn check(path: &Path) {
+    run("qemu-img", &["check", "-f", "qcow2", &path.display().to_string()]);
+}
+
+/// What QEMU reads.
+fn qemu_reads(path: &Path) -> Vec<u8> {
+    let raw = path.with_extension("out");
+    run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", &path.display().to_string(), &raw.display().to_string()]);
+    std::fs::read(raw).unwrap()
+}
+
+fn overlay_on(base: &Path, format: &str, size: Option<u64>, qemu_options: &str) -> PathBuf {
+    let overlay = base.with_file_name(format!("overlay-{}.qcow2", qemu_options.replace([',', '='], "-")));
+    let size = size.map(|size| size.to_string());
+    let mut args = vec!["create", "-q", "-f", "qcow2", "-b", base.to_str().unwrap(), "-F", format];
+    if !qemu_options.is_empty() {
+        args.extend(["-o", qemu_options]);
+    }
+    args.push(overlay.to_str().unwrap());
+    args.extend(size.as_deref());
+    run("qemu-img", &args);
+    overlay
+}
+
+fn raw_base(dir: &Path, len: usize, random: &mut Random) -> (PathBuf, Vec<u8>) {
+    let mut bytes = Vec::new();
+    while bytes.len() < len {
+        let piece = 1 + random.below(40_000) as usize;
+        bytes.extend(random.bytes(piece.min(len - bytes.len())));
+    }
+    let path = dir.join("base.raw");
+    std::fs::write(&path, &bytes).unwrap();
+    (path, bytes)
+}
+
+/// Random reads, writes, zeroes, discards, populates, flushes and re-opens; after each re-open QEMU checks and reads.
+fn model(qemu_options: &str, base_len: usize, size: u64, operations: u32, seed: u64) {
+    let mut random = Random::new(seed);
+    let dir = tempfile::tempdir().unwrap();
+    let (base, bytes) = raw_base(dir.path(), base_len, &mut random);
+    let overlay = overlay_on(&base, "raw", Some(size), qemu_options);
+    let mut expected = bytes;
+    expected.resize(size as usize, 0);
+    let mut disk = open(&overlay);
+    assert_eq!(disk.size(), size);
+    for operation in 0..operations {
+        let offset = random.below(size);
+        let longest = 1 + random.below(300_000);
+        let len = 1 + random.below((size - offset).min(longest));
+        let range = offset as usize..(offset + len) as usize;
+        match random.below(16) {
+            0..=5 => {
+                let data = random.bytes(len as usize);
+                disk.write(offset, &data).unwrap();
+                expected[range].copy_from_slice(&data);
+            }
+            6..=9 => {
+                let mut buf = vec![0xa5; len as usize];
+                disk.read(offset, &mut buf).unwrap();
+                assert!(buf == expected[range], "operation {operation}: read of {len} at {offset} with {qemu_options}");
+            }
+            10 => {
+                disk.write_zeroes(offset..offset + len).unwrap();
+                expected[range].fill(0);
+            }
+            11 => {
+                disk.discard(offset..offset + len).unwrap();
+                expected[range].fill(0);
+            }
+            12..=13 => {
+                disk.populate(offset..offset + len, usize::MAX).unwrap();
+            }
+            14 => disk.flush().unwrap(),
+            _ => {
+                disk.close().unwrap();
+                drop(disk);
+                check(&overlay);
+                disk = open(&overlay);
+            }
+        }
+    }
+    disk.populate(0..size, usize::MAX).unwrap();
+    disk.detach_backing(usize::MAX, None).unwrap();
+    std::fs::remove_file(&base).unwrap();
+    let mut all = vec![0; size as usize];
+    disk.read(0, &mut all).unwrap();
+    assert!(all == expected, "after detaching, {qemu_options}");
+    disk.close().unwrap();
+    drop(disk);
+    check(&overlay);
+    assert!(qemu_reads(&overlay) == expected, "QEMU after detaching, {qemu_options}");
+}
+
+#[test]
+fn model_default() {
+    model("", 3_000_000, 4 << 20, 300, 1);
+}
+
+#[test]
+fn model_512_byte_clusters_grow_every_table() {
+    model("cluster_size=512", 700_001, 1 << 20, 300, 2);
+    model("cluster_size=512,refcount_bits=64", 900_001, 1 << 20, 200, 3);
+}
+
+#[test]
+fn model_2_mib_clusters() {
+    model("cluster_size=2M", 5_000_000, 9 << 20, 100, 4);
+}
+
+#[test]
+fn model_version_2() {
+    model("compat=0.10", 3_000_000, 4 << 20, 200, 5);
+    model("compat=0.10,cluster_size=4k", 700_000, (1 << 20) + 512, 200, 6);
+}
+
+#[test]
+fn model_every_refcount_width() {
+    for (seed, bits) in [1, 2, 4, 8, 32, 64].into_iter().enumerate() {
+        model(&format!("refcount_bits={bits},cluster_size=4k"), 1_000_000, 2 << 20, 120, 10 + seed as u64);
+    }
+}
+
+#[test]
+fn model_base_longer_than_the_overlay() {
+    model("cluster_size=4k", 2_000_000, (1 << 20) + 1536, 200, 7);
+}
+
+/// Compressed clusters are read, and copied when written to; both of their host clusters lose a reference.
+#[test]
+fn compressed_overlay_is_rewritten_without_leaks() {
+    for (kind, cluster) in [("zlib", "64k"), ("zstd", "64k"), ("zlib", "4k"), ("zlib", "2M")] {
+        let mut random = Random::new(20);
+        let dir = tempfile::tempdir().unwrap();
+        let mut bytes = vec![0; 3 << 20];
+        for (index, byte) in bytes.iter_mut().enumerate() {
+            *byte = (index / 300) as u8;
+        }
+        let raw = dir.path().join("in.raw");
+        std::fs::write(&raw, &bytes).unwrap();
+        let image = dir.path().join("compressed.qcow2");
+        let option = format!("compression_type={kind},cluster_size={cluster}");
+        run("qemu-img", &["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &option, raw.to_str().unwrap(), image.to_str().unwrap()]);
+        let disk = open(&image);
+        let mut all = vec![0; bytes.len()];
+        disk.read(0, &mut all).unwrap();
+        assert!(all == bytes, "{option}");
+        for _ in 0..60 {
+            let offset = random.below(3 << 20);
+            let len = (1 + random.below(100_000)).min((3 << 20) - offset);
+            let data = random.bytes(len as usize);
+            disk.write(offset, &data).unwrap();
+            bytes[offset as usize..(offset + len) as usize].copy_from_slice(&data);
+            if random.below(10) == 0 {
+                disk.flush().unwrap();
+            }
+        }
+        disk.discard(0..700_000).unwrap();
+        bytes[..700_000].fill(0);
+        disk.close().unwrap();
+        drop(disk);
+        check(&image);
+        assert!(qemu_reads(&image) == bytes, "{option}");
+    }
+}
+
+/// One thousand times more clusters than one refcount block covers: the refcount table moves, more than once between two flushes.
+#[test]
+fn refcount_table_moves() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("grow.qcow2");
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-o", "cluster_size=512,refcount_bits=64", path.to_str().unwrap(), "64M"]);
+    let disk = open(&path);
+    let before = disk.reader().header().refcount_table_offset;
+    let data: Vec<u8> = (0..24u32 << 20).map(|index| (index >> 9) as u8 | 1).collect();
+    for (index, piece) in data.chunks(1 << 20).enumerate() {
+        disk.write((index as u64) << 20, piece).unwrap();
+    }
+    disk.close().unwrap();
+    assert_ne!(disk.reader().header().refcount_table_offset, before);
+    drop(disk);
+    check(&path);
+    assert!(qemu_reads(&path)[..data.len()] == data);
+    // And it is what a new open finds.
+    let disk = open(&path);
+    disk.write(40 << 20, &data[..1 << 20]).unwrap();
+    disk.close().unwrap();
+    drop(disk);
+    check(&path);
+}
+
+#[test]
+fn growing_moves_the_l1_table_and_hides_a_longer_base() {
+    let mut random = Random::new(30);
+    let dir = tempfile::tempdir().unwrap();
+    let (base, bytes) = raw_base(dir.path(), 3 << 20, &mut random);
+    let overlay = overlay_on(&base, "raw", Some((1 << 20) + 1536), "cluster_size=4k");
+    let disk = open(&overlay);
+    disk.write(4096, b"guest").unwrap();
+    assert_eq!(disk.grow(1 << 20).unwrap_err().kind(), ErrorKind::InvalidArgument);
+    assert_eq!(disk.grow((4 << 20) + 1).unwrap_err().kind(), ErrorKind::InvalidArgument);
+    disk.grow(200 << 20).unwrap();
+    disk.write(150 << 20, b"far out").unwrap();
+    let mut expected = bytes;
+    expected.truncate((1 << 20) + 1536);
+    expected.resize(200 << 20, 0);
+    expected[4096..4101].copy_from_slice(b"guest");
+    expected[150 << 20..][..7].copy_from_slice(b"far out");
+    let mut all = vec![0; 200 << 20];
+    disk.read(0, &mut all).unwrap();
+    assert!(all == expected);
+    disk.close().unwrap();
+    drop(disk);
+    check(&overlay);
+    assert!(qemu_reads(&overlay) == expected);
+}
+
+#[test]
+fn read_only_changes_nothing_and_copies_nothing() {
+    let mut random = Random::new(40);
+    let dir = tempfile::tempdir().unwrap();
+    let (base, bytes) = raw_base(dir.path(), 1 << 20, &mut random);
+    let overlay = overlay_on(&base, "raw", None, "");
+    let before = std::fs::read(&overlay).unwrap();
+    let disk = Disk::open(&overlay, &DiskOptions { read_only: true, ..options() }).unwrap();
+    let mut all = vec![0; 1 << 20];
+    disk.read(0, &mut all).unwrap();
+    assert!(all == bytes);
+    assert_eq!(disk.write(0, b"x").unwrap_err().kind(), ErrorKind::ReadOnly);
+    assert_eq!(disk.discard(0..65536).unwrap_err().kind(), ErrorKind::ReadOnly);
+    assert_eq!(disk.populate(0..65536, 1).unwrap_err().kind(), ErrorKind::ReadOnly);
+    disk.close().unwrap();
+    assert!(std::fs::read(&overlay).unwrap() == before);
+}
+
+#[test]
+fn partial_stream_keeps_the_base_and_its_relative_name() {
+    let mut random = Random::new(50);
+    let dir = tempfile::tempdir().unwrap();
+    let (base, mut expected) = raw_base(dir.path(), 2 << 20, &mut random);
+    let middle = dir.path().join("middle.qcow2");
+    // The middle layer is shorter than the base: past its end the disk is zero, and must stay so when it is cut out.
+    let mid_size = (1 << 20) + 512;
+    create(&CreateOptions {
+        overlay: middle.clone(),
+        base: "base.raw".into(),
+        format: BackingFormat::Raw,
+        size: Some(mid_size),
+        cluster_size: 4096,
+    })
+    .unwrap();
+    let disk = open(&middle);
+    disk.write(100_000, b"middle").unwrap();
+    disk.discard(200_000..300_000).unwrap();
+    disk.close().unwrap();
+    drop(disk);
+    expected.truncate(mid_size as usize);
+    expected.resize(2 << 20, 0);
+    expected[100_000..100_006].copy_from_slice(b"middle");
+    expected[200_000..300_000].fill(0);
+    let overlay = dir.path().join("top.qcow2");
+    create(&CreateOptions {
+        overlay: overlay.clone(),
+        base: "middle.qcow2".into(),
+        format: BackingFormat::Qcow2,
+        size: Some(2 << 20),
+        cluster_size: 65536,
+    })
+    .unwrap();
+    let _ = base;
+    let disk = open(&overlay);
+    assert_eq!(disk.detach_backing(1, None).unwrap_err().kind(), ErrorKind::InvalidArgument, "nothing was populated yet");
+    disk.populate(0..2 << 20, 1).unwrap();
+    disk.detach_backing(1, None).unwrap();
+    std::fs::remove_file(&middle).unwrap();
+    let info = disk.info().unwrap();
+    assert_eq!(info.backing.len(), 1);
+    assert_eq!(info.backing[0].reference.name, "base.raw");
+    let mut all = vec![0; 2 << 20];
+    disk.read(0, &mut all).unwrap();
+    assert!(all == expected);
+    disk.close().unwrap();
+    drop(disk);
+    check(&overlay);
+    assert!(qemu_reads(&overlay) == expected);
+}
+
+#[test]
+fn seek_sees_through_the_chain() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.raw");
+    let file = std::fs::File::create(&base).unwrap();
+    file.set_len(1 << 20).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; 4096], 512 << 10).unwrap();
+    let overlay = overlay_on(&base, "raw", Some(2 << 20), "");
+    let disk = open(&overlay);
+    assert_eq!(disk.seek(0, Seek::Data).unwrap(), Some(512 << 10));
+    assert_eq!(disk.seek(512 << 10, Seek::Hole).unwrap(), Some((512 << 10) + 4096));
+    assert_eq!(disk.seek(600 << 10, Seek::Data).unwrap(), None);
+    disk.write((2 << 20) - 1, b"x").unwrap();
+    assert_eq!(disk.seek(600 << 10, Seek::Data).unwrap(), Some((2 << 20) - 65536));
+    assert_eq!(disk.seek((2 << 20) - 100, Seek::Hole).unwrap(), Some(2 << 20));
+    disk.discard(512 << 10..576 << 10).unwrap();
+    assert_eq!(disk.seek(0, Seek::Data).unwrap(), Some((2 << 20) - 65536));
+    disk.close().unwrap();
+}
+
+/// Readers, writers, discards, flushes and a stream, all at once; each writer owns a third of the sectors and knows what must be there.
+#[test]
+fn concurrent_requests_never_lose_a_write() {
+    const SIZE: u64 = 4 << 20;
+    let mut random = Random::new(60);
+    let dir = tempfile::tempdir().unwrap();
+    let (base, bytes) = raw_base(dir.path(), SIZE as usize, &mut random);
+    for option in ["cluster_size=4k", "", "compat=0.10,cluster_size=4k"] {
+        let overlay = overlay_on(&base, "raw", None, option);
+        let disk = open(&overlay);
+        let seeds: Vec<u64> = (0..3).map(|_| random.next()).collect();
+        let mut finals: Vec<Vec<u8>> = Vec::new();
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..3u64)
+                .map(|worker| {
+                    let (disk, mut mine, seed) = (&disk, bytes.clone(), seeds[worker as usize]);
+                    scope.spawn(move || {
+                        let mut random = Random(seed | 1);
+                        for _ in 0..600 {
+                            // Sectors of 512 bytes go round among the workers: every cluster is shared by all of them.
+                            let sector = random.below(SIZE / 512 / 3) * 3 + worker;
+                            let range = (sector * 512) as usize..(sector * 512 + 512) as usize;
+                            match random.below(4) {
+                                0 | 1 => {
+                                    let data = random.bytes(512);
+                                    disk.write(range.start as u64, &data).unwrap();
+                                    mine[range].copy_from_slice(&data);
+                                }
+                                2 => {
+                                    disk.discard(range.start as u64..range.end as u64).unwrap();
+                                    mine[range].fill(0);
+                                }
+                                _ => {
+                                    let mut buf = [0; 512];
+                                    disk.read(range.start as u64, &mut buf).unwrap();
+                                    assert!(buf[..] == mine[range], "worker {worker}, sector {sector}, {option}");
+                                }
+                            }
+                        }
+                        mine
+                    })
+                })
+                .collect();
+            scope.spawn(|| {
+                for chunk in 0..SIZE / (64 << 10) {
+                    disk.populate(chunk * (64 << 10)..(chunk + 1) * (64 << 10), usize::MAX).unwrap();
+                    if chunk % 8 == 0 {
+                        disk.flush().unwrap();
+                    }
+                }
+                disk.detach_backing(usize::MAX, None).unwrap();
+            });
+            finals = workers.into_iter().map(|worker| worker.join().unwrap()).collect();
+        });
+        let mut expected = vec![0; SIZE as usize];
+        for (sector, out) in expected.chunks_mut(512).enumerate() {
+            out.copy_from_slice(&finals[sector % 3][sector * 512..sector * 512 + 512]);
+        }
+        disk.close().unwrap();
+        assert!(disk.info().unwrap().backing.is_empty());
+        drop(disk);
+        check(&overlay);
+        assert!(qemu_reads(&overlay) == expected, "{option}");
+    }
+}

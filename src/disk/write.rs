@@ -1,0 +1,230 @@
+//! Writing, zeroing and discarding.
+
+use std::ops::Range;
+
+use super::{Disk, Local};
+use crate::Result;
+use crate::format::{GuestOffset, Mapping};
+use crate::image::Image;
+use crate::range_lock::Exclusive;
+
+/// Zeros are written as data (version 2) in pieces of this many bytes.
+const ZERO_PIECE: u64 = 1 << 20;
+
+/// A large zero or discard holds at most this many bytes of the disk at a time, so that others get their turn.
+const ZERO_HOLD: u64 = 1 << 30;
+
+/// What becomes of the host clusters of a range that is to read as zero.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum HostClusters {
+    Keep,
+    GiveBack,
+}
+
+impl Disk {
+    /// Writes if every byte is an overwrite in place that can be done at once.
+    ///
+    /// # Errors
+    /// I/O, corruption, read-only.
+    pub fn write_local(&self, offset: u64, data: &[u8]) -> Result<Local> {
+        let image = self.image()?;
+        let range = offset..offset.saturating_add(data.len() as u64);
+        self.check_range(&range)?;
+        match self.in_flight.try_shared(range) {
+            Some(_shared) if self.write_in_place(image, offset, data)? => Ok(Local::Done),
+            _ => Ok(Local::Miss),
+        }
+    }
+
+    /// Writes. Overlapping writes are done one after the other wherever a cluster is allocated (H20); two plain overwrites of the same bytes
+    /// at the same time leave either's bytes, as on any disk.
+    ///
+    /// # Errors
+    /// I/O, corruption, read-only, [`crate::ErrorKind::NoSpace`]; part of the data may be written then.
+    pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+        if self.write_local(offset, data)? == Local::Done {
+            return Ok(());
+        }
+        let image = self.image()?;
+        let range = offset..offset + data.len() as u64;
+        let held = self.in_flight.exclusive(self.aligned(&range));
+        self.write_held(image, &held, offset, data)
+    }
+
+    /// Overwrites if no mapping has to change; `false`, with nothing written, otherwise. The range is held.
+    fn write_in_place(&self, image: &Image, offset: u64, data: &[u8]) -> Result<bool> {
+        if data.is_empty() {
+            return Ok(true);
+        }
+        // Look at all of it before anything is written: a miss must leave nothing half done.
+        let first = image.map(GuestOffset(offset), data.len() as u64)?;
+        if !matches!(first.mapping, Mapping::Data { in_place: true, .. }) {
+            return Ok(false);
+        }
+        let mut covered = first.len;
+        while covered < data.len() as u64 {
+            let extent = image.map(GuestOffset(offset + covered), data.len() as u64 - covered)?;
+            if !matches!(extent.mapping, Mapping::Data { in_place: true, .. }) {
+                return Ok(false);
+            }
+            covered += extent.len;
+        }
+        let mut done = 0;
+        let mut extent = first;
+        loop {
+            let at = GuestOffset(offset + done as u64);
+            image.write_in_place(at, &extent, &data[done..done + extent.len as usize])?;
+            done += extent.len as usize;
+            if done == data.len() {
+                return Ok(true);
+            }
+            extent = image.map(GuestOffset(offset + done as u64), (data.len() - done) as u64)?;
+        }
+    }
+
+    /// The write of a miss: each run in place, or into new clusters that are completed from what the guest sees there now.
+    fn write_held(&self, image: &Image, held: &Exclusive<'_>, offset: u64, data: &[u8]) -> Result<()> {
+        let mut done = 0;
+        while done < data.len() {
+            let at = offset + done as u64;
+            let extent = image.map(GuestOffset(at), (data.len() - done) as u64)?;
+            let part = &data[done..done + extent.len as usize];
+            match extent.mapping {
+                Mapping::Data { in_place: true, .. } => image.write_in_place(GuestOffset(at), &extent, part)?,
+                Mapping::Zero { reserved: Some((host, true)) } => {
+                    let aligned = self.aligned(&(at..at + extent.len));
+                    let whole = self.completed(at, part)?;
+                    image.fill_reserved(host, &whole)?;
+                    image.publish_reserved(held, self.clusters(&aligned))?;
+                }
+                _ => {
+                    let start = self.geometry().guest_cluster(GuestOffset(at));
+                    let is_whole = at.is_multiple_of(self.cluster_size()) && (part.len() as u64).is_multiple_of(self.cluster_size());
+                    if is_whole {
+                        self.store(image, held, start, part)?;
+                    } else {
+                        self.store(image, held, start, &self.completed(at, part)?)?;
+                    }
+                }
+            }
+            done += extent.len as usize;
+        }
+        Ok(())
+    }
+
+    /// `data` at guest offset `at`, completed to whole clusters by what the guest reads around it; zeros beyond the end of the disk (H19).
+    fn completed(&self, at: u64, data: &[u8]) -> Result<Vec<u8>> {
+        let end = at + data.len() as u64;
+        let aligned = self.aligned(&(at..end));
+        let mut whole = vec![0; (aligned.end - aligned.start) as usize];
+        let head = (at - aligned.start) as usize;
+        let tail = head + data.len();
+        if head > 0 {
+            self.read_through(aligned.start, &mut whole[..head])?;
+        }
+        let readable = (aligned.end.min(self.size()) - aligned.start) as usize;
+        if tail < readable {
+            self.read_through(end, &mut whole[tail..readable])?;
+        }
+        whole[head..tail].copy_from_slice(data);
+        Ok(whole)
+    }
+
+    /// The range reads as zero afterwards; host clusters stay reserved for later writes.
+    ///
+    /// # Errors
+    /// As [`Disk::write`].
+    pub fn write_zeroes(&self, range: Range<u64>) -> Result<()> {
+        self.make_zero(range, HostClusters::Keep)
+    }
+
+    /// The range reads as zero for ever after, whatever the backing file holds (2.6); host clusters are given back.
+    ///
+    /// # Errors
+    /// As [`Disk::write`].
+    pub fn discard(&self, range: Range<u64>) -> Result<()> {
+        self.make_zero(range, HostClusters::GiveBack)
+    }
+
+    /// Whole clusters by their mapping, the edges by writing: never rounded outward.
+    fn make_zero(&self, range: Range<u64>, hosts: HostClusters) -> Result<()> {
+        self.image()?;
+        self.check_range(&range)?;
+        let cluster_size = self.cluster_size();
+        let first_whole = range.start.next_multiple_of(cluster_size);
+        // The last cluster of the disk is whole where the range reaches the end of the disk.
+        let end_whole =
+            if range.end == self.size() { range.end.next_multiple_of(cluster_size) } else { range.end - range.end % cluster_size };
+        if first_whole >= end_whole {
+            return self.write_zero_bytes(range);
+        }
+        self.write_zero_bytes(range.start..first_whole)?;
+        let mut at = first_whole;
+        while at < end_whole {
+            let end = end_whole.min(at + ZERO_HOLD);
+            let held = self.in_flight.exclusive(at..end);
+            self.make_clusters_zero(&held, at..end, hosts)?;
+            at = end;
+        }
+        self.write_zero_bytes(end_whole.min(range.end)..range.end)
+    }
+
+    /// Zeros by writing, for the edges of a range; nothing is written where the bytes are known to be zero.
+    fn write_zero_bytes(&self, range: Range<u64>) -> Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let len = (range.end - at).min(self.cluster_size() - at % self.cluster_size());
+            if !self.reads_as_zero(at)? {
+                self.write(at, &vec![0; len as usize])?;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Whether the cluster at `at` is known to read as zero. A hint: a write that comes in between is as if it came after us.
+    fn reads_as_zero(&self, at: u64) -> Result<bool> {
+        let _shared = self.in_flight.shared(at..at + 1);
+        Ok(match self.map(at, 1)?.mapping {
+            Mapping::Zero { .. } => true,
+            Mapping::Unallocated => self.chain_below(at).is_none(),
+            _ => false,
+        })
+    }
+
+    /// As [`Disk::discard`] for whole clusters that are held.
+    pub(super) fn zero_clusters(&self, held: &Exclusive<'_>, aligned: Range<u64>) -> Result<()> {
+        self.make_clusters_zero(held, aligned, HostClusters::GiveBack)
+    }
+
+    fn make_clusters_zero(&self, held: &Exclusive<'_>, aligned: Range<u64>, hosts: HostClusters) -> Result<()> {
+        let image = self.image()?;
+        let version = self.geometry().version();
+        let size = self.size();
+        let mut at = aligned.start;
+        while at < aligned.end.min(size) {
+            let extent = image.map(GuestOffset(at), aligned.end.min(size) - at)?;
+            let run = at..at + extent.len;
+            let clusters = self.clusters(&self.aligned(&run));
+            at = run.end;
+            let shows_below = self.chain().is_some();
+            match (extent.mapping, hosts) {
+                // Nothing below and nothing here: zero already. (A shorter backing file may be exchanged for a longer one, so it counts.)
+                (Mapping::Unallocated, _) if !shows_below => {}
+                (_, HostClusters::Keep) if version >= 3 => image.zero(held, clusters)?,
+                (_, HostClusters::GiveBack) if version >= 3 => image.discard(held, clusters)?,
+                (_, HostClusters::GiveBack) if !shows_below => image.unmap(held, clusters)?,
+                // Version 2 with a backing file: only written zeros hide it.
+                _ => {
+                    let mut from = run.start;
+                    while from < run.end {
+                        let len = ZERO_PIECE.min(run.end - from).max(self.cluster_size().min(run.end - from));
+                        self.write_held(image, held, from, &vec![0; len as usize])?;
+                        from += len;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

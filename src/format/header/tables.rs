@@ -1,0 +1,94 @@
+//! The tables that the header points to: inside the file, and none on top of another (V9 to V14, V18, V21).
+
+use std::ops::Range;
+
+use super::extensions::check_bitmaps;
+use super::{FormatError, Header, feature, invalid};
+
+/// V9, QEMU's QCOW_MAX_REFTABLE_SIZE, bytes.
+pub(super) const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
+/// V11, QEMU's QCOW_MAX_L1_SIZE, bytes.
+pub(super) const MAX_L1_TABLE: u64 = 32 << 20;
+/// V14, QEMU's QCOW_MAX_SNAPSHOTS.
+const MAX_SNAPSHOTS: u32 = 65536;
+/// Bytes of the smallest entry of the snapshot table.
+const MIN_SNAPSHOT_ENTRY: u64 = 40;
+
+impl Header {
+    /// V9 to V14, V18, V21: the tables that the header names. `size` is the virtual size before rounding.
+    pub(super) fn check_tables(&self, size: u64, snapshots_offset: u64, bitmaps: Option<&[u8]>, file_size: u64) -> Result<(), FormatError> {
+        let cluster_size = self.geometry.cluster_size();
+        let file_end = file_size.checked_next_multiple_of(cluster_size).filter(|&end| end <= i64::MAX as u64);
+        let Some(file_end) = file_end else {
+            return invalid(format!("file of {file_size} bytes is too large"));
+        };
+        let table = |name: &'static str, offset: u64, len: u64| Table::checked(name, offset, len, cluster_size, file_end);
+        let mut tables = vec![Table { name: "header", range: 0..cluster_size }];
+
+        if self.refcount_table_clusters == 0 {
+            return invalid("refcount_table_clusters is 0".into());
+        }
+        let len = u64::from(self.refcount_table_clusters) * cluster_size;
+        if len > MAX_REFCOUNT_TABLE {
+            return invalid(format!("refcount table of {} clusters is larger than 8 MiB", self.refcount_table_clusters));
+        }
+        tables.push(table("refcount table", self.refcount_table_offset, len)?);
+
+        let len = u64::from(self.l1_size) * 8;
+        if len > MAX_L1_TABLE {
+            return invalid(format!("l1_size is {}, larger than 32 MiB of entries", self.l1_size));
+        }
+        let needed = self.geometry.resized(size)?.l1_entries_needed();
+        if u64::from(self.l1_size) < needed {
+            return invalid(format!("l1_size is {}, too small for {size} bytes, which need {needed}", self.l1_size));
+        }
+        if self.l1_size != 0 {
+            tables.push(table("L1 table", self.l1_table_offset, len)?);
+        }
+
+        if self.nb_snapshots > MAX_SNAPSHOTS {
+            return invalid(format!("nb_snapshots is {}, more than {MAX_SNAPSHOTS}", self.nb_snapshots));
+        }
+        if self.nb_snapshots != 0 {
+            tables.push(table("snapshot table", snapshots_offset, u64::from(self.nb_snapshots) * MIN_SNAPSHOT_ENTRY)?);
+        }
+        // Without the autoclear bit the extension is stale by definition and nothing of it is used.
+        if let (Some(payload), true) = (bitmaps, self.autoclear & feature::AUTOCLEAR_BITMAPS != 0) {
+            let directory = check_bitmaps(payload)?;
+            tables.push(table("bitmap directory", directory.start, directory.end - directory.start)?);
+        }
+        check_overlaps(&tables)
+    }
+}
+
+/// A table that the header points to, rounded up to whole clusters.
+struct Table {
+    name: &'static str,
+    range: Range<u64>,
+}
+
+impl Table {
+    /// V10, V12: aligned, not in front of everything, inside the file.
+    fn checked(name: &'static str, offset: u64, len: u64, cluster_size: u64, file_end: u64) -> Result<Table, FormatError> {
+        if offset == 0 || !offset.is_multiple_of(cluster_size) {
+            return invalid(format!("{name} at {offset:#x} is not at a cluster boundary behind the header"));
+        }
+        let end = offset.checked_add(len).and_then(|end| end.checked_next_multiple_of(cluster_size));
+        match end {
+            Some(end) if end <= file_end => Ok(Table { name, range: offset..end }),
+            _ => invalid(format!("{name} at {offset:#x} ({len} bytes) is not inside the file")),
+        }
+    }
+}
+
+/// V21.
+fn check_overlaps(tables: &[Table]) -> Result<(), FormatError> {
+    for (index, a) in tables.iter().enumerate() {
+        for b in &tables[index + 1..] {
+            if a.range.start < b.range.end && b.range.start < a.range.end {
+                return invalid(format!("{} at {:#x} overlaps the {} at {:#x}", b.name, b.range.start, a.name, a.range.start));
+            }
+        }
+    }
+    Ok(())
+}

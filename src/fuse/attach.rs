@@ -1,0 +1,286 @@
+//! mount(2) and umount(2), or fusermount3 for whoever may not call them.
+//!
+//! fuser could mount too, but it follows symbolic links to the mountpoint, and at the end unmounts whatever is at that path by then
+//! (even if ours is gone and another disk is mounted there). Here a path is only unmounted while the kernel's list says that it is ours.
+
+use std::ffi::{CString, OsString};
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::{Errno, FdFlags};
+use rustix::mount::{MountFlags, UnmountFlags};
+use rustix::net::{AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType};
+
+use super::mountinfo;
+use super::mountpoint::Mountpoint;
+use crate::error::{Context, os_text};
+use crate::{Error, ErrorKind, Result};
+
+/// The kernel's side of FUSE.
+const DEVICE: &str = "/dev/fuse";
+
+/// Stands behind `fuse.` in the list of mounts.
+const SUBTYPE: &str = "cordisk";
+
+/// fusectl: one directory per connection, named by the minor device number of its mount.
+const CONNECTIONS: &str = "/sys/fs/fuse/connections";
+
+/// The set-user-id helper of libfuse 3.
+const HELPER: &str = "fusermount3";
+
+/// How to mount.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Options<'a> {
+    /// What stands as source in the list of mounts: the image.
+    pub(super) source: &'a Path,
+    /// Mount `ro`.
+    pub(super) read_only: bool,
+    /// Other users may open the disk.
+    pub(super) allow_other: bool,
+}
+
+/// Whether an unmount has happened.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Unmounted {
+    /// It is unmounted; the session ends.
+    Done,
+    /// Somebody has the disk open: nothing has changed.
+    Busy,
+}
+
+/// Our mount. Dropping it detaches what is still mounted.
+#[derive(Debug)]
+pub(super) struct Attachment {
+    path: PathBuf,
+    /// `major:minor` of our file system.
+    device: String,
+}
+
+/// Opens /dev/fuse.
+///
+/// # Errors
+/// With what to do about it.
+pub(super) fn open_device() -> Result<OwnedFd> {
+    rustix::fs::open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
+        let hint = match errno {
+            Errno::NOENT | Errno::NODEV | Errno::NXIO => "load the fuse module (modprobe fuse)",
+            _ => "this user or container may not use FUSE",
+        };
+        Error::new(ErrorKind::Io, format!("{DEVICE}: {}: {hint}", os_text(&errno.into())))
+    })
+}
+
+/// Mounts on `target`. Returns the open /dev/fuse that serves the mount; it is `device` itself, or one from fusermount3.
+///
+/// # Errors
+/// What mount(2) or fusermount3 says. Nothing is mounted then.
+pub(super) fn attach(device: OwnedFd, target: &Mountpoint, options: &Options<'_>) -> Result<(OwnedFd, Attachment)> {
+    let what = || format!("mounting on {}", target.path().display());
+    let device = match mount_directly(&device, target, options) {
+        Ok(()) => device,
+        Err(Errno::PERM) => mount_by_helper(target.path(), options).map_err(|error| error.context(what()))?,
+        Err(errno) => return Err(Error::io(what(), errno.into())),
+    };
+    match mountinfo::mounted_at(target.path())? {
+        Some(entry) if entry.fs_type.starts_with("fuse") => {
+            Ok((device, Attachment { path: target.path().to_path_buf(), device: entry.device }))
+        }
+        // Closing the device, here, makes it a dead mount wherever it is.
+        _ => Err(Error::new(ErrorKind::Io, format!("{}: it is not in the list of mounts", what()))),
+    }
+}
+
+fn mount_directly(device: &OwnedFd, target: &Mountpoint, options: &Options<'_>) -> Result<(), Errno> {
+    let data = format!(
+        "fd={},rootmode={:o},user_id={},group_id={},default_permissions{}",
+        device.as_raw_fd(),
+        target.raw_mode(),
+        rustix::process::getuid().as_raw(),
+        rustix::process::getgid().as_raw(),
+        if options.allow_other { ",allow_other" } else { "" },
+    );
+    let data = CString::new(data).map_err(|_| Errno::INVAL)?;
+    let mut flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    flags.set(MountFlags::RDONLY, options.read_only);
+    // By descriptor: the file that was checked, not what its path means now.
+    rustix::mount::mount(options.source, target.reopen_path(), format!("fuse.{SUBTYPE}"), flags, data.as_c_str())
+}
+
+/// fusermount3 mounts and sends the open /dev/fuse over the socket whose number stands in `_FUSE_COMMFD`.
+fn mount_by_helper(path: &Path, options: &Options<'_>) -> Result<OwnedFd> {
+    // Without CLOEXEC: `theirs` is inherited. No other process is started meanwhile.
+    let (ours, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::empty(), None)
+        .map_err(io::Error::from)
+        .context(|| "socketpair")?;
+    rustix::io::fcntl_setfd(&ours, FdFlags::CLOEXEC).map_err(io::Error::from).context(|| "fcntl")?;
+    let child = Command::new(HELPER)
+        .arg("-o")
+        .arg(helper_options(options))
+        .arg("--")
+        .arg(path)
+        .env("_FUSE_COMMFD", theirs.as_raw_fd().to_string())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| Error::io(format!("Operation not permitted for this user, and {HELPER}"), error))?;
+    drop(theirs);
+    let received = receive_descriptor(&ours);
+    let output = child.wait_with_output().context(|| HELPER)?;
+    match received {
+        Some(device) if output.status.success() => Ok(device),
+        _ => Err(Error::new(ErrorKind::Io, complaint(&output))),
+    }
+}
+
+/// Options as fusermount3 takes them. A comma or backslash in the source is escaped with a backslash.
+fn helper_options(options: &Options<'_>) -> OsString {
+    let mut text = b"fsname=".to_vec();
+    for &byte in options.source.as_os_str().as_bytes() {
+        if matches!(byte, b',' | b'\\') {
+            text.push(b'\\');
+        }
+        text.push(byte);
+    }
+    text.extend_from_slice(format!(",subtype={SUBTYPE},nosuid,nodev,noexec,default_permissions").as_bytes());
+    if options.read_only {
+        text.extend_from_slice(b",ro");
+    }
+    if options.allow_other {
+        text.extend_from_slice(b",allow_other");
+    }
+    OsString::from_vec(text)
+}
+
+/// One byte with one descriptor; `None` at the end of the stream, when fusermount3 has given up.
+fn receive_descriptor(socket: &OwnedFd) -> Option<OwnedFd> {
+    let mut byte = [0];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    rustix::io::retry_on_intr(|| rustix::net::recvmsg(socket, &mut [IoSliceMut::new(&mut byte)], &mut control, RecvFlags::CMSG_CLOEXEC))
+        .ok()?;
+    control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    })
+}
+
+/// What fusermount3 wrote, on one line and without its name.
+fn complaint(output: &Output) -> String {
+    let text = String::from_utf8_lossy(&output.stderr);
+    let text = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ");
+    match text.strip_prefix("fusermount3: ").unwrap_or(&text) {
+        "" => format!("{HELPER}: {}", output.status),
+        text => format!("{HELPER}: {text}"),
+    }
+}
+
+impl Attachment {
+    /// Unmounts if nobody has the disk open.
+    ///
+    /// # Errors
+    /// Neither done nor busy.
+    pub(super) fn unmount(&self) -> Result<Unmounted> {
+        if self.entry()?.is_none() {
+            return Ok(Unmounted::Done);
+        }
+        match rustix::mount::unmount(&self.path, UnmountFlags::NOFOLLOW) {
+            // Invalid: unmounted by somebody else since we looked.
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => return Ok(Unmounted::Done),
+            Err(Errno::BUSY) => return Ok(Unmounted::Busy),
+            Err(Errno::PERM) => {}
+            Err(errno) => return Err(self.failed(io::Error::from(errno))),
+        }
+        let output = self.helper("-u").map_err(|error| self.failed(error))?;
+        if output.status.success() || self.entry()?.is_none() {
+            Ok(Unmounted::Done)
+        } else if String::from_utf8_lossy(&output.stderr).contains("busy") {
+            Ok(Unmounted::Busy)
+        } else {
+            Err(self.failed(io::Error::other(complaint(&output))))
+        }
+    }
+
+    /// Takes the mount away from whoever uses it: their descriptors fail from now on, the path is free, the session ends. To be called
+    /// while the session runs.
+    ///
+    /// # Errors
+    /// It is still mounted.
+    pub(super) fn detach(&self) -> Result<()> {
+        if self.entry()?.is_none() {
+            // Detached by somebody else, and still open.
+            self.abort();
+            return Ok(());
+        }
+        // FORCE aborts the connection, which ends the session although descriptors are open; DETACH frees the path.
+        let flags = UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+        if rustix::mount::unmount(&self.path, flags).is_ok() {
+            return Ok(());
+        }
+        // The same in two steps, without privilege.
+        self.abort();
+        let output = self.helper("-uz").map_err(|error| self.failed(error))?;
+        if output.status.success() || self.entry()?.is_none() {
+            return Ok(());
+        }
+        Err(self.failed(io::Error::other(complaint(&output))))
+    }
+
+    /// Ends the connection through fusectl, if that is mounted: its file belongs to whoever has mounted ours. Otherwise the connection
+    /// ends with the process.
+    fn abort(&self) {
+        if let Some((_major, minor)) = self.device.split_once(':')
+            && let Err(error) = std::fs::write(format!("{CONNECTIONS}/{minor}/abort"), "1")
+        {
+            log::debug!("aborting FUSE connection {minor}: {error}");
+        }
+    }
+
+    /// The entry of our mount, while it is there and on top.
+    fn entry(&self) -> Result<Option<mountinfo::MountEntry>> {
+        Ok(mountinfo::mounted_at(&self.path)?.filter(|entry| entry.device == self.device))
+    }
+
+    fn helper(&self, flag: &str) -> io::Result<Output> {
+        Command::new(HELPER).env("LC_ALL", "C").arg(flag).arg("--").arg(&self.path).stdin(Stdio::null()).output()
+    }
+
+    fn failed(&self, error: io::Error) -> Error {
+        Error::io(format!("unmounting {}", self.path.display()), error)
+    }
+}
+
+impl Drop for Attachment {
+    fn drop(&mut self) {
+        if matches!(self.entry(), Ok(Some(_)))
+            && let Err(error) = self.detach()
+        {
+            log::error!("{error}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+
+    #[test]
+    fn the_source_is_escaped_for_the_helper() {
+        let options = Options { source: Path::new("/a,b\\c"), read_only: true, allow_other: true };
+        let text = helper_options(&options).into_string().unwrap();
+        assert_eq!(text, "fsname=/a\\,b\\\\c,subtype=cordisk,nosuid,nodev,noexec,default_permissions,ro,allow_other");
+    }
+
+    #[test]
+    fn complaints_are_one_line() {
+        let output = |stderr: &str| Output { status: ExitStatusExt::from_raw(256), stdout: vec![], stderr: stderr.into() };
+        assert_eq!(complaint(&output("fusermount3: x: no\n\n more\n")), "fusermount3: x: no; more");
+        assert_eq!(complaint(&output("")), "fusermount3: exit status: 1");
+    }
+}

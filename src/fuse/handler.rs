@@ -1,0 +1,362 @@
+//! One function per request kind: typed request in, typed answer or errno out. Knows no transport; every transport calls these.
+//!
+//! What each operation answers is the table of the README, "Semantics". Requests are clamped to the disk here, so that `disk` sees only
+//! ranges that exist, and [`errno`] is the only place where an [`Error`] becomes a number.
+
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{FallocateFlags, OFlags, StatVfs};
+use rustix::io::Errno;
+
+use super::attributes::{Attributes, Changes, Owner, Times};
+use super::log_limit::LogLimit;
+use crate::disk::{Disk, Local, Seek};
+use crate::{Error, ErrorKind};
+
+/// Block size for stat(2) is the cluster size, but never less than a page: `cp` and `dd` take it as their buffer size.
+const BLKSIZE_MIN: u64 = 4096;
+
+/// What stat(2) shows.
+#[derive(Clone, Copy, Debug)]
+pub struct Stat {
+    /// Virtual size in bytes.
+    pub size: u64,
+    /// What the overlay occupies on the host, in units of 512 bytes.
+    pub blocks: u64,
+    /// Preferred size of requests in bytes.
+    pub blksize: u32,
+    /// Permissions and owner.
+    pub owner: Owner,
+    /// Times.
+    pub times: Times,
+}
+
+/// An answer of the fast path.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Answer<T> {
+    /// The answer.
+    Done(T),
+    /// Nothing was done. Call the blocking sibling where waiting is allowed: on a miss worker.
+    Miss,
+}
+
+/// Whether a write must be durable before its answer.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Durability {
+    /// The next flush or the commit timer sees to it.
+    Later,
+    /// O_SYNC, O_DSYNC or RWF_DSYNC: flush, then answer.
+    Now,
+}
+
+impl Durability {
+    /// From the flags of a write request. With FOPEN_DIRECT_IO the kernel sends no FSYNC after such a write: these two bits are all there
+    /// is (data-safety 0.5).
+    pub fn of_write(open_flags: i32) -> Durability {
+        let flags = OFlags::from_bits_retain(open_flags.cast_unsigned());
+        if flags.intersects(OFlags::DSYNC | OFlags::SYNC) { Durability::Now } else { Durability::Later }
+    }
+}
+
+/// The file system: one file, which is the disk.
+#[derive(Debug)]
+pub struct Handler {
+    disk: Arc<Disk>,
+    attributes: Attributes,
+    /// The directory of the overlay, for statfs(2): opened before the mount, so that no path is looked up later (H29).
+    directory: OwnedFd,
+    /// Writes, zeroes and discards that have returned.
+    written: AtomicU64,
+    /// How many of them the last successful flush covered.
+    durable: AtomicU64,
+    errors: LogLimit,
+}
+
+impl Handler {
+    /// `directory` is on the file system that holds the overlay.
+    pub(super) fn new(disk: Arc<Disk>, attributes: Attributes, directory: OwnedFd) -> Self {
+        Handler { disk, attributes, directory, written: AtomicU64::new(0), durable: AtomicU64::new(0), errors: LogLimit::default() }
+    }
+
+    /// stat(2).
+    ///
+    /// # Errors
+    /// EIO and the like: fstat of the overlay failed.
+    pub fn getattr(&self) -> Result<Stat, Errno> {
+        let allocated = self.disk.allocated_size().map_err(|error| self.failed("stat", &error))?;
+        Ok(Stat {
+            size: self.disk.size(),
+            blocks: allocated.div_ceil(512),
+            blksize: u32::try_from(self.disk.cluster_size().max(BLKSIZE_MIN)).unwrap_or(u32::MAX),
+            owner: self.attributes.owner(),
+            times: self.attributes.times(),
+        })
+    }
+
+    /// truncate(2), chmod(2), chown(2), utimensat(2). A change of size is refused, so nothing is half done.
+    ///
+    /// # Errors
+    /// EROFS, EINVAL or EPERM for another size; those of [`Attributes::change`] and of [`Handler::getattr`].
+    pub fn setattr(&self, size: Option<u64>, changes: &Changes) -> Result<Stat, Errno> {
+        if let Some(size) = size.filter(|&size| size != self.disk.size()) {
+            return Err(if self.disk.is_read_only() {
+                Errno::ROFS
+            } else if size.is_multiple_of(512) {
+                Errno::PERM
+            } else {
+                Errno::INVAL
+            });
+        }
+        self.attributes.change(changes)?;
+        self.getattr()
+    }
+
+    /// open(2). O_TRUNC is ignored, as on a block device.
+    ///
+    /// # Errors
+    /// EROFS for writing to a read-only disk.
+    pub fn open(&self, open_flags: i32) -> Result<(), Errno> {
+        let access = OFlags::from_bits_retain(open_flags.cast_unsigned()) & OFlags::RWMODE;
+        if self.disk.is_read_only() && access != OFlags::RDONLY { Err(Errno::ROFS) } else { Ok(()) }
+    }
+
+    /// read(2), if the overlay alone can answer at once. The number of bytes is short at the end of the disk and 0 past it.
+    ///
+    /// # Errors
+    /// EIO and the like.
+    pub fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Answer<usize>, Errno> {
+        let len = self.clamp(offset, buf.len());
+        if len == 0 {
+            return Ok(Answer::Done(0));
+        }
+        match self.disk.read_local(offset, &mut buf[..len]) {
+            Ok(Local::Done) => Ok(Answer::Done(len)),
+            Ok(Local::Miss) => Ok(Answer::Miss),
+            Err(error) => Err(self.failed_at("read", offset, len, &error)),
+        }
+    }
+
+    /// read(2), however long it takes; otherwise as [`Handler::read_local`].
+    ///
+    /// # Errors
+    /// EIO and the like.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
+        let len = self.clamp(offset, buf.len());
+        if len > 0 {
+            self.disk.read(offset, &mut buf[..len]).map_err(|error| self.failed_at("read", offset, len, &error))?;
+        }
+        Ok(len)
+    }
+
+    /// write(2), if it overwrites in place and can be done at once. Not durable: the caller flushes where [`Durability::Now`] is asked for.
+    /// The number of bytes is short where the write crosses the end of the disk.
+    ///
+    /// # Errors
+    /// EROFS, ENOSPC at and past the end of the disk, EIO and the like.
+    pub fn write_local(&self, offset: u64, data: &[u8]) -> Result<Answer<usize>, Errno> {
+        let len = self.writable(offset, data.len())?;
+        if len == 0 {
+            return Ok(Answer::Done(0));
+        }
+        match self.disk.write_local(offset, &data[..len]) {
+            Ok(Local::Done) => {
+                self.wrote();
+                Ok(Answer::Done(len))
+            }
+            Ok(Local::Miss) => Ok(Answer::Miss),
+            Err(error) => Err(self.failed_at("write", offset, len, &error)),
+        }
+    }
+
+    /// write(2), however long it takes; otherwise as [`Handler::write_local`].
+    ///
+    /// # Errors
+    /// EROFS, ENOSPC at and past the end of the disk or where the host is full, EIO and the like.
+    pub fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<usize, Errno> {
+        let len = self.writable(offset, data.len())?;
+        if len > 0 {
+            self.disk.write(offset, &data[..len]).map_err(|error| self.failed_at("write", offset, len, &error))?;
+            self.wrote();
+        }
+        if durability == Durability::Now {
+            self.flush()?;
+        }
+        Ok(len)
+    }
+
+    /// fallocate(2).
+    ///
+    /// Mode 0 inside the disk succeeds and does nothing: the disk is as long as it will ever be, and a thin overlay promises no space.
+    /// Past the end it is ENOSPC, like a write there: the disk does not grow. Holes and zeroes reach up to the end of the disk;
+    /// without FALLOC_FL_KEEP_SIZE a range of zeroes past the end is ENOSPC as well.
+    ///
+    /// # Errors
+    /// EROFS, EOPNOTSUPP for all other modes, ENOSPC, EIO and the like.
+    pub fn fallocate(&self, offset: u64, len: u64, mode: i32) -> Result<(), Errno> {
+        if self.disk.is_read_only() {
+            return Err(Errno::ROFS);
+        }
+        let mode = FallocateFlags::from_bits_retain(mode.cast_unsigned());
+        let size = self.disk.size();
+        let end = offset.checked_add(len).ok_or(Errno::FBIG)?;
+        let range = offset.min(size)..end.min(size);
+        let grows = !mode.contains(FallocateFlags::KEEP_SIZE) && end > size;
+
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match mode {
+            _ if mode == punch => self.change_range("discard", range, |range| self.disk.discard(range)),
+            _ if mode.difference(FallocateFlags::KEEP_SIZE) == FallocateFlags::ZERO_RANGE && !grows => {
+                self.change_range("write zeroes", range, |range| self.disk.write_zeroes(range))
+            }
+            _ if mode.is_empty() && !grows => Ok(()),
+            _ if mode.is_empty() || mode == FallocateFlags::ZERO_RANGE => Err(Errno::NOSPC),
+            _ => Err(Errno::OPNOTSUPP),
+        }
+    }
+
+    fn change_range(&self, what: &str, range: Range<u64>, change: impl Fn(Range<u64>) -> crate::Result<()>) -> Result<(), Errno> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        change(range.clone()).map_err(|error| self.failed(&format!("{what} at {}+{}", range.start, range.end - range.start), &error))?;
+        self.wrote();
+        Ok(())
+    }
+
+    /// lseek(2) with SEEK_DATA or SEEK_HOLE; the kernel does the other kinds itself. May read tables of a backing file.
+    ///
+    /// # Errors
+    /// ENXIO at and past the end of the disk, or where no data follows. EINVAL for another `whence`.
+    pub fn lseek(&self, offset: i64, whence: i32) -> Result<i64, Errno> {
+        /// SEEK_DATA and SEEK_HOLE of lseek(2) on Linux.
+        const SEEK_DATA: i32 = 3;
+        const SEEK_HOLE: i32 = 4;
+        let what = match whence {
+            SEEK_DATA => Seek::Data,
+            SEEK_HOLE => Seek::Hole,
+            _ => return Err(Errno::INVAL),
+        };
+        let from = u64::try_from(offset).ok().filter(|&from| from < self.disk.size()).ok_or(Errno::NXIO)?;
+        let found = self.disk.seek(from, what).map_err(|error| self.failed("seek", &error))?.ok_or(Errno::NXIO)?;
+        i64::try_from(found).map_err(|_| Errno::OVERFLOW)
+    }
+
+    /// fsync(2), fdatasync(2). Everything answered before this call is durable when it returns. Never ENOSYS: the kernel would take
+    /// that for success and stop asking (data-safety 0.6).
+    ///
+    /// # Errors
+    /// EIO and the like; for ever once a host fdatasync has failed (P7).
+    pub fn flush(&self) -> Result<(), Errno> {
+        // The count first: a write that returns during the flush may not be covered by it.
+        let written = self.written.load(Ordering::Acquire);
+        self.disk.flush().map_err(|error| self.failed("flush", &error))?;
+        self.durable.fetch_max(written, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// close(2): whether something was written that no flush has covered. If not, the close has nothing to wait for.
+    pub fn needs_flush(&self) -> bool {
+        self.durable.load(Ordering::Acquire) < self.written.load(Ordering::Acquire)
+    }
+
+    /// statfs(2): the file system that holds the overlay, which is where space runs out.
+    ///
+    /// # Errors
+    /// Those of fstatvfs(3).
+    pub fn statfs(&self) -> Result<StatVfs, Errno> {
+        rustix::fs::fstatvfs(&self.directory)
+    }
+
+    /// How many of `len` bytes at `offset` lie on the disk.
+    fn clamp(&self, offset: u64, len: usize) -> usize {
+        let left = self.disk.size().saturating_sub(offset);
+        usize::try_from(left).map_or(len, |left| len.min(left))
+    }
+
+    /// How many of `len` bytes may be written at `offset`; 0 only where `len` is 0.
+    fn writable(&self, offset: u64, len: usize) -> Result<usize, Errno> {
+        if self.disk.is_read_only() {
+            return Err(Errno::ROFS);
+        }
+        match self.clamp(offset, len) {
+            0 if len > 0 => Err(Errno::NOSPC),
+            len => Ok(len),
+        }
+    }
+
+    /// After a change has returned and before its answer is sent: the next close flushes.
+    fn wrote(&self) {
+        self.attributes.touch();
+        self.written.fetch_add(1, Ordering::AcqRel);
+    }
+
+    fn failed_at(&self, what: &str, offset: u64, len: usize, error: &Error) -> Errno {
+        self.failed(&format!("{what} at {offset}+{len}"), error)
+    }
+
+    /// Logs what the client will only see as a number.
+    fn failed(&self, what: &str, error: &Error) -> Errno {
+        let errno = errno(error);
+        self.errors.run(|suppressed| match suppressed {
+            0 => log::error!("{what}: {error}"),
+            n => log::error!("{what}: {error} ({n} more errors not logged)"),
+        });
+        errno
+    }
+}
+
+/// The number that a client sees for `error`.
+///
+/// ENOSYS from below would make the kernel treat the whole operation as absent (fsync would "succeed" for ever); EINTR and EAGAIN would
+/// make clients retry what has failed. They become EIO, and so does everything that is no errno on the FUSE wire.
+pub fn errno(error: &Error) -> Errno {
+    match error.errno() {
+        Some(number @ 1..=511) => match Errno::from_raw_os_error(number) {
+            Errno::NOSYS | Errno::INTR | Errno::AGAIN => Errno::IO,
+            errno => errno,
+        },
+        Some(_) => Errno::IO,
+        None => match error.kind() {
+            ErrorKind::NoSpace => Errno::NOSPC,
+            ErrorKind::ReadOnly => Errno::ROFS,
+            ErrorKind::InvalidArgument => Errno::INVAL,
+            ErrorKind::Busy => Errno::BUSY,
+            ErrorKind::InvalidImage | ErrorKind::UnsupportedFeature | ErrorKind::Corrupt | ErrorKind::NotFound | ErrorKind::Io => Errno::IO,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn errors_of_the_system_pass_through_and_kinds_follow_the_table() {
+        let os = |number| errno(&Error::io("x", io::Error::from_raw_os_error(number)).context("y"));
+        assert_eq!(os(28), Errno::NOSPC);
+        assert_eq!(os(5), Errno::IO);
+        assert_eq!(os(122), Errno::DQUOT);
+        for dangerous in [38, 4, 11, 0, -5, 512, 100_000] {
+            assert_eq!(os(dangerous), Errno::IO, "{dangerous}");
+        }
+        let kind = |kind| errno(&Error::new(kind, "x"));
+        assert_eq!(kind(ErrorKind::NoSpace), Errno::NOSPC);
+        assert_eq!(kind(ErrorKind::ReadOnly), Errno::ROFS);
+        assert_eq!(kind(ErrorKind::InvalidArgument), Errno::INVAL);
+        assert_eq!(kind(ErrorKind::Busy), Errno::BUSY);
+        assert_eq!(kind(ErrorKind::Corrupt), Errno::IO);
+    }
+
+    #[test]
+    fn durability_is_in_the_flags_of_the_write() {
+        assert_eq!(Durability::of_write(0o1), Durability::Later);
+        assert_eq!(Durability::of_write(0o10_001), Durability::Now);
+        assert_eq!(Durability::of_write(0o4_000_001), Durability::Now);
+        assert_eq!(Durability::of_write(0o4_010_001), Durability::Now);
+    }
+}

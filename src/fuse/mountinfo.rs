@@ -1,0 +1,104 @@
+//! The kernel's list of mounts. Reading it never touches the mounted file systems, so it cannot hang on a dead one (H29).
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use crate::Result;
+use crate::error::Context;
+
+/// The list that this process sees (proc_pid_mountinfo(5)).
+const LIST: &str = "/proc/self/mountinfo";
+
+/// One mount.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub(super) struct MountEntry {
+    /// `major:minor` of the mounted file system, which identifies it while it exists.
+    pub(super) device: String,
+    /// Where it is mounted.
+    pub(super) mountpoint: PathBuf,
+    /// File system type with its subtype, `fuse.cordisk`.
+    pub(super) fs_type: String,
+}
+
+/// What is mounted at `path` (absolute, without symbolic links), the topmost if there are several.
+///
+/// # Errors
+/// The list cannot be read: /proc is not mounted.
+pub(super) fn mounted_at(path: &Path) -> Result<Option<MountEntry>> {
+    let list = std::fs::read(LIST).context(|| LIST)?;
+    Ok(topmost(&list, path))
+}
+
+fn topmost(list: &[u8], path: &Path) -> Option<MountEntry> {
+    list.split(|&byte| byte == b'\n').filter_map(parse).rfind(|entry| entry.mountpoint == path)
+}
+
+/// One line: `36 35 0:52 / /mnt/disk rw,noatime shared:1 - fuse.cordisk /srv/overlay.qcow2 rw,user_id=0`.
+fn parse(line: &[u8]) -> Option<MountEntry> {
+    let mut fields = line.split(|&byte| byte == b' ');
+    let device = fields.nth(2)?;
+    let mountpoint = fields.nth(1)?;
+    // Any number of optional fields, then a hyphen.
+    let fs_type = fields.skip_while(|field| *field != b"-").nth(1)?;
+    Some(MountEntry {
+        device: String::from_utf8(device.to_vec()).ok()?,
+        mountpoint: unescape(mountpoint),
+        fs_type: OsStr::from_bytes(fs_type).to_string_lossy().into_owned(),
+    })
+}
+
+/// Undoes the kernel's `\ooo` for space, tab, newline, backslash and `#`.
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&first, tail)) = rest.split_first() {
+        match tail {
+            [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', after @ ..] if first == b'\\' => {
+                bytes.push((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'));
+                rest = after;
+            }
+            _ => {
+                bytes.push(first);
+                rest = tail;
+            }
+        }
+    }
+    std::ffi::OsString::from_vec(bytes).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SAMPLE: &[u8] = b"22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/root rw\n\
+        90 22 0:52 / /mnt/a\\040b\\134c rw,nosuid - fuse.cordisk /o.qcow2 rw,user_id=0\n\
+        91 22 0:53 / /mnt/x rw master:1 propagate_from:2 - fuse /dev/fuse rw\n\
+        92 91 0:54 / /mnt/x rw - tmpfs none rw\n";
+
+    #[test]
+    fn entries_are_found_by_their_unescaped_path() {
+        let entry = topmost(SAMPLE, Path::new("/mnt/a b\\c")).unwrap();
+        assert_eq!((entry.device.as_str(), entry.fs_type.as_str()), ("0:52", "fuse.cordisk"));
+        assert_eq!(topmost(SAMPLE, Path::new("/mnt")), None);
+    }
+
+    #[test]
+    fn the_last_mount_at_a_path_is_the_one_on_top() {
+        assert_eq!(topmost(SAMPLE, Path::new("/mnt/x")).unwrap().fs_type, "tmpfs");
+    }
+
+    #[test]
+    fn broken_lines_are_skipped() {
+        for line in [&b""[..], b"1 2 3", b"1 2 0:1 / /m rw", b"1 2 0:1 / /m rw -"] {
+            assert_eq!(parse(line), None);
+        }
+        assert_eq!(unescape(b"\\04"), Path::new("\\04"));
+        assert_eq!(unescape(b"a\\"), Path::new("a\\"));
+    }
+
+    #[test]
+    fn the_root_is_mounted() {
+        assert!(mounted_at(Path::new("/")).unwrap().is_some());
+    }
+}

@@ -1,0 +1,234 @@
+//! The file that the mount hides: which files may be one, and the empty placeholder where there was none.
+
+use std::ffi::OsString;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
+
+use super::mountinfo;
+use crate::error::{Context, os_text};
+use crate::{Error, ErrorKind, Result};
+
+/// A file to mount on. Dropping it removes the placeholder, if it is one.
+#[derive(Debug)]
+pub(super) struct Mountpoint {
+    /// Absolute, without symbolic links.
+    path: PathBuf,
+    directory: OwnedFd,
+    name: OsString,
+    /// Opened before the mount, so it stays the file below it.
+    file: OwnedFd,
+    stat: Stat,
+    placeholder: bool,
+}
+
+impl Mountpoint {
+    /// Checks `path` and creates the placeholder where nothing is. `taken` are (device, inode) of the image and its backing files.
+    ///
+    /// # Errors
+    /// Busy: something is mounted there. InvalidArgument: not a regular file, or one of those taken. Otherwise what the system says.
+    pub(super) fn prepare(path: &Path, taken: &[(u64, u64)]) -> Result<Self> {
+        let what = || format!("mountpoint {}", path.display());
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(Error::new(ErrorKind::InvalidArgument, format!("{}: not a file name", what())));
+        };
+        let parent = parent.canonicalize().context(what)?;
+        let path = parent.join(name);
+        refuse_mounted(&path)?;
+
+        let directory = rustix::fs::open(&parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        let directory = directory.map_err(std::io::Error::from).context(what)?;
+        let existing = rustix::fs::openat(&directory, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
+        let (file, placeholder) = match existing {
+            Ok(file) => (file, false),
+            Err(Errno::NOENT) => {
+                let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let created = rustix::fs::openat(&directory, name, flags, Mode::RUSR | Mode::WUSR);
+                (created.map_err(std::io::Error::from).context(|| format!("creating {}", what()))?, true)
+            }
+            Err(error) => return Err(Error::io(what(), error.into())),
+        };
+        // From here on dropping removes what was created.
+        let stat = rustix::fs::fstat(&file).map_err(std::io::Error::from).context(what)?;
+        let mut target = Mountpoint { path, directory, name: name.to_owned(), file, stat, placeholder };
+        target.check(taken).map_err(|error| error.context(what()))?;
+        target.adopt().context(what)?;
+        Ok(target)
+    }
+
+    fn check(&self, taken: &[(u64, u64)]) -> Result<()> {
+        let refuse = |why: &str| Err(Error::new(ErrorKind::InvalidArgument, why.to_string()));
+        match FileType::from_raw_mode(self.stat.st_mode) {
+            FileType::RegularFile if taken.contains(&(self.stat.st_dev, self.stat.st_ino)) => {
+                refuse("it is the image or one of its backing files; mount on another file")
+            }
+            FileType::RegularFile => Ok(()),
+            FileType::Symlink => refuse("it is a symbolic link; name the file itself"),
+            FileType::Directory => refuse("it is a directory; name a regular file, or one that does not exist"),
+            _ => refuse("it is not a regular file"),
+        }
+    }
+
+    /// Takes over the placeholder that a killed daemon left behind: empty, ours, and with the mode that nobody else gives a file.
+    fn adopt(&mut self) -> std::io::Result<()> {
+        let ours = self.stat.st_uid == rustix::process::geteuid().as_raw();
+        let left_behind = ours && self.stat.st_size == 0 && Mode::from_raw_mode(self.stat.st_mode).is_empty() && self.stat.st_nlink == 1;
+        if !self.placeholder && left_behind {
+            // fusermount3 refuses files that the user cannot write. Through /proc, because this descriptor is O_PATH.
+            rustix::fs::chmod(self.reopen_path(), Mode::RUSR | Mode::WUSR)?;
+            self.file = rustix::fs::open(self.reopen_path(), OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+            self.placeholder = true;
+        } else if !self.placeholder && self.stat.st_size > 0 {
+            log::warn!("{}: its {} bytes are hidden while the disk is mounted", self.path.display(), self.stat.st_size);
+        }
+        Ok(())
+    }
+
+    /// Absolute, without symbolic links.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A name of this very file, whatever happens to its path meanwhile.
+    pub(super) fn reopen_path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.file.as_raw_fd()).into()
+    }
+
+    /// Type and permissions, for the kernel's `rootmode`.
+    pub(super) fn raw_mode(&self) -> u32 {
+        self.stat.st_mode
+    }
+
+    /// To be called once the disk is mounted: a placeholder loses all permissions, so that whoever opens the path after an unmount gets an
+    /// error instead of an empty file (data-safety 0.10).
+    pub(super) fn hide(&self) {
+        if self.placeholder
+            && let Err(error) = rustix::fs::fchmod(&self.file, Mode::empty())
+        {
+            log::warn!("{}: placeholder keeps its permissions: {}", self.path.display(), os_text(&error.into()));
+        }
+    }
+
+    fn remove_placeholder(&self) -> Result<(), Errno> {
+        let now = rustix::fs::statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW)?;
+        let same = (now.st_dev, now.st_ino) == (self.stat.st_dev, self.stat.st_ino);
+        if same && now.st_size == 0 { rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty()) } else { Ok(()) }
+    }
+}
+
+impl Drop for Mountpoint {
+    fn drop(&mut self) {
+        if !self.placeholder {
+            return;
+        }
+        // Not if something is mounted there (again): asking for its inode could hang, and it is not our file that one would see.
+        match mountinfo::mounted_at(&self.path) {
+            Ok(None) => {}
+            Ok(Some(_)) | Err(_) => return,
+        }
+        match self.remove_placeholder() {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => log::warn!("{}: removing the placeholder: {}", self.path.display(), os_text(&error.into())),
+        }
+    }
+}
+
+/// Refuses a path where something is mounted.
+fn refuse_mounted(path: &Path) -> Result<()> {
+    let Some(mounted) = mountinfo::mounted_at(path)? else { return Ok(()) };
+    // Asks the mounted file system, which may only be done to one that is not ours; a dead FUSE daemon's answers at once.
+    let answer = rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW);
+    let path = path.display();
+    let text = match answer {
+        Err(Errno::NOTCONN) => format!("mountpoint {path}: the daemon that was mounted here is gone; clean up with: umount {path}"),
+        _ => format!("mountpoint {path}: already mounted ({}); unmount it first", mounted.fs_type),
+    };
+    Err(Error::new(ErrorKind::Busy, text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
+    fn why(path: &Path, taken: &[(u64, u64)]) -> String {
+        Mountpoint::prepare(path, taken).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_placeholder_comes_and_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let target = Mountpoint::prepare(&path, &[]).unwrap();
+        assert_eq!(path.metadata().unwrap().mode() & 0o177, 0);
+        target.hide();
+        assert_eq!(path.metadata().unwrap().mode() & 0o777, 0);
+        drop(target);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_placeholder_that_somebody_used_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        let target = Mountpoint::prepare(&path, &[]).unwrap();
+        std::fs::write(&path, "x").unwrap();
+        drop(target);
+        assert!(path.exists());
+
+        std::fs::remove_file(&path).unwrap();
+        let target = Mountpoint::prepare(&path, &[]).unwrap();
+        std::fs::rename(&path, dir.path().join("elsewhere")).unwrap();
+        std::fs::write(&path, "").unwrap();
+        drop(target);
+        assert!(path.exists());
+    }
+
+    #[test]
+    fn an_existing_file_stays_and_keeps_its_mode() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, "").unwrap();
+        let mode = path.metadata().unwrap().mode();
+        let target = Mountpoint::prepare(&path, &[]).unwrap();
+        target.hide();
+        drop(target);
+        assert_eq!(path.metadata().unwrap().mode(), mode);
+    }
+
+    #[test]
+    fn the_placeholder_of_a_killed_daemon_is_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("disk");
+        std::fs::write(&path, "").unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0)).unwrap();
+        drop(Mountpoint::prepare(&path, &[]).unwrap());
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_is_not_a_plain_file_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        symlink(&file, dir.path().join("link")).unwrap();
+        symlink("nowhere", dir.path().join("dangling")).unwrap();
+        assert!(why(dir.path(), &[]).contains("is a directory"));
+        assert!(why(&dir.path().join("link"), &[]).contains("symbolic link"));
+        assert!(why(&dir.path().join("dangling"), &[]).contains("symbolic link"));
+        assert!(why(&dir.path().join("no/disk"), &[]).contains("No such file or directory"));
+        assert!(why(Path::new("/"), &[]).contains("not a file name"));
+        let stat = file.metadata().unwrap();
+        assert!(why(&file, &[(1, 2), (stat.dev(), stat.ino())]).contains("backing files"));
+        assert!(file.exists());
+    }
+
+    #[test]
+    fn a_mounted_path_is_busy() {
+        let error = Mountpoint::prepare(Path::new("/proc"), &[]).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy);
+        assert!(error.to_string().contains("already mounted (proc); unmount it first"));
+    }
+}

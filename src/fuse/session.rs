@@ -1,0 +1,371 @@
+//! Transport 1: fuser session threads that read /dev/fuse. Converts between fuser's types and [`Handler`]'s and decides which thread
+//! does the work; nothing else.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use crossbeam_channel::Receiver;
+use crossbeam_queue::ArrayQueue;
+use fuser::{
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, INodeNo, InitFlags,
+    IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, ReplyAttr, ReplyBmap, ReplyData, ReplyEmpty,
+    ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow,
+    WriteFlags,
+};
+
+use super::attributes::{Changes, TimeChange};
+use super::handler::{Answer, Durability, Handler, Stat};
+use super::workers::{Ended, Workers};
+use crate::Result;
+use crate::error::Context;
+
+/// Threads that read requests and answer hits. More than this many cost latency at depth 1 on two cores (performance.md).
+const SESSION_THREADS: usize = 2;
+
+/// Largest read or write request: 256 pages, the kernel's own limit (`fs.fuse.max_pages_limit`).
+const MAX_IO: usize = 1 << 20;
+
+/// Asynchronous requests that the kernel hands us at once; the rest waits in the kernel. Twice the depth at which the transport saturates.
+const MAX_BACKGROUND: u16 = 64;
+
+/// How long the kernel may show attributes without asking. It asks anyway after every write (size and times) and setattr; what can be
+/// stale this long is `st_blocks`, while a stream or copy-on-read fills the overlay.
+const ATTR_TTL: Duration = Duration::from_secs(1);
+
+/// A running session.
+pub(super) struct Running {
+    /// Yields once, when the kernel has ended the session: unmounted, and the last user gone.
+    pub(super) session: Receiver<io::Result<()>>,
+    /// Disconnected when all workers have answered what was queued, which can only be after the session has ended.
+    pub(super) workers: Ended,
+}
+
+/// Answers the kernel's INIT and starts to serve `device`, an open /dev/fuse that is mounted.
+///
+/// # Errors
+/// The kernel speaks another protocol; no more threads.
+pub(super) fn start(handler: Arc<Handler>, device: OwnedFd) -> Result<Running> {
+    let (workers, workers_ended) = Workers::start(&handler)?;
+    let adapter = Adapter { handler, workers, buffers: ArrayQueue::new(SESSION_THREADS) };
+    let mut config = fuser::Config::default();
+    config.n_threads = Some(SESSION_THREADS);
+    config.clone_fd = true;
+    // Who may open the disk is the kernel's check (`allow_other`, `default_permissions`). fuser's own comes later and would fail the
+    // close of a descriptor that was passed to another user.
+    let session = Session::from_fd(adapter, device, SessionACL::All, config).context(|| "FUSE handshake")?;
+    let (ended, session_ended) = crossbeam_channel::bounded(1);
+    thread::Builder::new()
+        .name("session".to_string())
+        .spawn(move || {
+            let _ = ended.send(session.run());
+        })
+        .context(|| "starting the session thread")?;
+    Ok(Running { session: session_ended, workers: workers_ended })
+}
+
+struct Adapter {
+    handler: Arc<Handler>,
+    workers: Workers,
+    /// Buffers of [`MAX_IO`] bytes for reads on session threads: one each, so that a hit allocates nothing.
+    buffers: ArrayQueue<Vec<u8>>,
+}
+
+impl Adapter {
+    /// Answers on a miss worker with what `work` returns there.
+    fn on_worker<T: 'static>(
+        &self,
+        work: impl FnOnce(&Handler) -> Result<T, rustix::io::Errno> + Send + 'static,
+        answer: impl FnOnce(Result<T, rustix::io::Errno>) + Send + 'static,
+    ) {
+        let handler = Arc::clone(&self.handler);
+        self.workers.miss(Box::new(move |_buffer| answer(work(&handler))));
+    }
+}
+
+fn wire(errno: rustix::io::Errno) -> Errno {
+    Errno::from_i32(errno.raw_os_error())
+}
+
+fn empty(result: Result<(), rustix::io::Errno>, reply: ReplyEmpty) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(errno) => reply.error(wire(errno)),
+    }
+}
+
+fn written(result: Result<usize, rustix::io::Errno>, reply: ReplyWrite) {
+    match result {
+        // Never more than the request, whose length is 32 bits wide.
+        Ok(len) => reply.written(u32::try_from(len).unwrap_or(u32::MAX)),
+        Err(errno) => reply.error(wire(errno)),
+    }
+}
+
+fn attributes(result: Result<Stat, rustix::io::Errno>, reply: ReplyAttr) {
+    match result {
+        Ok(stat) => reply.attr(&ATTR_TTL, &file_attr(&stat)),
+        Err(errno) => reply.error(wire(errno)),
+    }
+}
+
+fn file_attr(stat: &Stat) -> FileAttr {
+    FileAttr {
+        ino: INodeNo::ROOT,
+        size: stat.size,
+        blocks: stat.blocks,
+        atime: stat.times.atime,
+        mtime: stat.times.mtime,
+        ctime: stat.times.ctime,
+        crtime: SystemTime::UNIX_EPOCH,
+        kind: FileType::RegularFile,
+        perm: stat.owner.mode,
+        nlink: 1,
+        uid: stat.owner.uid,
+        gid: stat.owner.gid,
+        rdev: 0,
+        blksize: stat.blksize,
+        flags: 0,
+    }
+}
+
+fn time_change(time: TimeOrNow) -> TimeChange {
+    match time {
+        TimeOrNow::Now => TimeChange::Now,
+        TimeOrNow::SpecificTime(at) => TimeChange::At(at),
+    }
+}
+
+impl Filesystem for Adapter {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let _ = config.set_max_write(MAX_IO as u32);
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        for wanted in [
+            // open(O_TRUNC) comes as a flag of OPEN, which ignores it, instead of as a SETATTR to size 0, which is refused.
+            InitFlags::FUSE_ATOMIC_O_TRUNC,
+            // Asynchronous O_DIRECT requests are sent in parallel.
+            InitFlags::FUSE_ASYNC_DIO,
+            // mmap(MAP_SHARED) works although the files are opened for direct I/O (Linux 6.6).
+            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
+        ] {
+            if config.add_capabilities(wanted).is_err() {
+                log::debug!("the kernel does not offer {wanted:?}");
+            }
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEntry) {
+        reply.error(Errno::ENOENT);
+    }
+
+    fn getattr(&self, _req: &Request, _ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        attributes(self.handler.getattr(), reply);
+    }
+
+    fn setattr(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let changes = Changes { mode, uid, gid, atime: atime.map(time_change), mtime: mtime.map(time_change) };
+        attributes(self.handler.setattr(size, &changes), reply);
+    }
+
+    fn open(&self, _req: &Request, _ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        match self.handler.open(flags.0) {
+            // Direct: every write is acknowledged by us, and no copy of the disk grows stale in the kernel. Parallel direct writes: the
+            // kernel takes the inode lock shared for writes that do not extend the file, and ours never do.
+            Ok(()) => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES),
+            Err(errno) => reply.error(wire(errno)),
+        }
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        // A kernel that asked for more than was negotiated would get a short read.
+        let len = (size as usize).min(MAX_IO);
+        let mut buffer = self.buffers.pop().unwrap_or_else(|| vec![0; MAX_IO]);
+        match self.handler.read_local(offset, &mut buffer[..len]) {
+            Ok(Answer::Done(len)) => reply.data(&buffer[..len]),
+            Ok(Answer::Miss) => {
+                let handler = Arc::clone(&self.handler);
+                self.workers.miss(Box::new(move |buffer| {
+                    if buffer.len() < len {
+                        buffer.resize(len, 0);
+                    }
+                    match handler.read(offset, &mut buffer[..len]) {
+                        Ok(len) => reply.data(&buffer[..len]),
+                        Err(errno) => reply.error(wire(errno)),
+                    }
+                }));
+            }
+            Err(errno) => reply.error(wire(errno)),
+        }
+        // Full only if fuser ran more threads than asked for.
+        let _ = self.buffers.push(buffer);
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let durability = Durability::of_write(flags.0);
+        match self.handler.write_local(offset, data) {
+            Ok(Answer::Done(len)) if durability == Durability::Now => {
+                self.workers.flush(Box::new(move |flushed| written(flushed.map(|()| len), reply)));
+            }
+            Ok(Answer::Done(len)) => written(Ok(len), reply),
+            Ok(Answer::Miss) => {
+                let data = data.to_vec();
+                self.on_worker(move |handler| handler.write(offset, &data, durability), move |result| written(result, reply));
+            }
+            Err(errno) => reply.error(wire(errno)),
+        }
+    }
+
+    fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
+        if self.handler.needs_flush() {
+            self.workers.flush(Box::new(move |flushed| empty(flushed, reply)));
+        } else {
+            reply.ok();
+        }
+    }
+
+    fn fsync(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        self.workers.flush(Box::new(move |flushed| empty(flushed, reply)));
+    }
+
+    fn fallocate(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, offset: u64, length: u64, mode: i32, reply: ReplyEmpty) {
+        self.on_worker(move |handler| handler.fallocate(offset, length, mode), move |result| empty(result, reply));
+    }
+
+    fn lseek(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        self.on_worker(
+            move |handler| handler.lseek(offset, whence),
+            move |result| match result {
+                Ok(found) => reply.offset(found),
+                Err(errno) => reply.error(wire(errno)),
+            },
+        );
+    }
+
+    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        match self.handler.statfs() {
+            Ok(host) => reply.statfs(
+                host.f_blocks,
+                host.f_bfree,
+                host.f_bavail,
+                host.f_files,
+                host.f_ffree,
+                u32::try_from(host.f_bsize).unwrap_or(u32::MAX),
+                u32::try_from(host.f_namemax).unwrap_or(u32::MAX),
+                u32::try_from(host.f_frsize).unwrap_or(u32::MAX),
+            ),
+            Err(errno) => reply.error(wire(errno)),
+        }
+    }
+
+    // What follows is refused. fuser's own bodies would refuse it too, with a warning in the log each time; ENOSYS makes the kernel
+    // remember the answer, which is wanted here: it asks for `security.capability` before every write otherwise.
+
+    fn getxattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, _size: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn listxattr(&self, _req: &Request, _ino: INodeNo, _size: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn setxattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, _value: &[u8], _flags: i32, _position: u32, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn removexattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn access(&self, _req: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn bmap(&self, _req: &Request, _ino: INodeNo, _blocksize: u32, _idx: u64, reply: ReplyBmap) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn ioctl(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _flags: IoctlFlags,
+        _cmd: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        reply.error(Errno::ENOTTY);
+    }
+
+    fn poll(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _ph: PollNotifier,
+        _events: PollEvents,
+        _flags: PollFlags,
+        reply: ReplyPoll,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn copy_file_range(
+        &self,
+        _req: &Request,
+        _ino_in: INodeNo,
+        _fh_in: FileHandle,
+        _offset_in: u64,
+        _ino_out: INodeNo,
+        _fh_out: FileHandle,
+        _offset_out: u64,
+        _len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        reply.error(Errno::ENOSYS);
+    }
+}

@@ -1,0 +1,93 @@
+//! Where a guest offset is, and the bytes of one run.
+
+use std::sync::atomic::Ordering;
+
+use super::ImageReader;
+use super::tables::L2Table;
+use crate::format::{Geometry, GuestOffset, Mapping, decompress};
+use crate::{Error, Result};
+
+/// One run of equal mapping.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Extent {
+    /// What the first cluster of the run maps to. Host clusters of the ones that follow lie behind it without a gap.
+    pub mapping: Mapping,
+    /// Bytes from the offset asked for to the end of the run.
+    pub len: u64,
+}
+
+impl ImageReader {
+    /// The run of equal mapping that starts at `at` (any byte), at most `max` bytes (> 0), never beyond the virtual size nor one L2 table.
+    /// Holds no lock afterwards.
+    ///
+    /// # Errors
+    /// Corrupt tables (V22, V24 to V27); I/O where the L2 table is not in memory yet.
+    ///
+    /// # Panics
+    /// If `at` is not inside the virtual size: the caller checks requests.
+    pub fn map(&self, at: GuestOffset, max: u64) -> Result<Extent> {
+        let geometry = self.geometry();
+        assert!(at.0 < geometry.size(), "lookup at {at:?} beyond the virtual size");
+        let span = geometry.l2_span();
+        let len = max.min(geometry.size() - at.0).min(span - at.0 % span);
+        let (l1_index, l2_index) = geometry.table_indexes(geometry.guest_cluster(at));
+        let run = self.tables.with(l1_index, |table| run_at(table, l2_index, geometry.in_cluster(at), len, &geometry))?;
+        run.unwrap_or(Ok(Extent { mapping: Mapping::Unallocated, len }))
+    }
+
+    /// Reads from the start of a run that [`ImageReader::map`] returned for the same `at`. Unallocated and zero runs give zeros.
+    ///
+    /// # Errors
+    /// Corrupt compressed data; I/O.
+    ///
+    /// # Panics
+    /// If `buf` is longer than the run.
+    pub fn read_extent(&self, at: GuestOffset, extent: &Extent, buf: &mut [u8]) -> Result<()> {
+        assert!(buf.len() as u64 <= extent.len);
+        let geometry = self.geometry();
+        match extent.mapping {
+            Mapping::Unallocated | Mapping::Zero { .. } => {
+                buf.fill(0);
+                Ok(())
+            }
+            Mapping::Data { host, .. } => {
+                let offset = geometry.host_offset(host).0 + geometry.in_cluster(at);
+                self.storage().read_at(offset, buf).map_err(|error| Error::io(format!("data at {offset:#x}"), error))
+            }
+            Mapping::Compressed { at: host, len } => {
+                let mut packed = vec![0; len as usize];
+                self.storage().read_at(host.0, &mut packed).map_err(|error| Error::io(format!("compressed data at {host}"), error))?;
+                let mut cluster = vec![0; geometry.cluster_size() as usize];
+                decompress(self.header.read().compression, &packed, &mut cluster)
+                    .map_err(|error| Error::from(error).context(format!("compressed data at {host}")))?;
+                let start = geometry.in_cluster(at) as usize;
+                buf.copy_from_slice(&cluster[start..start + buf.len()]);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The run that starts at byte `in_cluster` of entry `index`, at most `max` bytes.
+fn run_at(table: &L2Table, index: usize, in_cluster: u64, max: u64, geometry: &Geometry) -> Result<Extent> {
+    let first = table.entry(index).load(Ordering::Acquire);
+    let mapping = Mapping::decode(first, geometry)?;
+    let cluster_size = geometry.cluster_size();
+    // How much a raw entry grows from one cluster of a run to the next.
+    let step = match mapping {
+        Mapping::Unallocated | Mapping::Zero { reserved: None } => 0,
+        Mapping::Zero { reserved: Some(_) } | Mapping::Data { .. } => cluster_size,
+        Mapping::Compressed { .. } => return Ok(Extent { mapping, len: max.min(cluster_size - in_cluster) }),
+    };
+    let wanted = (in_cluster + max).div_ceil(cluster_size) as usize;
+    let mut clusters = 1;
+    let mut expected = first;
+    while clusters < wanted {
+        expected = expected.wrapping_add(step);
+        if table.entry(index + clusters).load(Ordering::Acquire) != expected {
+            break;
+        }
+        clusters += 1;
+    }
+    Ok(Extent { mapping, len: max.min(clusters as u64 * cluster_size - in_cluster) })
+}

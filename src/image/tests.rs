@@ -1,0 +1,304 @@
+//! The order of writes, latching and re-use, on a storage in memory that keeps a list of what was done to it.
+
+use std::io;
+
+use super::*;
+use crate::format::{GuestCluster, NewImage};
+use crate::range_lock::RangeLock;
+use crate::storage::Holding;
+
+#[derive(Clone, Debug, Eq, PartialEq)]
+enum Op {
+    Write { at: u64, len: usize },
+    Punch { at: u64, len: u64 },
+    Sync,
+}
+
+#[derive(Debug, Default)]
+struct Memory {
+    state: parking_lot::Mutex<MemoryState>,
+}
+
+#[derive(Debug, Default)]
+struct MemoryState {
+    bytes: Vec<u8>,
+    ops: Vec<Op>,
+    fail_writes: bool,
+    fail_syncs: bool,
+}
+
+impl Memory {
+    fn ops(&self) -> Vec<Op> {
+        std::mem::take(&mut self.state.lock().ops)
+    }
+}
+
+impl Storage for Memory {
+    fn size(&self) -> u64 {
+        self.state.lock().bytes.len() as u64
+    }
+    fn allocated_size(&self) -> io::Result<u64> {
+        Ok(self.size())
+    }
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let state = self.state.lock();
+        for (index, byte) in buf.iter_mut().enumerate() {
+            *byte = state.bytes.get(offset as usize + index).copied().unwrap_or(0);
+        }
+        Ok(())
+    }
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let mut state = self.state.lock();
+        if state.fail_writes {
+            return Err(io::Error::from_raw_os_error(28));
+        }
+        let end = offset as usize + data.len();
+        if state.bytes.len() < end {
+            state.bytes.resize(end, 0);
+        }
+        state.bytes[offset as usize..end].copy_from_slice(data);
+        state.ops.push(Op::Write { at: offset, len: data.len() });
+        Ok(())
+    }
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        let mut state = self.state.lock();
+        let end = ((offset + len) as usize).min(state.bytes.len());
+        state.bytes[offset as usize..end].fill(0);
+        state.ops.push(Op::Punch { at: offset, len });
+        Ok(())
+    }
+    fn sync(&self) -> io::Result<()> {
+        let mut state = self.state.lock();
+        if state.fail_syncs {
+            return Err(io::Error::from_raw_os_error(5));
+        }
+        state.ops.push(Op::Sync);
+        Ok(())
+    }
+    fn holding(&self, _offset: u64, max: u64) -> io::Result<(Holding, u64)> {
+        Ok((Holding::Data, max))
+    }
+}
+
+const CLUSTER: u64 = 65536;
+
+struct Bench {
+    memory: Arc<Memory>,
+    image: Image,
+    lock: RangeLock,
+}
+
+/// An empty image of 1 GiB.
+fn bench() -> Bench {
+    let memory = Arc::new(Memory::default());
+    let geometry = Geometry::new(3, 16, 4, 1 << 30).unwrap();
+    for (at, bytes) in (NewImage { geometry, backing: None }).layout().unwrap() {
+        memory.write_at(at, &bytes).unwrap();
+    }
+    reopen(memory)
+}
+
+fn reopen(memory: Arc<Memory>) -> Bench {
+    let image = Image::open(memory.clone()).unwrap();
+    image.begin_writing().unwrap();
+    memory.ops();
+    Bench { memory, image, lock: RangeLock::new(CLUSTER) }
+}
+
+impl Bench {
+    fn store(&self, cluster: u64, byte: u8) -> Result<()> {
+        let held = self.lock.exclusive(cluster * CLUSTER..(cluster + 1) * CLUSTER);
+        let filled = self.image.fill(self.image.allocate(1)?, &[byte; CLUSTER as usize])?;
+        self.image.publish(&held, GuestCluster(cluster), filled)
+    }
+
+    fn discard(&self, cluster: u64) {
+        let held = self.lock.exclusive(cluster * CLUSTER..(cluster + 1) * CLUSTER);
+        self.image.discard(&held, GuestCluster(cluster)..GuestCluster(cluster + 1)).unwrap();
+    }
+
+    fn host(&self, cluster: u64) -> Option<u64> {
+        match self.image.map(GuestOffset(cluster * CLUSTER), 1).unwrap().mapping {
+            Mapping::Data { host, in_place: true } => Some(host.0),
+            _ => None,
+        }
+    }
+
+    fn reads(&self, cluster: u64) -> u8 {
+        let extent = self.image.map(GuestOffset(cluster * CLUSTER), CLUSTER).unwrap();
+        let mut buf = vec![0xee; CLUSTER as usize];
+        self.image.read_extent(GuestOffset(cluster * CLUSTER), &extent, &mut buf).unwrap();
+        assert!(buf.iter().all(|byte| *byte == buf[0]));
+        buf[0]
+    }
+}
+
+/// R1, R2, R4: data and refcounts, barrier, L2 table, barrier, L1 entry, barrier.
+#[test]
+fn first_cluster_of_an_l2_table_is_written_in_order() {
+    let bench = bench();
+    bench.store(0, 7).unwrap();
+    let data = bench.host(0).unwrap() * CLUSTER;
+    assert_eq!(bench.memory.ops(), [Op::Write { at: data, len: CLUSTER as usize }], "nothing but the data before the flush");
+    bench.image.flush().unwrap();
+    let ops = bench.memory.ops();
+    let l1 = bench.image.reader().header().l1_table_offset;
+    let [Op::Write { .. }, Op::Sync, Op::Write { at: l2, len: 65536 }, Op::Sync, Op::Write { at, len: 8 }, Op::Sync] = ops[..] else {
+        panic!("{ops:?}");
+    };
+    assert_eq!(at, l1);
+    assert_ne!(l2, data);
+    // The second cluster of the same table: two barriers, 4 KiB of table.
+    bench.store(1, 8).unwrap();
+    bench.memory.ops();
+    bench.image.flush().unwrap();
+    assert_eq!(bench.memory.ops()[2..], [Op::Write { at: l2, len: 4096 }, Op::Sync]);
+    // Nothing new: one barrier.
+    bench.image.flush().unwrap();
+    assert_eq!(bench.memory.ops(), [Op::Sync]);
+    bench.image.flush_if_dirty().unwrap();
+    assert_eq!(bench.memory.ops(), []);
+}
+
+/// R10: an overwrite of a COPIED cluster costs no metadata.
+#[test]
+fn overwrite_in_place_costs_one_write() {
+    let bench = bench();
+    bench.store(3, 7).unwrap();
+    bench.image.flush().unwrap();
+    bench.memory.ops();
+    let at = GuestOffset(3 * CLUSTER + 100);
+    let extent = bench.image.map(at, 50).unwrap();
+    bench.image.write_in_place(at, &extent, &[9; 50]).unwrap();
+    assert_eq!(bench.memory.ops(), [Op::Write { at: bench.host(3).unwrap() * CLUSTER + 100, len: 50 }]);
+    bench.image.flush().unwrap();
+    assert_eq!(bench.memory.ops(), [Op::Sync]);
+}
+
+/// R3, R7, R8: a freed cluster is punched after the removal is durable, and not handed out before.
+#[test]
+fn freed_cluster_is_quarantined_until_the_removal_is_durable() {
+    let bench = bench();
+    bench.store(0, 7).unwrap();
+    bench.image.flush().unwrap();
+    let freed = bench.host(0).unwrap();
+    bench.discard(0);
+    bench.memory.ops();
+    bench.store(1, 8).unwrap();
+    assert_ne!(bench.host(1), Some(freed), "still referenced on disk");
+    bench.memory.ops();
+    bench.image.flush().unwrap();
+    let ops = bench.memory.ops();
+    let punch = ops.iter().position(|op| *op == Op::Punch { at: freed * CLUSTER, len: CLUSTER }).expect("space is given back");
+    assert!(ops[..punch].iter().filter(|op| **op == Op::Sync).count() >= 2, "{ops:?}");
+    bench.store(2, 9).unwrap();
+    assert_eq!(bench.host(2), Some(freed), "and now it is used again");
+    assert_eq!((bench.reads(0), bench.reads(1), bench.reads(2)), (0, 8, 9));
+}
+
+/// P7: after a failed barrier nothing is accepted, even when barriers work again.
+#[test]
+fn failed_barrier_is_sticky() {
+    let bench = bench();
+    bench.store(0, 7).unwrap();
+    bench.memory.state.lock().fail_syncs = true;
+    assert_eq!(bench.image.flush().unwrap_err().errno(), Some(5));
+    bench.memory.state.lock().fail_syncs = false;
+    assert!(bench.image.flush().is_err());
+    assert!(bench.store(1, 8).is_err());
+    assert_eq!(bench.reads(0), 7, "reads go on");
+}
+
+/// P5, R14: a write-back that fails for want of space loses nothing; the next one does it all.
+#[test]
+fn failed_write_back_is_done_by_the_next() {
+    let bench = bench();
+    bench.store(0, 7).unwrap();
+    bench.image.flush().unwrap();
+    bench.discard(0);
+    bench.store(9000, 8).unwrap();
+    bench.memory.state.lock().fail_writes = true;
+    assert_eq!(bench.image.flush().unwrap_err().kind(), ErrorKind::NoSpace);
+    assert!(bench.store(1, 9).is_err());
+    bench.memory.state.lock().fail_writes = false;
+    bench.image.close().unwrap();
+    let again = reopen(bench.memory.clone());
+    assert_eq!((again.reads(0), again.reads(9000), again.host(1)), (0, 8, None));
+}
+
+/// H13: what was allocated and not published is free again at once.
+#[test]
+fn dropped_allocation_gives_itself_back() {
+    let bench = bench();
+    let first = bench.image.allocate(4).unwrap();
+    assert_eq!(first.clusters(), 4);
+    drop(first);
+    bench.store(0, 7).unwrap();
+    let host = bench.host(0).unwrap();
+    bench.image.close().unwrap();
+    let end = bench.memory.size().div_ceil(CLUSTER);
+    assert!(host < end && end <= host + 2, "four clusters were not left behind: {host} {end}");
+}
+
+/// Specification, autoclear_features: bits that we do not know are cleared before anything else is written.
+#[test]
+fn unknown_autoclear_bits_are_cleared_first() {
+    let bench = bench();
+    bench.memory.write_at(88, &(1u64 << 40).to_be_bytes()).unwrap();
+    let image = Image::open(bench.memory.clone()).unwrap();
+    bench.memory.ops();
+    image.begin_writing().unwrap();
+    assert_eq!(bench.memory.ops(), [Op::Write { at: 88, len: 8 }, Op::Sync]);
+    assert_eq!(Image::open(bench.memory.clone()).unwrap().reader().header().autoclear, 0);
+}
+
+/// P11: corruption that is met while writing sets the corrupt bit and ends writing; the image can still be read.
+#[test]
+fn corruption_latches_and_marks_the_image() {
+    let bench = bench();
+    bench.store(0, 7).unwrap();
+    bench.store(9000, 8).unwrap();
+    bench.image.close().unwrap();
+    let l1 = bench.image.reader().header().l1_table_offset;
+    let mut entry = [0; 8];
+    bench.memory.read_at(l1, &mut entry).unwrap();
+    let l2 = u64::from_be_bytes(entry) & !(1 << 63);
+    // The second entry names the header.
+    bench.memory.write_at(l2 + 8, &(1u64 << 63 | 0x1000_0000_0000).to_be_bytes()).unwrap();
+    let again = reopen(bench.memory.clone());
+    assert_eq!(again.reads(9000), 8);
+    assert_eq!(again.image.map(GuestOffset(0), 1).unwrap_err().kind(), ErrorKind::Corrupt);
+    assert!(again.store(9001, 1).is_err());
+    assert_eq!(again.reads(9000), 8);
+    let error = Image::open(bench.memory.clone()).unwrap_err();
+    assert!(error.to_string().contains("corrupt"), "{error}");
+    assert!(ImageReader::open(bench.memory.clone()).is_ok(), "still readable");
+}
+
+/// Tables beyond the memory limit are dropped when clean and come back with what was written to them.
+#[test]
+fn evicted_tables_come_back() {
+    let bench = bench();
+    let mut image = Image::open(bench.memory.clone()).unwrap();
+    image.reader.tables.limit_memory(2 * CLUSTER as usize);
+    let bench = Bench { image, ..bench };
+    // 1 GiB has two L2 tables only, so grow it to forty.
+    let drained = bench.lock.exclusive(0..u64::MAX);
+    bench.image.grow(&drained, 20 << 30).unwrap();
+    drop(drained);
+    for round in 0..3u8 {
+        for table in 0..40u64 {
+            bench.store(table * 8192 + u64::from(round), round * 40 + table as u8).unwrap();
+            if table % 7 == 0 {
+                bench.image.flush().unwrap();
+            }
+        }
+    }
+    bench.image.flush().unwrap();
+    for round in 0..3u8 {
+        for table in 0..40u64 {
+            assert_eq!(bench.reads(table * 8192 + u64::from(round)), round * 40 + table as u8);
+        }
+    }
+    assert!(bench.image.reader.tables.resident() <= 3, "{} tables in memory", bench.image.reader.tables.resident());
+}

@@ -1,0 +1,159 @@
+//! The write-back pass: the ordered flush, and nothing but it.
+//!
+//! ```text
+//! 1 one pass at a time        2 take the pending frees     3 take dirty L2 tables     4 THEN take dirty refcounts
+//! 5 write refcounts (a moved table or new entries behind a barrier of their own, R5, R6)
+//! 6 barrier: refcounts, and every byte of data written before any publish of step 3, are durable (R1, R2)
+//! 7 write L2 tables           8 tables that the L1 table does not name yet: barrier, write their L1 entries (R4)
+//! 9 barrier: from here on a crash finds the new mapping
+//! 10 lower the refcounts of (2); they become allocatable now, and their blocks are dirty for the next pass (R3, R7)
+//! ```
+//! 3 before 4: whatever a copied table points to had its refcount raised before it was published, so the later copy of the refcounts holds it.
+//! 2 before 3: an entry is changed before its free is queued, so the copied table no longer holds what (2) frees.
+//! A crash at any point leaves leaks at worst. A torn table write is harmless: entries are eight aligned bytes, old or new, both legal.
+
+use parking_lot::Condvar;
+
+use super::Image;
+use crate::format::patch;
+use crate::{Error, ErrorKind, Result};
+
+/// Concurrent flushes share a pass: each waits for one that began after it came.
+#[derive(Debug, Default)]
+pub(super) struct GroupCommit {
+    state: parking_lot::Mutex<Passes>,
+    ended: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Passes {
+    begun: u64,
+    running: bool,
+    ended: u64,
+    /// How the last one ended: errno or none, and the text.
+    failure: Option<(ErrorKind, Option<i32>, String)>,
+}
+
+impl Image {
+    /// Makes every change that was complete before the call durable.
+    ///
+    /// # Errors
+    /// I/O and [`ErrorKind::NoSpace`]: what was not written stays dirty and is tried again by the next flush. After a failed barrier every
+    /// later flush fails (P7).
+    pub fn flush(&self) -> Result<()> {
+        let mut passes = self.commit.state.lock();
+        // A pass that runs already may have taken its copies before our last change.
+        let wanted = passes.begun + 1;
+        loop {
+            if passes.ended >= wanted {
+                return match &passes.failure {
+                    None => Ok(()),
+                    Some((kind, None, text)) => Err(Error::new(*kind, text.clone())),
+                    Some((_, Some(errno), text)) => Err(Error::io(text.clone(), std::io::Error::from_raw_os_error(*errno))),
+                };
+            }
+            if passes.running {
+                self.commit.ended.wait(&mut passes);
+                continue;
+            }
+            passes.begun += 1;
+            passes.running = true;
+            let this = passes.begun;
+            let result = parking_lot::MutexGuard::unlocked(&mut passes, || self.write_back_pass());
+            passes.running = false;
+            passes.ended = this;
+            passes.failure = result.as_ref().err().map(|error| (error.kind(), error.errno(), format!("flush: {error}")));
+            self.commit.ended.notify_all();
+            return result;
+        }
+    }
+
+    /// Flushes if any metadata waits to be written back: for the commit timer, so that what is only in memory does not grow old (P2).
+    ///
+    /// # Errors
+    /// As [`Image::flush`].
+    pub fn flush_if_dirty(&self) -> Result<()> {
+        if self.is_dirty() { self.flush() } else { Ok(()) }
+    }
+
+    /// Flushes until nothing is left to write: also the refcounts that the last pass lowered. No cluster is leaked after that.
+    ///
+    /// # Errors
+    /// As [`Image::flush`].
+    pub fn close(&self) -> Result<()> {
+        self.flush()?;
+        while self.is_dirty() {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    fn is_dirty(&self) -> bool {
+        self.reader.tables.is_dirty() || self.allocator.is_dirty()
+    }
+
+    fn write_back_pass(&self) -> Result<()> {
+        let _one_at_a_time = self.write_back.lock();
+        self.check_usable()?;
+        let mut frees = self.allocator.take_pending();
+        let tables = self.reader.tables.take_dirty();
+        let mut refcounts = self.allocator.take_dirty();
+        let write = || -> Result<()> {
+            self.write_all("refcount block", &refcounts.pieces)?;
+            if let Some(table) = &refcounts.table {
+                self.write_all("refcount table", &[(table.offset, &table.bytes)])?;
+                self.barrier()?;
+                let (at, bytes) = patch::refcount_table(table.offset, table.clusters);
+                self.write_header(at, &bytes)?;
+            } else if !refcounts.entries.is_empty() {
+                self.barrier()?;
+                let entries: Vec<_> = refcounts.entries.iter().map(|(at, entry)| (*at, entry.to_be_bytes())).collect();
+                self.write_all("refcount table", &entries)?;
+            }
+            self.barrier()?;
+            if tables.is_empty() {
+                return Ok(());
+            }
+            for table in &tables {
+                self.write_all("L2 table", &table.pieces)?;
+            }
+            let l1: Vec<_> = tables
+                .iter()
+                .filter_map(|table| table.l1_entry.map(|entry| (self.reader.tables.l1_entry_offset(table.l1_index), entry.to_be_bytes())))
+                .collect();
+            if !l1.is_empty() {
+                self.barrier()?;
+                self.write_all("L1 table", &l1)?;
+            }
+            self.barrier()
+        };
+        match write() {
+            Ok(()) => {
+                self.reader.tables.written();
+                if let Some(table) = refcounts.table.take() {
+                    let mut header = self.reader.header.write();
+                    header.refcount_table_offset = table.offset;
+                    header.refcount_table_clusters = table.clusters;
+                    let (old, clusters) = table.old;
+                    for cluster in old.0..old.0 + clusters {
+                        *frees.entry(cluster).or_default() += 1;
+                    }
+                }
+                self.watch(self.allocator.release(&frees))
+            }
+            Err(error) => {
+                self.reader.tables.not_written(&tables);
+                self.allocator.not_written(refcounts);
+                self.allocator.requeue(frees);
+                Err(error)
+            }
+        }
+    }
+
+    fn write_all(&self, what: &str, writes: &[(u64, impl AsRef<[u8]>)]) -> Result<()> {
+        for (at, bytes) in writes {
+            self.reader.storage.write_at(*at, bytes.as_ref()).map_err(|error| Error::io(format!("{what} at {at:#x}"), error))?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,289 @@
+//! The host file: bytes, holes, a file that shrinks, and locks against QEMU's own programs in both directions.
+
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::process::{Child, Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+use super::*;
+
+fn scratch(len: u64) -> (TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("image.raw");
+    File::create(&path).unwrap().set_len(len).unwrap();
+    (dir, path)
+}
+
+#[test]
+fn bytes_go_round_and_zeros_lie_beyond_the_end() {
+    let (_dir, path) = scratch(0);
+    let file = FileStorage::open(&path, Access::ReadWrite).unwrap();
+    assert_eq!(file.size(), 0);
+    file.write_at(1000, b"hello").unwrap();
+    assert_eq!(file.size(), 1005);
+    let mut buf = [0xee; 20];
+    file.read_at(995, &mut buf).unwrap();
+    assert_eq!(&buf, b"\0\0\0\0\0hello\0\0\0\0\0\0\0\0\0\0");
+    file.read_at(1 << 40, &mut buf).unwrap();
+    assert_eq!(buf, [0; 20]);
+    file.write_at(0, b"x").unwrap();
+    assert_eq!(file.size(), 1005, "the size only grows");
+    file.read_at(u64::MAX, &mut buf).unwrap();
+    file.sync().unwrap();
+    file.sync_directory().unwrap();
+}
+
+#[test]
+fn p9_a_file_that_shrank_is_an_error_and_not_zeros() {
+    let (_dir, path) = scratch(1 << 20);
+    let file = FileStorage::open(&path, Access::ReadOnly).unwrap();
+    File::options().write(true).open(&path).unwrap().set_len(4096).unwrap();
+    let mut buf = [0; 512];
+    file.read_at(0, &mut buf).unwrap();
+    for offset in [4095, 4096, (1 << 20) - 1] {
+        assert_eq!(file.read_at(offset, &mut buf).unwrap_err().raw_os_error(), Some(5), "{offset}");
+    }
+    file.read_at(1 << 20, &mut buf).unwrap();
+    // Nor is it a hole.
+    assert_eq!(file.holding(8192, 512).unwrap_err().raw_os_error(), Some(5));
+}
+
+#[test]
+fn holes_are_seen_and_made() {
+    let (_dir, path) = scratch(4 << 20);
+    let file = FileStorage::open(&path, Access::ReadWrite).unwrap();
+    let mib = 1 << 20;
+    assert_eq!(file.holding(0, u64::MAX).unwrap(), (Holding::Hole, u64::MAX));
+    file.write_at(mib, &vec![7; mib as usize]).unwrap();
+    assert_eq!(file.holding(0, 100 * mib).unwrap(), (Holding::Hole, mib));
+    assert_eq!(file.holding(0, 4096).unwrap(), (Holding::Hole, 4096));
+    assert_eq!(file.holding(mib, 100 * mib).unwrap(), (Holding::Data, mib));
+    assert_eq!(file.holding(mib + 512, 512).unwrap(), (Holding::Data, 512));
+    assert_eq!(file.holding(2 * mib, 100 * mib).unwrap(), (Holding::Hole, 100 * mib));
+    assert_eq!(file.holding(100 * mib, 5).unwrap(), (Holding::Hole, 5));
+    let before = file.allocated_size().unwrap();
+    assert!(before >= mib);
+    file.punch_hole(mib, mib / 2).unwrap();
+    file.punch_hole(0, 0).unwrap();
+    assert!(file.allocated_size().unwrap() <= before - mib / 2);
+    assert_eq!(file.holding(mib, 100 * mib).unwrap(), (Holding::Hole, mib / 2));
+    file.punch_hole(3 * mib, 100 * mib).unwrap();
+    assert_eq!((file.size(), path.metadata().unwrap().len()), (4 * mib, 4 * mib), "the size stays");
+    let mut byte = [1];
+    file.read_at(mib, &mut byte).unwrap();
+    assert_eq!(byte, [0]);
+}
+
+#[test]
+fn only_regular_files_and_block_devices_are_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("fifo");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).unwrap();
+    let socket = dir.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    for (path, access, kind, word) in [
+        (fifo.as_path(), Access::ReadOnly, ErrorKind::InvalidArgument, "not a regular file"),
+        (socket.as_path(), Access::ReadOnly, ErrorKind::Io, "No such device"),
+        (dir.path(), Access::ReadOnly, ErrorKind::InvalidArgument, "not a regular file"),
+        (dir.path(), Access::ReadWrite, ErrorKind::Io, "Is a directory"),
+        (Path::new("/dev/null"), Access::ReadWrite, ErrorKind::InvalidArgument, "not a regular file"),
+        (&dir.path().join("none"), Access::ReadOnly, ErrorKind::NotFound, "none: No such file"),
+    ] {
+        let error = FileStorage::open(path, access).unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.to_string().contains(word), "{error}");
+    }
+}
+
+#[test]
+fn a_new_file_must_not_exist() {
+    let (dir, path) = scratch(0);
+    assert_eq!(FileStorage::create_new(&path).unwrap_err().errno(), Some(17));
+    let new = FileStorage::create_new(&dir.path().join("new")).unwrap();
+    let again = FileStorage::open_unlocked(new.path(), Access::ReadOnly).unwrap();
+    assert_eq!(new.identity(), again.identity());
+    assert_eq!(again.lock().unwrap_err().kind(), ErrorKind::Busy);
+}
+
+#[test]
+fn a_read_only_file_cannot_be_written() {
+    let (_dir, path) = scratch(512);
+    let file = FileStorage::open(&path, Access::ReadOnly).unwrap();
+    assert!(file.write_at(0, b"x").is_err());
+    assert!(file.punch_hole(0, 512).is_err());
+}
+
+#[test]
+fn ours_keep_each_other_off() {
+    let (_dir, path) = scratch(512);
+    let open = |access| FileStorage::open(&path, access);
+    let (one, two) = (open(Access::ReadOnly).unwrap(), open(Access::ReadOnly).unwrap());
+    let text = open(Access::ReadWrite).unwrap_err().to_string();
+    assert!(text.ends_with("image.raw: in use by another process (its \"write\" lock is held); stop it first"), "{text}");
+    drop((one, two));
+    let writer = open(Access::ReadWrite).unwrap();
+    for access in [Access::ReadOnly, Access::ReadWrite] {
+        assert_eq!(open(access).unwrap_err().kind(), ErrorKind::Busy);
+    }
+    drop(writer);
+    open(Access::ReadOnly).unwrap();
+}
+
+/// An empty qcow2 image. QEMU's tools deny others the writing of a qcow2 image while they read it, but not of a raw one.
+fn qcow2() -> (TempDir, PathBuf) {
+    let (dir, path) = scratch(0);
+    assert!(qemu_img(&["create", "-q", "-f", "qcow2"], &path, &["1M"]).status.success());
+    (dir, path)
+}
+
+fn qemu_img(before: &[&str], path: &Path, after: &[&str]) -> Output {
+    Command::new("qemu-img").args(before).arg(path).args(after).output().expect("qemu-img is installed")
+}
+
+fn qemu_io(flags: &[&str], command: &str, path: &Path) -> Output {
+    Command::new("qemu-io").args(flags).args(["-c", command]).arg(path).output().expect("qemu-io is installed")
+}
+
+fn refused(output: &Output) -> bool {
+    String::from_utf8_lossy(&output.stderr).contains("lock")
+}
+
+#[test]
+fn p12_our_locks_keep_qemu_off() {
+    let (_dir, path) = qcow2();
+    let read = || qemu_io(&["-r", "-f", "qcow2"], "read 0 512", &path);
+    let write = || qemu_io(&["-f", "qcow2"], "write 0 512", &path);
+    let write_raw = || qemu_io(&["-f", "raw"], "write 4k 0", &path);
+    let resize = || qemu_img(&["resize", "-q", "-f", "qcow2"], &path, &["2M"]);
+    let check = || qemu_img(&["check", "-q"], &path, &[]);
+    let info = || qemu_img(&["info"], &path, &[]);
+    let forced = || qemu_img(&["info", "-U"], &path, &[]);
+
+    let ours = FileStorage::open(&path, Access::ReadWrite).unwrap();
+    for output in [read(), write(), write_raw(), resize(), check(), info()] {
+        assert!(refused(&output) && !output.status.success(), "{output:?}");
+    }
+    assert!(forced().status.success());
+    drop(ours);
+
+    let ours = FileStorage::open(&path, Access::ReadOnly).unwrap();
+    for output in [write(), write_raw(), resize()] {
+        assert!(refused(&output) && !output.status.success(), "{output:?}");
+    }
+    for output in [read(), check(), info(), forced()] {
+        assert!(output.status.success(), "{output:?}");
+    }
+    drop(ours);
+    for output in [read(), write(), write_raw(), resize(), check(), info()] {
+        assert!(output.status.success(), "{output:?}");
+    }
+}
+
+/// A qemu-io that holds the image open until it is dropped.
+struct Holder(Child);
+
+impl Holder {
+    fn new(flags: &[&str], path: &Path) -> Holder {
+        let mut command = Command::new("qemu-io");
+        command.args(flags).arg(path).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("qemu-io is installed");
+        // Its prompt comes once the image is open.
+        child.stdout.as_mut().unwrap().read_exact(&mut [0; 8]).unwrap();
+        Holder(child)
+    }
+}
+
+impl Drop for Holder {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn p12_qemu_locks_keep_us_off() {
+    let (_dir, path) = qcow2();
+    let open = |access| FileStorage::open(&path, access);
+    let busy = |access| {
+        let error = open(access).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+        assert!(error.to_string().contains("\"write\""), "{error}");
+    };
+    for format in ["qcow2", "raw"] {
+        let writer = Holder::new(&["-f", format], &path);
+        busy(Access::ReadOnly);
+        busy(Access::ReadWrite);
+        drop(writer);
+    }
+    let reader = Holder::new(&["-r", "-f", "qcow2"], &path);
+    open(Access::ReadOnly).unwrap();
+    busy(Access::ReadWrite);
+    drop(reader);
+    let careless = Holder::new(&["-r", "-U", "-f", "qcow2"], &path);
+    open(Access::ReadWrite).unwrap();
+    drop(careless);
+    open(Access::ReadWrite).unwrap();
+}
+
+/// The daemon that libvirt and people export images with.
+#[test]
+fn p12_qemu_storage_daemon() {
+    let (dir, path) = qcow2();
+    let (socket, started) = (dir.path().join("nbd"), dir.path().join("pid"));
+    let node = format!("driver=qcow2,node-name=a,file.driver=file,file.filename={}", path.display());
+    let start = |export: &str| {
+        let mut command = Command::new("qemu-storage-daemon");
+        command.args(["--blockdev", &node, "--nbd-server", &format!("addr.type=unix,addr.path={}", socket.display())]);
+        command.args(["--export", export, "--pidfile"]).arg(&started).stderr(Stdio::piped());
+        command.spawn().expect("qemu-storage-daemon is installed")
+    };
+    let ours = FileStorage::open(&path, Access::ReadWrite).unwrap();
+    let output = start("type=nbd,id=e,node-name=a,writable=on").wait_with_output().unwrap();
+    assert!(refused(&output) && !output.status.success(), "{output:?}");
+    drop(ours);
+    let mut daemon = start("type=nbd,id=e,node-name=a,writable=on");
+    while !started.exists() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    let error = FileStorage::open(&path, Access::ReadOnly).unwrap_err();
+    daemon.kill().unwrap();
+    daemon.wait().unwrap();
+    assert_eq!(error.kind(), ErrorKind::Busy, "{error}");
+    FileStorage::open(&path, Access::ReadWrite).unwrap();
+}
+
+#[test]
+fn an_exclusive_lock_of_a_stranger_is_busy_too() {
+    let (_dir, path) = scratch(512);
+    let stranger = File::options().read(true).write(true).open(&path).unwrap();
+    let exclusive = nix::libc::flock { l_type: nix::libc::F_WRLCK as _, l_whence: 0, l_start: 0, l_len: 0, l_pid: 0 };
+    nix::fcntl::fcntl(&stranger, nix::fcntl::FcntlArg::F_OFD_SETLK(&exclusive)).unwrap();
+    assert_eq!(FileStorage::open(&path, Access::ReadOnly).unwrap_err().kind(), ErrorKind::Busy);
+    drop(stranger);
+    FileStorage::open(&path, Access::ReadOnly).unwrap();
+}
+
+#[test]
+fn many_threads_read_what_they_wrote() {
+    let (_dir, path) = scratch(0);
+    let file = FileStorage::open(&path, Access::ReadWrite).unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..4u64 {
+            let file = &file;
+            scope.spawn(move || {
+                for round in 0..200u64 {
+                    let offset = (round * 4 + thread) * 1000;
+                    file.write_at(offset, &[thread as u8 + 1; 1000]).unwrap();
+                    let mut buf = [0; 1000];
+                    file.read_at(offset, &mut buf).unwrap();
+                    assert_eq!(buf, [thread as u8 + 1; 1000]);
+                }
+            });
+        }
+    });
+    assert_eq!(file.size(), 800_000);
+    let mut byte = [0];
+    file.file.read_exact_at(&mut byte, 799_999).unwrap();
+    assert_eq!(byte, [4]);
+}

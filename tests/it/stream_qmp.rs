@@ -1,0 +1,808 @@
+//! Streaming, driven over the socket: the conversation of 2012, its members and its order, the speed, and what guests do meanwhile.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::support::qmp::seconds;
+use crate::support::{
+    CLUSTER, Daemon, Guest, KIB, MIB, Mount, Pattern, QmpClient, Rig, Rng, Scratch, assert_same, poll, qemu, run_ok, wait_until,
+};
+
+/// The first step of a job is free of charge, whatever the speed: a job at 1 byte per second stops after it (iotest 141).
+const FIRST_STEP: u64 = 512 * KIB;
+
+fn members(object: &Value) -> BTreeSet<&str> {
+    object.as_object().expect("an object").keys().map(String::as_str).collect()
+}
+
+fn set<const N: usize>(names: [&'static str; N]) -> BTreeSet<&'static str> {
+    BTreeSet::from(names)
+}
+
+/// Starts a job that copies one step and then sleeps for hours.
+fn start_sleeping_job(client: &mut QmpClient) {
+    client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
+    let copied = poll(Duration::from_secs(20), || (client.job()["offset"] == json!(FIRST_STEP)).then_some(()));
+    assert!(copied.is_some(), "the first step of 512 KiB is free of charge: {}", client.job());
+}
+
+/// Protects: the conversation that clients have had since 2012, letter by letter: `block_stream`, an empty return,
+/// `BLOCK_JOB_COMPLETED` with exactly its members, offset equal to len equal to the size of the disk.
+#[test]
+fn the_conversation_of_2012() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(3 * MIB + 7 * 512);
+    let disk = rig.mount().args(&["--device", "virtio0"]).qmp().start();
+    let mut client = QmpClient::greeted(disk.socket());
+    let message = |client: &mut QmpClient| client.message(Duration::from_secs(30)).expect("a message");
+    client.send_raw("{ \"execute\": \"qmp_capabilities\" }\n");
+    assert_eq!(message(&mut client), json!({"return": {}}), "no id was sent, none comes back");
+    client.send_raw("{ \"execute\": \"block_stream\", \"arguments\": { \"device\": \"virtio0\" } }\n");
+    let reply = loop {
+        let message = message(&mut client);
+        if message.get("event").is_none() {
+            break message;
+        }
+    };
+    assert_eq!(reply, json!({"return": {}}));
+    let event = client.wait_event("BLOCK_JOB_COMPLETED");
+    assert_eq!(members(&event), set(["event", "data", "timestamp"]));
+    assert_eq!(members(&event["timestamp"]), set(["seconds", "microseconds"]));
+    let size = rig.size();
+    assert_eq!(event["data"], json!({"type": "stream", "device": "virtio0", "len": size, "offset": size, "speed": 0}));
+    client.send_raw("{ \"execute\": \"query-block-jobs\" }\n");
+    let reply = loop {
+        let message = message(&mut client);
+        if message.get("event").is_none() {
+            break message;
+        }
+    };
+    assert_eq!(reply, json!({"return": []}), "right after the event there is no job any more");
+    assert_same("disk after the stream", &disk.read_all(), &rig.content);
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: the order of events of 3.5, both dialects; clients of QEMU wait for exactly these.
+#[test]
+fn events_come_in_qemus_order() {
+    requires!("/dev/fuse", "qemu-img");
+    for command in ["block-stream", "block_stream"] {
+        let rig = Rig::new(2 * MIB);
+        let disk = rig.mount().qmp().start();
+        let mut client = disk.client();
+        assert_eq!(client.ok(command, json!({"device": "drive0"})), json!({}));
+        client.wait_status("null");
+        client.listen(Duration::from_millis(100));
+        let want = ["created", "running", "waiting", "pending", "BLOCK_JOB_COMPLETED", "concluded", "null"];
+        assert_eq!(client.event_names(), want);
+        for event in client.events.iter().filter(|event| event["event"] == "JOB_STATUS_CHANGE") {
+            assert_eq!(members(&event["data"]), set(["id", "status"]));
+            assert_eq!(event["data"]["id"], json!("drive0"), "the default job id is the device's");
+        }
+        let times: Vec<f64> = client.events.iter().map(seconds).collect();
+        assert!(times.is_sorted(), "timestamps rise: {times:?}");
+        disk.umount();
+        rig.assert_standalone(&rig.content);
+    }
+}
+
+/// Protects: a disk without backing file has nothing to stream: the job completes at once with len 0 (2.3).
+#[test]
+fn a_second_stream_has_nothing_to_do() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    let disk = rig.mount().qmp().start();
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0"}));
+    assert_eq!(client.wait_completed()["len"], json!(MIB));
+    client.wait_status("null");
+    client.ok("block-stream", json!({"device": "drive0", "job-id": "again"}));
+    let data = client.wait_completed();
+    assert_eq!(data, json!({"type": "stream", "device": "again", "len": 0, "offset": 0, "speed": 0}));
+    client.wait_status("null");
+    let names = client.event_names();
+    assert_eq!(names[7..], ["created", "running", "waiting", "pending", "BLOCK_JOB_COMPLETED", "concluded", "null"]);
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: the shapes of the queries (3.4) while a job runs; `set-speed` wakes a job that sleeps; `[]` right after the event.
+#[test]
+fn queries_show_the_job_and_set_speed_wakes_it() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(16 * MIB);
+    let disk = rig.mount().qmp().start();
+    let mut client = disk.client();
+    start_sleeping_job(&mut client);
+    let job = client.job();
+    let want = set([
+        "type",
+        "device",
+        "len",
+        "offset",
+        "busy",
+        "paused",
+        "speed",
+        "io-status",
+        "ready",
+        "status",
+        "auto-finalize",
+        "auto-dismiss",
+    ]);
+    assert_eq!(members(&job), want);
+    for (name, value) in [
+        ("type", json!("stream")),
+        ("device", json!("drive0")),
+        ("len", json!(16 * MIB)),
+        ("offset", json!(FIRST_STEP)),
+        ("paused", json!(false)),
+        ("speed", json!(1)),
+        ("io-status", json!("ok")),
+        ("ready", json!(false)),
+        ("status", json!("running")),
+        ("auto-finalize", json!(true)),
+        ("auto-dismiss", json!(true)),
+    ] {
+        assert_eq!(job[name], value, "{name} in {job}");
+    }
+    let jobs = client.ok("query-jobs", json!({}));
+    let want = json!([{
+        "id": "drive0", "type": "stream", "status": "running", "current-progress": FIRST_STEP, "total-progress": 16 * MIB,
+    }]);
+    assert_eq!(jobs, want);
+    std::thread::sleep(Duration::from_millis(400));
+    assert_eq!(client.job()["offset"], json!(FIRST_STEP), "it sleeps");
+
+    client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0}));
+    let data = client.wait_completed();
+    assert_eq!(data, json!({"type": "stream", "device": "drive0", "len": 16 * MIB, "offset": 16 * MIB, "speed": 0}));
+    assert_eq!(client.ok("query-block-jobs", json!({})), json!([]));
+    assert_eq!(client.ok("query-jobs", json!({})), json!([]));
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: the speed is the speed: 32 MiB of data at 8 MiB/s take 4 s within 10 %. The only timed assertion of the suite;
+/// measured with the daemon's own timestamps, from running to waiting, because the last fsync is the host's business.
+#[test]
+fn eight_mib_per_second_is_eight_mib_per_second() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(32 * MIB);
+    let disk = rig.mount().qmp().start();
+    let mut client = disk.client();
+    client.ok("block_stream", json!({"device": "drive0", "speed": 8 * MIB}));
+    let running = seconds(&client.wait_status("running"));
+    let waiting = seconds(&client.wait_status("waiting"));
+    assert_eq!(client.wait_completed()["speed"], json!(8 * MIB));
+    let took = waiting - running;
+    assert!((3.6..=4.4).contains(&took), "32 MiB at 8 MiB/s took {took:.3} s");
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: what is in the overlay already costs neither time nor speed: a job at 1 byte per second over a local disk just finishes.
+#[test]
+fn what_is_local_is_not_charged() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(8 * MIB);
+    let disk = rig.mount().qmp().start();
+    disk.read_all(); // copy-on-read brings everything
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
+    assert_eq!(client.wait_completed()["offset"], json!(8 * MIB));
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: pause stops the copying and says so, resume goes on; both refuse what makes no sense, with QEMU's words.
+#[test]
+fn pause_and_resume() {
+    requires!("/dev/fuse", "qemu-img");
+    for dash in ["-", "_"] {
+        let rig = Rig::new(16 * MIB);
+        let disk = rig.mount().qmp().start();
+        let mut client = disk.client();
+        let verb = |name: &str| format!("block_job_{name}").replace('_', dash);
+        client.ok("block-stream", json!({"device": "drive0", "speed": 4 * MIB}));
+        client.ok(&verb("pause"), json!({"device": "drive0"}));
+        client.wait_status("paused");
+        wait_until("paused and not busy", || {
+            let job = client.job();
+            job["paused"] == json!(true) && job["busy"] == json!(false)
+        });
+        let job = client.job();
+        assert_eq!(job["status"], json!("paused"), "{job}");
+        assert!(job["offset"].as_u64().expect("offset") < 16 * MIB, "{job}");
+        std::thread::sleep(Duration::from_millis(500));
+        assert_eq!(client.job()["offset"], job["offset"], "a paused job does not move");
+        assert_eq!(client.err(&verb("pause"), json!({"device": "drive0"})).desc, "Job is already paused");
+        let error = client.err(&verb("cancel"), json!({"device": "drive0"}));
+        assert_eq!(error.desc, "The block job for device 'drive0' is currently paused");
+        client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0}));
+        client.ok(&verb("resume"), json!({"device": "drive0"}));
+        client.wait_status("running");
+        client.wait_completed();
+        disk.umount();
+        rig.assert_standalone(&rig.content);
+    }
+}
+
+/// Protects: resume of a job that runs is refused, and a job that is gone is `DeviceNotActive`, as clients test for it.
+#[test]
+fn verbs_on_the_wrong_job() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(4 * MIB);
+    let disk = rig.mount().qmp().start();
+    let mut client = disk.client();
+    for command in ["block-job-pause", "block-job-resume", "block-job-cancel"] {
+        let error = client.err(command, json!({"device": "nope"}));
+        assert_eq!((error.class.as_str(), error.desc.as_str()), ("DeviceNotActive", "Block job 'nope' not found"), "{command}");
+    }
+    let error = client.err("block-job-set-speed", json!({"device": "nope", "speed": 0}));
+    assert_eq!((error.class.as_str(), error.desc.as_str()), ("DeviceNotActive", "Block job 'nope' not found"));
+    start_sleeping_job(&mut client);
+    let error = client.err("block-job-resume", json!({"device": "drive0"}));
+    assert_eq!((error.class.as_str(), error.desc.as_str()), ("GenericError", "Can't resume a job that was not paused"));
+    let error = client.err("block-job-set-speed", json!({"device": "drive0", "speed": -1}));
+    assert_eq!(error.desc, "Parameter 'speed' expects a non-negative value");
+    let error = client.err("block-job-set-speed", json!({"device": "drive0", "value": 1}));
+    assert_eq!(error.desc, "Parameter 'speed' is missing", "the argument of 2012 belongs to the name of 2012");
+    client.ok("block_job_set_speed", json!({"device": "drive0", "value": 0}));
+    client.wait_completed();
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: cancel keeps what was copied and the backing link; a new job goes on from there and finishes.
+#[test]
+fn cancel_keeps_the_data_and_a_new_job_finishes() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(16 * MIB);
+    let disk = rig.mount().qmp().start();
+    let mut client = disk.client();
+    start_sleeping_job(&mut client);
+    client.ok("block_job_cancel", json!({"device": "drive0"}));
+    let event = client.wait_event("BLOCK_JOB_CANCELLED");
+    let want = json!({"type": "stream", "device": "drive0", "len": 16 * MIB, "offset": FIRST_STEP, "speed": 1});
+    assert_eq!(event["data"], want, "exactly these members");
+    client.wait_status("null");
+    assert_eq!(client.event_names(), ["created", "running", "aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]);
+    assert_eq!(client.ok("query-block-jobs", json!({})), json!([]));
+    drop(client);
+    disk.umount();
+    assert_eq!(qemu::local_ranges(&rig.overlay), [0..FIRST_STEP], "what was copied stays");
+    assert_eq!(qemu::info(&rig.overlay)["backing-filename"], json!("base.raw"), "the link stays");
+    rig.assert_overlay(&rig.content);
+
+    let disk = rig.mount().qmp().start();
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0"}));
+    client.wait_completed();
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: force cancels a paused job (3.5).
+#[test]
+fn force_cancels_a_paused_job() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(16 * MIB);
+    let disk = rig.mount().qmp().start();
+    let mut client = disk.client();
+    start_sleeping_job(&mut client);
+    client.ok("block-job-pause", json!({"device": "drive0"}));
+    client.wait_status("paused");
+    client.ok("block-job-cancel", json!({"device": "drive0", "force": true}));
+    client.wait_event("BLOCK_JOB_CANCELLED");
+    client.wait_status("null");
+    assert_eq!(client.ok("query-block-jobs", json!({})), json!([]));
+    assert_same("disk", &disk.read_all(), &rig.content);
+    disk.umount();
+    rig.assert_overlay(&rig.content);
+}
+
+/// A chain of three in its own directory, names relative: base.raw ← mid.qcow2 ← top.qcow2. Returns the content of the whole.
+fn three_layers(scratch: &Scratch, size: u64) -> Vec<u8> {
+    scratch.raw("base.raw", size, Pattern::new(20, 1));
+    let (mid, top) = (scratch.join("mid.qcow2"), scratch.join("top.qcow2"));
+    qemu::create(&mid, None, "", Some(("base.raw", "raw")));
+    qemu::write_pattern(&mid, Pattern::new(20, 2), &[MIB..2 * MIB, 5 * MIB..5 * MIB + 512]);
+    qemu::io(&mid, &["write -q -z 3M 256k"]);
+    qemu::create(&top, None, "", Some(("mid.qcow2", "qcow2")));
+    qemu::write_pattern(&top, Pattern::new(20, 3), &[MIB + 256 * KIB..MIB + 512 * KIB]);
+    qemu::read_all(&top)
+}
+
+/// Protects: with `base` only what lies above it is copied, and the overlay then stands on the base, by the relative name that the chain
+/// had for it, so that the directory can still be moved (4.3, 4.4).
+#[test]
+fn a_stream_down_to_a_base_keeps_the_base() {
+    requires!("/dev/fuse", "qemu-img");
+    for (command, absolute) in [("block-stream", false), ("block-stream", true), ("block_stream", false)] {
+        let scratch = Scratch::new();
+        let want = three_layers(&scratch, 8 * MIB);
+        let top = scratch.join("top.qcow2");
+        let disk = Mount::new(&scratch, &top).args(&["--no-copy-on-read"]).qmp().start();
+        let mut client = disk.client();
+        let path = scratch.join("base.raw");
+        let base = if absolute { path.to_str().expect("UTF-8") } else { "base.raw" };
+        client.ok(command, json!({"device": "drive0", "base": base}));
+        let data = client.wait_completed();
+        assert_eq!((&data["len"], &data["offset"]), (&json!(8 * MIB), &json!(8 * MIB)));
+        assert_same("disk after the stream", &disk.read_all(), &want);
+        disk.umount();
+        let info = qemu::info(&top);
+        assert_eq!(info["backing-filename"], json!("base.raw"), "{info}");
+        assert_eq!(info["backing-filename-format"], json!("raw"), "{info}");
+        fs::remove_file(scratch.join("mid.qcow2")).expect("the middle is not needed any more");
+        qemu::assert_clean(&top);
+        assert_same("top over base", &qemu::read_all(&top), &want);
+        let clusters: u64 = qemu::local_ranges(&top).iter().map(|range| (range.end - range.start) / CLUSTER).sum();
+        assert_eq!(clusters, 16 + 1 + 4, "what was above the base, and nothing of the base");
+        let moved = scratch.dir("moved");
+        for name in ["base.raw", "top.qcow2"] {
+            fs::rename(scratch.join(name), moved.join(name)).expect("move");
+        }
+        assert_same("moved together", &qemu::read_all(&moved.join("top.qcow2")), &want);
+    }
+}
+
+/// Protects: a full stream takes up every layer, and none is needed afterwards.
+#[test]
+fn a_full_stream_takes_up_every_layer() {
+    requires!("/dev/fuse", "qemu-img");
+    let scratch = Scratch::new();
+    let want = three_layers(&scratch, 8 * MIB);
+    let top = scratch.join("top.qcow2");
+    let disk = Mount::new(&scratch, &top).qmp().start();
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0"}));
+    client.wait_completed();
+    for name in ["base.raw", "mid.qcow2"] {
+        fs::remove_file(scratch.join(name)).expect("not needed any more");
+    }
+    assert_same("disk after the stream", &disk.read_all(), &want);
+    disk.umount();
+    qemu::assert_clean(&top);
+    qemu::assert_independent(&top);
+    assert_same("top alone", &qemu::read_all(&top), &want);
+}
+
+/// Protects: a backing file that is shorter reads as zeros behind its end, before and after the stream; a longer one is not copied beyond the disk.
+#[test]
+fn streams_from_shorter_and_longer_bases() {
+    requires!("/dev/fuse", "qemu-img");
+    for (base_size, options) in [(MIB + 1000, ""), (5 * MIB, ""), (MIB + 512, "compat=0.10"), (0, "cluster_size=4k")] {
+        let scratch = Scratch::new();
+        let mut want = Pattern::new(21, 1).bytes(0, base_size);
+        scratch.write("base.raw", &want);
+        want.resize(usize::try_from(3 * MIB + 512).expect("small"), 0);
+        let overlay = scratch.join("overlay.qcow2");
+        qemu::create(&overlay, Some(want.len() as u64), options, Some(("base.raw", "raw")));
+        let disk = Mount::new(&scratch, &overlay).qmp().start();
+        let mut client = disk.client();
+        client.ok("block-stream", json!({"device": "drive0"}));
+        let data = client.wait_completed();
+        assert_eq!((&data["len"], &data["offset"]), (&json!(want.len()), &json!(want.len())), "base of {base_size}");
+        assert_same("disk", &disk.read_all(), &want);
+        disk.umount();
+        fs::remove_file(scratch.join("base.raw")).expect("base");
+        qemu::assert_clean(&overlay);
+        qemu::assert_independent(&overlay);
+        assert_same("overlay alone", &qemu::read_all(&overlay), &want);
+    }
+}
+
+/// Protects: QEMU's words (and classes) for everything that cannot be started, in both dialects (2.1, 2.2, 2.5).
+#[test]
+fn refusals_in_both_dialects() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(4 * MIB);
+    let disk = rig.mount().qmp().start();
+    let mut client = disk.client();
+    let refused = |client: &mut QmpClient, command: &str, arguments: Value| {
+        let error = client.err(command, arguments);
+        (error.class, error.desc)
+    };
+    let generic = |desc: &str| ("GenericError".to_owned(), desc.to_owned());
+    for (command, arguments, want) in [
+        ("block-stream", json!({"device": "nope"}), generic("Cannot find device='nope' nor node-name='nope'")),
+        ("block_stream", json!({"device": "nope"}), ("DeviceNotFound".to_owned(), "Device 'nope' not found".to_owned())),
+        ("block-stream", json!({}), generic("Parameter 'device' is missing")),
+        ("block-stream", json!({"device": 1}), generic("Invalid parameter type for 'device', expected: string")),
+        ("block-stream", json!({"device": "drive0", "speed": -1}), generic("Parameter 'speed' expects a non-negative value")),
+        ("block-stream", json!({"device": "drive0", "speed": "fast"}), generic("Invalid parameter type for 'speed', expected: integer")),
+        ("block-stream", json!({"device": "drive0", "bogus": 1}), generic("Parameter 'bogus' is unexpected")),
+        ("block-stream", json!({"device": "drive0", "on-error": "x"}), generic("Parameter 'on-error' does not accept value 'x'")),
+        ("block-stream", json!({"device": "drive0", "job-id": "1x"}), generic("Invalid job ID '1x'")),
+        ("block-stream", json!({"device": "drive0", "base": "other.raw"}), generic("Can't find 'other.raw' in the backing chain")),
+        ("block_stream", json!({"device": "drive0", "base": "other.raw"}), generic("Base 'other.raw' not found")),
+    ] {
+        assert_eq!(refused(&mut client, command, arguments.clone()), want, "{command} {arguments}");
+    }
+    assert_eq!(client.ok("query-block-jobs", json!({})), json!([]), "nothing was started");
+
+    start_sleeping_job(&mut client);
+    let (class, desc) = refused(&mut client, "block-stream", json!({"device": "drive0", "job-id": "other"}));
+    assert_eq!(class, "GenericError");
+    assert!(desc.starts_with("Node '") && desc.ends_with("' is busy: block device is in use by block job: stream"), "{desc}");
+    assert_eq!(refused(&mut client, "block_stream", json!({"device": "drive0"})), generic("Device 'drive0' is in use"));
+    client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0}));
+    client.wait_completed();
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: a read-only disk is not streamed into.
+#[test]
+fn a_read_only_disk_is_not_streamed() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    let before = fs::read(&rig.overlay).expect("overlay");
+    let disk = rig.mount().args(&["--read-only"]).qmp().start();
+    let mut client = disk.client();
+    let error = client.err("block-stream", json!({"device": "drive0"}));
+    assert_eq!((error.class.as_str(), error.desc.as_str()), ("GenericError", "Block node is read-only"));
+    assert_eq!(client.err("block_stream", json!({"device": "drive0"})).class, "GenericError");
+    assert_eq!(client.ok("query-block-jobs", json!({})), json!([]));
+    disk.umount();
+    assert_same("the overlay file itself", &fs::read(&rig.overlay).expect("overlay"), &before);
+}
+
+/// Protects: every client hears every event, each with its own negotiation; one that has not negotiated hears none, and nothing is replayed to it.
+#[test]
+fn several_clients_hear_the_same() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(2 * MIB);
+    let disk = rig.mount().qmp().start();
+    let mut clients: Vec<QmpClient> = (0..4).map(|_| disk.client()).collect();
+    let mut silent = QmpClient::greeted(disk.socket());
+    let error = silent.err("query-block-jobs", json!({}));
+    assert_eq!(error.class, "CommandNotFound");
+    assert_eq!(error.desc, "Expecting capabilities negotiation with 'qmp_capabilities'");
+    clients[2].ok("block-stream", json!({"device": "drive0"}));
+    for client in &mut clients {
+        client.wait_status("null");
+    }
+    let want = clients[0].events.clone();
+    assert_eq!(want.len(), 7);
+    for client in &clients {
+        assert_eq!(client.events, want, "to the microsecond");
+    }
+    silent.ok("qmp_capabilities", json!({}));
+    silent.listen(Duration::from_millis(200));
+    assert_eq!(silent.events, Vec::<Value>::new(), "what happened before is not replayed");
+    assert_eq!(silent.err("qmp_capabilities", json!({})).desc, "Capabilities negotiation is already complete, command ignored");
+    drop((clients, silent));
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: a client that asks and never reads holds up neither the job, nor the guest, nor other clients.
+#[test]
+fn a_client_that_never_reads_stalls_nobody() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(8 * MIB);
+    let disk = rig.mount().qmp().start();
+    let deaf = UnixStream::connect(disk.socket()).expect("connect");
+    deaf.set_write_timeout(Some(Duration::from_millis(300))).expect("write timeout");
+    let mut requests = "{\"execute\":\"qmp_capabilities\"}\n".to_owned();
+    requests.extend(std::iter::repeat_n("{\"execute\":\"query-commands\"}\n", 4000));
+    // Some of it, or all, or a closed connection: whatever the server lets us do.
+    for chunk in requests.as_bytes().chunks(16384) {
+        if std::io::Write::write_all(&mut &deaf, chunk).is_err() {
+            break;
+        }
+    }
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0", "speed": 4 * MIB}));
+    let mut guest = rig.guest(&disk);
+    guest.write(3 * MIB + 1..4 * MIB);
+    guest.check_all();
+    client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0}));
+    client.wait_completed();
+    let want = guest.shadow;
+    drop((guest.file, client));
+    disk.umount(); // the deaf client is still there
+    drop(deaf);
+    rig.assert_standalone(&want);
+}
+
+/// Protects: clients that die, in the middle of a command or right after one, hurt nobody.
+#[test]
+fn clients_that_hang_up_hurt_nobody() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(8 * MIB);
+    let disk = rig.mount().qmp().start();
+    let mut client = disk.client();
+    start_sleeping_job(&mut client);
+    for text in [
+        "",
+        "{",
+        "{\"execute\":\"block-job-set-speed\",\"argum",
+        "{\"execute\":\"query-block-jobs\"}\n{\"execute\":",
+        "{\"execute\":\"query-block-jobs\"}",
+        "\u{1}\u{0}nonsense}}}]",
+    ] {
+        let mut short = disk.client();
+        short.send_raw(text);
+        short.hang_up();
+    }
+    drop(UnixStream::connect(disk.socket()).expect("connect and go"));
+    assert_eq!(client.job()["offset"], json!(FIRST_STEP), "the job is still there");
+    // Who started a job need not see its end.
+    let mut other = disk.client();
+    other.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0}));
+    other.hang_up();
+    client.wait_completed();
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: what the guest wrote, zeroed or discarded while the stream ran is never overwritten by old data of the base (H1-H4, 2.6),
+/// at full speed and at a limited one, with small and large clusters, v2 included.
+#[test]
+fn guests_always_win_over_the_stream() {
+    requires!("/dev/fuse", "qemu-img");
+    let mut rng = Rng::for_test("guests always win");
+    for (options, speed) in [
+        ("cluster_size=512", 0),
+        ("", 0),
+        ("", 8 * MIB),
+        ("cluster_size=4k,compat=0.10", 0),
+        ("cluster_size=2M", 0),
+        ("cluster_size=2M", 8 * MIB),
+    ] {
+        eprintln!("{options:?} at speed {speed}");
+        let rig = Rig::with(Pattern::new(22, 1).bytes(0, 8 * MIB + 1536), options);
+        let disk = rig.mount().qmp().start();
+        let mut guest = rig.guest(&disk);
+        let mut client = disk.client();
+        // A head start, so that some of it lies before the stream and some ahead of it.
+        for _ in 0..10 {
+            guest.step(&mut rng, 100 * KIB);
+        }
+        client.ok("block-stream", json!({"device": "drive0", "speed": speed}));
+        let done = AtomicBool::new(false);
+        let steps = std::thread::scope(|scope| {
+            let guest = scope.spawn(|| {
+                let mut steps = 0;
+                while !done.load(Ordering::Relaxed) {
+                    guest.step(&mut rng, 100 * KIB);
+                    steps += 1;
+                }
+                steps
+            });
+            client.wait_completed();
+            done.store(true, Ordering::Relaxed);
+            guest.join().expect("guest")
+        });
+        eprintln!("{steps} operations while the stream ran");
+        guest.check_all();
+        for _ in 0..10 {
+            guest.step(&mut rng, 100 * KIB);
+        }
+        guest.check_all();
+        let want = guest.shadow;
+        drop(guest.file);
+        disk.umount();
+        rig.assert_standalone(&want);
+    }
+}
+
+/// Protects: discarding the whole cold disk and streaming it gives zeros, not the base: the base must not come back in any way.
+#[test]
+fn a_discarded_disk_stays_empty() {
+    requires!("/dev/fuse", "qemu-img");
+    for options in ["", "compat=0.10", "cluster_size=512"] {
+        let rig = Rig::with(Pattern::new(23, 1).bytes(0, 4 * MIB), options);
+        let disk = rig.mount().qmp().start();
+        let mut guest = rig.guest(&disk);
+        guest.punch(100..4 * MIB - 100);
+        guest.check_all();
+        let want = guest.shadow.clone();
+        drop(guest.file);
+        disk.umount();
+        rig.assert_overlay(&want);
+        let disk = rig.mount().qmp().start();
+        let mut client = disk.client();
+        client.ok("block-stream", json!({"device": "drive0"}));
+        client.wait_completed();
+        assert_same("after the stream", &disk.read_all(), &want);
+        disk.umount();
+        rig.assert_standalone(&want);
+    }
+}
+
+/// Protects: holes and zeros of the base do not become data of the overlay: the result is about as large as the data in it (v3).
+#[test]
+fn zeros_take_no_space() {
+    requires!("/dev/fuse", "qemu-img");
+    let mut content = vec![0; usize::try_from(64 * MIB).expect("fits")];
+    Pattern::new(24, 1).fill(MIB, &mut content[1 << 20..2 << 20]);
+    let rig = Rig::with(content, "");
+    let disk = rig.mount().qmp().start();
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0"}));
+    client.wait_completed();
+    disk.umount();
+    let size = fs::metadata(&rig.overlay).expect("stat").len();
+    assert!(size < 4 * MIB, "1 MiB of data became {size} bytes");
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: `--stream --speed` starts the same job without a client; what it is told on the command line is what the queries say.
+#[test]
+fn stream_from_the_command_line() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(4 * MIB);
+    let disk = rig.mount().args(&["--device", "disk-a", "--stream", "--speed", "1K"]).qmp().start();
+    let mut client = disk.client();
+    let job = client.job();
+    assert_eq!((&job["device"], &job["speed"], &job["type"]), (&json!("disk-a"), &json!(1024), &json!("stream")), "{job}");
+    client.ok("block-job-set-speed", json!({"device": "disk-a", "speed": 0}));
+    client.wait_completed();
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+
+    // And without a socket at all.
+    let rig = Rig::new(2 * MIB);
+    let disk = rig.mount().args(&["--stream"]).start();
+    assert_same("disk", &disk.read_all(), &rig.content);
+    wait_until("the backing link is dropped", || {
+        let out = run_ok(Command::new("qemu-img").args(["info", "-U", "-f", "qcow2", "--output=json"]).arg(&rig.overlay));
+        !out.contains("backing-filename")
+    });
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: `quit` cancels the job (it does not complete it), flushes, unmounts, answers last, and the process ends with status 0.
+#[test]
+fn quit_is_a_clean_end() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(4 * MIB);
+    let mut disk = rig.mount().qmp().start();
+    let mut guest = rig.guest(&disk);
+    guest.write(2 * MIB + 5..3 * MIB);
+    let want = guest.shadow;
+    drop(guest.file);
+    let mut client = disk.client();
+    start_sleeping_job(&mut client);
+    assert_eq!(client.ok("quit", json!({})), json!({}));
+    let names = client.event_names();
+    let place = |name: &str| names.iter().position(|other| other == name).unwrap_or_else(|| panic!("{name} in {names:?}"));
+    assert!(place("aborting") < place("BLOCK_JOB_CANCELLED") && place("BLOCK_JOB_CANCELLED") < place("concluded"), "{names:?}");
+    assert!(!names.iter().any(|name| name == "BLOCK_JOB_COMPLETED"), "{names:?}");
+    assert_eq!(client.message(Duration::from_secs(30)), None, "then the session ends");
+    disk.assert_clean_end();
+    rig.assert_overlay(&want);
+    assert_eq!(qemu::info(&rig.overlay)["backing-filename"], json!("base.raw"));
+}
+
+/// Protects: the socket is its owner's alone; what a dead daemon left behind is replaced, what lives is not.
+#[test]
+fn the_socket_is_private_and_a_stale_one_is_replaced() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    let stale = rig.scratch.join("drive0.sock");
+    drop(UnixListener::bind(&stale).expect("bind")); // nobody listens any more, the file stays
+    let disk = rig.mount().qmp().start();
+    assert_eq!(fs::metadata(disk.socket()).expect("stat").permissions().mode() & 0o777, 0o600);
+    assert_eq!(disk.client().ok("query-block-jobs", json!({})), json!([]));
+    disk.umount();
+}
+
+/// Protects: the facts that clients look for first: version, commands, and the device with its image and backing file.
+#[test]
+fn facts_about_version_commands_and_device() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    let disk = rig.mount().qmp().start();
+    let mut client = disk.client();
+    assert_eq!(client.ok("query-version", json!({})), client.greeting["QMP"]["version"]);
+    let package = client.greeting["QMP"]["version"]["package"].as_str().expect("package").to_owned();
+    assert!(package.contains("cordisk"), "{package}");
+    let commands = client.ok("query-commands", json!({}));
+    let names: BTreeSet<&str> = commands.as_array().expect("list").iter().map(|entry| entry["name"].as_str().expect("name")).collect();
+    for name in [
+        "qmp_capabilities",
+        "block-stream",
+        "block_stream",
+        "query-block-jobs",
+        "query-jobs",
+        "block-job-set-speed",
+        "block_job_set_speed",
+        "block-job-cancel",
+        "block_job_cancel",
+        "block-job-pause",
+        "block_job_pause",
+        "block-job-resume",
+        "block_job_resume",
+        "query-block",
+        "query-version",
+        "query-commands",
+        "quit",
+    ] {
+        assert!(names.contains(name), "{name} in {names:?}");
+    }
+    let blocks = client.ok("query-block", json!({}));
+    assert_eq!(blocks.as_array().expect("list").len(), 1);
+    let (device, inserted) = (&blocks[0], &blocks[0]["inserted"]);
+    assert_eq!((&device["device"], &device["io-status"]), (&json!("drive0"), &json!("ok")));
+    assert_eq!((&inserted["ro"], &inserted["drv"]), (&json!(false), &json!("qcow2")), "{inserted}");
+    assert_eq!(inserted["file"].as_str(), rig.overlay.to_str(), "{inserted}");
+    assert_eq!(inserted["image"]["virtual-size"], json!(MIB), "{inserted}");
+    assert_eq!(inserted["image"]["format"], json!("qcow2"), "{inserted}");
+    assert_eq!(inserted["backing_file_depth"], json!(1), "{inserted}");
+    assert!(inserted["backing_file"].as_str().expect("backing_file").ends_with("base.raw"), "{inserted}");
+    let error = client.err("no-such-command", json!({}));
+    assert_eq!((error.class.as_str(), error.desc.as_str()), ("CommandNotFound", "The command no-such-command has not been found"));
+    client.ok("block-stream", json!({"device": "drive0"}));
+    client.wait_completed();
+    let inserted = &client.ok("query-block", json!({}))[0]["inserted"];
+    assert_eq!(inserted["backing_file_depth"], json!(0), "{inserted}");
+    assert_eq!(inserted.get("backing_file"), None, "{inserted}");
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+const PYPI_CLIENT: &str = r"
+import asyncio, sys
+from qemu.qmp import QMPClient, EventListener
+
+async def main():
+    client = QMPClient('test')
+    await client.connect(sys.argv[1])
+    with client.listener('BLOCK_JOB_COMPLETED') as completed:
+        assert await client.execute('block_stream', {'device': 'drive0'}) == {}
+        event = await asyncio.wait_for(completed.get(), 60)
+    size = int(sys.argv[2])
+    assert event['data'] == {'type': 'stream', 'device': 'drive0', 'len': size, 'offset': size, 'speed': 0}, event
+    assert await client.execute('query-block-jobs') == []
+    await client.disconnect()
+
+asyncio.run(main())
+";
+
+/// Protects: the client library that people use (`qemu.qmp` from PyPI) gets through greeting, negotiation, command and event.
+#[test]
+fn the_pypi_client_streams() {
+    requires!("/dev/fuse", "qemu-img", "python3", "python:qemu.qmp");
+    let rig = Rig::new(4 * MIB);
+    let disk = rig.mount().qmp().start();
+    run_ok(Command::new("python3").args(["-c", PYPI_CLIENT]).arg(disk.socket()).arg(rig.size().to_string()));
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: a guest that only reads while the stream runs sees the base's bytes at every moment, in every chunk size.
+#[test]
+fn readers_see_the_same_bytes_all_the_time() {
+    requires!("/dev/fuse", "qemu-img");
+    let mut rng = Rng::for_test("readers during a stream");
+    let rig = Rig::new(16 * MIB);
+    let disk: Daemon = rig.mount().qmp().start();
+    let mut guest: Guest = rig.guest(&disk);
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0", "speed": 16 * MIB}));
+    while client.ok("query-block-jobs", json!({})) != json!([]) {
+        for _ in 0..20 {
+            let range = rng.range(16 * MIB, 600 * KIB);
+            guest.check(range);
+        }
+    }
+    guest.check_all();
+    assert_eq!(guest.file.read_at(&mut [0; 16], 16 * MIB).expect("read at the end"), 0);
+    drop(guest.file);
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}

@@ -1,0 +1,260 @@
+//! What every test needs: a scratch directory, the tools it may rely on, a mounted disk, a QMP client, known content, QEMU's opinion.
+//!
+//! **Never:** leaves a mount, a loop device or a process behind, not even when a test panics.
+#![allow(dead_code)] // a helper is allowed to wait for its second user
+
+pub mod daemon;
+pub mod guest;
+pub mod header;
+pub mod mounts;
+pub mod pattern;
+pub mod qemu;
+pub mod qmp;
+pub mod rig;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+pub use daemon::{Daemon, Mount};
+pub use guest::Guest;
+pub use pattern::{Pattern, Rng, assert_same};
+pub use qmp::QmpClient;
+pub use rig::{CLUSTER, Rig};
+
+pub const KIB: u64 = 1 << 10;
+pub const MIB: u64 = 1 << 20;
+
+/// The program under test.
+pub const CORDISK: &str = env!("CARGO_BIN_EXE_cordisk");
+
+/// Skips the test with a reason when something is missing; fails instead where everything has to be there (CI).
+///
+/// A need is `"root"`, a path that must exist (`"/dev/fuse"`), `"python:MODULE"`, or the name of a program.
+#[macro_export]
+macro_rules! requires {
+    ($($need:expr),+ $(,)?) => {
+        if !$crate::support::have(&[$($need),+]) {
+            return;
+        }
+    };
+}
+
+/// See [`requires!`].
+pub fn have(needs: &[&str]) -> bool {
+    for need in needs {
+        let Some(reason) = missing(need) else { continue };
+        let required = |name| std::env::var(name).is_ok_and(|value| value == "1" || value == "true");
+        assert!(!(required("CI") || required("CORDISK_REQUIRE_ALL")), "this test needs what is missing here: {reason}");
+        eprintln!("skipped: {reason}");
+        return false;
+    }
+    true
+}
+
+fn missing(need: &str) -> Option<String> {
+    if need == "root" {
+        return (!rustix::process::geteuid().is_root()).then(|| "not running as root".to_owned());
+    }
+    if let Some(module) = need.strip_prefix("python:") {
+        let import = Command::new("python3").args(["-c", &format!("import {module}")]).stderr(Stdio::null()).status();
+        return (!import.is_ok_and(|status| status.success())).then(|| format!("python3 has no module {module}"));
+    }
+    if need.starts_with('/') {
+        return (!Path::new(need).exists()).then(|| format!("there is no {need}"));
+    }
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    let found = path.split(':').any(|dir| Path::new(dir).join(need).is_file());
+    (!found).then(|| format!("the program {need} is not installed"))
+}
+
+/// A directory of the test's own. Mounts that were left below it are detached before it is removed, so that nothing inside them is.
+#[derive(Debug)]
+pub struct Scratch {
+    dir: TempDir,
+    path: PathBuf,
+}
+
+impl Scratch {
+    pub fn new() -> Scratch {
+        let dir = tempfile::Builder::new().prefix("cordisk-test-").tempdir().expect("scratch directory");
+        let path = dir.path().canonicalize().expect("scratch directory has a real path");
+        Scratch { dir, path }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn join(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.path.join(name)
+    }
+
+    pub fn dir(&self, name: &str) -> PathBuf {
+        let path = self.join(name);
+        fs::create_dir_all(&path).unwrap_or_else(|error| panic!("mkdir {}: {error}", path.display()));
+        path
+    }
+
+    pub fn write(&self, name: &str, content: &[u8]) -> PathBuf {
+        let path = self.join(name);
+        fs::write(&path, content).unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
+        path
+    }
+
+    /// A raw file of `size` bytes that carries `pattern` from end to end.
+    pub fn raw(&self, name: &str, size: u64, pattern: Pattern) -> PathBuf {
+        self.write(name, &pattern.bytes(0, size))
+    }
+
+    /// Lets other users through, for the tests of who may see the disk.
+    pub fn open_to_all(&self) {
+        fs::set_permissions(&self.path, fs::Permissions::from_mode(0o755)).expect("chmod scratch");
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        mounts::detach_below(&self.path);
+        if std::env::var_os("CORDISK_KEEP").is_some() {
+            eprintln!("kept: {}", self.path.display());
+            self.dir.disable_cleanup(true);
+        }
+    }
+}
+
+/// Everything below a directory, by name: for "no file changed".
+#[derive(Debug, Eq, PartialEq)]
+pub struct Snapshot(BTreeMap<PathBuf, Entry>);
+
+#[derive(Eq, PartialEq)]
+struct Entry {
+    mode: u32,
+    size: u64,
+    mtime: (i64, i64),
+    content: Vec<u8>,
+}
+
+impl std::fmt::Debug for Entry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "mode {:o} size {} mtime {:?}", self.mode, self.size, self.mtime)
+    }
+}
+
+impl Snapshot {
+    pub fn of(dir: &Path) -> Snapshot {
+        let mut entries = BTreeMap::new();
+        let mut todo = vec![dir.to_owned()];
+        while let Some(next) = todo.pop() {
+            for entry in fs::read_dir(&next).unwrap_or_else(|error| panic!("{}: {error}", next.display())) {
+                let path = entry.expect("directory entry").path();
+                let meta = fs::symlink_metadata(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+                let content = if meta.is_file() { fs::read(&path).expect("read for snapshot") } else { Vec::new() };
+                if meta.is_dir() {
+                    todo.push(path.clone());
+                    // A placeholder that came and went touches its directory: times of directories say nothing about files.
+                    entries.insert(path, Entry { mode: meta.mode(), size: 0, mtime: (0, 0), content });
+                } else {
+                    entries.insert(path, Entry { mode: meta.mode(), size: meta.len(), mtime: (meta.mtime(), meta.mtime_nsec()), content });
+                }
+            }
+        }
+        Snapshot(entries)
+    }
+
+    /// What differs in `later`, one line each; empty when nothing does.
+    pub fn changes(&self, later: &Snapshot) -> Vec<String> {
+        let mut changes = Vec::new();
+        for (path, before) in &self.0 {
+            match later.0.get(path) {
+                None => changes.push(format!("{} is gone", path.display())),
+                Some(after) if after.content != before.content => changes.push(format!("content of {} changed", path.display())),
+                Some(after) if after != before => changes.push(format!("{}: {before:?} became {after:?}", path.display())),
+                Some(_) => {}
+            }
+        }
+        changes.extend(later.0.keys().filter(|path| !self.0.contains_key(*path)).map(|path| format!("{} is new", path.display())));
+        changes
+    }
+}
+
+/// How a program ended, with all it said.
+#[derive(Debug)]
+pub struct Finished {
+    pub status: ExitStatus,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// Runs a program to its end; kills it and panics when that takes longer than `limit`.
+/// Output goes through files: a grandchild in the background that keeps a descriptor cannot hold us up.
+pub fn run_within(command: &mut Command, limit: Duration) -> Finished {
+    let out = tempfile::NamedTempFile::new().expect("file for stdout");
+    let err = tempfile::NamedTempFile::new().expect("file for stderr");
+    command.stdin(Stdio::null());
+    command.stdout(out.reopen().expect("stdout")).stderr(err.reopen().expect("stderr"));
+    let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+    let text = |file: &tempfile::NamedTempFile| String::from_utf8_lossy(&fs::read(file.path()).unwrap_or_default()).into_owned();
+    let status = poll(limit, || child.try_wait().expect("wait for child"));
+    let Some(status) = status else {
+        let _ = child.kill();
+        let _ = child.wait();
+        panic!("{command:?} did not end within {limit:?}\nstdout: {}\nstderr: {}", text(&out), text(&err));
+    };
+    Finished { status, stdout: text(&out), stderr: text(&err) }
+}
+
+/// Runs a program that has to succeed; returns its standard output.
+pub fn run_ok(command: &mut Command) -> String {
+    let done = run_within(command, Duration::from_secs(120));
+    assert!(done.status.success(), "{command:?} failed: {}\nstdout: {}\nstderr: {}", done.status, done.stdout, done.stderr);
+    done.stdout
+}
+
+/// Asks until there is an answer or the time is over.
+pub fn poll<T>(limit: Duration, mut ask: impl FnMut() -> Option<T>) -> Option<T> {
+    let start = Instant::now();
+    loop {
+        if let Some(answer) = ask() {
+            return Some(answer);
+        }
+        if start.elapsed() > limit {
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(3));
+    }
+}
+
+/// Waits until `condition` holds; panics with `what` when it does not within 20 s.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let held = poll(Duration::from_secs(20), || condition().then_some(()));
+    assert!(held.is_some(), "waited 20 s in vain: {what}");
+}
+
+/// Runs `work` on a thread and waits for its result at most `limit`. `None` means that it still hangs.
+pub fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let _ = sender.send(work());
+    });
+    receiver.recv_timeout(limit).ok()
+}
+
+/// `len` bytes at `offset`; a short read is a failure.
+pub fn read_at(file: &fs::File, offset: u64, len: usize) -> Vec<u8> {
+    let mut buf = vec![0xEE; len];
+    file.read_exact_at(&mut buf, offset).unwrap_or_else(|error| panic!("read of {len} bytes at {offset}: {error}"));
+    buf
+}
+
+/// The errno of a failed operation; panics when it did not fail.
+pub fn errno<T: std::fmt::Debug>(result: std::io::Result<T>) -> rustix::io::Errno {
+    let error = result.expect_err("this had to be refused");
+    let number = error.raw_os_error().unwrap_or_else(|| panic!("no errno in {error:?}"));
+    rustix::io::Errno::from_raw_os_error(number)
+}

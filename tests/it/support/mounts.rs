@@ -1,0 +1,172 @@
+//! The kernel's mount table, loop devices, and file systems mounted on them; all of it undone on drop.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use super::{poll, run_ok, run_within};
+
+/// One line of the mount table.
+#[derive(Clone, Debug)]
+pub struct MountEntry {
+    pub mountpoint: PathBuf,
+    pub fstype: String,
+    pub source: String,
+    /// Per-mount options: `rw,nosuid,nodev`.
+    pub options: String,
+    /// Options of the file system: `user_id=0,default_permissions`.
+    pub super_options: String,
+}
+
+/// The mount table of this process.
+pub fn table() -> Vec<MountEntry> {
+    fs::read_to_string("/proc/self/mountinfo").expect("mount table").lines().filter_map(parse).collect()
+}
+
+/// `36 35 98:0 /root /mountpoint rw,noatime shared:1 - ext3 /dev/root rw,errors=continue`
+fn parse(line: &str) -> Option<MountEntry> {
+    let (left, right) = line.split_once(" - ")?;
+    let left: Vec<&str> = left.split(' ').collect();
+    let right: Vec<&str> = right.split(' ').collect();
+    Some(MountEntry {
+        mountpoint: PathBuf::from(unescape(left.get(4)?)),
+        options: (*left.get(5)?).to_owned(),
+        fstype: (*right.first()?).to_owned(),
+        source: unescape(right.get(1)?),
+        super_options: (*right.get(2)?).to_owned(),
+    })
+}
+
+/// The table writes space, tab, newline and backslash as octal.
+fn unescape(text: &str) -> String {
+    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
+        .iter()
+        .fold(text.to_owned(), |text, (from, to)| text.replace(from, to))
+}
+
+/// The topmost mount at a path.
+pub fn at(path: &Path) -> Option<MountEntry> {
+    table().into_iter().rev().find(|entry| entry.mountpoint == path)
+}
+
+/// Detaches whatever is mounted below a directory, the newest first.
+pub fn detach_below(dir: &Path) {
+    for entry in table().iter().rev().filter(|entry| entry.mountpoint.starts_with(dir)) {
+        detach(&entry.mountpoint);
+    }
+}
+
+/// `umount -l`, whatever happens.
+pub fn detach(path: &Path) {
+    let root = rustix::process::geteuid().is_root();
+    let mut command = if root { Command::new("umount") } else { Command::new("fusermount3") };
+    command.arg(if root { "-l" } else { "-uz" }).arg(path);
+    let _ = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
+}
+
+/// Unmounts as the user would. A child that another test thread forks holds our descriptors for a moment, hence the patience with "busy".
+pub fn umount(path: &Path) {
+    let root = rustix::process::geteuid().is_root();
+    let mut last = String::new();
+    let done = poll(Duration::from_secs(20), || {
+        let mut command = if root { Command::new("umount") } else { Command::new("fusermount3") };
+        if !root {
+            command.arg("-u");
+        }
+        let done = run_within(command.arg(path), Duration::from_secs(60));
+        last = done.stderr;
+        if done.status.success() || !last.contains("busy") {
+            return Some(done.status.success());
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        None
+    });
+    assert_eq!(done, Some(true), "umount {}: {last}", path.display());
+}
+
+/// A loop device over a file.
+#[derive(Debug)]
+pub struct LoopDevice {
+    device: PathBuf,
+    attached: bool,
+}
+
+impl LoopDevice {
+    pub fn attach(file: &Path) -> LoopDevice {
+        let out = run_ok(Command::new("losetup").args(["--find", "--show"]).arg(file));
+        LoopDevice { device: PathBuf::from(out.trim()), attached: true }
+    }
+
+    pub fn device(&self) -> &Path {
+        &self.device
+    }
+
+    /// Detaches and waits until the kernel has let go of the file.
+    pub fn detach(mut self) {
+        self.attached = false;
+        run_ok(Command::new("losetup").arg("--detach").arg(&self.device));
+        let name = self.device.file_name().expect("device name").to_owned();
+        let backing = Path::new("/sys/block").join(name).join("loop/backing_file");
+        let gone = poll(Duration::from_secs(10), || (!backing.exists()).then_some(()));
+        assert!(gone.is_some(), "{} still holds its file", self.device.display());
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        if self.attached {
+            let _ = Command::new("losetup").arg("--detach").arg(&self.device).stderr(Stdio::null()).status();
+        }
+    }
+}
+
+/// A file system on a loop device over a file. Fields drop in order: first the mount goes, then the device.
+#[derive(Debug)]
+pub struct LoopMount {
+    mount: MountGuard,
+    device: LoopDevice,
+}
+
+impl LoopMount {
+    pub fn new(file: &Path, fstype: &str, dir: &Path) -> LoopMount {
+        let device = LoopDevice::attach(file);
+        run_ok(Command::new("mount").args(["-t", fstype]).arg(device.device()).arg(dir));
+        LoopMount { mount: MountGuard { path: dir.to_owned(), mounted: true }, device }
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.mount.path
+    }
+
+    pub fn device(&self) -> &Path {
+        self.device.device()
+    }
+
+    /// Unmounts and leaves the device, for fsck.
+    pub fn umount(mut self) -> LoopDevice {
+        self.mount.mounted = false;
+        umount(&self.mount.path);
+        let LoopMount { mount: _, device } = self;
+        device
+    }
+}
+
+/// A mount that goes away on drop.
+#[derive(Debug)]
+pub struct MountGuard {
+    path: PathBuf,
+    mounted: bool,
+}
+
+impl Drop for MountGuard {
+    fn drop(&mut self) {
+        if self.mounted {
+            let path = &self.path;
+            let tried = Command::new("umount").arg(path).stderr(Stdio::null()).status();
+            if !tried.is_ok_and(|status| status.success()) {
+                detach(path);
+            }
+        }
+    }
+}

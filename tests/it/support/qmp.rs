@@ -1,0 +1,216 @@
+//! A QMP client on a raw socket. It keeps all it hears, in order, and never waits for ever.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// An error reply.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct QmpError {
+    pub class: String,
+    pub desc: String,
+}
+
+/// One session.
+#[derive(Debug)]
+pub struct QmpClient {
+    stream: UnixStream,
+    received: Vec<u8>,
+    next_id: u64,
+    cursor: usize,
+    /// The first line of the session.
+    pub greeting: Value,
+    /// Every event so far.
+    pub events: Vec<Value>,
+    /// Every message so far: greeting, replies, events.
+    pub trace: Vec<Value>,
+}
+
+impl QmpClient {
+    /// Connects and negotiates.
+    pub fn connect(socket: &Path) -> QmpClient {
+        let mut client = QmpClient::greeted(socket);
+        client.ok("qmp_capabilities", json!({}));
+        client
+    }
+
+    /// Connects and reads the greeting, no more.
+    pub fn greeted(socket: &Path) -> QmpClient {
+        let stream = UnixStream::connect(socket).unwrap_or_else(|error| panic!("connect to {}: {error}", socket.display()));
+        stream.set_read_timeout(Some(Duration::from_millis(100))).expect("read timeout");
+        stream.set_write_timeout(Some(PATIENCE)).expect("write timeout");
+        let mut client =
+            QmpClient { stream, received: Vec::new(), next_id: 1, cursor: 0, greeting: Value::Null, events: Vec::new(), trace: Vec::new() };
+        client.greeting = client.message(PATIENCE).expect("greeting");
+        assert!(client.greeting["QMP"]["version"]["qemu"]["major"].is_u64(), "greeting: {}", client.greeting);
+        assert!(client.greeting["QMP"]["capabilities"].is_array(), "greeting: {}", client.greeting);
+        client
+    }
+
+    /// Sends bytes as they are.
+    pub fn send_raw(&mut self, text: &str) {
+        self.stream.write_all(text.as_bytes()).expect("send");
+    }
+
+    /// The next message, whatever it is; `None` at the end of the session.
+    pub fn message(&mut self, limit: Duration) -> Option<Value> {
+        match self.next_message(limit) {
+            Next::Message(message) => Some(message),
+            Next::End => None,
+            Next::Nothing => panic!("no message within {limit:?}; so far: {:#?}", self.trace),
+        }
+    }
+
+    fn next_message(&mut self, limit: Duration) -> Next {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.received.drain(..=end).collect();
+                return Next::Message(self.note(&line));
+            }
+            let mut chunk = [0; 16384];
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return Next::End,
+                Ok(n) => self.received.extend(&chunk[..n]),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {
+                    if Instant::now() > deadline {
+                        return Next::Nothing;
+                    }
+                }
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Next::End,
+                Err(error) => panic!("read from the socket: {error}"),
+            }
+        }
+    }
+
+    /// Framing is part of the protocol: one JSON object per line, ASCII, CR LF.
+    fn note(&mut self, line: &[u8]) -> Value {
+        assert!(line.is_ascii(), "not ASCII: {}", String::from_utf8_lossy(line));
+        assert!(line.ends_with(b"\r\n"), "a line must end with CR LF: {line:?}");
+        let message: Value = serde_json::from_slice(line).unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(line)));
+        assert!(message.is_object(), "not an object: {message}");
+        if message.get("event").is_some() {
+            assert!(message["timestamp"]["seconds"].is_i64() && message["timestamp"]["microseconds"].is_i64(), "timestamp of {message}");
+            self.events.push(message.clone());
+        }
+        self.trace.push(message.clone());
+        message
+    }
+
+    /// Runs a command and returns its reply; events that come before it are kept.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let mut request = json!({"execute": command, "id": id});
+        if arguments.as_object().is_some_and(|arguments| !arguments.is_empty()) {
+            request["arguments"] = arguments;
+        }
+        self.send_raw(&format!("{request}\n"));
+        loop {
+            let message = self.message(PATIENCE).unwrap_or_else(|| panic!("the session ended before the reply to {request}"));
+            if message.get("event").is_some() {
+                continue;
+            }
+            assert_eq!(message["id"], json!(id), "reply to {request}: {message}");
+            if let Some(error) = message.get("error") {
+                let text = |name: &str| error[name].as_str().unwrap_or_else(|| panic!("{name} in {message}")).to_owned();
+                return Err(QmpError { class: text("class"), desc: text("desc") });
+            }
+            return Ok(message.get("return").unwrap_or_else(|| panic!("neither return nor error: {message}")).clone());
+        }
+    }
+
+    /// Runs a command that has to succeed.
+    pub fn ok(&mut self, command: &str, arguments: Value) -> Value {
+        self.execute(command, arguments.clone()).unwrap_or_else(|error| panic!("{command} {arguments}: {error:?}"))
+    }
+
+    /// Runs a command that has to fail.
+    pub fn err(&mut self, command: &str, arguments: Value) -> QmpError {
+        match self.execute(command, arguments.clone()) {
+            Err(error) => error,
+            Ok(value) => panic!("{command} {arguments} had to fail, but returned {value}"),
+        }
+    }
+
+    /// The next event (after the last one waited for) that `fits`.
+    pub fn wait(&mut self, what: &str, mut fits: impl FnMut(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            while self.cursor < self.events.len() {
+                self.cursor += 1;
+                if fits(&self.events[self.cursor - 1]) {
+                    return self.events[self.cursor - 1].clone();
+                }
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.next_message(left) {
+                Next::Message(_) => {}
+                Next::End => panic!("the session ended while waiting for {what}; events: {:#?}", self.events),
+                Next::Nothing => panic!("no {what} within {PATIENCE:?}; events: {:#?}", self.events),
+            }
+        }
+    }
+
+    pub fn wait_event(&mut self, name: &str) -> Value {
+        self.wait(name, |event| event["event"] == name)
+    }
+
+    /// Waits for a `JOB_STATUS_CHANGE` to this status.
+    pub fn wait_status(&mut self, status: &str) -> Value {
+        self.wait(status, |event| event["event"] == "JOB_STATUS_CHANGE" && event["data"]["status"] == status)
+    }
+
+    /// Waits for `BLOCK_JOB_COMPLETED` without an error and returns its data.
+    pub fn wait_completed(&mut self) -> Value {
+        let event = self.wait_event("BLOCK_JOB_COMPLETED");
+        assert_eq!(event["data"].get("error"), None, "the job failed: {event}");
+        event["data"].clone()
+    }
+
+    /// Takes in what comes within `time`, without waiting for anything in particular.
+    pub fn listen(&mut self, time: Duration) {
+        let deadline = Instant::now() + time;
+        while let Next::Message(_) = self.next_message(deadline.saturating_duration_since(Instant::now())) {}
+    }
+
+    /// The one running block job.
+    pub fn job(&mut self) -> Value {
+        let jobs = self.ok("query-block-jobs", json!({}));
+        let jobs = jobs.as_array().expect("a list");
+        assert_eq!(jobs.len(), 1, "exactly one job: {jobs:?}");
+        jobs[0].clone()
+    }
+
+    /// Names of events in order; `JOB_STATUS_CHANGE` by its status.
+    pub fn event_names(&self) -> Vec<String> {
+        let name = |event: &Value| match event["event"].as_str().expect("event name") {
+            "JOB_STATUS_CHANGE" => event["data"]["status"].as_str().expect("status").to_owned(),
+            other => other.to_owned(),
+        };
+        self.events.iter().map(name).collect()
+    }
+
+    /// Half closes, so that the other side sees the end.
+    pub fn hang_up(self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+enum Next {
+    Message(Value),
+    End,
+    Nothing,
+}
+
+/// Seconds of an event's timestamp.
+pub fn seconds(event: &Value) -> f64 {
+    let stamp = &event["timestamp"];
+    stamp["seconds"].as_f64().expect("seconds") + stamp["microseconds"].as_f64().expect("microseconds") / 1e6
+}
