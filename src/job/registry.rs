@@ -39,7 +39,7 @@ pub(super) struct Job {
     pub user_paused: bool,
     /// To be given up.
     pub cancelled: bool,
-    /// Its worker sleeps at a checkpoint: nothing changes under a status that is set meanwhile.
+    /// Its worker waits inside a checkpoint, and looks again at everything here before it leaves.
     pub parked: bool,
     /// Sleep no longer than the limiter, asked again, says.
     pub kicked: bool,
@@ -177,7 +177,6 @@ impl Job {
     /// Undoes a pause.
     pub fn unpause(&mut self) -> Option<JobEvent> {
         self.user_paused = false;
-        self.parked = false;
         self.io_status = IoStatus::Ok;
         match self.status {
             Status::Paused => Some(self.transition(Status::Running)),

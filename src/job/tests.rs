@@ -255,7 +255,8 @@ fn the_end_of_the_process_ends_all_jobs() {
     assert!(jobs.query().is_empty());
     assert_eq!(jobs.create(spec("j")).unwrap_err(), JobError::ShuttingDown);
     assert_eq!(words(&events).iter().filter(|word| *word == "null").count(), 3);
-    (slow.join().unwrap(), paused.join().unwrap());
+    slow.join().unwrap();
+    paused.join().unwrap();
 }
 
 #[test]

@@ -38,13 +38,15 @@ fn start(call: &mut Call<'_>, dialect: Dialect) -> Result<Value, Refusal> {
             return Err(Refusal::generic(format!("'{one}' and '{other}' cannot be specified at the same time")));
         }
     }
+    let jobs = &call.backend.jobs;
+    let starting = call.backend.starting.lock();
+    // Asked before the disk is looked at: without a job, and while nobody starts one, its chain stays as it is.
+    let busy = jobs.is_busy();
     let info = queries::info(call)?;
     let device = arguments.mandatory_text("device");
     let top = find(call, &info, device).ok_or_else(|| dialect.device_not_found(device))?;
     let depth = depth(call, &info, top, dialect)?;
-    let jobs = &call.backend.jobs;
-    let starting = call.backend.starting.lock();
-    if jobs.is_busy() {
+    if busy {
         let name = if top == 0 { &call.backend.device } else { device };
         return Err(dialect.busy(name, device));
     }

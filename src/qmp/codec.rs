@@ -175,3 +175,99 @@ pub(super) fn event(name: &str, data: Value, at: SystemTime) -> String {
 pub(super) fn line(value: &Value) -> String {
     json::to_text(value) + "\r\n"
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Everything the decoder finds, fed in pieces of `piece` bytes; values as text.
+    fn decode(input: &[u8], piece: usize) -> Vec<Result<String, String>> {
+        let (mut decoder, mut found) = (Decoder::default(), Vec::new());
+        for mut piece in input.chunks(piece) {
+            while let Some(next) = decoder.next(&mut piece) {
+                found.push(next.map(|value| json::to_text(&value)));
+            }
+        }
+        found
+    }
+
+    /// Copied from sessions with qemu-storage-daemon.
+    #[test]
+    fn malformed_input_is_answered_as_qemu_does() {
+        let table: &[(&[u8], &[&str])] = &[
+            (br#"{"execute":}"#, &["expecting value"]),
+            (br#"{"execute" "x"}"#, &["missing : in object pair"]),
+            (br#"{"execute":"x",}"#, &["expecting value"]),
+            (b"{1:2}", &["key is not a string in object"]),
+            (b"{foo:2}", &["invalid keyword 'foo'"]),
+            (br#"{"a":1,"a":2}"#, &["duplicate key"]),
+            (br#"{"a":1 "b":2}"#, &["expected separator in dict"]),
+            (b"[1 2]", &["expected separator in list"]),
+            (b"foo ", &["invalid keyword 'foo'"]),
+            (b"}", &["expecting value"]),
+            (b"] , :", &["expecting value", "expecting value", "expecting value"]),
+            (b"\x01", &["stray '\u{1}'"]),
+            (b"\xff", &["stray '\u{fffd}'"]),
+            (b"\0", &["stray ''"]),
+            (br#"{"id": 01}"#, &["stray '01'", "expecting value"]),
+            (b"\"abc\n", &["stray '\"abc\n'"]),
+            (br#""\x""#, &["invalid escape sequence in string"]),
+            (br#""\ud83d""#, &["\\ud83d is not a valid Unicode character"]),
+            (br#""\ud83d\u0041""#, &["\\ud83d is not a valid Unicode character"]),
+            (br#""\u12""#, &["\\u12\" is not a valid Unicode character"]),
+            (br#""\uffff""#, &["\\uffff is not a valid Unicode character"]),
+            (b"\"\xc3(\"", &["invalid UTF-8 sequence in string"]),
+        ];
+        for (input, expected) in table {
+            for piece in [1, input.len()] {
+                let found: Vec<_> = decode(input, piece).into_iter().map(Result::unwrap_err).collect();
+                let expected: Vec<_> = expected.iter().map(|text| format!("JSON parse error, {text}")).collect();
+                assert_eq!(found, expected, "{}", input.escape_ascii());
+            }
+        }
+    }
+
+    #[test]
+    fn values_end_when_their_brackets_balance() {
+        let found = decode(br#"{"a":1}{'b':'it\'s'}[1,[2]] true "x"{"id":"\u00e9\ud83d\ude00\/"} 12 -0 "#, 1);
+        let expected = [r#"{"a": 1}"#, r#"{"b": "it's"}"#, "[1, [2]]", "true", r#""x""#, r#"{"id": "\u00E9\uD83D\uDE00/"}"#, "12", "0"];
+        assert_eq!(found, expected.map(|text| Ok(text.to_string())));
+        assert_eq!(decode(br#"@@@ {"a":1}"#, 1).len(), 2, "skipped to the next brace");
+        assert_eq!(decode(b"{\"a\":[1,\xff{\"a\":1}", 1).last(), Some(&Ok(r#"{"a": 1}"#.into())), "0xFF forces a clean state");
+    }
+
+    #[test]
+    fn input_without_end_is_bounded() {
+        let deep = [b"[".repeat(1024), b"]".repeat(1024)].concat();
+        assert!(matches!(decode(&deep, 4096)[..], [Ok(_)]));
+        let deep = [br#"{"a":"#.repeat(1024), b"1".to_vec(), b"}".repeat(1024)].concat();
+        assert!(matches!(decode(&deep, 4096)[..], [Ok(_)]), "recursion fits the stack of a thread");
+        assert_eq!(decode(&b"[".repeat(1025), 4096), [Err("JSON nesting depth limit exceeded".into())]);
+        let tokens = [b"[".as_slice(), &b"1,".repeat(MAX_TOKENS)].concat();
+        assert_eq!(decode(&tokens, 4096)[0], Err("JSON token count limit exceeded".into()));
+        let long = [b"[\"".as_slice(), &b"a".repeat(2 * MAX_SIZE)].concat();
+        assert_eq!(decode(&long, 4096)[0], Err("JSON token size limit exceeded".into()));
+        let keyword = decode(&[b"z".repeat(2000), b" ".to_vec()].concat(), 4096);
+        assert_eq!(keyword[0].as_ref().unwrap_err().len(), "JSON parse error, ".len() + 1023);
+    }
+
+    #[test]
+    fn members_of_a_request_are_checked() {
+        let check = |text: &str, oob| {
+            let Value::Object(members) = serde_json::from_str(text).unwrap() else { panic!("an object") };
+            check(&members, oob).map_err(|refusal| refusal.desc)
+        };
+        for (text, expected) in [
+            ("{}", "QMP input lacks member 'execute'"),
+            (r#"{"execute":1,"id":5}"#, "QMP input member 'execute' must be a string"),
+            (r#"{"execute":"a","arguments":[]}"#, "QMP input member 'arguments' must be an object"),
+            (r#"{"zz":1,"aa":2,"execute":"x"}"#, "QMP input member 'aa' is unexpected"),
+            (r#"{"exec-oob":"x"}"#, "QMP input member 'exec-oob' is unexpected"),
+        ] {
+            assert_eq!(check(text, Oob::Off), Err(expected.into()));
+        }
+        assert_eq!(check(r#"{"execute":"a","exec-oob":"b"}"#, Oob::On), Err("QMP input member 'execute' clashes with 'exec-oob'".into()));
+        assert!(check(r#"{"exec-oob":"x"}"#, Oob::On).unwrap().oob);
+        assert_eq!(check(r#"{"execute":"x","id":null}"#, Oob::Off).unwrap().command, "x");
+    }
+}

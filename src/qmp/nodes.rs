@@ -53,9 +53,11 @@ pub(super) enum Images {
 pub(super) fn block_device_info(info: &DiskInfo, depth: usize, images: Images) -> Value {
     let below = info.backing.get(depth);
     let node_name = if depth == 0 { OVERLAY.into() } else { backing_name(depth) };
+    // QEMU counts what it shows.
+    let depth_below = if images == Images::Nested { info.backing.len() - depth } else { 0 };
     let mut value = json!({
         "file": path(file_of(info, depth)), "node-name": node_name, "ro": depth > 0 || info.read_only, "drv": driver(info, depth),
-        "backing_file_depth": info.backing.len() - depth, "children": [], "active": true, "encrypted": false, "detect_zeroes": "off",
+        "backing_file_depth": depth_below, "children": [], "active": true, "encrypted": false, "detect_zeroes": "off",
         "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
         "image": image_info(info, depth, images),
         "cache": { "writeback": true, "direct": false, "no-flush": false }, "write_threshold": 0,
@@ -74,10 +76,10 @@ fn image_info(info: &DiskInfo, depth: usize, images: Images) -> Value {
     };
     let mut value = json!({
         "filename": path(file_of(info, depth)), "format": driver(info, depth), "virtual-size": size, "actual-size": allocated,
+        "dirty-flag": false,
     });
     if let Some(cluster) = cluster {
         value["cluster-size"] = cluster.into();
-        value["dirty-flag"] = false.into();
     }
     if let Some(below) = info.backing.get(depth) {
         value["backing-filename"] = below.reference.name.as_str().into();
