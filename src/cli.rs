@@ -80,7 +80,7 @@ struct MountArgs {
     #[arg(long, value_name = "RATE", requires = "stream", default_value = "0", value_parser = parse_size)]
     speed: u64,
     /// Write nothing: neither what the guest writes nor copies of what it reads
-    #[arg(short, long)]
+    #[arg(long)]
     read_only: bool,
     /// Do not copy up what is read from the backing file
     #[arg(long)]

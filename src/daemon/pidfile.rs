@@ -1,8 +1,8 @@
 //! The file with the process id: held by a lock, so that one that a killed daemon left behind is known as such.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, OFlags};
@@ -60,7 +60,9 @@ impl Pidfile {
     /// # Errors
     /// Those of write(2).
     pub(super) fn write(&self) -> Result<()> {
-        writeln!(&self.file, "{}", std::process::id()).context(|| format!("pidfile {}", self.path.display()))
+        // At offset 0: the file has been read to its end.
+        let line = format!("{}\n", std::process::id());
+        self.file.write_all_at(line.as_bytes(), 0).context(|| format!("pidfile {}", self.path.display()))
     }
 }
 
@@ -120,7 +122,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("pid");
         std::fs::write(&path, "4194305000\n").unwrap();
-        Pidfile::acquire(&path).unwrap().write().unwrap();
+        let held = Pidfile::acquire(&path).unwrap();
+        held.write().unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), format!("{}\n", std::process::id()));
+        drop(held);
         assert!(!path.exists());
     }
 

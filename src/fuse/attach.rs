@@ -61,7 +61,7 @@ pub(super) struct Attachment {
     device: String,
 }
 
-/// Opens /dev/fuse.
+/// Opens /dev/fuse. fusermount3 opens it with the user's own privileges too, so without this there is no mount.
 ///
 /// # Errors
 /// With what to do about it.
@@ -128,7 +128,7 @@ fn mount_by_helper(path: &Path, options: &Options<'_>) -> Result<OwnedFd> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
-        .map_err(|error| Error::io(format!("Operation not permitted for this user, and {HELPER}"), error))?;
+        .map_err(|error| Error::io(format!("this user may not mount, and {HELPER}"), error))?;
     drop(theirs);
     let received = receive_descriptor(&ours);
     let output = child.wait_with_output().context(|| HELPER)?;

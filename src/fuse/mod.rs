@@ -37,7 +37,7 @@ use rustix::fs::{Mode, OFlags};
 
 pub use attach::Unmounted;
 pub use attributes::{Changes, Owner, TimeChange, Times};
-pub use handler::{Answer, Durability, Handler, Stat, errno};
+pub use handler::{Answer, Durability, Handler, Stat, Truncate, errno};
 
 use crate::Result;
 use crate::disk::{Disk, DiskInfo};
@@ -45,7 +45,7 @@ use crate::error::Context;
 
 /// How long [`Mounted::finish`] waits for the session and for requests that are being worked on. Longer than a healthy disk needs;
 /// a backing file that hangs must not keep the process for ever.
-const FINISH_TIMEOUT: Duration = Duration::from_secs(10);
+const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How to mount.
 #[derive(Clone, Debug)]
@@ -145,7 +145,7 @@ impl Mounted {
         self.attachment.detach()
     }
 
-    /// After the unmount: waits until no request is running, at most ten seconds, and removes the placeholder.
+    /// After the unmount: waits until no request is running, at most five seconds, and removes the placeholder.
     pub fn finish(self) -> Finished {
         let deadline = std::time::Instant::now() + FINISH_TIMEOUT;
         // Disconnected: the result of the session was taken from `ended` before.

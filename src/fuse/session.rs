@@ -18,7 +18,7 @@ use fuser::{
 };
 
 use super::attributes::{Changes, TimeChange};
-use super::handler::{Answer, Durability, Handler, Stat};
+use super::handler::{Answer, Durability, Handler, Stat, Truncate};
 use super::workers::{Ended, Workers};
 use crate::Result;
 use crate::error::Context;
@@ -53,6 +53,7 @@ pub(super) fn start(handler: Arc<Handler>, device: OwnedFd) -> Result<Running> {
     let adapter = Adapter { handler, workers, buffers: ArrayQueue::new(SESSION_THREADS) };
     let mut config = fuser::Config::default();
     config.n_threads = Some(SESSION_THREADS);
+    // One descriptor per thread saves them a lock in the kernel.
     config.clone_fd = true;
     // Who may open the disk is the kernel's check (`allow_other`, `default_permissions`). fuser's own comes later and would fail the
     // close of a descriptor that was passed to another user.
@@ -143,9 +144,8 @@ impl Filesystem for Adapter {
     fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let _ = config.set_max_write(MAX_IO as u32);
         let _ = config.set_max_background(MAX_BACKGROUND);
+        // Not FUSE_ATOMIC_O_TRUNC: see `Truncate`. Not FUSE_WRITEBACK_CACHE: it does not work on a file mountpoint.
         for wanted in [
-            // open(O_TRUNC) comes as a flag of OPEN, which ignores it, instead of as a SETATTR to size 0, which is refused.
-            InitFlags::FUSE_ATOMIC_O_TRUNC,
             // Asynchronous O_DIRECT requests are sent in parallel.
             InitFlags::FUSE_ASYNC_DIO,
             // mmap(MAP_SHARED) works although the files are opened for direct I/O (Linux 6.6).
@@ -177,7 +177,7 @@ impl Filesystem for Adapter {
         atime: Option<TimeOrNow>,
         mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
-        _fh: Option<FileHandle>,
+        fh: Option<FileHandle>,
         _crtime: Option<SystemTime>,
         _chgtime: Option<SystemTime>,
         _bkuptime: Option<SystemTime>,
@@ -185,7 +185,8 @@ impl Filesystem for Adapter {
         reply: ReplyAttr,
     ) {
         let changes = Changes { mode, uid, gid, atime: atime.map(time_change), mtime: mtime.map(time_change) };
-        attributes(self.handler.setattr(size, &changes), reply);
+        let truncate = size.map(|size| if fh.is_some() { Truncate::ByHandle(size) } else { Truncate::ByPath(size) });
+        attributes(self.handler.setattr(truncate, &changes), reply);
     }
 
     fn open(&self, _req: &Request, _ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
