@@ -59,6 +59,7 @@ daemon='' # the process that holds the disk of the moment
 finish() {
     local status=$?
     trap - EXIT
+    trap '' INT TERM # cleaning up takes a moment and is not to be cut short
     take_down || true
     cd /
     rm -rf --one-file-system "$work"

@@ -87,7 +87,6 @@ def follow(qmp):
     """Asks how far the job is until the event says that it is over; returns that event."""
     live = sys.stdout.isatty()
     before = None
-    drawn = False
     while ended(qmp.events) is None:
         jobs = qmp.execute("query-block-jobs")
         if jobs:
@@ -95,16 +94,15 @@ def follow(qmp):
             rate = (offset - before[1]) / (now - before[0]) if before else None
             show_progress(offset, jobs[0]["len"], rate)
             before = (now, offset)
-            drawn = True
         elif ended(qmp.events) is None:
             qmp.events.append(qmp.receive())
         time.sleep(0.2 if live else 1.0)
     event = ended(qmp.events)
     data = event["data"]
-    if drawn or data["len"]:
+    if live or before is None or before[1] != data["offset"]:
         show_progress(data["offset"], data["len"], None)
-        if live:
-            sys.stdout.write("\n")
+    if live:
+        sys.stdout.write("\n")
     return event
 
 

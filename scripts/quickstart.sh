@@ -59,6 +59,7 @@ tools=(cc qemu-img python3 fusermount3 umount)
 install_missing "${tools[@]}" || die "cannot go on without"
 [[ -e /dev/fuse ]] || modprobe fuse 2>/dev/null || true
 [[ -e /dev/fuse ]] || die "there is no /dev/fuse: load the kernel module fuse, or give the container the device"
+[[ -r /dev/fuse && -w /dev/fuse ]] || die "no permission to use /dev/fuse: run as root, or let this user in"
 if [[ -n $base_image ]]; then
     [[ -f $base_image ]] || die "$base_image: no such regular file"
     [[ -r $base_image ]] || die "$base_image: not readable"
@@ -76,6 +77,7 @@ cd "$work"
 finish() {
     local status=$?
     trap - EXIT
+    trap '' INT TERM # cleaning up takes a moment and is not to be cut short
     cd /
     # The file system inside the disk first, then the disk, then the directory; only what this script made.
     unmount "$work/files" 2>/dev/null || true
@@ -112,7 +114,7 @@ if [[ -z $base_image ]]; then
     step 'Make a base image: an ext4 file system with files of this machine'
     mkdir tree base
     # Up to 96 MiB of files below /usr/share; the image has 256 MiB, so some of it stays empty.
-    find /usr/share -xdev -type f -readable -size -8M -printf '%s %P\n' 2>/dev/null | LC_ALL=C sort -k2 |
+    { find /usr/share -xdev -type f -readable -size -8M -printf '%s %P\n' 2>/dev/null || true; } | LC_ALL=C sort -k2 |
         awk 'sum + $1 <= 96 * 1048576 { sum += $1; print substr($0, index($0, " ") + 1) }' >list
     tar -C /usr/share --no-recursion --files-from=list -cf - 2>/dev/null | tar -C tree -xf -
     run mkfs.ext4 -q -L quickstart -d tree base/base.raw 256M
@@ -169,7 +171,7 @@ if [[ -z $base_image ]]; then
     fi
     say "${#some[@]} files read through the disk, each equal to the original"
 else
-    first=$((size < 32 << 20 ? size : 32 << 20))
+    first=$((size / 4 < 32 << 20 ? size / 4 : 32 << 20))
     run dd if=disk of=/dev/null bs=1M count=$(((first + (1 << 20) - 1) >> 20)) status=none
     say "the first $(human "$first") read through the disk"
 fi
@@ -195,7 +197,8 @@ step 'Unmount; the overlay needs its base no longer'
 pid=$(cat pid)
 if ((EUID == 0)); then run umount disk; else run fusermount3 -u disk; fi
 wait_for_end "$pid" || die "cordisk still runs 10 s after its disk was unmounted"
-run qemu-img info overlay.qcow2
+show_command 'qemu-img info overlay.qcow2 | head -5'
+qemu-img info overlay.qcow2 | sed -n '1,5s/^/     /p'
 qemu-img info --output=json overlay.qcow2 | python3 -c 'import json, sys; sys.exit("backing-filename" in json.load(sys.stdin))' ||
     die 'overlay.qcow2 still names a backing file'
 say 'no "backing file" in there'

@@ -63,6 +63,7 @@ section() {
 finish() {
     local status=$? left
     trap - EXIT
+    trap '' INT TERM # cleaning up takes a moment and is not to be cut short
     left=$(leftovers) || true
     if [[ -n $left ]]; then
         results+=("$(printf '%sFAILED%s %5s  left behind:\n%s' "$red" "$plain" '' "$left")")
