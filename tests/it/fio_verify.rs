@@ -60,10 +60,7 @@ fn while_streaming(work: Workload, speed: u64) {
     }
     let log = fs::read_to_string(rig.scratch.join("fio.log")).unwrap_or_default();
     assert!(status.is_some_and(|status| status.success()), "fio {work:?}: {status:?}\n{log}\n{}", disk.log());
-    if client.ok("query-block-jobs", json!({})) != json!([]) {
-        client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0}));
-    }
-    client.wait_completed();
+    client.finish_job("drive0");
     run_fio(rig.scratch.path(), disk.path(), work, true);
     let content = disk.read_all();
     // What fio did not touch is the base's still.
@@ -133,15 +130,13 @@ fn random_trims_through_a_loop_device() {
         trim.current_dir(rig.scratch.path());
         trim.args(["--name=trim", "--ioengine=psync", "--rw=randtrim", "--direct=1", "--thread", "--allow_file_create=0"]);
         trim.arg(format!("--filename={}", device.device().display())).arg(format!("--bs={block}"));
-        run_ok(trim.arg(format!("--offset={}", 20 * MIB)).arg(format!("--size={size}")));
+        let trimmed = size.min(8 * MIB);
+        run_ok(trim.arg(format!("--offset={}", 20 * MIB)).arg(format!("--size={trimmed}")));
         let mut want = before;
         let start = usize::try_from(20 * MIB).expect("small");
-        want[start..start + usize::try_from(size).expect("small")].fill(0);
+        want[start..start + usize::try_from(trimmed).expect("small")].fill(0);
         assert_same("after the trims", &disk.read_all(), &want);
-        if client.ok("query-block-jobs", json!({})) != json!([]) {
-            client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0}));
-        }
-        client.wait_completed();
+        client.finish_job("drive0");
         assert_same("after the stream", &disk.read_all(), &want);
         device.detach();
         drop(client);

@@ -3,15 +3,16 @@
 //! Daemon `lower` serves the base as a raw file, daemon `upper` has its overlay over that. SIGSTOP makes `lower` hang like a dead network
 //! disk; SIGCONT brings it back.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::support::{CLUSTER, MIB, Mount, Pattern, Scratch, assert_same, qemu, read_at, within};
+use crate::support::{CLUSTER, Daemon, MIB, Mount, Pattern, QmpClient, Scratch, assert_same, qemu, read_at, wait_until, within};
 
 /// Far more than the miss workers can be: if hung reads could use up what serves the others, they do.
 const HUNG_READERS: u64 = 48;
@@ -21,9 +22,16 @@ const PATIENCE: Duration = Duration::from_secs(15);
 struct Stopped(Pid);
 
 impl Stopped {
+    /// Returns when every thread has stopped: one that is inside a system call comes to it a little later.
     fn stop(pid: Pid) -> Stopped {
         kill_process(pid, Signal::STOP).expect("SIGSTOP");
-        Stopped(pid)
+        let stopped = Stopped(pid);
+        let tasks = format!("/proc/{}/task", pid.as_raw_nonzero());
+        wait_until("all threads of the lower disk stand still", || {
+            let mut stats = fs::read_dir(&tasks).expect("threads").filter_map(|task| fs::read_to_string(task.ok()?.path().join("stat")).ok());
+            stats.all(|stat| stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T")))
+        });
+        stopped
     }
 }
 
@@ -68,7 +76,9 @@ fn a_hung_base_stops_only_those_who_need_it() {
             let _ = sender.send((offset, result, buf));
         });
     }
-    assert!(hung.recv_timeout(Duration::from_secs(1)).is_err(), "a cold read cannot be answered while the base hangs");
+    if let Ok((offset, result, _)) = hung.recv_timeout(Duration::from_secs(1)) {
+        panic!("a cold read (at {offset}) cannot be answered while the base hangs: {result:?}");
+    }
 
     // Everything local goes on, over and over.
     let path = upper.path().to_owned();
@@ -86,7 +96,7 @@ fn a_hung_base_stops_only_those_who_need_it() {
     assert!(answered.is_some(), "what is local must be answered while the base hangs\n{}", upper.log());
     let socket = upper.socket().to_owned();
     let answered = within(PATIENCE, move || {
-        let mut client = crate::support::QmpClient::connect(&socket);
+        let mut client = QmpClient::connect(&socket);
         client.ok("query-block-jobs", json!({})) == json!([]) && client.ok("query-version", json!({})).is_object()
     });
     assert_eq!(answered, Some(true), "the socket must answer while the base hangs\n{}", upper.log());
@@ -106,51 +116,90 @@ fn a_hung_base_stops_only_those_who_need_it() {
     qemu::assert_clean(&served);
 }
 
-/// Protects: a stream over a hung base can still be asked about and cancelled, and the guest's local I/O goes on; when the base is back,
-/// a new stream finishes.
+/// What both ends of the other tests need: 16 MiB served by `lower`, an overlay over it on `upper`, the 9th MiB local.
+struct Pair {
+    // Dropped in this order: the upper disk first.
+    upper: Daemon,
+    lower: Daemon,
+    overlay: PathBuf,
+    content: Vec<u8>,
+    scratch: Scratch,
+}
+
+impl Pair {
+    fn new() -> Pair {
+        let scratch = Scratch::new();
+        let content = Pattern::new(41, 1).bytes(0, 16 * MIB);
+        let served = scratch.join("served.qcow2");
+        qemu::create_full(&served, 16 * MIB, "", Pattern::new(41, 1));
+        let lower = Mount::named(&scratch, &served, "lower").start();
+        let overlay = scratch.join("overlay.qcow2");
+        let base = lower.path().to_str().expect("UTF-8").to_owned();
+        qemu::create(&overlay, None, "", Some((&base, "raw")));
+        let upper = Mount::named(&scratch, &overlay, "upper").qmp().start();
+        let local = read_at(&upper.open(), 8 * MIB, at(MIB));
+        assert_same("what becomes local", &local, &content[at(8 * MIB)..at(9 * MIB)]);
+        Pair { upper, lower, overlay, content, scratch }
+    }
+
+    /// After a stream: the overlay does not need the lower disk any more, and has let go of it.
+    fn finish(self) {
+        assert_same("everything", &self.upper.read_all(), &self.content);
+        self.lower.umount();
+        assert_same("everything, without the base", &self.upper.read_all(), &self.content);
+        self.upper.umount();
+        qemu::assert_clean(&self.overlay);
+        qemu::assert_independent(&self.overlay);
+        assert_same("overlay", &qemu::read_all(&self.overlay), &self.content);
+        drop(self.scratch);
+    }
+}
+
+/// Protects: a stream over a hung base can still be asked about and driven, and the guest's local I/O goes on; when the base is back, it finishes.
 #[test]
 fn a_stream_over_a_hung_base_does_not_take_the_disk_with_it() {
     requires!("/dev/fuse", "qemu-img");
-    let scratch = Scratch::new();
-    let size = 16 * MIB;
-    let content = Pattern::new(41, 1).bytes(0, size);
-    let served = scratch.join("served.qcow2");
-    qemu::create_full(&served, size, "", Pattern::new(41, 1));
-    let lower = Mount::named(&scratch, &served, "lower").start();
-    let overlay = scratch.join("overlay.qcow2");
-    let base = lower.path().to_str().expect("UTF-8").to_owned();
-    qemu::create(&overlay, None, "", Some((&base, "raw")));
-    let upper = Mount::named(&scratch, &overlay, "upper").qmp().start();
-    let file = upper.open();
-    assert_same("what becomes local", &read_at(&file, at(8 * MIB) as u64, at(MIB)), &content[at(8 * MIB)..at(9 * MIB)]);
-
-    let stopped = Stopped::stop(lower.pid());
-    let (socket, path) = (upper.socket().to_owned(), upper.path().to_owned());
-    let local = content[at(8 * MIB)..at(9 * MIB)].to_vec();
+    let pair = Pair::new();
+    let mut client = pair.upper.client();
+    client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
+    let stopped = Stopped::stop(pair.lower.pid());
+    let (path, local) = (pair.upper.path().to_owned(), pair.content[at(8 * MIB)..at(9 * MIB)].to_vec());
     let answered = within(PATIENCE, move || {
-        let mut client = crate::support::QmpClient::connect(&socket);
-        client.ok("block-stream", json!({"device": "drive0"}));
+        client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0})); // off it goes, into the hung base
         std::thread::sleep(Duration::from_millis(300));
         assert_eq!(client.job()["len"], json!(16 * MIB));
         let file = File::options().read(true).write(true).open(path).expect("open");
         assert_same("local read", &read_at(&file, 8 * MIB, at(MIB)), &local);
         file.write_all_at(&local[..512], 8 * MIB).expect("in-place write");
+        client
     });
-    assert!(answered.is_some(), "disk and socket must answer while the stream hangs\n{}", upper.log());
+    let mut client = answered.unwrap_or_else(|| panic!("disk and socket must answer while the stream hangs\n{}", pair.upper.log()));
     drop(stopped);
+    client.wait_completed();
+    drop(client);
+    pair.finish();
+}
 
-    let mut client = upper.client();
+/// Protects: commands that need nothing from the base do not wait for it: facts of the device, and the start of a job.
+#[test]
+fn commands_do_not_wait_for_a_hung_base() {
+    requires!("/dev/fuse", "qemu-img");
+    let pair = Pair::new();
+    std::thread::sleep(Duration::from_millis(1500)); // what the kernel remembers of the base's attributes is not what is tested
+    let stopped = Stopped::stop(pair.lower.pid());
+    let ask = |command: &'static str, arguments: Value| {
+        let socket = pair.upper.socket().to_owned();
+        let answered = within(PATIENCE, move || QmpClient::connect(&socket).ok(command, arguments));
+        assert!(answered.is_some(), "{command} must be answered while the base hangs\n{}", pair.upper.log());
+    };
+    ask("query-block", json!({}));
+    ask("block-stream", json!({"device": "drive0"}));
+    let mut client = pair.upper.client();
+    drop(stopped);
     if client.ok("query-block-jobs", json!({})) == json!([]) {
         client.ok("block-stream", json!({"device": "drive0"})); // it has finished already: this one has nothing to do
     }
     client.wait_completed();
-    assert_same("everything", &upper.read_all(), &content);
-    drop((file, client));
-    // The overlay does not need the lower disk any more, and has let go of it.
-    lower.umount();
-    assert_same("everything, without the base", &upper.read_all(), &content);
-    upper.umount();
-    qemu::assert_clean(&overlay);
-    qemu::assert_independent(&overlay);
-    assert_same("overlay", &qemu::read_all(&overlay), &content);
+    drop(client);
+    pair.finish();
 }

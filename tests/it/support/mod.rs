@@ -35,7 +35,7 @@ pub const CORDISK: &str = env!("CARGO_BIN_EXE_cordisk");
 
 /// Skips the test with a reason when something is missing; fails instead where everything has to be there (CI).
 ///
-/// A need is `"root"`, a path that must exist (`"/dev/fuse"`), `"python:MODULE"`, or the name of a program.
+/// A need is `"root"`, a path that must exist (`"/dev/fuse"`), or the name of a program.
 #[macro_export]
 macro_rules! requires {
     ($($need:expr),+ $(,)?) => {
@@ -60,10 +60,6 @@ pub fn have(needs: &[&str]) -> bool {
 fn missing(need: &str) -> Option<String> {
     if need == "root" {
         return (!rustix::process::geteuid().is_root()).then(|| "not running as root".to_owned());
-    }
-    if let Some(module) = need.strip_prefix("python:") {
-        let import = Command::new("python3").args(["-c", &format!("import {module}")]).stderr(Stdio::null()).status();
-        return (!import.is_ok_and(|status| status.success())).then(|| format!("python3 has no module {module}"));
     }
     if need.starts_with('/') {
         return (!Path::new(need).exists()).then(|| format!("there is no {need}"));

@@ -180,6 +180,15 @@ impl QmpClient {
         while let Next::Message(_) = self.next_message(deadline.saturating_duration_since(Instant::now())) {}
     }
 
+    /// Takes the limit off the job, if it is not finishing already, and waits for its completion.
+    pub fn finish_job(&mut self, device: &str) -> Value {
+        if let Err(error) = self.execute("block-job-set-speed", json!({"device": device, "speed": 0})) {
+            let finishing = error.class == "DeviceNotActive" || error.desc.contains("cannot accept command verb 'set-speed'");
+            assert!(finishing, "block-job-set-speed: {error:?}");
+        }
+        self.wait_completed()
+    }
+
     /// The one running block job.
     pub fn job(&mut self) -> Value {
         let jobs = self.ok("query-block-jobs", json!({}));

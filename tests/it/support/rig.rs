@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use super::{Daemon, Guest, Mount, Pattern, Scratch, qemu};
+use super::{Daemon, Guest, Mount, Pattern, Scratch, header, qemu};
 
 /// Cluster size where a test does not care.
 pub const CLUSTER: u64 = 64 << 10;
@@ -62,6 +62,11 @@ impl Rig {
     pub fn assert_standalone(&self, want: &[u8]) {
         self.remove_base();
         qemu::assert_independent(&self.overlay);
+        let extensions = header::Header::load(&self.overlay).extensions;
+        assert!(
+            extensions.iter().all(|(kind, _)| *kind != header::EXT_BACKING_FORMAT),
+            "the backing format outlived its file: {extensions:x?}"
+        );
         self.assert_overlay(want);
     }
 }
