@@ -1,4 +1,50 @@
-//! cordisk: a FUSE-mounted copy-on-read virtual disk. (map to be completed)
+//! cordisk: a FUSE-mounted copy-on-read virtual disk. This page is the map; the rules stand where they act.
+//!
+//! # The idea
+//!
+//! 1. A request is one plain call stack, [`fuse`] → [`disk`] → ([`image`] | [`chain`]) → [`storage`]; reading a backtrace is reading the
+//!    architecture. What the overlay holds is answered on the thread that received the request. A miss (it must read below, or allocate) goes
+//!    whole to a worker that runs the same stack, so a slow or hung backing file never delays what is local already.
+//! 2. [`image`] knows only its own file; [`chain`] knows only what lies below; [`disk`] is the only room that knows both.
+//! 3. One concurrency rule: a guest cluster changes its mapping only while its range is held exclusively; reads and in-place writes hold it
+//!    shared ([`range_lock`]). Copy-on-read, allocating write, zero, discard and stream are then the same critical section.
+//! 4. One durability rule: data and refcounts ▸ barrier ▸ L2 ▸ barrier ▸ L1 ▸ barrier ▸ frees. It lives in one function, `image/write_back.rs`,
+//!    shared by all who flush at the same time.
+//! 5. What can be a pure function is one ([`format`], conflicts of ranges, job tables, rate limit, QMP codec); the rest is a thin shell.
+//!
+//! # Rooms and floors
+//!
+//! A file uses only rooms on lower floors; `tests/it/architecture.rs` reads every `use crate::…` and fails otherwise.
+//!
+//! | floor | room | one responsibility | never |
+//! |---|---|---|---|
+//! | 0 | [`error`], [`sync`], [`format`], [`range_lock`] | vocabulary; locks; bytes of qcow2; who may be where | files, threads |
+//! | 1 | [`storage`] | one host file, and QEMU's locks on it | qcow2 |
+//! | 1 | [`job`] | the life of a background job | disk, qcow2, JSON |
+//! | 2 | [`image`] | one qcow2 file | backing files, sockets |
+//! | 3 | [`chain`] | what is below the overlay | writing anything |
+//! | 4 | [`disk`] | the guest's bytes | FUSE, JSON, jobs |
+//! | 5 | [`stream`], [`create`] | bring everything up, then cut the chain; a new overlay | sockets |
+//! | 6 | [`fuse`] | kernel request ⇄ `disk` call | jobs, QMP, the image |
+//! | 6 | [`qmp`] | JSON ⇄ jobs, `stream::start`, facts of the disk | FUSE, the image |
+//! | 7 | [`cli`] | what was typed, checked | the disk |
+//! | 8 | [`daemon`] | wiring and lifetime | logic that a test would want |
+//!
+//! # Locks
+//!
+//! Taken in the order of [`sync::rank`], at most one of a rank; debug builds check it. The range guard is held across I/O, the write-back and
+//! header locks too; the allocator only to load a refcount block; leaves never. Nothing waits for a guest's request while it holds any of them.
+//!
+//! # Where we left the first plan, and why
+//!
+//! * `storage` has no `zero_range`: zeros are zero clusters in version 3, and written in version 2, which both need no help of the host.
+//! * A miss is not split between threads, and the queue of misses is not bounded by us but by the kernel (one request per blocked client thread
+//!   and `max_background`): a bounded queue would have to block a session thread when full, which is what it is there to prevent.
+//! * The range lock is striped from the start, so that no lock is taken exclusively by all requests.
+//! * Flushes share a pass by counting passes (`image/write_back.rs`) instead of asking a committer thread; the 1 s timer only calls the same.
+//! * The backing format extension of the header goes with the backing link only where both fit one atomic 512-byte write; otherwise it stays
+//!   without a name, which QEMU does not show either.
+
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
