@@ -102,17 +102,17 @@ fn serve(config: &MountConfig) -> Result<()> {
     let disk = Arc::new(Disk::open(&config.image, &options)?);
     // QMP before the mount: a socket that cannot be bound should not make a disk appear and vanish.
     let control = Control::start(config, &disk)?;
-    let served = serve_disk(config, &disk, pidfile.as_ref(), &control, &events);
+    let (served, requests) = serve_disk(config, &disk, pidfile.as_ref(), &control, &events);
     // No request comes any more: the jobs, then the disk, then the socket.
-    control.stop_jobs(&config.device);
-    let closed = match served {
-        Ok(Finished::StillRunning) => {
-            log::warn!("requests still hang; leaving without them");
-            disk.flush()
-        }
-        Ok(Finished::Quiet) | Err(_) => disk.close(),
-    }
-    .context(|| format!("closing {}", config.image.display()));
+    let jobs = control.stop_jobs(&config.device);
+    let closed = if (requests, jobs) == (Finished::Quiet, Finished::Quiet) {
+        disk.close()
+    } else {
+        // Closing would have to wait for them, perhaps for ever: a backing file hangs. What was acknowledged is made durable all the same.
+        log::warn!("requests or jobs still hang; leaving without them");
+        disk.flush()
+    };
+    let closed = closed.context(|| format!("closing {}", config.image.display()));
     control.close(&closed);
     // The first error is the one to report, the other goes to the log.
     match (served, closed) {
@@ -122,20 +122,23 @@ fn serve(config: &MountConfig) -> Result<()> {
             }
             Err(error)
         }
-        (Ok(_), closed) => closed,
+        (Ok(()), closed) => closed,
     }
 }
 
-/// Everything between the open disk and its close: mounted, served, unmounted.
+/// Everything between the open disk and its close: mounted, served, unmounted. Also tells whether requests are still running.
 fn serve_disk(
     config: &MountConfig,
     disk: &Arc<Disk>,
     pidfile: Option<&Pidfile>,
     control: &Control,
     events: &Receiver<Event>,
-) -> Result<Finished> {
+) -> (Result<()>, Finished) {
     let options = MountOptions { mountpoint: config.mountpoint.clone(), allow_other: config.allow_other };
-    let mounted = fuse::mount(disk, &options)?;
+    let mounted = match fuse::mount(disk, &options) {
+        Ok(mounted) => mounted,
+        Err(error) => return (Err(error), Finished::Quiet),
+    };
     let announced = announce(config, disk, control, pidfile, &mounted);
     let timer = CommitTimer::start(Arc::clone(disk));
     let ended = announced.and_then(|()| wait_for_end(&mounted, disk, events, control));
@@ -146,7 +149,7 @@ fn serve_disk(
     }
     let finished = mounted.finish();
     drop(timer);
-    ended.map(|()| finished)
+    (ended, finished)
 }
 
 /// The stream, the pidfile, and the news that the disk is there.
@@ -169,11 +172,11 @@ fn announce(config: &MountConfig, disk: &Arc<Disk>, control: &Control, pidfile: 
 /// # Errors
 /// The session broke, or could not be taken from the kernel.
 fn wait_for_end(mounted: &Mounted, disk: &Disk, events: &Receiver<Event>, control: &Control) -> Result<()> {
-    let mut asked = false;
+    let mut asked = None;
     loop {
         let event = select! {
             recv(mounted.ended()) -> end => {
-                control.announce_shutdown(None);
+                control.announce_shutdown(asked);
                 return end.unwrap_or(Ok(())).context(|| "reading requests from /dev/fuse");
             }
             recv(events) -> event => event.unwrap_or(Event::Terminate),
@@ -184,11 +187,11 @@ fn wait_for_end(mounted: &Mounted, disk: &Disk, events: &Receiver<Event>, contro
             log::error!("flush: {error}");
         }
         let unmounted = mounted.unmount().inspect_err(|error| log::error!("{error}"));
-        if event == Event::Terminate && !asked {
+        let first = asked.replace(event).is_none();
+        if event == Event::Terminate && first {
             if let Ok(Unmounted::Busy) = unmounted {
                 log::warn!("{} is in use: all is written back, serving on; the next signal detaches it", mounted.path().display());
             }
-            asked = true;
             continue;
         }
         // Done may also mean that somebody has detached it, with the disk still open.

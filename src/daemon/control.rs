@@ -1,6 +1,8 @@
 //! Jobs and the QMP socket: the only file of the daemon that knows either.
 
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use crossbeam_channel::Receiver;
 
@@ -8,9 +10,14 @@ use super::Event;
 use crate::Result;
 use crate::cli::MountConfig;
 use crate::disk::Disk;
+use crate::fuse::Finished;
 use crate::job::Jobs;
 use crate::qmp::{Server, ShutdownReason, Target};
 use crate::stream::{self, StreamOptions};
+
+/// How long cancelled jobs may take to end: one step of a stream and a write-back. What they leave unfinished is only what they have not
+/// copied yet.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The job registry and, if asked for, the QMP server.
 pub(super) struct Control {
@@ -57,12 +64,21 @@ impl Control {
         }
     }
 
-    /// After the unmount: tells of it, cancels the jobs and waits for them.
-    pub(super) fn stop_jobs(&self, export: &str) {
+    /// After the unmount: tells of it, cancels the jobs and waits for them, but not for ever for one that hangs on a backing file.
+    pub(super) fn stop_jobs(&self, export: &str) -> Finished {
         if let Some(server) = &self.server {
             server.announce_export_deleted(export);
         }
-        self.jobs.cancel_all_and_wait();
+        let jobs = self.jobs.clone();
+        let (done, stopped) = crossbeam_channel::bounded(1);
+        let stop = move || {
+            jobs.cancel_all_and_wait();
+            let _ = done.send(());
+        };
+        match thread::Builder::new().name("stop-jobs".to_string()).spawn(stop) {
+            Ok(_) if stopped.recv_timeout(STOP_TIMEOUT).is_ok() => Finished::Quiet,
+            Ok(_) | Err(_) => Finished::StillRunning,
+        }
     }
 
     /// Last of all, with the disk closed: the socket. Clients that asked to quit are told how closing went.
