@@ -60,10 +60,11 @@ pub fn start(disk: &Arc<Disk>, jobs: &Jobs, options: StreamOptions) -> Result<()
         return Err(Error::new(ErrorKind::ReadOnly, "a read-only disk cannot be streamed into"));
     }
     let depth = options.depth.unwrap_or(usize::MAX);
+    let len = disk.stream_len(depth);
     let control = jobs.create(JobSpec {
         id: options.job_id,
         kind: KIND,
-        len: disk.stream_len(depth),
+        len,
         speed: options.speed,
         auto_finalize: options.auto_finalize,
         auto_dismiss: options.auto_dismiss,
@@ -74,16 +75,15 @@ pub fn start(disk: &Arc<Disk>, jobs: &Jobs, options: StreamOptions) -> Result<()
     thread::Builder::new()
         .name("stream".into())
         .spawn(move || {
-            let outcome = copy_up(&disk, &control, depth);
+            let outcome = copy_up(&disk, &control, depth, len);
             control.finish(outcome, || disk.detach_backing(depth, options.backing_file.as_deref()).map_err(Failure::from));
         })
         .map_err(|error| Error::io("stream thread", error))?;
     Ok(())
 }
 
-/// Walks the disk once.
-fn copy_up(disk: &Disk, control: &Control, depth: usize) -> Outcome {
-    let len = disk.stream_len(depth);
+/// Walks the `len` bytes of the disk once.
+fn copy_up(disk: &Disk, control: &Control, depth: usize, len: u64) -> Outcome {
     let mut offset = 0;
     let mut ignored = None;
     while offset < len {

@@ -1,7 +1,6 @@
 //! Jobs and the QMP socket: the only file of the daemon that knows either.
 
 use std::sync::Arc;
-use std::thread;
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
@@ -69,16 +68,7 @@ impl Control {
         if let Some(server) = &self.server {
             server.announce_export_deleted(export);
         }
-        let jobs = self.jobs.clone();
-        let (done, stopped) = crossbeam_channel::bounded(1);
-        let stop = move || {
-            jobs.cancel_all_and_wait();
-            let _ = done.send(());
-        };
-        match thread::Builder::new().name("stop-jobs".to_string()).spawn(stop) {
-            Ok(_) if stopped.recv_timeout(STOP_TIMEOUT).is_ok() => Finished::Quiet,
-            Ok(_) | Err(_) => Finished::StillRunning,
-        }
+        if self.jobs.cancel_all_and_wait(STOP_TIMEOUT) { Finished::Quiet } else { Finished::StillRunning }
     }
 
     /// Last of all, with the disk closed: the socket. Clients that asked to quit are told how closing went.

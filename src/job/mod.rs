@@ -336,19 +336,24 @@ impl Jobs {
         }
     }
 
-    /// For the end of the process: admits no new job, gives up all there are, waits for their workers and forgets all jobs.
-    pub fn cancel_all_and_wait(&self) {
+    /// For the end of the process: admits no new job, gives up all there are, and waits for their workers, but no longer than `patience`: one
+    /// may hang in a read that never returns. Says whether all have ended; those that have are forgotten.
+    pub fn cancel_all_and_wait(&self, patience: Duration) -> bool {
+        let give_up = Instant::now() + patience;
         let mut registry = self.shared.registry.lock();
         registry.closed = true;
         let events = registry.jobs.iter_mut().filter(|job| job.status.accepts(Verb::Cancel)).filter_map(Job::cancel).collect();
         registry.emit(events);
         self.shared.changed.notify_all();
         while registry.has_workers() {
-            self.shared.changed.wait(&mut registry);
+            if self.shared.changed.wait_until(&mut registry, give_up).timed_out() {
+                return false;
+            }
         }
         let concluded: Vec<u64> = registry.jobs.iter().map(|job| job.serial).collect();
         let events = concluded.into_iter().map(|serial| registry.remove(serial)).collect();
         registry.emit(events);
+        true
     }
 
     /// Changes one job, sends the event if there is one, wakes whoever waits.

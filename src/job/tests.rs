@@ -251,7 +251,7 @@ fn the_end_of_the_process_ends_all_jobs() {
     let paused = work(jobs.create(JobSpec { speed: 1, ..spec("paused") }).unwrap(), 4 * CHUNK);
     jobs.pause("paused").unwrap();
     work(jobs.create(JobSpec { auto_dismiss: false, ..spec("over") }).unwrap(), 0).join().unwrap();
-    jobs.cancel_all_and_wait();
+    jobs.cancel_all_and_wait(Duration::from_secs(60));
     assert!(jobs.query().is_empty());
     assert_eq!(jobs.create(spec("j")).unwrap_err(), JobError::ShuttingDown);
     assert_eq!(words(&events).iter().filter(|word| *word == "null").count(), 3);

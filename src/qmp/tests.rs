@@ -129,7 +129,7 @@ impl Fixture {
 
 impl Drop for Fixture {
     fn drop(&mut self) {
-        self.jobs.cancel_all_and_wait();
+        self.jobs.cancel_all_and_wait(Duration::from_secs(60));
     }
 }
 
@@ -491,7 +491,7 @@ fn quit_is_answered_when_everything_is_over() {
     let server = fixture.server.take().unwrap();
     server.announce_shutdown(super::ShutdownReason::HostSignal);
     server.announce_export_deleted("fuse0");
-    fixture.jobs.cancel_all_and_wait();
+    fixture.jobs.cancel_all_and_wait(Duration::from_secs(60));
     server.shutdown(&Ok(()));
     let events = ["SHUTDOWN", "BLOCK_EXPORT_DELETED", "aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"];
     assert_eq!(client.events(6), events);
