@@ -89,6 +89,7 @@ finish() {
 
 # All scratch directories of all tests lie below this one, so that what is left behind is known to be ours.
 scratch=$(realpath "$(mktemp -d "${TMPDIR:-/tmp}/cordisk-tests.XXXXXX")")
+chmod 755 "$scratch" # tests look at a disk as another user
 mounts_before=$(cordisk_mounts)
 rm -f "$logs"/*.log
 

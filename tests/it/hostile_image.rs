@@ -102,7 +102,7 @@ fn damage(bytes: &mut [u8], random: &mut Random) {
             4 => first_of(l1, bytes).saturating_add(random.below(64) * 8),
             _ => first_of(refcounts, bytes).saturating_add(random.below(64)),
         };
-        let at = if near + 8 <= file { near as usize } else { random.below(file - 8) as usize };
+        let at = if near.checked_add(8).is_some_and(|end| end <= file) { near as usize } else { random.below(file - 8) as usize };
         let len = [1, 4, 8][random.below(3) as usize];
         let value = interesting(random, file).to_be_bytes();
         bytes[at..at + len].copy_from_slice(&value[8 - len..]);
