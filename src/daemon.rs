@@ -4,7 +4,7 @@
 //! unmount, stop jobs, close the disk, close QMP. After that point every acknowledged write is durable or the exit status says otherwise.
 //!
 //! **Touches:** everything once. **Never:** leaves a mount, placeholder, socket or pidfile behind, on any path but a kill.
-//! **Locks:** none; events come over one channel to the one thread that decides ([`serve`]).
+//! **Locks:** none; events come over one channel to the one thread that decides (`serve`).
 //! **Invariants:** after the mount no path is looked up that could lead through our own mountpoint: the current directory is `/`, all
 //! paths are absolute, files are open already (H29).
 
