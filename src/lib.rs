@@ -10,7 +10,7 @@
 //!    shared ([`range_lock`]). Copy-on-read, allocating write, zero, discard and stream are then the same critical section.
 //! 4. One durability rule: data and refcounts ▸ barrier ▸ L2 ▸ barrier ▸ L1 ▸ barrier ▸ frees. It lives in one function, `image/write_back.rs`,
 //!    shared by all who flush at the same time.
-//! 5. What can be a pure function is one ([`format`], conflicts of ranges, job tables, rate limit, QMP codec); the rest is a thin shell.
+//! 5. What can be a pure function is one ([`mod@format`], conflicts of ranges, job tables, rate limit, QMP codec); the rest is a thin shell.
 //!
 //! # Rooms and floors
 //!
@@ -18,7 +18,7 @@
 //!
 //! | floor | room | one responsibility | never |
 //! |---|---|---|---|
-//! | 0 | [`error`], [`sync`], [`format`], [`range_lock`] | vocabulary; locks; bytes of qcow2; who may be where | files, threads |
+//! | 0 | [`error`], [`sync`], [`mod@format`], [`range_lock`] | vocabulary; locks; bytes of qcow2; who may be where | files, threads |
 //! | 1 | [`storage`] | one host file, and QEMU's locks on it | qcow2 |
 //! | 1 | [`job`] | the life of a background job | disk, qcow2, JSON |
 //! | 2 | [`image`] | one qcow2 file | backing files, sockets |

@@ -112,7 +112,7 @@ impl Handler {
     /// truncate(2), chmod(2), chown(2), utimensat(2). A change of size is refused, so nothing is half done.
     ///
     /// # Errors
-    /// EROFS, EINVAL or EPERM for another size; what [`Changes`] are refused with; those of [`Handler::getattr`].
+    /// EROFS, EINVAL or EPERM for another size; those of a change of attributes and of [`Handler::getattr`].
     pub fn setattr(&self, truncate: Option<Truncate>, changes: &Changes) -> Result<Stat, Errno> {
         match truncate {
             None | Some(Truncate::ByPath(0)) => {}

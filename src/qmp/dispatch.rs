@@ -91,8 +91,8 @@ impl Session {
             Ok(_) => return refuse("QMP input must be a JSON object"),
             Err(desc) => return refuse(&desc),
         };
-        let result = codec::check(&members, self.oob).and_then(|request| self.run(backend, request));
         let id = members.remove("id");
+        let result = codec::check(members, self.oob).and_then(|request| self.run(backend, request));
         match self.quitting {
             true => Answer::AtTheEnd { id },
             false => Answer::Now(codec::reply(result, id)),

@@ -146,7 +146,7 @@ impl Drop for Server {
 }
 
 fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
-    thread::Builder::new().name(name.into()).spawn(run)
+    thread::Builder::new().name(name.into()).stack_size(codec::STACK).spawn(run)
 }
 
 /// Waits for events without taking them, so that a reply that is made meanwhile can.

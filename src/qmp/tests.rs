@@ -243,6 +243,29 @@ fn requests_need_no_separators_and_replies_keep_their_order() {
     sending.join().unwrap();
 }
 
+/// Values as deep as they may be, wherever they are parsed, kept, printed and dropped.
+#[test]
+fn depth_is_bounded_and_survived() {
+    let mut fixture = Fixture::new();
+    let mut client = fixture.client();
+    let deep = |depth: usize| format!("{}1{}", r#"{"a":"#.repeat(depth), "}".repeat(depth));
+    let printed = deep(1023).replace(':', ": ");
+    let reply = client.ask(format!(r#"{{"execute":"query-jobs","id":{}}}"#, deep(1023)));
+    assert_eq!(reply, format!(r#"{{"return": [], "id": {printed}}}"#));
+    let reply = client.ask(format!(r#"{{"execute":"query-jobs","arguments":{}}}"#, deep(1023)));
+    assert_eq!(reply, r#"{"error": {"class": "GenericError", "desc": "Parameter 'a' is unexpected"}}"#);
+    assert_eq!(
+        client.ask(format!(r#"{{"execute":"query-jobs","id":{}"#, deep(1024))),
+        r#"{"error": {"class": "GenericError", "desc": "JSON nesting depth limit exceeded"}}"#
+    );
+    let mut client = fixture.client();
+    client.send(format!(r#"{{"execute":"quit","id":{}}}"#, deep(1023)));
+    fixture.quit.recv_timeout(Duration::from_secs(10)).unwrap();
+    fixture.server.take().unwrap().shutdown(&Err(crate::Error::new(crate::ErrorKind::Io, "too bad")));
+    assert!(client.line().contains("SHUTDOWN"));
+    assert_eq!(client.line(), format!(r#"{{"id": {printed}, "error": {{"class": "GenericError", "desc": "too bad"}}}}"#));
+}
+
 #[test]
 fn a_stream_tells_its_life_in_order() {
     let fixture = Fixture::new();

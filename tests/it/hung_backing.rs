@@ -28,7 +28,8 @@ impl Stopped {
         let stopped = Stopped(pid);
         let tasks = format!("/proc/{}/task", pid.as_raw_nonzero());
         wait_until("all threads of the lower disk stand still", || {
-            let mut stats = fs::read_dir(&tasks).expect("threads").filter_map(|task| fs::read_to_string(task.ok()?.path().join("stat")).ok());
+            let mut stats =
+                fs::read_dir(&tasks).expect("threads").filter_map(|task| fs::read_to_string(task.ok()?.path().join("stat")).ok());
             stats.all(|stat| stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T")))
         });
         stopped

@@ -124,7 +124,7 @@ impl Drop for Scratch {
     }
 }
 
-/// Everything below a directory, by name: for "no file changed".
+/// Everything below a directory, by name: for "no file changed". Mounted disks are left out: to read one is to change its overlay.
 #[derive(Debug, Eq, PartialEq)]
 pub struct Snapshot(BTreeMap<PathBuf, Entry>);
 
@@ -146,10 +146,14 @@ impl Snapshot {
     pub fn of(dir: &Path) -> Snapshot {
         let mut entries = BTreeMap::new();
         let mut todo = vec![dir.to_owned()];
+        let device = fs::metadata(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display())).dev();
         while let Some(next) = todo.pop() {
             for entry in fs::read_dir(&next).unwrap_or_else(|error| panic!("{}: {error}", next.display())) {
                 let path = entry.expect("directory entry").path();
                 let meta = fs::symlink_metadata(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+                if meta.dev() != device {
+                    continue;
+                }
                 let content = if meta.is_file() { fs::read(&path).expect("read for snapshot") } else { Vec::new() };
                 if meta.is_dir() {
                     todo.push(path.clone());
