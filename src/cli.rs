@@ -80,7 +80,7 @@ struct MountArgs {
     #[arg(long, value_name = "RATE", requires = "stream", default_value = "0", value_parser = parse_size)]
     speed: u64,
     /// Write nothing: neither what the guest writes nor copies of what it reads
-    #[arg(long)]
+    #[arg(short, long)]
     read_only: bool,
     /// Do not copy up what is read from the backing file
     #[arg(long)]
@@ -330,7 +330,7 @@ mod tests {
         let config = mount(&["cordisk", "mount", "-f", "--stream", "--speed", "10M", "--qmp", "s", "--device", "d", "/i", "/m"]);
         assert_eq!((config.role, config.stream, config.device.as_str()), (Role::Foreground, Some(10 << 20), "d"));
         assert!(config.qmp.unwrap().is_absolute());
-        let config = mount(&["cordisk", "mount", "--read-only", "--backing-format", "raw", "/i", "/m"]);
+        let config = mount(&["cordisk", "mount", "-r", "--backing-format", "raw", "/i", "/m"]);
         assert!(config.read_only && !config.copy_on_read);
         assert_eq!(config.backing_format, Some(BackingFormat::Raw));
         assert_eq!(mount(&["cordisk", "mount", "--background-child", "/i", "/m"]).role, Role::Child);

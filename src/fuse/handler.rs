@@ -341,33 +341,4 @@ pub fn errno(error: &Error) -> Errno {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io;
-
-    use super::*;
-
-    #[test]
-    fn errors_of_the_system_pass_through_and_kinds_follow_the_table() {
-        let os = |number| errno(&Error::io("x", io::Error::from_raw_os_error(number)).context("y"));
-        assert_eq!(os(28), Errno::NOSPC);
-        assert_eq!(os(5), Errno::IO);
-        assert_eq!(os(122), Errno::DQUOT);
-        for dangerous in [38, 4, 11, 512, 4095] {
-            assert_eq!(os(dangerous), Errno::IO, "{dangerous}");
-        }
-        let kind = |kind| errno(&Error::new(kind, "x"));
-        assert_eq!(kind(ErrorKind::NoSpace), Errno::NOSPC);
-        assert_eq!(kind(ErrorKind::ReadOnly), Errno::ROFS);
-        assert_eq!(kind(ErrorKind::InvalidArgument), Errno::INVAL);
-        assert_eq!(kind(ErrorKind::Busy), Errno::BUSY);
-        assert_eq!(kind(ErrorKind::Corrupt), Errno::IO);
-    }
-
-    #[test]
-    fn durability_is_in_the_flags_of_the_write() {
-        assert_eq!(Durability::of_write(0o1), Durability::Later);
-        assert_eq!(Durability::of_write(0o10_001), Durability::Now);
-        assert_eq!(Durability::of_write(0o4_000_001), Durability::Now);
-        assert_eq!(Durability::of_write(0o4_010_001), Durability::Now);
-    }
-}
+mod tests;

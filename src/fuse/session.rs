@@ -184,6 +184,8 @@ impl Filesystem for Adapter {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
+        // fuser 0.18 panics before it calls this where a time is i64::MIN seconds (`system_time_from_time`). Whoever may set times here
+        // may as well kill the daemon, so that is left to fuser.
         let changes = Changes { mode, uid, gid, atime: atime.map(time_change), mtime: mtime.map(time_change) };
         let truncate = size.map(|size| if fh.is_some() { Truncate::ByHandle(size) } else { Truncate::ByPath(size) });
         attributes(self.handler.setattr(truncate, &changes), reply);

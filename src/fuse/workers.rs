@@ -3,6 +3,7 @@
 //! *Misses* need a backing file, an allocation, or a range that is in use: [`MISS_WORKERS`] threads take them in order of arrival.
 //! *Flushes* have a thread of their own, so that they never sit behind misses that hang on a dead backing file. It answers all flushes
 //! that wait with one call of [`Handler::flush`]: whatever was answered before a flush was asked for was answered before that call (P1).
+//! (A *write* that hangs does hold up fsync, in the kernel: the write has the inode lock shared, fsync wants it exclusive.)
 //!
 //! Both queues are unbounded, because a bounded one would make session threads wait exactly when hits must go on. The kernel bounds what
 //! can be in them: at most `max_background` asynchronous requests, and one synchronous request for each client thread that waits, each
