@@ -204,3 +204,45 @@ fn commands_do_not_wait_for_a_hung_base() {
     drop(client);
     pair.finish();
 }
+
+/// Protects: what is local stays readable also where its neighbour is just being copied from a hung base: a copy of one cluster must not hold up
+/// another, whether a reader asked for a large range or the stream works on a large step.
+#[test]
+fn local_clusters_beside_a_hung_copy_are_read() {
+    requires!("/dev/fuse", "qemu-img");
+    for by in ["a reader", "the stream"] {
+        eprintln!("{by}");
+        let pair = Pair::new();
+        let file = pair.upper.open();
+        let island = 5 * CLUSTER; // one local cluster among cold ones, within the first step of a stream
+        assert_same("what becomes local", &read_at(&file, island, 10), &pair.content[at(island)..at(island) + 10]);
+        let mut client = pair.upper.client();
+        let stopped = Stopped::stop(pair.lower.pid());
+        let (sender, hung) = channel();
+        if by == "a reader" {
+            let path = pair.upper.path().to_owned();
+            std::thread::spawn(move || {
+                let mut buf = vec![0; at(16 * CLUSTER)];
+                let result = File::open(path).and_then(|file| file.read_exact_at(&mut buf, 0));
+                let _ = sender.send((result, buf));
+            });
+        } else {
+            client.ok("block-stream", json!({"device": "drive0"}));
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        let local = file.try_clone().expect("dup");
+        let answered = within(PATIENCE, move || read_at(&local, island + 1000, 4096));
+        let answered = answered.unwrap_or_else(|| panic!("a local cluster beside what {by} waits for must be answered"));
+        assert_same("local cluster", &answered, &pair.content[at(island) + 1000..at(island) + 5096]);
+        drop(stopped);
+        if by == "a reader" {
+            let (result, buf) = hung.recv_timeout(PATIENCE * 2).expect("the hung read completes");
+            result.expect("after the base came back");
+            assert_same("hung read", &buf, &pair.content[..at(16 * CLUSTER)]);
+            client.ok("block-stream", json!({"device": "drive0"}));
+        }
+        client.wait_completed();
+        drop((file, client));
+        pair.finish();
+    }
+}

@@ -171,6 +171,36 @@ fn layers(scratch: &Scratch) -> Vec<(String, Vec<u8>)> {
     names.filter_map(|name| fs::read(scratch.join(&name)).ok().map(|content| (name, content))).collect()
 }
 
+/// Writes and zeroes that begin and end one byte before, at, and one byte behind the edges of a cluster.
+fn at_the_edges(guest: &mut Guest, case: &Case) {
+    let cluster = case.cluster;
+    let edges = [
+        0..cluster - 1,
+        1..cluster,
+        0..cluster,
+        0..cluster + 1,
+        cluster - 1..cluster,
+        cluster - 1..cluster + 1,
+        0..1,
+        cluster - 1..2 * cluster + 1,
+    ];
+    let places = 3 * edges.len() as u64;
+    for (index, edge) in edges.iter().enumerate() {
+        for (turn, change) in [Guest::write, Guest::punch, Guest::zero].iter().enumerate() {
+            // Spread over the disk: each kind of cluster below and above gets some. With few clusters they share them.
+            let place = 3 * index as u64 + turn as u64;
+            let start = place * case.size / places / cluster * cluster;
+            let range = start + edge.start..(start + edge.end).min(case.size);
+            if range.start < range.end {
+                change(guest, range);
+            }
+        }
+    }
+    let size = case.size;
+    guest.write(size - 1..size);
+    guest.punch(size - 700..size - 3);
+}
+
 fn run_case(case: &Case, rng: &mut Rng) {
     eprintln!("{case:?}");
     let scratch = Scratch::new();
@@ -179,9 +209,23 @@ fn run_case(case: &Case, rng: &mut Rng) {
     let want = qemu::read_all(&top);
     let below = layers(&scratch);
     let mount = || Mount::new(&scratch, &top).args(if case.copy_on_read { &[] } else { &["--no-copy-on-read"] }).start();
+    let disk = Mount::new(&scratch, &top).args(&["--read-only"]).start();
+    assert_same("what qemu-img wrote, read through a read-only mount", &disk.read_all(), &want);
+    disk.umount();
+
+    // First on a cold overlay what random ranges seldom hit: both sides of every kind of edge.
+    let disk = mount();
+    let mut guest = Guest::new(disk.open(), want, 0xED6E);
+    at_the_edges(&mut guest, case);
+    guest.check_all();
+    let want = guest.shadow;
+    drop(guest.file);
+    disk.umount();
+    qemu::assert_clean(&top);
+    assert_same("what we wrote at the edges, read by QEMU", &qemu::read_all(&top), &want);
 
     let disk = mount();
-    assert_same("what qemu-img wrote, read through the mount", &disk.read_all(), &want);
+    assert_same("what QEMU reads, read through the mount", &disk.read_all(), &want);
     let mut guest = Guest::new(disk.open(), want, 0x6E57);
     for _ in 0..60 {
         let longest = if rng.below(2) == 0 { 2 * case.cluster + 700 } else { 200 * KIB };

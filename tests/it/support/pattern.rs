@@ -83,8 +83,10 @@ pub fn assert_same_at(what: &str, base: u64, got: &[u8], want: &[u8]) {
         let differing = got.iter().zip(want).filter(|(a, b)| a != b).count();
         let offset = base + at as u64;
         panic!(
-            "{what}: differs at byte {offset} (sector {}), {differing} bytes in all\n  got:  {}\n  want: {}",
+            "{what}: differs at byte {offset} (sector {}), {differing} bytes in all: {:#04x} instead of {:#04x}\n  got:  {}\n  want: {}",
             offset / SECTOR,
+            got[at],
+            want[at],
             explain(got, at),
             explain(want, at),
         );
