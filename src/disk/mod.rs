@@ -1,12 +1,13 @@
 //! The guest's disk: an overlay above a chain of backing files.
 //!
 //! ```text
-//! read   shared(range); every run held by the overlay?  ─► read, done
-//!        else drop; exclusive(cluster-aligned); look again; populate what is missing; answer from the same buffer
-//! write  shared(range); every run Data { in_place }?    ─► overwrite, done
-//!        else drop; exclusive(aligned); look again; per run: in place │ allocate, complete the clusters from below, fill, publish
+//! read   shared(range); read what the overlay holds; all of it?  ─► done
+//!        else drop; exclusive(the missing clusters); look again; populate; answer from the same buffer; go on behind them
+//! write  per run: Data { in_place }? ─► shared(run); look again; overwrite
+//!        else exclusive(its clusters); look again; in place │ allocate, complete the clusters from below, fill, publish
 //! stream populate(512 KiB) … ; detach_backing
 //! ```
+//! Nothing but missing clusters is ever held while a backing file is read: one that hangs delays only those who need it.
 //! "Drop, retake, look again" stands for lock upgrade: the first look is a hint, only the second decides.
 //!
 //! **Touches:** `image`, `chain`, `range_lock`. **Never:** FUSE, JSON, jobs; coordinate types end here, ranges are guest bytes.

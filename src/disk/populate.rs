@@ -59,16 +59,34 @@ impl FillHealth {
 }
 
 impl Disk {
-    /// Copies up what the first `depth` backing layers hold of `range` and the overlay does not, whole clusters. Waits for the range.
+    /// Copies up what the first `depth` backing layers hold of `range` and the overlay does not, whole clusters.
+    ///
+    /// Only clusters that are missing are held, so that a backing file that hangs delays nobody who wants what is beside them.
     ///
     /// # Errors
     /// I/O on either side, [`crate::ErrorKind::NoSpace`], corruption. What was copied before stays.
     pub fn populate(&self, range: Range<u64>, depth: usize) -> Result<Populated> {
         self.check_range(&range)?;
-        let held = self.in_flight.exclusive(self.aligned(&range));
-        self.populate_held(&held, range, depth)
+        let mut populated = Populated::default();
+        let aligned = self.aligned(&range);
+        let end = aligned.end.min(self.size());
+        let mut at = aligned.start;
+        while at < end {
+            // A hint: what is missing by now is looked at again when it is held.
+            let extent = self.map(at, end - at)?;
+            if extent.mapping == Mapping::Unallocated && self.chain().is_some() {
+                let run = at..at + extent.len;
+                let held = self.in_flight.exclusive(self.aligned(&run));
+                populated += self.populate_held(&held, run, depth)?;
+            } else {
+                populated.skipped += extent.len;
+            }
+            at += extent.len;
+        }
+        Ok(populated)
     }
 
+    /// As [`Disk::populate`] for a range that is held.
     pub(super) fn populate_held(&self, held: &Exclusive<'_>, range: Range<u64>, depth: usize) -> Result<Populated> {
         let image = self.image()?;
         let mut populated = Populated::default();

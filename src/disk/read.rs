@@ -13,7 +13,7 @@ impl Disk {
         let range = offset..offset.saturating_add(buf.len() as u64);
         self.check_range(&range)?;
         match self.in_flight.try_shared(range) {
-            Some(_shared) if self.read_overlay(offset, buf)? => Ok(Local::Done),
+            Some(_shared) if self.read_overlay(offset, buf)? == buf.len() => Ok(Local::Done),
             _ => Ok(Local::Miss),
         }
     }
@@ -26,33 +26,46 @@ impl Disk {
         let range = offset..offset.saturating_add(buf.len() as u64);
         self.check_range(&range)?;
         let copies_up = self.copy_on_read && !self.is_read_only() && self.fills.are_welcome();
-        {
-            let _shared = self.in_flight.shared(range.clone());
-            if self.read_overlay(offset, buf)? {
-                return Ok(());
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let missing = {
+                let _shared = self.in_flight.shared(at..range.end);
+                done += self.read_overlay(at, &mut buf[done..])?;
+                if done == buf.len() {
+                    return Ok(());
+                }
+                let at = offset + done as u64;
+                at..at + self.map(at, range.end - at)?.len
+            };
+            let part = &mut buf[done..done + (missing.end - missing.start) as usize];
+            // Only what is missing is held while the backing file is read: who wants what is beside it does not wait.
+            if copies_up {
+                let held = self.in_flight.exclusive(self.aligned(&missing));
+                self.read_and_populate(&held, missing.start, part)?;
+            } else {
+                let _shared = self.in_flight.shared(missing.clone());
+                self.read_through(missing.start, part)?;
             }
-            if !copies_up {
-                return self.read_through(offset, buf);
-            }
+            done += part.len();
         }
-        let held = self.in_flight.exclusive(self.aligned(&range));
-        self.read_and_populate(&held, offset, buf)
+        Ok(())
     }
 
-    /// Reads what the overlay decides by itself. `false` as soon as a byte comes from below; `buf` is then half filled. The range is held.
-    fn read_overlay(&self, offset: u64, buf: &mut [u8]) -> Result<bool> {
+    /// Reads what the overlay decides by itself, up to the first byte that comes from below; says how many bytes that is. The range is held.
+    fn read_overlay(&self, offset: u64, buf: &mut [u8]) -> Result<usize> {
         let mut done = 0;
         while done < buf.len() {
             let at = offset + done as u64;
             let extent = self.map(at, (buf.len() - done) as u64)?;
             if extent.mapping == Mapping::Unallocated && self.chain_below(at).is_some() {
-                return Ok(false);
+                break;
             }
             let part = &mut buf[done..done + extent.len as usize];
             self.reader().read_extent(GuestOffset(at), &extent, part)?;
             done += extent.len as usize;
         }
-        Ok(true)
+        Ok(done)
     }
 
     /// Reads without copying anything up. The range is held.

@@ -36,19 +36,33 @@ impl Disk {
         }
     }
 
-    /// Writes. Overlapping writes are done one after the other wherever a cluster is allocated (H20); two plain overwrites of the same bytes
-    /// at the same time leave either's bytes, as on any disk.
+    /// Writes. Where a cluster is allocated, overlapping writes are done one after the other (H20); two plain overwrites of the same bytes at
+    /// the same time leave either's bytes, as on any disk.
     ///
     /// # Errors
     /// I/O, corruption, read-only, [`crate::ErrorKind::NoSpace`]; part of the data may be written then.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        if self.write_local(offset, data)? == Local::Done {
-            return Ok(());
-        }
         let image = self.image()?;
-        let range = offset..offset + data.len() as u64;
-        let held = self.in_flight.exclusive(self.aligned(&range));
-        self.write_held(image, &held, offset, data)
+        self.check_range(&(offset..offset.saturating_add(data.len() as u64)))?;
+        let mut done = 0;
+        while done < data.len() {
+            let at = offset + done as u64;
+            // A hint: both branches look again under their guard. Only one run is held at a time, so that a backing file that hangs while
+            // a cluster is completed delays nobody who wants what is beside it.
+            let extent = image.map(GuestOffset(at), (data.len() - done) as u64)?;
+            let part = &data[done..done + extent.len as usize];
+            let run = at..at + extent.len;
+            let written = matches!(extent.mapping, Mapping::Data { in_place: true, .. }) && {
+                let _shared = self.in_flight.shared(run.clone());
+                self.write_in_place(image, at, part)?
+            };
+            if !written {
+                let held = self.in_flight.exclusive(self.aligned(&run));
+                self.write_held(image, &held, at, part)?;
+            }
+            done += part.len();
+        }
+        Ok(())
     }
 
     /// Overwrites if no mapping has to change; `false`, with nothing written, otherwise. The range is held.
