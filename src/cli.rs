@@ -91,6 +91,9 @@ struct MountArgs {
     /// Format of the first backing file, where the image does not say; it is never guessed
     #[arg(long, value_name = "FORMAT")]
     backing_format: Option<FormatArg>,
+    /// Before writing, count all references in the image and refuse it if its refcounts do not add up, for images you do not trust
+    #[arg(long, conflicts_with = "read_only")]
+    full_check: bool,
     /// Write the daemon's process id to this file; locked while it runs, removed at the end
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
@@ -157,6 +160,8 @@ pub struct MountConfig {
     pub allow_other: bool,
     /// Format of the first backing file, where the image does not say.
     pub backing_format: Option<BackingFormat>,
+    /// The image is checked in full before it is written.
+    pub full_check: bool,
     /// Where the process id goes.
     pub pidfile: Option<PathBuf>,
 }
@@ -200,6 +205,7 @@ impl MountArgs {
             stream: self.stream.then_some(self.speed),
             copy_on_read: !self.no_copy_on_read && !self.read_only,
             read_only: self.read_only,
+            full_check: self.full_check,
             allow_other: self.allow_other,
             backing_format: self.backing_format.map(BackingFormat::from),
             pidfile: self.pidfile.as_deref().map(absolute).transpose()?,

@@ -49,6 +49,8 @@ pub struct DiskOptions {
     pub copy_on_read: bool,
     /// What may be opened as backing file.
     pub gate: Gate,
+    /// Before anything is written all references are counted, and an image whose refcounts do not add up is refused (V28).
+    pub full_check: bool,
 }
 
 /// Whether an operation could be answered from the overlay without waiting.
@@ -134,6 +136,20 @@ impl Disk {
         };
         let disk = Disk::assemble(path, overlay, chain, options.copy_on_read);
         if let Overlay::Writable(image) = &disk.overlay {
+            if options.full_check {
+                let report = image.check().context(|| disk.path.display().to_string())?;
+                log::info!("{}: {} corruptions, {} leaked clusters", disk.path.display(), report.corruptions, report.leaks);
+                if report.corruptions > 0 {
+                    return Err(Error::new(
+                        ErrorKind::Corrupt,
+                        format!(
+                            "{}: {} corruptions: mount it with --read-only, or repair it with qemu-img check -r all",
+                            disk.path.display(),
+                            report.corruptions
+                        ),
+                    ));
+                }
+            }
             image.begin_writing().context(|| disk.path.display().to_string())?;
         }
         Ok(disk)

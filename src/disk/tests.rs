@@ -36,7 +36,7 @@ impl Random {
 }
 
 fn options() -> DiskOptions {
-    DiskOptions { read_only: false, copy_on_read: true, gate: Gate::default() }
+    DiskOptions { read_only: false, copy_on_read: true, gate: Gate::default(), full_check: false }
 }
 
 fn open(path: &Path) -> Disk {
@@ -421,4 +421,63 @@ fn concurrent_requests_never_lose_a_write() {
         check(&overlay);
         assert!(qemu_reads(&overlay) == expected, "{option}");
     }
+}
+
+/// V28: the full check counts as QEMU does, and refuses what would be destroyed by writing.
+#[test]
+fn full_check_agrees_with_qemu() {
+    let mut random = Random::new(70);
+    let dir = tempfile::tempdir().unwrap();
+    let (base, _) = raw_base(dir.path(), 3 << 20, &mut random);
+    let checked = DiskOptions { full_check: true, ..options() };
+    for option in ["", "cluster_size=512,refcount_bits=64", "compat=0.10,cluster_size=4k"] {
+        let overlay = overlay_on(&base, "raw", None, option);
+        let disk = Disk::open(&overlay, &checked).unwrap();
+        disk.populate(0..2 << 20, usize::MAX).unwrap();
+        disk.discard(100_000..300_000).unwrap();
+        disk.close().unwrap();
+        drop(disk);
+        assert_eq!(image_check(&overlay), (0, 0), "{option}");
+        // One cluster fewer counted than used, and one more.
+        let mut bytes = std::fs::read(&overlay).unwrap();
+        let field = |bytes: &[u8], at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
+        let bits = if option.contains("64") { 64 } else { 16 };
+        let cluster_size = 1 << u32::from_be_bytes(bytes[20..24].try_into().unwrap());
+        let entries = cluster_size * 8 / bits;
+        let table = field(&bytes, 48) as usize;
+        let set = |bytes: &mut [u8], cluster: usize, value: u8| {
+            let block = field(bytes, table + cluster / entries * 8) as usize;
+            assert_ne!(block, 0);
+            bytes[block + (cluster % entries + 1) * bits / 8 - 1] = value;
+        };
+        let l1 = field(&bytes, 40) as usize;
+        let used = (field(&bytes, l1) & 0x00ff_ffff_ffff_fe00) as usize / cluster_size;
+        set(&mut bytes, used, 2);
+        std::fs::write(&overlay, &bytes).unwrap();
+        // Counted twice, so COPIED is wrong.
+        assert_eq!(image_check(&overlay), (1, 0), "{option}");
+        let error = Disk::open(&overlay, &checked).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert!(error.to_string().contains("qemu-img check -r all"), "{error}");
+        set(&mut bytes, used, 0);
+        std::fs::write(&overlay, &bytes).unwrap();
+        assert_eq!(Disk::open(&overlay, &checked).unwrap_err().kind(), ErrorKind::Corrupt, "in use and not counted, {option}");
+        // A cluster that nothing uses, counted: lost space, no reason to refuse.
+        set(&mut bytes, used, 1);
+        bytes.resize(bytes.len().next_multiple_of(cluster_size) + cluster_size, 0);
+        let last = bytes.len() / cluster_size - 1;
+        if field(&bytes, table + last / entries * 8) != 0 {
+            set(&mut bytes, last, 1);
+            std::fs::write(&overlay, &bytes).unwrap();
+            assert_eq!(image_check(&overlay), (0, 1), "{option}");
+            Disk::open(&overlay, &checked).unwrap().close().unwrap();
+        }
+    }
+}
+
+/// Corruptions and leaks that our check finds.
+fn image_check(path: &Path) -> (u64, u64) {
+    let image = Image::open(Arc::new(FileStorage::open(path, Access::ReadWrite).unwrap())).unwrap();
+    let report = image.check().unwrap();
+    (report.corruptions, report.leaks)
 }

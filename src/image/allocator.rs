@@ -169,6 +169,25 @@ impl Allocator {
         self.refcount_in(&mut self.state.lock(), cluster.0)
     }
 
+    /// The clusters of all refcount blocks.
+    pub fn blocks(&self) -> Vec<HostCluster> {
+        self.state.lock().entries.iter().filter(|&&cluster| cluster != 0).map(|&cluster| HostCluster(cluster)).collect()
+    }
+
+    /// All clusters whose refcount is not zero, for the full check.
+    pub fn counted(&self) -> Result<impl Iterator<Item = u64>> {
+        let entries = self.geometry.refblock_entries();
+        let mut counted = Vec::new();
+        let mut state = self.state.lock();
+        for index in 0..state.entries.len() {
+            if let Some(block) = self.block(&mut state, index)? {
+                let first = index as u64 * entries;
+                counted.extend((0..entries).filter(|&entry| block.get(entry as usize) != 0).map(|entry| first + entry));
+            }
+        }
+        Ok(counted.into_iter())
+    }
+
     fn refcount_in(&self, state: &mut State, cluster: u64) -> Result<u64> {
         let (block, index) = self.place(cluster);
         Ok(self.block(state, block)?.map_or(0, |block| block.get(index)))

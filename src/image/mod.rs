@@ -21,6 +21,7 @@ use crate::sync::{Mutex, RwLock, rank};
 use crate::{Error, ErrorKind, Result};
 
 mod allocator;
+mod check;
 mod grow;
 mod lookup;
 mod publish;
@@ -30,6 +31,7 @@ mod write_back;
 #[cfg(test)]
 mod tests;
 
+pub use check::CheckReport;
 pub use lookup::Extent;
 pub use publish::{Allocation, Filled};
 
