@@ -11,7 +11,7 @@ usage: scripts/test.sh [--quick] [--require-all]
 Formatting, lints, documentation, the release build, and every test. As root it installs with
 apt what is missing; otherwise it says what is missing. Leaves nothing mounted and nothing running.
 
-  --quick        without the slow parts: release-mode tests, the quickstart
+  --quick        without the slow parts: release tests beside the dev-dependencies, the quickstart
   --require-all  a missing tool is an error instead of a skip (also: CI=true)
   -h, --help     this text
 
@@ -190,6 +190,13 @@ lints() { cargo clippy --locked --all-targets -- -D warnings; }
 
 documentation() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps; }
 
+# The release profile beside the dev-dependencies, one of which would switch logging off: see tests/it/release_log.rs. What
+# decides that is features and debug assertions, so the optimiser may rest, and a target directory apart keeps the real build whole.
+release_with_dev_dependencies() {
+    cargo test --locked --release --target-dir target/release-unoptimised --config profile.release.opt-level=0 \
+        --config profile.release.debug=false --test it -- release_log
+}
+
 scripts_parse() {
     local file
     for file in scripts/*.sh .ci/run; do bash -n "$file"; done
@@ -208,13 +215,11 @@ section format cargo fmt --check
 section scripts scripts_parse
 section lints lints
 section documentation documentation
-# Built beside the dev-dependencies, one of which would silence it: see tests/it/release_log.rs.
-[[ -n $quick ]] || section release-mode-tests cargo test --locked --release --test it -- release_log
-# The binary that users get; built last, so that it is the one in target/release.
 section release-build cargo build --locked --release
 export CORDISK_RELEASE_BIN=$repo/target/release/cordisk
 section pypi-client pypi_client
 export CORDISK_QMP_PYTHON=$repo/target/qmp-venv/bin/python
 section tests tests
 section doc-tests cargo test --locked --doc
+[[ -n $quick ]] || section release-with-dev-dependencies release_with_dev_dependencies
 [[ -n $quick ]] || section quickstart scripts/quickstart.sh

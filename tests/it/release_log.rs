@@ -5,7 +5,7 @@
 //! `[profile.release.package.log] debug-assertions = true` prevents it, because `log` honours that feature only without debug assertions.
 //!
 //! `scripts/test.sh` runs these tests twice: in the debug build against the binary that users get (`CORDISK_RELEASE_BIN`), and in the
-//! release build against the one that was built beside the dev-dependencies.
+//! release profile against the one that was built beside the dev-dependencies.
 
 use std::fs;
 use std::path::{Path, PathBuf};
