@@ -1,7 +1,7 @@
 //! The one error type of the engine. Converted to an errno in `fuse` and to a QMP class in `qmp`, nowhere else.
 
 use std::borrow::Cow;
-use std::fmt;
+use std::fmt::{self, Write};
 use std::io;
 
 use rustix::io::Errno;
@@ -100,16 +100,33 @@ impl Error {
 }
 
 impl fmt::Display for Error {
-    /// The whole chain on one line: `context: cause: cause`. Operating system errors lose their "(os error N)".
+    /// The whole chain on one line: `context: cause: cause`. Operating system errors lose their "(os error N)". Control characters, which
+    /// file names may have, are escaped: nobody forges a second line or moves the cursor of a terminal with them.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.context)?;
+        let mut line = OneLine(f);
+        line.write_str(&self.context)?;
         match &self.source {
             Some(source) => match source.downcast_ref::<io::Error>() {
-                Some(io) => write!(f, ": {}", os_text(io)),
-                None => write!(f, ": {source}"),
+                Some(io) => write!(line, ": {}", os_text(io)),
+                None => write!(line, ": {source}"),
             },
             None => Ok(()),
         }
+    }
+}
+
+/// Passes text on with control characters escaped. What is escaped already has none left, so nesting changes nothing.
+struct OneLine<'a, 'b>(&'a mut fmt::Formatter<'b>);
+
+impl fmt::Write for OneLine<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for piece in text.split_inclusive(char::is_control) {
+            match piece.chars().next_back().filter(|last| last.is_control()) {
+                Some(last) => write!(self.0, "{}{}", &piece[..piece.len() - last.len_utf8()], last.escape_default())?,
+                None => self.0.write_str(piece)?,
+            }
+        }
+        Ok(())
     }
 }
 
@@ -160,5 +177,13 @@ mod tests {
         assert_eq!(error.errno(), Some(5));
         assert_eq!(error.kind(), ErrorKind::Io);
         assert_eq!(Error::io("x", io::Error::from_raw_os_error(28)).kind(), ErrorKind::NoSpace);
+    }
+
+    #[test]
+    fn control_characters_do_not_leave_the_line() {
+        let inner = Error::io("b\u{1b}[31m\u{85}", io::Error::from_raw_os_error(2));
+        let error = Error::new(ErrorKind::Io, "\u{e9} a\n\tcordisk: all is well\n").context("mount\r");
+        assert_eq!(error.to_string(), "mount\\r: \u{e9} a\\n\\tcordisk: all is well\\n");
+        assert_eq!(inner.context("a\\n").to_string(), "a\\n: b\\u{1b}[31m\\u{85}: No such file or directory");
     }
 }

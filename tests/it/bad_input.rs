@@ -527,6 +527,17 @@ fn socket_paths_that_are_taken() {
     disk.umount();
 }
 
+/// Protects: one error is one line, whatever is in the name that it is about.
+#[test]
+fn names_with_control_characters_stay_on_the_line() {
+    requires!("/dev/fuse", "qemu-img");
+    let scratch = Scratch::new();
+    good(&scratch);
+    refused(&scratch, &["no\ncordisk: such\x1b[31m.qcow2", "disk"], &["no\\ncordisk: such\\u{1b}[31m.qcow2: no such file"]);
+    refused(&scratch, &["top.qcow2", "no\nwhere/disk"], &["no\\nwhere/disk: no such file"]);
+    refused(&scratch, &["--qmp", "no\nwhere/qmp.sock", "top.qcow2", "disk"], &["no\\nwhere/qmp.sock"]);
+}
+
 /// Protects: wrong usage is told apart from things that failed: exit status 2, help on standard error, nothing done.
 #[test]
 fn wrong_usage_is_status_2() {
