@@ -185,9 +185,7 @@ impl Tables {
             };
             let result = f(&mut set);
             // After the dirty bits: see take_dirty.
-            if !table.queued.swap(true, Ordering::AcqRel) {
-                self.dirty.lock().push(l1_index);
-            }
+            self.queue(table, l1_index);
             return Ok(result);
         }
     }
@@ -252,9 +250,12 @@ impl Tables {
         slot.l1_entry.store(L1Entry { table: host, in_place: true }.encode(geometry), Ordering::Release);
     }
 
+    /// Puts a table on the list of the next pass. Mark and list change together: who finds the mark set must not return, and perhaps have its
+    /// old cluster freed, before the table is where a pass finds it (P1, R3).
     fn queue(&self, table: &L2Table, l1_index: usize) {
+        let mut dirty = self.dirty.lock();
         if !table.queued.swap(true, Ordering::AcqRel) {
-            self.dirty.lock().push(l1_index);
+            dirty.push(l1_index);
         }
     }
 
@@ -435,6 +436,11 @@ impl Tables {
     #[cfg(test)]
     pub fn limit_memory(&mut self, bytes: usize) {
         self.memory = bytes;
+    }
+
+    #[cfg(test)]
+    pub fn dirty_list(&self) -> impl std::ops::Deref<Target = Vec<usize>> {
+        self.dirty.lock()
     }
 
     #[cfg(test)]

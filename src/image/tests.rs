@@ -31,6 +31,12 @@ impl Memory {
     fn ops(&self) -> Vec<Op> {
         std::mem::take(&mut self.state.lock().ops)
     }
+
+    /// What a reader would find if we were killed now.
+    fn killed(&self) -> Arc<Memory> {
+        let bytes = self.state.lock().bytes.clone();
+        Arc::new(Memory { state: parking_lot::Mutex::new(MemoryState { bytes, ..MemoryState::default() }) })
+    }
 }
 
 impl Storage for Memory {
@@ -301,4 +307,30 @@ fn evicted_tables_come_back() {
         }
     }
     assert!(bench.image.reader.tables.resident() <= 3, "{} tables in memory", bench.image.reader.tables.resident());
+}
+
+/// P1, R3: a change that has returned is found by the next pass, even where another one is only just putting the table on the list. (It once
+/// found the mark of the other one and relied on it; a flush then returned without the change, and freed what the entry on disk still named.)
+#[test]
+fn a_change_returns_only_when_its_table_is_on_the_list() {
+    let bench = bench();
+    bench.store(0, 7).unwrap();
+    bench.image.flush().unwrap();
+    let list = bench.image.reader.tables.dirty_list();
+    let (returned, wait) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        for cluster in [1, 2] {
+            let (bench, returned) = (&bench, returned.clone());
+            scope.spawn(move || {
+                bench.store(cluster, 8).unwrap();
+                returned.send(()).unwrap();
+            });
+        }
+        if wait.recv_timeout(std::time::Duration::from_millis(300)).is_ok() {
+            assert!(!list.is_empty(), "a change returned, and no pass would write it");
+        }
+        drop(list);
+    });
+    bench.image.flush().unwrap();
+    assert_eq!(reopen(bench.memory.killed()).reads(2), 8);
 }
