@@ -458,10 +458,14 @@ impl Tables {
         self.slots.read().iter().flat_map(|slot| slot.l1_entry.load(Ordering::Acquire).to_be_bytes()).collect()
     }
 
-    /// Switches to an L1 table of `len` entries at `offset` and to another virtual size. The caller holds the whole disk and has flushed.
-    pub fn grow(&self, len: usize, offset: u64, size: u64) {
+    /// Switches to an L1 table of `len` entries at `offset`. The caller holds the whole disk and has flushed.
+    pub fn move_l1(&self, len: usize, offset: u64) {
         self.slots.write().resize_with(len, Slot::default);
         self.l1_offset.store(offset, Ordering::Release);
+    }
+
+    /// Switches to another virtual size. The caller holds the whole disk; the L1 table is large enough.
+    pub fn set_size(&self, size: u64) {
         self.size.store(size, Ordering::Release);
     }
 }

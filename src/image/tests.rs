@@ -293,7 +293,8 @@ fn evicted_tables_come_back() {
     let bench = Bench { image, ..bench };
     // 1 GiB has two L2 tables only, so grow it to forty.
     let drained = bench.lock.exclusive(0..u64::MAX);
-    bench.image.grow(&drained, 20 << 30).unwrap();
+    bench.image.make_room(&drained, 20 << 30).unwrap();
+    bench.image.set_size(&drained, 20 << 30).unwrap();
     drop(drained);
     for round in 0..3u8 {
         for table in 0..40u64 {
@@ -442,7 +443,8 @@ fn leaks_behind_the_end_of_the_file_are_left_alone() {
     let again = reopen(bench.memory.killed());
     drop(allocation);
     let drained = again.lock.exclusive(0..u64::MAX);
-    again.image.grow(&drained, 64 << 20).unwrap();
+    again.image.make_room(&drained, 64 << 20).unwrap();
+    again.image.set_size(&drained, 64 << 20).unwrap();
     drop(drained);
     again.store_small(40..9000).unwrap();
     again.image.close().unwrap();
