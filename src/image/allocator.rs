@@ -5,6 +5,7 @@
 //! (R7). On disk refcounts may therefore be too high after a crash (leaks), never too low (I2).
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::format::{Geometry, Header, HostCluster, RefcountBlock, decode_table_entry};
@@ -43,8 +44,8 @@ pub(super) struct NewTable {
     pub clusters: u32,
     /// All of it.
     pub bytes: Vec<u8>,
-    /// The clusters it leaves; free once the header names the new one.
-    pub old: (HostCluster, u64),
+    /// The clusters it leaves, first and count; free once the header names the new one.
+    pub old: Vec<(HostCluster, u64)>,
 }
 
 /// The allocator of one writable image.
@@ -59,8 +60,9 @@ pub(super) struct Allocator {
 struct State {
     /// Where the refcount table is, and how many clusters it has.
     table: (HostCluster, u64),
-    /// The table it replaces, until the header names the new one.
-    old_table: Option<(HostCluster, u64)>,
+    /// The tables it replaces, until a pass has made the header name the new one: several where it moved again before a pass went well. The
+    /// header may name any of them, since a failed pass may have got as far as that.
+    old_tables: Vec<(HostCluster, u64)>,
     /// The refcount table: cluster of each block, 0 for none.
     entries: Vec<u64>,
     /// Blocks in memory. They stay: two bytes a cluster at the usual width.
@@ -71,7 +73,7 @@ struct State {
     gaps: BTreeMap<u64, u64>,
     /// Clusters below this one have been searched for gaps.
     searched: u64,
-    /// Nothing at or above this cluster was ever handed out.
+    /// Nothing at or above this cluster is metadata or was handed out.
     end: u64,
     /// Pieces of blocks to write: (block, piece).
     dirty: BTreeSet<(usize, usize)>,
@@ -117,10 +119,14 @@ impl Allocator {
             }
             entries.push(block.map_or(0, |block| block.0));
         }
-        let end = storage.size().div_ceil(cluster_size);
+        // What no refcount block covers is free, however much of the file (or device) there is: nothing is searched there, and it is used next.
+        let covered =
+            entries.iter().rposition(|&block| block != 0).map_or(0, |last| (last as u64 + 1).saturating_mul(geometry.refblock_entries()));
+        let behind_metadata = metadata.iter().max().map_or(0, |last| last + 1);
+        let end = storage.size().div_ceil(cluster_size).min(covered).max(behind_metadata);
         let state = State {
             table: (table, table_clusters),
-            old_table: None,
+            old_tables: Vec::new(),
             blocks: vec![None; entries.len()],
             entries,
             metadata,
@@ -136,7 +142,9 @@ impl Allocator {
 
     /// At open: an L1 entry names this cluster as L2 table.
     pub fn claim_l2_table(&self, cluster: HostCluster, l1_index: usize) -> Result<()> {
-        if !self.state.lock().metadata.insert(cluster.0) {
+        let mut state = self.state.lock();
+        state.end = state.end.max(cluster.0 + 1);
+        if !state.metadata.insert(cluster.0) {
             return Err(corrupt(format!(
                 "L1 table, index {l1_index}: L2 table at {} overlaps other metadata",
                 self.geometry.host_offset(cluster)
@@ -308,7 +316,8 @@ impl Allocator {
     }
 
     /// Makes room for `extra` contiguous clusters at the end of the file together with the refcount blocks that cover them and themselves
-    /// (R5: a block describes itself), growing the refcount table where needed; returns the first of the extra clusters, counted.
+    /// (R5: a block describes itself), growing the refcount table where needed; returns the first of the extra clusters, counted. After an
+    /// error nothing has changed but `state.end`.
     fn extend(&self, state: &mut State, extra: u64) -> Result<u64> {
         let entries = self.geometry.refblock_entries();
         let missing = |state: &State, clusters: u64| {
@@ -316,15 +325,23 @@ impl Allocator {
             (state.end / entries..=last).filter(|&index| state.entries.get(index as usize).is_none_or(|&cluster| cluster == 0)).count()
                 as u64
         };
-        let mut blocks = 0;
-        while missing(state, blocks + extra) > blocks {
-            blocks = missing(state, blocks + extra);
-        }
-        let start = state.end;
-        let wanted = (start + blocks + extra).div_ceil(entries);
-        if wanted > state.entries.len() as u64 {
-            return self.grow_table(state, wanted, extra);
-        }
+        let (start, blocks, wanted) = loop {
+            let mut blocks = 0;
+            while missing(state, blocks + extra) > blocks {
+                blocks = missing(state, blocks + extra);
+            }
+            let start = state.end;
+            let wanted = (start + blocks + extra).div_ceil(entries);
+            if wanted > state.entries.len() as u64 {
+                return self.grow_table(state, wanted, extra);
+            }
+            // Loads every block that is there already, so that below nothing can fail half-way.
+            match self.last_in_use(state, start..start + blocks + extra)? {
+                // Counted although beyond the end of the file, as after a crash between refcounts and data: a leak, left alone.
+                Some(leaked) => state.end = leaked + 1,
+                None => break (start, blocks, wanted),
+            }
+        };
         let mut next = start;
         for index in start / entries..wanted {
             if state.entries[index as usize] == 0 {
@@ -343,13 +360,20 @@ impl Allocator {
             self.set_refcount(state, cluster, 1)?;
         }
         for cluster in next..next + extra {
-            if self.refcount_in(state, cluster)? != 0 || state.metadata.contains(&cluster) {
-                return Err(corrupt(format!("cluster {cluster} beyond the end of the file is in use")));
-            }
             self.set_refcount(state, cluster, 1)?;
         }
         state.end = next + extra;
         Ok(next)
+    }
+
+    /// The last cluster of a range that is counted or metadata.
+    fn last_in_use(&self, state: &mut State, clusters: Range<u64>) -> Result<Option<u64>> {
+        for cluster in clusters.rev() {
+            if self.refcount_in(state, cluster)? != 0 || state.metadata.contains(&cluster) {
+                return Ok(Some(cluster));
+            }
+        }
+        Ok(None)
     }
 
     /// Moves the refcount table to the end of the file with at least `wanted` entries, half as many again to spare (R6), then tries anew.
@@ -367,17 +391,10 @@ impl Allocator {
         match self.extend(state, clusters) {
             Ok(start) => {
                 state.metadata.extend(start..start + clusters);
-                let (left, left_clusters) = std::mem::replace(&mut state.table, (HostCluster(start), clusters));
-                if state.old_table.is_none() {
-                    state.old_table = Some((left, left_clusters));
-                } else {
-                    // Moved twice within one pass: no header ever named the table in between.
-                    for cluster in left.0..left.0 + left_clusters {
-                        self.set_refcount(state, cluster, 0)?;
-                        state.metadata.remove(&cluster);
-                        state.add_gap(cluster);
-                    }
-                }
+                // One more growth on the way would have left a table too short for the entries.
+                assert_eq!(state.entries.len(), len);
+                let left = std::mem::replace(&mut state.table, (HostCluster(start), clusters));
+                state.old_tables.push(left);
                 self.extend(state, extra)
             }
             Err(error) => {
@@ -487,18 +504,15 @@ impl Allocator {
         }
         let table_offset = self.geometry.host_offset(state.table.0).0;
         let entry = |index: usize| self.geometry.host_offset(HostCluster(state.entries[index])).0;
-        match state.old_table.take() {
-            Some(old) => {
-                writes.table = Some(NewTable {
-                    offset: table_offset,
-                    clusters: state.table.1 as u32,
-                    bytes: (0..state.entries.len()).flat_map(|index| entry(index).to_be_bytes()).collect(),
-                    old,
-                });
-            }
-            None => {
-                writes.entries = writes.new_blocks.iter().map(|&index| (table_offset + index as u64 * 8, entry(index))).collect();
-            }
+        if state.old_tables.is_empty() {
+            writes.entries = writes.new_blocks.iter().map(|&index| (table_offset + index as u64 * 8, entry(index))).collect();
+        } else {
+            writes.table = Some(NewTable {
+                offset: table_offset,
+                clusters: state.table.1 as u32,
+                bytes: (0..state.entries.len()).flat_map(|index| entry(index).to_be_bytes()).collect(),
+                old: std::mem::take(&mut state.old_tables),
+            });
         }
         writes
     }
@@ -509,15 +523,14 @@ impl Allocator {
         state.dirty.extend(writes.dirty);
         state.new_blocks.extend(writes.new_blocks);
         if let Some(table) = writes.table {
-            // Had it moved again meanwhile, the table in between stays a leak: whether the header names it is not known after a failure.
-            state.old_table = Some(table.old);
+            state.old_tables.extend(table.old);
         }
     }
 
     /// Whether a pass would find something.
     pub fn is_dirty(&self) -> bool {
         let state = self.state.lock();
-        !state.dirty.is_empty() || !state.new_blocks.is_empty() || state.old_table.is_some() || !state.pending.is_empty()
+        !state.dirty.is_empty() || !state.new_blocks.is_empty() || !state.old_tables.is_empty() || !state.pending.is_empty()
     }
 }
 

@@ -185,9 +185,7 @@ impl Tables {
             };
             let result = f(&mut set);
             // After the dirty bits: see take_dirty.
-            if !table.queued.swap(true, Ordering::AcqRel) {
-                self.dirty.lock().push(l1_index);
-            }
+            self.queue(table, l1_index);
             return Ok(result);
         }
     }
@@ -252,9 +250,12 @@ impl Tables {
         slot.l1_entry.store(L1Entry { table: host, in_place: true }.encode(geometry), Ordering::Release);
     }
 
+    /// Puts a table on the list of the next pass. Mark and list change together: who finds the mark set must not return, and perhaps have its
+    /// old cluster freed, before the table is where a pass finds it (P1, R3).
     fn queue(&self, table: &L2Table, l1_index: usize) {
+        let mut dirty = self.dirty.lock();
         if !table.queued.swap(true, Ordering::AcqRel) {
-            self.dirty.lock().push(l1_index);
+            dirty.push(l1_index);
         }
     }
 
@@ -438,6 +439,11 @@ impl Tables {
     }
 
     #[cfg(test)]
+    pub fn dirty_list(&self) -> impl std::ops::Deref<Target = Vec<usize>> {
+        self.dirty.lock()
+    }
+
+    #[cfg(test)]
     pub fn resident(&self) -> usize {
         self.resident.lock().len()
     }
@@ -457,10 +463,14 @@ impl Tables {
         self.slots.read().iter().flat_map(|slot| slot.l1_entry.load(Ordering::Acquire).to_be_bytes()).collect()
     }
 
-    /// Switches to an L1 table of `len` entries at `offset` and to another virtual size. The caller holds the whole disk and has flushed.
-    pub fn grow(&self, len: usize, offset: u64, size: u64) {
+    /// Switches to an L1 table of `len` entries at `offset`. The caller holds the whole disk and has flushed.
+    pub fn move_l1(&self, len: usize, offset: u64) {
         self.slots.write().resize_with(len, Slot::default);
         self.l1_offset.store(offset, Ordering::Release);
+    }
+
+    /// Switches to another virtual size. The caller holds the whole disk; the L1 table is large enough.
+    pub fn set_size(&self, size: u64) {
         self.size.store(size, Ordering::Release);
     }
 }
