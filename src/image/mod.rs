@@ -22,9 +22,11 @@ use crate::{Error, ErrorKind, Result};
 
 mod allocator;
 mod check;
+mod gaps;
 mod grow;
 mod lookup;
 mod publish;
+mod refcounts;
 mod tables;
 mod write_back;
 
