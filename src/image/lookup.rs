@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use super::ImageReader;
-use super::tables::L2Table;
+use super::l2_table::L2Table;
 use crate::format::{Geometry, GuestCluster, GuestOffset, Mapping, decompress};
 use crate::{Error, Result};
 

@@ -24,6 +24,7 @@ mod allocator;
 mod check;
 mod gaps;
 mod grow;
+mod l2_table;
 mod lookup;
 mod publish;
 mod refcounts;
