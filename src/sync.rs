@@ -16,16 +16,18 @@ pub mod rank {
     pub const WRITE_BACK: u8 = 3;
     /// Changes of the header on disk. Held across that I/O.
     pub const HEADER: u8 = 4;
+    /// `Image.barriers`: one fdatasync of the overlay at a time. Held across it.
+    pub const BARRIER: u8 = 5;
     /// Which thread brings an L2 table into memory. Held across that I/O.
-    pub const TABLE_LOAD: u8 = 5;
+    pub const TABLE_LOAD: u8 = 6;
     /// Refcounts. Held across the load of a refcount block only.
-    pub const ALLOCATOR: u8 = 6;
+    pub const ALLOCATOR: u8 = 7;
     /// The array of L2 table slots; written only when the L1 table grows.
-    pub const SLOTS: u8 = 7;
+    pub const SLOTS: u8 = 8;
     /// One L2 table slot: which table is resident. Entries themselves are atomic. Never held across I/O.
-    pub const SLOT: u8 = 8;
+    pub const SLOT: u8 = 9;
     /// Leaves: one struct each, nothing is taken below them.
-    pub const LEAF: u8 = 9;
+    pub const LEAF: u8 = 10;
 }
 
 #[cfg(debug_assertions)]

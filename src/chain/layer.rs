@@ -66,6 +66,14 @@ impl Layer {
         self.size
     }
 
+    /// Size of its L1 table in bytes.
+    pub(super) fn l1_bytes(&self) -> u64 {
+        match &self.body {
+            Body::Raw(_) => 0,
+            Body::Qcow2(reader) => u64::from(reader.header().l1_size) * 8,
+        }
+    }
+
     /// The directory that relative names in this image start from.
     pub(super) fn directory(&self) -> &Path {
         self.path.parent().unwrap_or(Path::new("."))

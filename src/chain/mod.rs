@@ -27,6 +27,9 @@ use layer::{Answer, Layer};
 /// The longest chain that is opened. QEMU has no limit, cloud-hypervisor 10; longer ones are a loop or an accident.
 pub const MAX_LAYERS: usize = 16;
 
+/// L1 tables of all layers together, bytes: they stay in memory, whatever the sparse files of a hostile chain claim (data-safety 3.4).
+const MAX_L1_BYTES: u64 = 256 << 20;
+
 /// What a range of the chain holds.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Content {
@@ -81,6 +84,7 @@ impl Chain {
         let mut gate = gate.clone();
         let mut layers: Vec<Arc<Layer>> = Vec::new();
         let mut next = Some(first.clone());
+        let mut l1_bytes = 0;
         while let Some(reference) = next {
             if layers.len() == MAX_LAYERS {
                 let name = printable(&reference.name);
@@ -92,6 +96,14 @@ impl Chain {
             let directory = layers.last().map_or(directory, |layer| layer.directory());
             let (file, format) = gate.admit(&reference, directory)?;
             let layer = Layer::open(&reference, file, format)?;
+            l1_bytes += layer.l1_bytes();
+            if l1_bytes > MAX_L1_BYTES {
+                let name = printable(&reference.name);
+                return Err(Error::new(
+                    ErrorKind::InvalidArgument,
+                    format!("backing chain needs more than 256 MiB of L1 tables at \"{name}\""),
+                ));
+            }
             next = layer.backing();
             layers.push(Arc::new(layer));
         }

@@ -24,7 +24,7 @@ use crate::chain::{Chain, Content, Gate, LayerInfo};
 use crate::error::Context;
 use crate::format::{BackingReference, Geometry, GuestCluster, GuestOffset, Mapping};
 use crate::image::{Image, ImageReader};
-use crate::range_lock::RangeLock;
+use crate::range_lock::{Exclusive, RangeLock};
 use crate::storage::{Access, FileStorage, Storage};
 use crate::sync::{RwLock, rank};
 use crate::{Error, ErrorKind, Result};
@@ -39,6 +39,9 @@ mod tests;
 pub use populate::Populated;
 
 use populate::FillHealth;
+
+/// Runs that one seek looks at, at most: an image can be made of more of them than anybody can count (I8).
+const SEEK_RUNS: u32 = 1 << 20;
 
 /// How a disk is opened.
 #[derive(Clone, Debug)]
@@ -266,7 +269,8 @@ impl Disk {
         }
     }
 
-    /// Grows the virtual size to `size` bytes, durably; the new range reads as zero even where a backing file is longer (2.6, H18).
+    /// Grows the virtual size to `size` bytes, durably; the new range reads as zero even where a backing file is longer (2.6, H18). That is made
+    /// so before the size changes, so that nobody ever sees anything else, not even after a crash.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] for a size that is smaller, too large or no multiple of 512; read-only; I/O.
@@ -274,20 +278,46 @@ impl Disk {
         let image = self.image()?;
         let drained = self.in_flight.exclusive(0..u64::MAX);
         let before = self.size();
-        let cluster_size = self.cluster_size();
-        if let Some(chain) = self.chain()
-            && size > before
-            && chain.size() > before
-        {
-            // The part of the last cluster beyond the old end is inside a cluster that the guest may have from below: it must be ours first.
-            if !before.is_multiple_of(cluster_size) {
-                self.populate_held(&drained, before - before % cluster_size..before, usize::MAX)?;
-            }
-            image.grow(&drained, size)?;
-            let exposed = before.next_multiple_of(cluster_size)..chain.size().min(size).next_multiple_of(cluster_size);
-            return self.zero_clusters(&drained, exposed);
+        image.make_room(&drained, size)?;
+        if size > before {
+            self.clean_end(image, &drained)?;
+            let shown = self.chain().map_or(0, |chain| chain.size()).min(size);
+            self.hide_below(image, &drained, self.aligned(&(before.next_multiple_of(self.cluster_size())..shown)))?;
         }
-        image.grow(&drained, size)
+        image.set_size(&drained, size)
+    }
+
+    /// Makes the part of the last cluster that lies beyond the end of the disk zero: another program may have left anything there (H19; QEMU
+    /// copies up whole clusters, and keeps what it cuts off), and below there may be more than the guest has seen.
+    fn clean_end(&self, image: &Image, drained: &Exclusive<'_>) -> Result<()> {
+        let size = self.size();
+        let start = size - size % self.cluster_size();
+        if start == size {
+            return Ok(());
+        }
+        match image.map(GuestOffset(start), 1)?.mapping {
+            Mapping::Zero { .. } => return Ok(()),
+            Mapping::Unallocated if self.chain_below(start).is_none() => return Ok(()),
+            _ => {}
+        }
+        let mut cluster = vec![0; self.cluster_size() as usize];
+        self.read_through(start, &mut cluster[..(size - start) as usize])?;
+        self.store(image, drained, self.geometry().guest_cluster(GuestOffset(start)), &cluster)
+    }
+
+    /// Makes whole clusters beyond the end of the disk read as zero, which are unallocated up to now.
+    fn hide_below(&self, image: &Image, drained: &Exclusive<'_>, aligned: Range<u64>) -> Result<()> {
+        if self.geometry().version() >= 3 {
+            return image.discard(drained, self.clusters(&aligned));
+        }
+        // Version 2: only written zeros hide it.
+        let mut at = aligned.start;
+        while at < aligned.end {
+            let len = write::ZERO_PIECE.max(self.cluster_size()).min(aligned.end - at);
+            self.store(image, drained, self.geometry().guest_cluster(GuestOffset(at)), &vec![0; len as usize])?;
+            at += len;
+        }
+        Ok(())
     }
 
     /// SEEK_DATA and SEEK_HOLE over overlay and chain. `None` where there is no data before the end (ENXIO); a hole is always found, the end
@@ -299,7 +329,10 @@ impl Disk {
         let size = self.size();
         self.check_range(&(from..from))?;
         let mut at = from;
-        while at < size {
+        for _ in 0..SEEK_RUNS {
+            if at >= size {
+                return Ok((what == Seek::Hole).then_some(size));
+            }
             let extent = self.reader().map(GuestOffset(at), size - at)?;
             let (holds, len) = match (extent.mapping, self.chain_below(at)) {
                 (Mapping::Data { .. } | Mapping::Compressed { .. }, _) => (Seek::Data, extent.len),
@@ -314,7 +347,8 @@ impl Disk {
             }
             at += len;
         }
-        Ok((what == Seek::Hole).then_some(size))
+        // Further on is further than one request may take; both answers are right, if not the best.
+        Ok(Some(if what == Seek::Data { at } else { size }))
     }
 
     /// How long a stream of the first `depth` backing layers is, in bytes: the virtual size, or 0 where there is nothing to copy.

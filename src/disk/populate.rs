@@ -140,12 +140,17 @@ impl Disk {
             match self.chain_below(at) {
                 Some(chain) if extent.mapping == Mapping::Unallocated => {
                     let aligned = self.aligned(&(at..at + extent.len));
-                    let bounce = self.read_clusters(&chain, aligned.start..aligned.end.min(self.size()))?;
-                    let start = (at - aligned.start) as usize;
-                    part.copy_from_slice(&bounce[start..start + part.len()]);
-                    // P5: the data is in hand, whatever becomes of the copy.
-                    if let Err(error) = self.fill(image, held, aligned.start, &bounce) {
-                        self.fills.failed(&error);
+                    match self.read_clusters(&chain, aligned.start..aligned.end.min(self.size())) {
+                        Ok(bounce) => {
+                            let start = (at - aligned.start) as usize;
+                            part.copy_from_slice(&bounce[start..start + part.len()]);
+                            // P5: the data is in hand, whatever becomes of the copy.
+                            if let Err(error) = self.fill(image, held, aligned.start, &bounce) {
+                                self.fills.failed(&error);
+                            }
+                        }
+                        // P8: the bad place may lie in what only the copy needs.
+                        Err(_) => chain.read(at, part)?,
                     }
                 }
                 _ => image.read_extent(GuestOffset(at), &extent, part)?,

@@ -481,3 +481,50 @@ fn image_check(path: &Path) -> (u64, u64) {
     let report = image.check().unwrap();
     (report.corruptions, report.leaks)
 }
+
+/// P8: a bad place below hurts those who read it, not those who read the same cluster elsewhere.
+#[test]
+fn bad_place_below_hurts_only_its_readers() {
+    let mut random = Random::new(70);
+    let dir = tempfile::tempdir().unwrap();
+    let (base, bytes) = raw_base(dir.path(), 256 << 10, &mut random);
+    let overlay = overlay_on(&base, "raw", None, "");
+    let disk = open(&overlay);
+    std::fs::OpenOptions::new().write(true).open(&base).unwrap().set_len(100_000).unwrap();
+    let mut buf = vec![0; 4096];
+    assert_eq!(disk.read(98_304, &mut buf).unwrap_err().errno(), Some(5));
+    disk.read(65_536, &mut buf).unwrap();
+    assert!(buf == bytes[65_536..][..4096]);
+}
+
+/// 2.6, H18: at no moment does a grown disk show what lies below its new range, whoever wrote the last cluster of the old one.
+#[test]
+fn growing_never_shows_the_base_even_when_killed() {
+    for option in ["", "compat=0.10", "cluster_size=4k"] {
+        let mut random = Random::new(80);
+        let dir = tempfile::tempdir().unwrap();
+        let (base, mut expected) = raw_base(dir.path(), 3 << 20, &mut random);
+        let size = (1 << 20) + 512;
+        let overlay = overlay_on(&base, "raw", Some(size), option);
+        // QEMU copies up whole clusters, and with the last one what lies beyond the end.
+        run("qemu-io", &["-f", "qcow2", "-c", "write -P 1 1M 512", overlay.to_str().unwrap()]);
+        expected[1 << 20..size as usize].fill(1);
+        expected[size as usize..].fill(0);
+        let disk = open(&overlay);
+        disk.grow(3 << 20).unwrap();
+        let copy = dir.path().join("killed.qcow2");
+        std::fs::copy(&overlay, &copy).unwrap();
+        let copy = open(&copy);
+        assert_eq!(copy.size(), 3 << 20);
+        for disk in [disk, copy] {
+            let mut all = vec![0; 3 << 20];
+            disk.read(0, &mut all).unwrap();
+            assert!(all == expected, "{option}");
+            disk.close().unwrap();
+            let path = disk.info().unwrap().path;
+            drop(disk);
+            assert!(qemu_reads(&path) == expected, "{option}");
+        }
+        check(&overlay);
+    }
+}

@@ -9,7 +9,7 @@ use crate::image::Image;
 use crate::range_lock::Exclusive;
 
 /// Zeros are written as data (version 2) in pieces of this many bytes.
-const ZERO_PIECE: u64 = 1 << 20;
+pub(super) const ZERO_PIECE: u64 = 1 << 20;
 
 /// A large zero or discard holds at most this many bytes of the disk at a time, so that others get their turn.
 const ZERO_HOLD: u64 = 1 << 30;
@@ -165,22 +165,22 @@ impl Disk {
         self.image()?;
         self.check_range(&range)?;
         let cluster_size = self.cluster_size();
-        let first_whole = range.start.next_multiple_of(cluster_size);
         // The last cluster of the disk is whole where the range reaches the end of the disk.
-        let end_whole =
-            if range.end == self.size() { range.end.next_multiple_of(cluster_size) } else { range.end - range.end % cluster_size };
-        if first_whole >= end_whole {
-            return self.write_zero_bytes(range);
-        }
-        self.write_zero_bytes(range.start..first_whole)?;
-        let mut at = first_whole;
-        while at < end_whole {
-            let end = end_whole.min(at + ZERO_HOLD);
+        let end_whole = || match range.end == self.size() {
+            true => range.end.next_multiple_of(cluster_size),
+            false => range.end - range.end % cluster_size,
+        };
+        let mut at = range.start.next_multiple_of(cluster_size);
+        self.write_zero_bytes(range.start..at.min(range.end))?;
+        while at < end_whole() {
+            let end = end_whole().min(at + ZERO_HOLD);
             let held = self.in_flight.exclusive(at..end);
+            // The size stands still now; had the disk grown meanwhile, its last cluster would hold what was written behind our range.
+            let end = end.min(end_whole());
             self.make_clusters_zero(&held, at..end, hosts)?;
             at = end;
         }
-        self.write_zero_bytes(end_whole.min(range.end)..range.end)
+        self.write_zero_bytes(at.min(range.end)..range.end)
     }
 
     /// Zeros by writing, for the edges of a range; nothing is written where the bytes are known to be zero.
@@ -204,11 +204,6 @@ impl Disk {
             Mapping::Unallocated => self.chain_below(at).is_none(),
             _ => false,
         })
-    }
-
-    /// As [`Disk::discard`] for whole clusters that are held.
-    pub(super) fn zero_clusters(&self, held: &Exclusive<'_>, aligned: Range<u64>) -> Result<()> {
-        self.make_clusters_zero(held, aligned, HostClusters::GiveBack)
     }
 
     fn make_clusters_zero(&self, held: &Exclusive<'_>, aligned: Range<u64>, hosts: HostClusters) -> Result<()> {

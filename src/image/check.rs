@@ -80,7 +80,7 @@ impl Image {
         if report.corruptions > 0 {
             return Ok(CheckReport { leaks: 0, ..report });
         }
-        report.leaks += self.allocator.counted()?.filter(|cluster| !references.contains_key(cluster)).count() as u64;
+        report.leaks += self.allocator.counted()?.iter().filter(|cluster| !references.contains_key(*cluster)).count() as u64;
         Ok(report)
     }
 }

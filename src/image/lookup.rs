@@ -3,8 +3,8 @@
 use std::sync::atomic::Ordering;
 
 use super::ImageReader;
-use super::tables::L2Table;
-use crate::format::{Geometry, GuestOffset, Mapping, decompress};
+use super::l2_table::L2Table;
+use crate::format::{Geometry, GuestCluster, GuestOffset, Mapping, decompress};
 use crate::{Error, Result};
 
 /// One run of equal mapping.
@@ -33,6 +33,14 @@ impl ImageReader {
         let (l1_index, l2_index) = geometry.table_indexes(geometry.guest_cluster(at));
         let run = self.tables.with(l1_index, |table| run_at(table, l2_index, geometry.in_cluster(at), len, &geometry))?;
         run.unwrap_or(Ok(Extent { mapping: Mapping::Unallocated, len }))
+    }
+
+    /// What one cluster maps to, also one beyond the virtual size: a disk that is to grow is made ready there.
+    pub(super) fn mapping(&self, cluster: GuestCluster) -> Result<Mapping> {
+        let geometry = self.geometry();
+        let (l1_index, l2_index) = geometry.table_indexes(cluster);
+        let mapping = self.tables.with(l1_index, |table| Mapping::decode(table.entry(l2_index).load(Ordering::Acquire), &geometry))?;
+        Ok(mapping.transpose()?.unwrap_or(Mapping::Unallocated))
     }
 
     /// Reads from the start of a run that [`ImageReader::map`] returned for the same `at`. Unallocated and zero runs give zeros.

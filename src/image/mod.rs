@@ -22,9 +22,12 @@ use crate::{Error, ErrorKind, Result};
 
 mod allocator;
 mod check;
+mod gaps;
 mod grow;
+mod l2_table;
 mod lookup;
 mod publish;
+mod refcounts;
 mod tables;
 mod write_back;
 
@@ -103,6 +106,9 @@ pub struct Image {
     write_back: Mutex<{ rank::WRITE_BACK }, ()>,
     /// One change of the header at a time, from reading it in memory to both copies being new.
     header_change: Mutex<{ rank::HEADER }, ()>,
+    /// One fdatasync at a time: the kernel reports an error once per open file, and of two at the same time it would be the wrong one that
+    /// succeeds. The next one finds the latch (P7, H21).
+    barriers: Mutex<{ rank::BARRIER }, ()>,
     /// Latched by a failed barrier (P7) and by corruption (P11): nothing is written any more.
     failed: AtomicBool,
 }
@@ -124,6 +130,7 @@ impl Image {
             commit: GroupCommit::default(),
             write_back: Mutex::new(()),
             header_change: Mutex::new(()),
+            barriers: Mutex::new(()),
             failed: AtomicBool::new(false),
         })
     }
@@ -187,6 +194,7 @@ impl Image {
 
     /// The barrier. A failed one is never retried with success: what it covered may be lost although later ones succeed (P7).
     fn barrier(&self) -> Result<()> {
+        let _one_at_a_time = self.barriers.lock();
         self.check_usable()?;
         self.reader.storage.sync().map_err(|error| {
             self.failed.store(true, Ordering::SeqCst);
@@ -224,7 +232,8 @@ impl Image {
         }
         header.incompatible |= feature::CORRUPT;
         let (at, bytes) = patch::incompatible(header.incompatible);
-        // Not by the barrier, which the latch has closed.
+        // Not by `barrier`, which the latch has closed.
+        let _alone = self.barriers.lock();
         match self.reader.storage.write_at(at, &bytes).and_then(|()| self.reader.storage.sync()) {
             Ok(()) => *self.reader.header.write() = header,
             Err(error) => log::error!("the corrupt bit could not be set: {error}"),

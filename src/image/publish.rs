@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::Image;
-use crate::format::{Geometry, GuestCluster, GuestOffset, HostCluster, Mapping};
+use crate::format::{Geometry, GuestCluster, HostCluster, Mapping};
 use crate::range_lock::Exclusive;
 use crate::{Error, Result};
 
@@ -186,7 +186,7 @@ impl Image {
         let mut index = 0;
         while index < count {
             let at = GuestCluster(clusters.start.0 + index);
-            let before = self.map_cluster(at, &geometry)?;
+            let before = self.watch(self.reader.mapping(at))?;
             if let Some(after) = becomes(index, before) {
                 changes.push((l2_index + index as usize, after, before));
             }
@@ -207,11 +207,6 @@ impl Image {
             self.allocator.queue_free(start, len);
         }
         Ok(count)
-    }
-
-    fn map_cluster(&self, cluster: GuestCluster, geometry: &Geometry) -> Result<Mapping> {
-        let at = geometry.guest_offset(cluster);
-        Ok(self.map(GuestOffset(at.0), 1)?.mapping)
     }
 }
 

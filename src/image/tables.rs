@@ -5,66 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use super::allocator::Allocator;
+use super::l2_table::L2Table;
 use crate::format::{Geometry, Header, HostCluster, L1Entry, Mapping};
 use crate::storage::Storage;
 use crate::sync::{Mutex, RwLock, rank};
 use crate::{Error, ErrorKind, Result};
 
-/// An L2 table is written back in pieces of this many bytes: what one page of the host holds.
-const PIECE: usize = 4096;
-const PIECE_ENTRIES: usize = PIECE / 8;
-
 /// Table loads that may go on side by side; each is one lock.
 const LOADERS: usize = 16;
-
-/// One L2 table in memory.
-#[derive(Debug)]
-pub(super) struct L2Table {
-    host: HostCluster,
-    /// COPIED in the L1 entry: this table may be overwritten where it is.
-    in_place: bool,
-    entries: Box<[AtomicU64]>,
-    /// One bit per piece.
-    dirty: Box<[AtomicU64]>,
-    /// Whether it stands in [`Tables::dirty`].
-    queued: AtomicBool,
-    /// The L1 entry on disk does not name this table yet.
-    l1_dirty: AtomicBool,
-}
-
-impl L2Table {
-    fn new(host: HostCluster, in_place: bool, entries: Box<[AtomicU64]>) -> Self {
-        let pieces = entries.len().div_ceil(PIECE_ENTRIES);
-        let dirty = (0..pieces.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        L2Table { host, in_place, entries, dirty, queued: AtomicBool::new(false), l1_dirty: AtomicBool::new(false) }
-    }
-
-    /// The raw entry at `index`.
-    pub fn entry(&self, index: usize) -> &AtomicU64 {
-        &self.entries[index]
-    }
-
-    fn mark_dirty(&self, index: usize) {
-        let piece = index / PIECE_ENTRIES;
-        self.dirty[piece / 64].fetch_or(1 << (piece % 64), Ordering::AcqRel);
-    }
-
-    fn mark_all_dirty(&self) {
-        for first in (0..self.entries.len()).step_by(PIECE_ENTRIES) {
-            self.mark_dirty(first);
-        }
-    }
-
-    fn is_clean(&self) -> bool {
-        !self.queued.load(Ordering::Acquire)
-            && !self.l1_dirty.load(Ordering::Acquire)
-            && self.dirty.iter().all(|word| word.load(Ordering::Acquire) == 0)
-    }
-
-    fn bytes(&self) -> usize {
-        self.entries.len() * 8
-    }
-}
 
 /// One L1 entry and the table it names, if that is in memory.
 #[derive(Debug, Default)]
@@ -178,16 +126,10 @@ impl Tables {
             let guard = slots[l1_index].table.read();
             // Evicted or not yet ours: once more.
             let Some(table) = guard.as_deref().filter(|table| table.in_place) else { continue };
-            let mut set = |index: usize, raw: u64| {
-                let before = table.entries[index].swap(raw, Ordering::AcqRel);
-                table.mark_dirty(index);
-                before
-            };
+            let mut set = |index: usize, raw: u64| table.set(index, raw);
             let result = f(&mut set);
             // After the dirty bits: see take_dirty.
-            if !table.queued.swap(true, Ordering::AcqRel) {
-                self.dirty.lock().push(l1_index);
-            }
+            self.queue(table, l1_index);
             return Ok(result);
         }
     }
@@ -252,9 +194,12 @@ impl Tables {
         slot.l1_entry.store(L1Entry { table: host, in_place: true }.encode(geometry), Ordering::Release);
     }
 
+    /// Puts a table on the list of the next pass. Mark and list change together: who finds the mark set must not return, and perhaps have its
+    /// old cluster freed, before the table is where a pass finds it (P1, R3).
     fn queue(&self, table: &L2Table, l1_index: usize) {
+        let mut dirty = self.dirty.lock();
         if !table.queued.swap(true, Ordering::AcqRel) {
-            self.dirty.lock().push(l1_index);
+            dirty.push(l1_index);
         }
     }
 
@@ -371,21 +316,7 @@ impl Tables {
             table.queued.swap(false, Ordering::AcqRel);
             let l1_entry = table.l1_dirty.swap(false, Ordering::AcqRel).then(|| slot.l1_entry.load(Ordering::Acquire));
             let start = geometry.host_offset(table.host).0;
-            let mut pieces: Vec<(u64, Vec<u8>)> = Vec::new();
-            for (word, dirty) in table.dirty.iter().enumerate() {
-                let mut bits = dirty.swap(0, Ordering::AcqRel);
-                while bits != 0 {
-                    let piece = word * 64 + bits.trailing_zeros() as usize;
-                    bits &= bits - 1;
-                    let offset = start + (piece * PIECE) as u64;
-                    let entries = table.entries[piece * PIECE_ENTRIES..].iter().take(PIECE_ENTRIES);
-                    let bytes = entries.flat_map(|entry| entry.load(Ordering::Acquire).to_be_bytes());
-                    match pieces.last_mut() {
-                        Some((at, run)) if *at + run.len() as u64 == offset => run.extend(bytes),
-                        _ => pieces.push((offset, bytes.collect())),
-                    }
-                }
-            }
+            let pieces = table.take_dirty(start);
             writes.push(TableWrite { l1_index, pieces, l1_entry });
         }
         writes
@@ -400,6 +331,7 @@ impl Tables {
 
     /// The pass failed: everything that it took is dirty again.
     pub fn not_written(&self, writes: &[TableWrite]) {
+        let geometry = self.geometry();
         let slots = self.slots.read();
         for write in writes {
             let guard = slots[write.l1_index].table.read();
@@ -407,15 +339,7 @@ impl Tables {
             if write.l1_entry.is_some() {
                 table.l1_dirty.store(true, Ordering::Release);
             }
-            for (at, bytes) in &write.pieces {
-                let start = self.geometry().host_offset(table.host).0;
-                // Moved meanwhile: then all of it is dirty already.
-                if let Some(first) = at.checked_sub(start).filter(|first| *first < table.bytes() as u64) {
-                    for index in (first as usize..first as usize + bytes.len()).step_by(PIECE) {
-                        table.mark_dirty(index / 8);
-                    }
-                }
-            }
+            table.dirty_again(geometry.host_offset(table.host).0, &write.pieces);
             self.queue(table, write.l1_index);
         }
         drop(slots);
@@ -438,6 +362,11 @@ impl Tables {
     }
 
     #[cfg(test)]
+    pub fn dirty_list(&self) -> impl std::ops::Deref<Target = Vec<usize>> {
+        self.dirty.lock()
+    }
+
+    #[cfg(test)]
     pub fn resident(&self) -> usize {
         self.resident.lock().len()
     }
@@ -457,10 +386,14 @@ impl Tables {
         self.slots.read().iter().flat_map(|slot| slot.l1_entry.load(Ordering::Acquire).to_be_bytes()).collect()
     }
 
-    /// Switches to an L1 table of `len` entries at `offset` and to another virtual size. The caller holds the whole disk and has flushed.
-    pub fn grow(&self, len: usize, offset: u64, size: u64) {
+    /// Switches to an L1 table of `len` entries at `offset`. The caller holds the whole disk and has flushed.
+    pub fn move_l1(&self, len: usize, offset: u64) {
         self.slots.write().resize_with(len, Slot::default);
         self.l1_offset.store(offset, Ordering::Release);
+    }
+
+    /// Switches to another virtual size. The caller holds the whole disk; the L1 table is large enough.
+    pub fn set_size(&self, size: u64) {
         self.size.store(size, Ordering::Release);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 1 one pass at a time        2 take the pending frees     3 take dirty L2 tables     4 THEN take dirty refcounts
-//! 5 write refcounts (a moved table or new entries behind a barrier of their own, R5, R6)
+//! 5 write refcounts (new blocks, barrier, the entries or the moved table that names them; for that one barrier, header: R5, R6)
 //! 6 barrier: refcounts, and every byte of data written before any publish of step 3, are durable (R1, R2)
 //! 7 write L2 tables           8 tables that the L1 table does not name yet: barrier, write their L1 entries (R4)
 //! 9 barrier: from here on a crash finds the new mapping
@@ -101,6 +101,8 @@ impl Image {
         let write = || -> Result<()> {
             self.write_all("refcount block", &refcounts.pieces)?;
             if let Some(table) = &refcounts.table {
+                // Behind its blocks: where an earlier pass failed after it had changed the header, this table is the live one.
+                self.barrier()?;
                 self.write_all("refcount table", &[(table.offset, &table.bytes)])?;
                 self.barrier()?;
                 self.change_header(|header| {
@@ -135,8 +137,7 @@ impl Image {
             Ok(()) => {
                 self.reader.tables.written();
                 if let Some(table) = refcounts.table.take() {
-                    let (old, clusters) = table.old;
-                    for cluster in old.0..old.0 + clusters {
+                    for cluster in table.old.iter().flat_map(|&(old, clusters)| old.0..old.0 + clusters) {
                         *frees.entry(cluster).or_default() += 1;
                     }
                 }

@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
+use super::call::Call;
 use super::codec::{Class, Refusal};
-use super::dispatch::Call;
 use super::job_commands::{SETTLE, non_negative};
 use super::nodes;
 use super::queries;

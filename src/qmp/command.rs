@@ -1,9 +1,11 @@
 //! The commands: one table, from which requests are dispatched, arguments checked and `query-commands` answered.
 
-use serde_json::{Map, Value};
+use serde_json::{Value, json};
 
+use super::arguments::ArgumentKind::{Boolean, Enum, EnumList, Integer, String as Text};
+use super::arguments::{Argument, mandatory, optional};
+use super::call::Call;
 use super::codec::{Class, Refusal, Request};
-use super::dispatch::Call;
 use super::{block_stream, job_commands, queries};
 
 /// One command.
@@ -12,43 +14,6 @@ pub(super) struct Command {
     /// In the order in which they are checked, which is that of QEMU's schema.
     pub arguments: &'static [Argument],
     pub run: fn(&mut Call<'_>) -> Result<Value, Refusal>,
-}
-
-/// One argument of a command.
-pub(super) struct Argument {
-    pub name: &'static str,
-    pub kind: ArgumentKind,
-    pub presence: Presence,
-}
-
-/// Whether an argument must be given.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum Presence {
-    Mandatory,
-    Optional,
-}
-
-/// What an argument is.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub(super) enum ArgumentKind {
-    String,
-    /// 64 bits with a sign.
-    Integer,
-    Boolean,
-    /// One of these strings.
-    Enum(&'static [&'static str]),
-    /// Any number of these strings.
-    EnumList(&'static [&'static str]),
-}
-
-use ArgumentKind::{Boolean, Enum, EnumList, Integer, String as Text};
-
-const fn mandatory(name: &'static str, kind: ArgumentKind) -> Argument {
-    Argument { name, kind, presence: Presence::Mandatory }
-}
-
-const fn optional(name: &'static str, kind: ArgumentKind) -> Argument {
-    Argument { name, kind, presence: Presence::Optional }
 }
 
 const NONE: &[Argument] = &[];
@@ -81,7 +46,7 @@ const fn command(name: &'static str, arguments: &'static [Argument], run: fn(&mu
 pub(super) const COMMANDS: &[Command] = &[
     command(NEGOTIATION, &[optional("enable", EnumList(&["oob"]))], queries::qmp_capabilities),
     command("query-version", NONE, queries::query_version),
-    command("query-commands", NONE, queries::query_commands),
+    command("query-commands", NONE, query_commands),
     command("query-block", NONE, queries::query_block),
     command("query-named-block-nodes", &[optional("flat", Boolean)], queries::query_named_block_nodes),
     command("query-block-jobs", NONE, job_commands::query_block_jobs),
@@ -126,93 +91,19 @@ pub(super) fn find(request: &Request) -> Result<&'static Command, Refusal> {
     }
 }
 
-/// Arguments of a command, checked against its table entry.
-#[derive(Debug)]
-pub(super) struct Arguments(Map<String, Value>);
-
-impl Arguments {
-    /// Checks in the order of the table; what the table does not know comes last.
-    ///
-    /// # Errors
-    /// The reply for the first thing that is wrong.
-    pub fn check(command: &Command, given: Map<String, Value>) -> Result<Arguments, Refusal> {
-        for argument in command.arguments {
-            match given.get(argument.name) {
-                Some(value) => argument.check(value)?,
-                None if argument.presence == Presence::Mandatory => {
-                    return Err(Refusal::generic(format!("Parameter '{}' is missing", argument.name)));
-                }
-                None => {}
-            }
-        }
-        let known = |key: &str| command.arguments.iter().any(|argument| argument.name == key);
-        // QEMU names one of them in no order at all.
-        match given.keys().find(|key| !known(key)) {
-            Some(key) => Err(Refusal::generic(format!("Parameter '{key}' is unexpected"))),
-            None => Ok(Arguments(given)),
-        }
-    }
-
-    /// An optional string.
-    pub fn text(&self, name: &str) -> Option<&str> {
-        self.0.get(name).and_then(Value::as_str)
-    }
-
-    /// A mandatory string.
-    pub fn mandatory_text(&self, name: &str) -> &str {
-        self.text(name).unwrap_or_default()
-    }
-
-    /// An integer.
-    pub fn integer(&self, name: &str) -> Option<i64> {
-        self.0.get(name).and_then(Value::as_i64)
-    }
-
-    /// A boolean.
-    pub fn boolean(&self, name: &str) -> Option<bool> {
-        self.0.get(name).and_then(Value::as_bool)
-    }
-
-    /// The strings of a list.
-    pub fn texts(&self, name: &str) -> impl Iterator<Item = &str> {
-        self.0.get(name).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str)
-    }
-}
-
-impl Argument {
-    fn check(&self, value: &Value) -> Result<(), Refusal> {
-        let invalid =
-            |name: &str, expected: &str| Err(Refusal::generic(format!("Invalid parameter type for '{name}', expected: {expected}")));
-        // An element of a list has no name (QEMU prints `null`).
-        let one_of = |name: &str, values: &[&str], text: &str| match values.contains(&text) {
-            true => Ok(()),
-            false => Err(Refusal::generic(format!("Parameter '{name}' does not accept value '{text}'"))),
-        };
-        match (self.kind, value) {
-            (Text, Value::String(_)) | (Boolean, Value::Bool(_)) => Ok(()),
-            (Integer, value) if value.is_i64() => Ok(()),
-            (Enum(values), Value::String(text)) => one_of(self.name, values, text),
-            (EnumList(values), Value::Array(elements)) => elements.iter().enumerate().try_for_each(|(i, element)| match element.as_str() {
-                Some(text) => one_of("null", values, text),
-                None => invalid(&format!("{}[{i}]", self.name), "string"),
-            }),
-            (Text | Enum(_), _) => invalid(self.name, "string"),
-            (Integer, _) => invalid(self.name, "integer"),
-            (Boolean, _) => invalid(self.name, "boolean"),
-            (EnumList(_), _) => invalid(self.name, "array"),
-        }
-    }
+fn query_commands(_: &mut Call<'_>) -> Result<Value, Refusal> {
+    Ok(COMMANDS.iter().map(|command| json!({ "name": command.name })).collect())
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::arguments::Arguments;
     use super::*;
-    use serde_json::json;
 
     fn check(name: &str, arguments: Value) -> Result<Arguments, String> {
         let Value::Object(arguments) = arguments else { panic!("arguments are an object") };
         let request = Request { command: name.into(), oob: false, arguments: arguments.clone() };
-        Arguments::check(find(&request).unwrap(), arguments).map_err(|refusal| refusal.desc)
+        Arguments::check(find(&request).unwrap().arguments, arguments).map_err(|refusal| refusal.desc)
     }
 
     #[test]

@@ -1,71 +1,11 @@
 //! A client's side of the conversation: what it may ask, and which answer it gets.
 
-use std::sync::Arc;
-
-use crossbeam_channel::Sender;
-use parking_lot::Mutex;
 use serde_json::Value;
 
+use super::arguments::Arguments;
+use super::call::{Backend, Call, Session};
 use super::codec::{self, Class, Oob, Refusal};
-use super::command::{self, Arguments, NEGOTIATION};
-use crate::Result;
-use crate::disk::{Disk, DiskInfo};
-use crate::job::{Hold, Jobs};
-use crate::stream::{self, StreamOptions};
-
-/// What the commands act upon.
-#[derive(Clone, Debug)]
-pub struct Target {
-    /// The disk.
-    pub disk: Arc<Disk>,
-    /// Its jobs.
-    pub jobs: Jobs,
-    /// The name by which clients call the disk, and its jobs unless they say otherwise: a letter, then letters, digits, `-`, `.` and `_`.
-    pub device: String,
-    /// Where a client's wish to end the process is sent, without waiting: give the channel room for one.
-    pub quit: Sender<()>,
-}
-
-/// [`Target`] with the disk behind two functions, so that the conversation can be tested without one.
-pub(super) struct Backend {
-    pub jobs: Jobs,
-    pub device: String,
-    pub quit: Sender<()>,
-    /// Between the look at the jobs there are and the start of another one. Taken while no other lock is held.
-    pub starting: Mutex<()>,
-    pub info: Box<dyn Fn() -> Result<DiskInfo> + Send + Sync>,
-    pub start_stream: Box<dyn Fn(StreamOptions) -> Result<()> + Send + Sync>,
-}
-
-impl From<Target> for Backend {
-    fn from(target: Target) -> Self {
-        let Target { disk, jobs, device, quit } = target;
-        let start_stream = {
-            let (disk, jobs) = (Arc::clone(&disk), jobs.clone());
-            Box::new(move |options| stream::start(&disk, &jobs, options))
-        };
-        Backend { jobs, device, quit, starting: Mutex::default(), info: Box::new(move || disk.info()), start_stream }
-    }
-}
-
-/// What one client has said so far.
-#[derive(Debug)]
-pub(super) struct Session {
-    /// It has negotiated capabilities: it may ask anything, and is told of events.
-    pub negotiated: bool,
-    pub oob: Oob,
-    /// Keeps jobs at their checkpoints until the reply is on its way.
-    pub hold: Option<Hold>,
-    /// It has asked for the end of the process; its reply comes last of all.
-    pub quitting: bool,
-}
-
-/// A command that runs.
-pub(super) struct Call<'a> {
-    pub arguments: Arguments,
-    pub backend: &'a Backend,
-    pub session: &'a mut Session,
-}
+use super::command::{self, NEGOTIATION};
 
 /// The answer to one value a client has sent.
 pub(super) enum Answer {
@@ -104,7 +44,7 @@ impl Session {
             return Err(Refusal::new(Class::CommandNotFound, format!("Expecting capabilities negotiation with '{NEGOTIATION}'")));
         }
         let command = command::find(&request)?;
-        let arguments = Arguments::check(command, request.arguments)?;
+        let arguments = Arguments::check(command.arguments, request.arguments)?;
         (command.run)(&mut Call { arguments, backend, session: self })
     }
 }

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use super::call::Call;
 use super::codec::{Class, Refusal};
-use super::dispatch::Call;
 use crate::job::{ErrorAction, Force, IoStatus, JobError, JobInfo, Verb, Worker};
 
 /// How long a reply waits for the events of what was asked, which come first where the job slept (QEMU runs a sleeping job to its end at once).

@@ -15,7 +15,9 @@
 //! not negotiated is sent nothing but the greeting and replies; a client that does not read loses its connection and nothing else; memory per client is bounded;
 //! nobody but the owner of the process and root is served.
 
+mod arguments;
 mod block_stream;
+mod call;
 mod client;
 mod codec;
 mod command;
@@ -34,6 +36,6 @@ mod socket;
 mod tests;
 mod unicode;
 
-pub use dispatch::Target;
+pub use call::Target;
 pub use fanout::ShutdownReason;
 pub use server::Server;

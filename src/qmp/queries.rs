@@ -2,9 +2,8 @@
 
 use serde_json::{Value, json};
 
+use super::call::Call;
 use super::codec::{Class, Oob, Refusal};
-use super::command::{COMMANDS, NEGOTIATION};
-use super::dispatch::Call;
 use super::job_commands::io_status_word;
 use super::nodes::{self, Images};
 use crate::disk::DiskInfo;
@@ -31,11 +30,6 @@ pub(super) fn qmp_capabilities(call: &mut Call<'_>) -> Result<Value, Refusal> {
 
 pub(super) fn query_version(_: &mut Call<'_>) -> Result<Value, Refusal> {
     Ok(version())
-}
-
-pub(super) fn query_commands(_: &mut Call<'_>) -> Result<Value, Refusal> {
-    debug_assert_eq!(COMMANDS[0].name, NEGOTIATION);
-    Ok(COMMANDS.iter().map(|command| json!({ "name": command.name })).collect())
 }
 
 /// The disk's facts.

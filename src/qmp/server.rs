@@ -15,9 +15,10 @@ use rustix::net::sockopt::socket_peercred;
 use rustix::process::geteuid;
 use serde_json::{Value, json};
 
+use super::call::{Backend, Session, Target};
 use super::client::Client;
 use super::codec::{self, Decoder, Refusal};
-use super::dispatch::{Answer, Backend, Session, Target};
+use super::dispatch::Answer;
 use super::fanout::{Fanout, Listens, ShutdownReason};
 use super::queries::greeting;
 use super::socket::Socket;

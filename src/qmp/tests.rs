@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::dispatch::Backend;
+use super::call::Backend;
 use super::server::Server;
 use crate::chain::LayerInfo;
 use crate::disk::DiskInfo;

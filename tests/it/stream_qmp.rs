@@ -646,6 +646,8 @@ fn stream_from_the_command_line() {
     let rig = Rig::new(4 * MIB);
     let disk = rig.mount().args(&["--device", "disk-a", "--stream", "--speed", "1K"]).qmp().start();
     let mut client = disk.client();
+    // In the foreground the socket is there a moment before the job (without -f the command returns when both are).
+    wait_until("the job of --stream is there", || client.ok("query-block-jobs", json!({})) != json!([]));
     let job = client.job();
     assert_eq!((&job["device"], &job["speed"], &job["type"]), (&json!("disk-a"), &json!(1024), &json!("stream")), "{job}");
     client.ok("block-job-set-speed", json!({"device": "disk-a", "speed": 0}));

@@ -1,0 +1,79 @@
+//! Free runs of host clusters. Pure.
+
+use std::collections::BTreeMap;
+
+/// Gaps looked at for one that is large enough, before the first is taken as it is.
+const LOOKED_AT: usize = 64;
+
+/// Free runs, joined with their neighbours: start to length in clusters.
+#[derive(Debug, Default)]
+pub(super) struct Gaps(BTreeMap<u64, u64>);
+
+impl Gaps {
+    /// Whether none is known.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Adds a cluster.
+    ///
+    /// # Panics
+    /// If it is free already.
+    pub fn add(&mut self, cluster: u64) {
+        let (mut start, mut len) = (cluster, 1);
+        if let Some((&before, &before_len)) = self.0.range(..=cluster).next_back() {
+            assert!(before + before_len <= cluster, "cluster {cluster} freed twice");
+            if before + before_len == cluster {
+                self.0.remove(&before);
+                start = before;
+                len += before_len;
+            }
+        }
+        if let Some(after_len) = self.0.remove(&(cluster + 1)) {
+            len += after_len;
+        }
+        self.0.insert(start, len);
+    }
+
+    /// Takes up to `at_most` clusters of one gap, first and count: of one that is large enough if there is one nearby, of the first otherwise.
+    pub fn take(&mut self, at_most: u64) -> Option<(u64, u64)> {
+        let first = self.0.iter().next().map(|(&start, &len)| (start, len))?;
+        let fitting = self.0.iter().take(LOOKED_AT).find(|(_, len)| **len >= at_most).map(|(&start, &len)| (start, len));
+        let (start, len) = fitting.unwrap_or(first);
+        let taken = len.min(at_most);
+        self.0.remove(&start);
+        if taken < len {
+            self.0.insert(start + taken, len - taken);
+        }
+        Some((start, taken))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_are_joined_and_the_first_that_fits_is_taken() {
+        let mut gaps = Gaps::default();
+        for cluster in [10, 12, 11, 20, 30, 31, 32, 33] {
+            gaps.add(cluster);
+        }
+        assert_eq!(gaps.0, BTreeMap::from([(10, 3), (20, 1), (30, 4)]));
+        assert_eq!(gaps.take(4), Some((30, 4)));
+        assert_eq!(gaps.take(2), Some((10, 2)));
+        assert_eq!(gaps.take(9), Some((12, 1)), "none is large enough: the first");
+        assert_eq!(gaps.take(1), Some((20, 1)));
+        assert_eq!(gaps.take(1), None);
+        assert!(gaps.is_empty());
+    }
+
+    #[test]
+    #[should_panic(expected = "freed twice")]
+    fn a_free_cluster_is_not_freed_again() {
+        let mut gaps = Gaps::default();
+        gaps.add(5);
+        gaps.add(6);
+        gaps.add(5);
+    }
+}

@@ -1,0 +1,255 @@
+//! The refcounts in memory: blocks loaded on demand, what of them is dirty, and a table that can move.
+//!
+//! Knows what is counted, not who may have it: that is the allocator's.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::format::{Geometry, Header, HostCluster, RefcountBlock, decode_table_entry};
+use crate::storage::Storage;
+use crate::{Error, ErrorKind, Result};
+
+/// A refcount block is written back in pieces of this many bytes.
+const PIECE: usize = 4096;
+
+/// What the write-back pass has to write of the refcounts.
+#[derive(Debug, Default)]
+pub(super) struct RefcountWrites {
+    /// Host offsets in bytes and bytes of refcount blocks.
+    pub pieces: Vec<(u64, Vec<u8>)>,
+    /// Table entries of new blocks: host offset in bytes, and the entry.
+    pub entries: Vec<(u64, u64)>,
+    /// The whole table, where it moved.
+    pub table: Option<NewTable>,
+    dirty: BTreeSet<(usize, usize)>,
+    new_blocks: BTreeSet<usize>,
+}
+
+/// A refcount table that moved because it grew (R6).
+#[derive(Debug)]
+pub(super) struct NewTable {
+    /// Where it is now, bytes.
+    pub offset: u64,
+    /// How many clusters.
+    pub clusters: u32,
+    /// All of it.
+    pub bytes: Vec<u8>,
+    /// The clusters it leaves, first and count; free once the header names the new one.
+    pub old: Vec<(HostCluster, u64)>,
+}
+
+/// The refcount table and its blocks.
+#[derive(Debug)]
+pub(super) struct RefcountTable {
+    storage: Arc<dyn Storage>,
+    geometry: Geometry,
+    /// Where the table is, and how many clusters it has.
+    table: (HostCluster, u64),
+    /// The tables it replaces, until a pass has made the header name the new one: several where it moved again before a pass went well. The
+    /// header may name any of them, since a failed pass may have got as far as that.
+    old_tables: Vec<(HostCluster, u64)>,
+    /// The table: cluster of each block, 0 for none.
+    entries: Vec<u64>,
+    /// Blocks in memory. They stay: two bytes a cluster at the usual width.
+    blocks: Vec<Option<RefcountBlock>>,
+    /// Pieces of blocks to write: (block, piece).
+    dirty: BTreeSet<(usize, usize)>,
+    /// Blocks whose table entry is not on disk.
+    new_blocks: BTreeSet<usize>,
+}
+
+impl RefcountTable {
+    /// Reads the table and checks its entries one by one (V23).
+    pub fn open(storage: Arc<dyn Storage>, header: &Header) -> Result<Self> {
+        let geometry = header.geometry;
+        let clusters = u64::from(header.refcount_table_clusters);
+        let mut raw = vec![0; (clusters * geometry.cluster_size()) as usize];
+        storage.read_at(header.refcount_table_offset, &mut raw).map_err(|error| Error::io("refcount table", error))?;
+        let mut entries = Vec::with_capacity(raw.len() / 8);
+        for (index, raw) in raw.chunks_exact(8).enumerate() {
+            let raw = raw.iter().fold(0, |value, &byte| value << 8 | u64::from(byte));
+            let block =
+                decode_table_entry(raw, &geometry).map_err(|error| Error::from(error).context(format!("refcount table, index {index}")))?;
+            if let Some(block) = block {
+                let end = geometry.host_offset(block).0.checked_add(geometry.cluster_size());
+                if end.is_none_or(|end| end > storage.size()) {
+                    let offset = geometry.host_offset(block);
+                    return Err(corrupt(format!("refcount table, index {index}: block at {offset} is outside the file")));
+                }
+            }
+            entries.push(block.map_or(0, |block| block.0));
+        }
+        Ok(RefcountTable {
+            storage,
+            geometry,
+            table: (HostCluster(header.refcount_table_offset >> geometry.cluster_bits()), clusters),
+            old_tables: Vec::new(),
+            blocks: vec![None; entries.len()],
+            entries,
+            dirty: BTreeSet::new(),
+            new_blocks: BTreeSet::new(),
+        })
+    }
+
+    /// The clusters of the table itself, first and count.
+    pub fn place(&self) -> (HostCluster, u64) {
+        self.table
+    }
+
+    /// How many blocks the table has room for.
+    pub fn capacity(&self) -> u64 {
+        self.entries.len() as u64
+    }
+
+    /// The clusters of all blocks, with their indexes.
+    pub fn blocks(&self) -> impl Iterator<Item = (usize, HostCluster)> {
+        self.entries.iter().enumerate().filter(|&(_, &cluster)| cluster != 0).map(|(index, &cluster)| (index, HostCluster(cluster)))
+    }
+
+    /// Whether there is a block at `index`.
+    pub fn has_block(&self, index: u64) -> bool {
+        usize::try_from(index).ok().and_then(|index| self.entries.get(index)).is_some_and(|&cluster| cluster != 0)
+    }
+
+    /// Block index of a cluster's refcount, and index inside the block.
+    pub fn index_of(&self, cluster: u64) -> (u64, u64) {
+        let entries = self.geometry.refblock_entries();
+        (cluster / entries, cluster % entries)
+    }
+
+    /// The refcount of a cluster; zero where no block covers it.
+    pub fn get(&mut self, cluster: u64) -> Result<u64> {
+        let (block, index) = self.index_of(cluster);
+        Ok(self.block(block)?.map_or(0, |block| block.get(index as usize)))
+    }
+
+    /// The clusters of a range under one block whose refcount is zero; none where there is no block.
+    pub fn free_in(&mut self, clusters: Range<u64>) -> Result<Vec<u64>> {
+        let entries = self.geometry.refblock_entries();
+        Ok(match self.block(clusters.start / entries)? {
+            Some(block) => clusters.filter(|cluster| block.get((cluster % entries) as usize) == 0).collect(),
+            None => Vec::new(),
+        })
+    }
+
+    /// All clusters whose refcount is not zero.
+    pub fn counted(&mut self) -> Result<Vec<u64>> {
+        let entries = self.geometry.refblock_entries();
+        let mut counted = Vec::new();
+        for index in 0..self.capacity() {
+            if let Some(block) = self.block(index)? {
+                counted.extend((0..entries).filter(|&entry| block.get(entry as usize) != 0).map(|entry| index * entries + entry));
+            }
+        }
+        Ok(counted)
+    }
+
+    /// The block at `index`, loaded where needed; `None` where the table has none.
+    fn block(&mut self, index: u64) -> Result<Option<&mut RefcountBlock>> {
+        if !self.has_block(index) {
+            return Ok(None);
+        }
+        let index = index as usize;
+        let slot = &mut self.blocks[index];
+        if slot.is_none() {
+            let mut bytes = vec![0; self.geometry.cluster_size() as usize].into_boxed_slice();
+            let offset = self.geometry.host_offset(HostCluster(self.entries[index]));
+            self.storage.read_at(offset.0, &mut bytes).map_err(|error| Error::io(format!("refcount block at {offset}"), error))?;
+            *slot = Some(RefcountBlock::from_bytes(bytes, &self.geometry));
+        }
+        Ok(slot.as_mut())
+    }
+
+    /// Sets a refcount (R15: never beyond its width).
+    pub fn set(&mut self, cluster: u64, value: u64) -> Result<()> {
+        let (index, entry) = self.index_of(cluster);
+        let Some(block) = self.block(index)? else {
+            return Err(corrupt(format!("cluster {cluster} has no refcount block")));
+        };
+        if value > block.max() {
+            return Err(corrupt(format!("refcount of cluster {cluster} overflows")));
+        }
+        block.set(entry as usize, value);
+        let piece = ((entry << self.geometry.refcount_order()) / 8) as usize / PIECE;
+        self.dirty.insert((index as usize, piece));
+        Ok(())
+    }
+
+    /// Puts a new block of zeros into cluster `at`.
+    ///
+    /// # Panics
+    /// If the table has no room for `index`, or a block there.
+    pub fn add_block(&mut self, index: u64, at: u64) {
+        assert!(!self.has_block(index));
+        let index = index as usize;
+        self.entries[index] = at;
+        self.blocks[index] = Some(RefcountBlock::new(&self.geometry));
+        self.new_blocks.insert(index);
+        for piece in 0..(self.geometry.cluster_size() as usize).div_ceil(PIECE) {
+            self.dirty.insert((index, piece));
+        }
+    }
+
+    /// Gives the table in memory room for `blocks` blocks; entries beyond that must be empty.
+    pub fn resize(&mut self, blocks: u64) {
+        self.entries.resize(blocks as usize, 0);
+        self.blocks.resize(blocks as usize, None);
+    }
+
+    /// The table is to be written to a new place, which has room for all of it.
+    pub fn move_to(&mut self, place: (HostCluster, u64)) {
+        let left = std::mem::replace(&mut self.table, place);
+        self.old_tables.push(left);
+    }
+
+    /// For the write-back pass, step 4: marks clean and copies.
+    pub fn take_dirty(&mut self) -> RefcountWrites {
+        let mut writes = RefcountWrites {
+            dirty: std::mem::take(&mut self.dirty),
+            new_blocks: std::mem::take(&mut self.new_blocks),
+            ..RefcountWrites::default()
+        };
+        for &(index, piece) in &writes.dirty {
+            let block = self.blocks[index].as_ref().expect("a dirty block is resident");
+            let offset = self.geometry.host_offset(HostCluster(self.entries[index])).0 + (piece * PIECE) as u64;
+            let bytes = block.bytes();
+            let bytes = &bytes[piece * PIECE..bytes.len().min((piece + 1) * PIECE)];
+            match writes.pieces.last_mut() {
+                Some((at, run)) if *at + run.len() as u64 == offset => run.extend_from_slice(bytes),
+                _ => writes.pieces.push((offset, bytes.to_vec())),
+            }
+        }
+        let table_offset = self.geometry.host_offset(self.table.0).0;
+        let entry = |index: usize| self.geometry.host_offset(HostCluster(self.entries[index])).0;
+        if self.old_tables.is_empty() {
+            writes.entries = writes.new_blocks.iter().map(|&index| (table_offset + index as u64 * 8, entry(index))).collect();
+        } else {
+            writes.table = Some(NewTable {
+                offset: table_offset,
+                clusters: self.table.1 as u32,
+                bytes: (0..self.entries.len()).flat_map(|index| entry(index).to_be_bytes()).collect(),
+                old: std::mem::take(&mut self.old_tables),
+            });
+        }
+        writes
+    }
+
+    /// The pass failed before all of `writes` was durable: it is dirty again.
+    pub fn not_written(&mut self, writes: RefcountWrites) {
+        self.dirty.extend(writes.dirty);
+        self.new_blocks.extend(writes.new_blocks);
+        if let Some(table) = writes.table {
+            self.old_tables.extend(table.old);
+        }
+    }
+
+    /// Whether a pass would find something.
+    pub fn is_dirty(&self) -> bool {
+        !self.dirty.is_empty() || !self.new_blocks.is_empty() || !self.old_tables.is_empty()
+    }
+}
+
+fn corrupt(text: String) -> Error {
+    Error::new(ErrorKind::Corrupt, text)
+}
