@@ -60,15 +60,28 @@ pub(super) fn start() -> Result<ExitCode> {
     }
 }
 
-/// The child, first of all: a session of its own, so that the terminal's signals no longer reach it, and the name that ps(1) shows
-/// ("exe" otherwise).
+/// The child, first of all, while it has opened nothing itself: gives up what it has inherited (a descriptor of whoever called, kept for the
+/// life of a daemon, would hold a pipe open or a lock), and gets a session of its own, so that the terminal's signals no longer reach it, and
+/// the name that ps(1) shows ("exe" otherwise).
 ///
 /// # Errors
 /// Those of setsid(2).
 pub(super) fn leave_terminal() -> Result<()> {
+    close_inherited();
     let _ = rustix::thread::set_name(c"cordisk");
     rustix::process::setsid().map_err(io::Error::from).context(|| "setsid")?;
     Ok(())
+}
+
+/// Closes every descriptor but the standard ones.
+fn close_inherited() {
+    // Without /proc they stay open, which is no reason not to serve.
+    let Ok(open) = std::fs::read_dir("/proc/self/fd") else { return };
+    let open: Vec<i32> = open.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    for descriptor in open.into_iter().filter(|&descriptor| descriptor > 2) {
+        // The one by which the list was read is closed already.
+        let _ = nix::unistd::close(descriptor);
+    }
 }
 
 /// The child, last of all: lets the parent go and gives up its pipes.

@@ -528,3 +528,26 @@ fn growing_never_shows_the_base_even_when_killed() {
         check(&overlay);
     }
 }
+
+/// 2.6 in version 2: zeros are written only where the backing file has something to hide. (A trim of free space once filled the host.)
+#[test]
+fn discard_in_version_2_writes_only_what_it_must() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.raw");
+    let file = std::fs::File::create(&base).unwrap();
+    file.set_len(8 << 30).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &[7; 300_000], 1 << 30).unwrap();
+    let overlay = overlay_on(&base, "raw", None, "compat=0.10");
+    let disk = Disk::open(&overlay, &DiskOptions { copy_on_read: false, ..options() }).unwrap();
+    disk.write(5 << 30, b"guest").unwrap();
+    disk.discard(0..8 << 30).unwrap();
+    let mut buf = vec![1; 1 << 20];
+    for at in [0, (1 << 30) - 4096, 1 << 30, 5 << 30, (8 << 30) - (1 << 20)] {
+        disk.read(at, &mut buf).unwrap();
+        assert!(buf.iter().all(|&byte| byte == 0), "at {at}");
+    }
+    disk.close().unwrap();
+    assert!(disk.allocated_size().unwrap() < 1 << 20, "{} bytes", disk.allocated_size().unwrap());
+    drop(disk);
+    check(&overlay);
+}

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::{Disk, Local};
 use crate::Result;
+use crate::chain::Content;
 use crate::format::{GuestOffset, Mapping};
 use crate::image::Image;
 use crate::range_lock::Exclusive;
@@ -223,16 +224,32 @@ impl Disk {
                 (_, HostClusters::Keep) if version >= 3 => image.zero(held, clusters)?,
                 (_, HostClusters::GiveBack) if version >= 3 => image.discard(held, clusters)?,
                 (_, HostClusters::GiveBack) if !shows_below => image.unmap(held, clusters)?,
-                // Version 2 with a backing file: only written zeros hide it.
-                _ => {
-                    let mut from = run.start;
-                    while from < run.end {
-                        let len = ZERO_PIECE.min(run.end - from).max(self.cluster_size().min(run.end - from));
-                        self.write_held(image, held, from, &vec![0; len as usize])?;
-                        from += len;
-                    }
-                }
+                _ => self.write_zero_clusters(image, held, extent.mapping, run)?,
             }
+        }
+        Ok(())
+    }
+
+    /// Version 2 with a backing file has nothing but written zeros to hide it with. Where the backing file is known to be zero there is nothing
+    /// to hide, and nothing is written: a guest that trims its free space must not fill the host.
+    fn write_zero_clusters(&self, image: &Image, held: &Exclusive<'_>, mapping: Mapping, run: Range<u64>) -> Result<()> {
+        let cluster_size = self.cluster_size();
+        let chain = self.chain().filter(|_| mapping == Mapping::Unallocated);
+        let mut at = run.start;
+        while at < run.end {
+            let mut len = run.end - at;
+            if let Some(chain) = &chain {
+                let (content, known) = chain.content(usize::MAX, at, len)?;
+                let whole = if known == len { len } else { known - known % cluster_size };
+                if content != Content::Data && whole > 0 {
+                    at += whole;
+                    continue;
+                }
+                len = len.min(known.next_multiple_of(cluster_size));
+            }
+            let len = len.min(ZERO_PIECE.max(cluster_size));
+            self.write_held(image, held, at, &vec![0; len as usize])?;
+            at += len;
         }
         Ok(())
     }

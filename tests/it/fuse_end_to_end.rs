@@ -630,7 +630,9 @@ fn background_mode_returns_when_it_is_mounted() {
     let rig = Rig::new(MIB);
     let (disk, socket, pidfile) = (rig.scratch.join("disk"), rig.scratch.join("qmp.sock"), rig.scratch.join("pid"));
     let mut background = Background { mountpoint: disk.clone(), pid: None };
-    let mut command = Command::new(CORDISK);
+    // With one more descriptor of the caller's: a daemon that keeps it would hold pipes open and locks taken for as long as it lives.
+    let mut command = Command::new("sh");
+    command.args(["-c", "exec 3>&1; exec \"$@\"", "sh", CORDISK]);
     command.arg("mount").arg("--qmp").arg(&socket).arg("--pidfile").arg(&pidfile).arg("overlay.qcow2").arg("disk");
     command.current_dir(rig.scratch.path()).env_remove("RUST_LOG");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
