@@ -35,7 +35,8 @@ package_of() {
         fusermount3) echo fuse3 ;;
         mkfs.ext4 | e2fsck | debugfs) echo e2fsprogs ;;
         mount | umount | losetup) echo mount ;;
-        findmnt | fallocate | setsid) echo util-linux ;;
+        findmnt | fallocate | setpriv | setsid) echo util-linux ;;
+        nbdfuse) echo libnbd-bin ;;
         setfattr | getfattr) echo attr ;;
         *) echo "$1" ;;
     esac

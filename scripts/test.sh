@@ -148,7 +148,7 @@ tools() {
     printf 'seed: CORDISK_SEED=%s\n' "$CORDISK_SEED"
     local status=0
     install_missing cc qemu-img qemu-io qemu-storage-daemon fio fusermount3 mkfs.ext4 e2fsck debugfs \
-        losetup umount findmnt fallocate setfattr python3 python3-venv || status=$?
+        losetup umount findmnt fallocate setpriv setfattr nbdkit nbdfuse python3 python3-venv || status=$?
     if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
         have rustup && rustup component add rustfmt clippy
     fi
@@ -167,7 +167,8 @@ tools() {
 # QEMU's own QMP client for Python, in a virtual environment of ours.
 pypi_client() {
     local venv=$repo/target/qmp-venv
-    if ! "$venv/bin/python" -c 'import qemu.qmp' 2>/dev/null; then
+    # qmp-shell is a module of its own: an interrupted installation may lack it.
+    if ! "$venv/bin/python" -c 'import qemu.qmp, qemu.qmp.qmp_shell' 2>/dev/null; then
         rm -rf "$venv"
         if ! { python3 -m venv "$venv" && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check qemu.qmp; }; then
             echo 'missing: the PyPI package qemu.qmp could not be installed' >&2
@@ -175,7 +176,7 @@ pypi_client() {
             return
         fi
     fi
-    "$venv/bin/python" -c 'import importlib.metadata as m; print("qemu.qmp", m.version("qemu.qmp"))'
+    "$venv/bin/python" -c 'import importlib.metadata as m, qemu.qmp.qmp_shell; print("qemu.qmp", m.version("qemu.qmp"))'
 }
 
 tests() {

@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-/// Bytes that may wait for a client before it loses its connection: hours of events of a busy job.
+/// Bytes of events that may wait for a client before it loses its connection: hours of events of a busy job.
 const MAX_QUEUED: usize = 1 << 20;
-/// Bytes of replies that may wait before the client's next request is read: it may send many at once, and read later.
+/// Bytes that may wait before the client's next request is read: it may send many at once, and read later. So replies are bounded by this and the
+/// longest reply, however long: a request of 1 MiB may be echoed as 6 MiB.
 const ROOM: usize = MAX_QUEUED / 4;
 /// How long the client may leave its end of the socket full.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -30,13 +31,30 @@ pub(super) struct Client {
 
 #[derive(Debug, Default)]
 struct Outbox {
-    lines: VecDeque<Arc<str>>,
+    lines: VecDeque<(Line, Arc<str>)>,
     /// Bytes of the lines, and of what is being written.
     bytes: usize,
+    /// Those of events.
+    event_bytes: usize,
     /// Nothing more is taken; the connection closes when all is sent.
     closed: bool,
     /// The writer is done.
     ended: bool,
+}
+
+/// What a line is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Line {
+    /// Asked for: the greeting, a reply.
+    Reply,
+    /// Not asked for.
+    Event,
+}
+
+impl Line {
+    fn event_bytes(self, line: &str) -> usize {
+        if self == Line::Event { line.len() } else { 0 }
+    }
 }
 
 impl Client {
@@ -50,19 +68,20 @@ impl Client {
         &self.stream
     }
 
-    /// Sends a line, later. Never blocks: a client whose outbox is full loses its connection.
-    pub fn send(&self, line: Arc<str>) {
+    /// Sends a line, later. Never blocks: a client whose outbox is full of events loses its connection. Whoever sends replies waits for room first.
+    pub fn send(&self, kind: Line, line: Arc<str>) {
         let mut outbox = self.outbox.lock();
         if outbox.closed {
             return;
         }
-        if outbox.bytes + line.len() > MAX_QUEUED {
+        if kind == Line::Event && outbox.event_bytes + line.len() > MAX_QUEUED {
             log::warn!("QMP client {}: does not read what it is sent, disconnected", self.number);
             drop(outbox);
             return self.disconnect();
         }
         outbox.bytes += line.len();
-        outbox.lines.push_back(line);
+        outbox.event_bytes += kind.event_bytes(&line);
+        outbox.lines.push_back((kind, line));
         self.changed.notify_all();
     }
 
@@ -109,17 +128,32 @@ impl Client {
             while outbox.lines.is_empty() && !outbox.closed {
                 self.changed.wait(&mut outbox);
             }
-            let Some(line) = outbox.lines.pop_front() else { break };
+            let Some((kind, line)) = outbox.lines.pop_front() else { break };
             drop(outbox);
             if let Err(error) = (&self.stream).write_all(line.as_bytes()) {
                 log::debug!("QMP client {}: {error}", self.number);
                 break;
             }
-            self.outbox.lock().bytes -= line.len();
+            let mut outbox = self.outbox.lock();
+            outbox.bytes -= line.len();
+            outbox.event_bytes -= kind.event_bytes(&line);
             self.changed.notify_all();
         }
+        self.end();
+    }
+
+    /// Ends the connection now; nobody will write any more.
+    pub fn end(&self) {
         self.disconnect();
         self.outbox.lock().ended = true;
         self.changed.notify_all();
+    }
+
+    /// Waits until the writer is done, which takes as long as the client takes to read what there is.
+    pub fn wait_until_ended(&self) {
+        let mut outbox = self.outbox.lock();
+        while !outbox.ended {
+            self.changed.wait(&mut outbox);
+        }
     }
 }

@@ -9,9 +9,9 @@ use super::lexer::{Kind, Lexer, Token};
 use super::{parser, unicode};
 
 /// Bytes of text of all tokens of one value. QEMU allows 64 MiB; no command of ours needs 1 KiB.
-const MAX_SIZE: usize = 1 << 20;
+pub(super) const MAX_SIZE: usize = 1 << 20;
 /// Tokens of one value. QEMU allows 2 Mi.
-const MAX_TOKENS: usize = 1 << 16;
+pub(super) const MAX_TOKENS: usize = 1 << 16;
 /// Brackets open at once; QEMU's number.
 const MAX_NESTING: i32 = 1024;
 /// Stack in bytes of a thread that parses: recursion is as deep as the nesting, at about 3 KiB per level without optimisation.
@@ -66,13 +66,19 @@ impl Decoder {
     /// skipping what follows bytes that made no sense.
     pub fn next(&mut self, input: &mut &[u8]) -> Option<Result<Value, String>> {
         loop {
-            let token = self.lexer.next(input, MAX_SIZE)?;
+            let token = self.lexer.next(input, MAX_SIZE - self.size)?;
             if let Some(value) = self.take(token) {
                 self.tokens.clear();
                 (self.size, self.curly, self.square) = (0, 0, 0);
                 return Some(value);
             }
         }
+    }
+
+    /// Bytes of the value that is not complete: its text, and what it takes to keep its tokens apart.
+    #[cfg(any(test, fuzzing))]
+    pub fn held(&self) -> usize {
+        self.size + self.lexer.held() + size_of_val(&self.tokens[..])
     }
 
     fn take(&mut self, token: Token) -> Option<Result<Value, String>> {

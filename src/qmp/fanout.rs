@@ -7,7 +7,7 @@ use crossbeam_channel::Receiver;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use super::client::Client;
+use super::client::{Client, Line};
 use super::codec::{self, Refusal};
 use super::events;
 use crate::job::Batch;
@@ -77,7 +77,7 @@ impl Fanout {
     pub fn reply(&self, client: &Arc<Client>, line: String, listens: Listens) {
         let mut inner = self.inner.lock();
         inner.deliver();
-        client.send(line.into());
+        client.send(Line::Reply, line.into());
         if let Some(member) = inner.members.iter_mut().find(|member| Arc::ptr_eq(&member.client, client)) {
             member.negotiated = listens == Listens::Yes;
         }
@@ -93,7 +93,7 @@ impl Fanout {
         let mut inner = self.inner.lock();
         inner.deliver();
         for (client, id) in std::mem::take(&mut inner.at_the_end) {
-            client.send(codec::reply(result.clone(), id).into());
+            client.send(Line::Reply, codec::reply(result.clone(), id).into());
         }
         let clients: Vec<_> = inner.members.drain(..).map(|member| member.client).collect();
         clients.iter().for_each(|client| client.close());
@@ -134,7 +134,7 @@ impl Fanout {
             };
             inner.members.remove(index).client.disconnect();
         }
-        client.send(greeting.into());
+        client.send(Line::Reply, greeting.into());
         inner.members.push(Member { client, negotiated: false });
         Ok(())
     }
@@ -143,6 +143,12 @@ impl Fanout {
     #[cfg(test)]
     pub fn len(&self) -> usize {
         self.inner.lock().members.len()
+    }
+
+    /// Tells a client of no more events. It still has its place.
+    pub fn deafen(&self, client: &Arc<Client>) {
+        let mut inner = self.inner.lock();
+        inner.members.iter_mut().filter(|member| Arc::ptr_eq(&member.client, client)).for_each(|member| member.negotiated = false);
     }
 
     /// Forgets a client.
@@ -164,7 +170,7 @@ impl Inner {
     fn broadcast(&self, name: &str, data: Value, at: SystemTime) {
         let line: Arc<str> = codec::event(name, data, at).into();
         for member in self.members.iter().filter(|member| member.negotiated) {
-            member.client.send(Arc::clone(&line));
+            member.client.send(Line::Event, Arc::clone(&line));
         }
     }
 }

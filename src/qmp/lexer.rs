@@ -110,6 +110,12 @@ impl Lexer {
         }
         None
     }
+
+    /// Bytes of the token that is being read.
+    #[cfg(any(test, fuzzing))]
+    pub fn held(&self) -> usize {
+        self.text.len()
+    }
 }
 
 fn step(state: State, byte: u8) -> Step {

@@ -24,11 +24,16 @@ mod command;
 mod dispatch;
 mod events;
 mod fanout;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod job_commands;
 mod json;
 mod lexer;
 mod nodes;
 mod parser;
+#[cfg(test)]
+mod properties;
 mod queries;
 mod server;
 mod socket;

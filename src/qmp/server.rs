@@ -10,8 +10,8 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Select, Sender};
+use nix::sys::socket::{getsockopt, sockopt};
 use parking_lot::Mutex;
-use rustix::net::sockopt::socket_peercred;
 use rustix::process::geteuid;
 use serde_json::{Value, json};
 
@@ -182,11 +182,12 @@ fn accept(core: &Arc<Core>) {
 
 /// Takes a client in.
 fn serve(core: &Arc<Core>, number: u64, stream: UnixStream) -> io::Result<()> {
-    let peer = socket_peercred(&stream)?;
-    if !peer.uid.is_root() && peer.uid != geteuid() {
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("user {} is refused", peer.uid.as_raw())));
+    // Not rustix: its process ids are never 0, which is what the kernel says of a process outside of our PID namespace.
+    let peer = getsockopt(&stream, sockopt::PeerCredentials)?;
+    if peer.uid() != 0 && peer.uid() != geteuid().as_raw() {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("user {} is refused", peer.uid())));
     }
-    log::debug!("QMP client {number}: process {} of user {}", peer.pid.as_raw_nonzero(), peer.uid.as_raw());
+    log::debug!("QMP client {number}: process {} of user {}", peer.pid(), peer.uid());
     let client = Arc::new(Client::new(number, stream)?);
     let gives_way = |other: &Client| other.connected.elapsed() > IDLE;
     if let Err(client) = core.fanout.join(Arc::clone(&client), codec::line(&greeting()), MAX_CLIENTS, gives_way) {
@@ -203,17 +204,18 @@ fn serve(core: &Arc<Core>, number: u64, stream: UnixStream) -> io::Result<()> {
     ];
     let mut running = core.clients.lock();
     running.retain(|thread| !thread.is_finished());
+    let mut failed = Ok(());
     for thread in threads {
         match thread {
             Ok(thread) => running.push(thread),
             Err(error) => {
                 core.fanout.leave(&client);
-                client.disconnect();
-                return Err(error);
+                client.end();
+                failed = Err(error);
             }
         }
     }
-    Ok(())
+    failed
 }
 
 /// The reader: answers requests until the client leaves or asks to quit.
@@ -251,7 +253,9 @@ fn read(core: &Core, client: &Arc<Client>) {
             }
         }
     }
-    // It may have closed its writing end only: what it asked for is still sent.
-    core.fanout.leave(client);
+    // It may have closed its writing end only: what it asked for is still sent. Until then it keeps its place, and `stop` knows of it.
+    core.fanout.deafen(client);
     client.close();
+    client.wait_until_ended();
+    core.fanout.leave(client);
 }

@@ -3,7 +3,7 @@
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,8 +16,9 @@ use crate::{Error, ErrorKind, Result};
 
 /// Nobody but the owner.
 const MODE: u32 = 0o600;
-/// How many connections may wait to be accepted.
-const BACKLOG: i32 = 16;
+/// How many connections may wait to be accepted: more than there are places for clients, since one that does not block (as of an asyncio client) is
+/// refused at once when they are too many.
+const BACKLOG: i32 = 64;
 /// How long another process may take to make its socket in the same directory.
 const DIRECTORY_LOCK: Duration = Duration::from_secs(1);
 
@@ -107,10 +108,21 @@ fn remove_stale(path: &Path) -> Result<()> {
     if !meta.file_type().is_socket() {
         return Err(Error::new(ErrorKind::InvalidArgument, "the file exists and is not a socket"));
     }
-    match UnixStream::connect(path) {
-        Ok(_) => Err(Error::new(ErrorKind::Busy, "another process listens to it")),
+    match probe(path) {
+        Ok(()) => Err(Error::new(ErrorKind::Busy, "another process listens to it")),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).context(|| "removing a stale socket"),
         Err(error) => Err(Error::io("a file is there, and cannot be connected to", error)),
+    }
+}
+
+/// Connects, if that needs no waiting: a process that has stopped accepting, and whose backlog is full, listens as well.
+fn probe(path: &Path) -> io::Result<()> {
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match rustix::net::connect(&socket, &address) {
+        Err(rustix::io::Errno::AGAIN) => Ok(()),
+        result => Ok(result?),
     }
 }
 
@@ -130,6 +142,8 @@ fn lock_directory(path: &Path) -> Option<File> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+
     use super::*;
 
     #[test]
@@ -156,6 +170,19 @@ mod tests {
         drop(UnixListener::bind(dir.path().join("stale")).unwrap());
         let second = Socket::listen(&dir.path().join("stale")).unwrap();
         UnixStream::connect(second.path()).unwrap();
+    }
+
+    /// It was waited for, for ever.
+    #[test]
+    fn a_listener_that_no_longer_accepts_is_busy() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let _waiting = UnixStream::connect(&path).unwrap();
+        let (sender, bound) = std::sync::mpsc::channel();
+        thread::spawn(move || sender.send(Socket::listen(&path).unwrap_err().kind()));
+        assert_eq!(bound.recv_timeout(Duration::from_secs(10)), Ok(ErrorKind::Busy));
     }
 
     #[test]

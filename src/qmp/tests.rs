@@ -561,6 +561,35 @@ fn what_was_asked_before_the_end_of_input_is_answered() {
     assert_eq!([client.line(), client.line()], [r#"{"return": []}"#, ""]);
 }
 
+/// A byte may be echoed as six: such a reply is longer than all the events that may wait.
+#[test]
+fn the_longest_request_is_answered() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    let id = "\u{7f}".repeat((1 << 20) - 100);
+    let request = format!(r#"{{"execute":"query-jobs","id":"{id}"}}"#);
+    let mut sender = client.reader.get_ref().try_clone().unwrap();
+    let sending = thread::spawn(move || sender.write_all(request.as_bytes()).unwrap());
+    assert_eq!(client.line(), format!(r#"{{"return": [], "id": "{}"}}"#, r"\u007F".repeat(id.len())));
+    sending.join().unwrap();
+    assert_eq!(client.ask(r#"{"execute":"query-jobs"}"#), r#"{"return": []}"#);
+}
+
+/// A client that sends no more, and reads nothing of what it asked for: it used to be forgotten while its writer was still at work, so that it had no
+/// place among the 32, and the end of the server waited for it.
+#[test]
+fn a_client_that_has_sent_all_keeps_its_place_and_delays_no_end() {
+    let mut fixture = Fixture::new();
+    let mut client = fixture.client();
+    client.send(r#"{"execute":"query-commands"}"#.repeat(280));
+    client.reader.get_ref().shutdown(std::net::Shutdown::Write).unwrap();
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(fixture.server.as_ref().unwrap().clients(), 1);
+    let start = Instant::now();
+    drop(fixture.server.take());
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+}
+
 #[test]
 fn the_server_goes_away_with_clients_connected() {
     let mut fixture = Fixture::new();
