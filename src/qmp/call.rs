@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use super::arguments::Arguments;
 use super::codec::Oob;
 use crate::Result;
-use crate::disk::{Disk, DiskInfo};
+use crate::disk::{Disk, DiskInfo, DiskStats};
 use crate::job::{Hold, Jobs};
 use crate::stream::{self, StreamOptions};
 
@@ -33,6 +33,7 @@ pub(super) struct Backend {
     /// Between the look at the jobs there are and the start of another one. Taken while no other lock is held.
     pub starting: Mutex<()>,
     pub info: Box<dyn Fn() -> Result<DiskInfo> + Send + Sync>,
+    pub stats: Box<dyn Fn() -> DiskStats + Send + Sync>,
     pub start_stream: Box<dyn Fn(StreamOptions) -> Result<()> + Send + Sync>,
 }
 
@@ -43,7 +44,11 @@ impl From<Target> for Backend {
             let (disk, jobs) = (Arc::clone(&disk), jobs.clone());
             Box::new(move |options| stream::start(&disk, &jobs, options))
         };
-        Backend { jobs, device, quit, starting: Mutex::default(), info: Box::new(move || disk.info()), start_stream }
+        let stats = {
+            let disk = Arc::clone(&disk);
+            Box::new(move || disk.stats())
+        };
+        Backend { jobs, device, quit, starting: Mutex::default(), info: Box::new(move || disk.info()), stats, start_stream }
     }
 }
 

@@ -6,7 +6,7 @@ use super::arguments::ArgumentKind::{Boolean, Enum, EnumList, Integer, String as
 use super::arguments::{Argument, mandatory, optional};
 use super::call::Call;
 use super::codec::{Class, Refusal, Request};
-use super::{block_stream, job_commands, queries};
+use super::{block_stream, job_commands, queries, statistics};
 
 /// One command.
 pub(super) struct Command {
@@ -49,6 +49,8 @@ pub(super) const COMMANDS: &[Command] = &[
     command("query-commands", NONE, query_commands),
     command("query-block", NONE, queries::query_block),
     command("query-named-block-nodes", &[optional("flat", Boolean)], queries::query_named_block_nodes),
+    command("query-blockstats", &[optional("query-nodes", Boolean)], statistics::query_blockstats),
+    command("query-block-exports", NONE, queries::query_block_exports),
     command("query-block-jobs", NONE, job_commands::query_block_jobs),
     command("query-jobs", NONE, job_commands::query_jobs),
     command("block-stream", STREAM, block_stream::block_stream),

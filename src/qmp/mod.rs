@@ -32,6 +32,7 @@ mod parser;
 mod queries;
 mod server;
 mod socket;
+mod statistics;
 #[cfg(test)]
 mod tests;
 mod unicode;

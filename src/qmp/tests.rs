@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use super::call::Backend;
 use super::server::Server;
 use crate::chain::LayerInfo;
-use crate::disk::DiskInfo;
+use crate::disk::{DiskInfo, DiskStats, RequestCount};
 use crate::format::{BackingFormat, BackingReference};
 use crate::job::{ErrorAction, Failure, JobSpec, Jobs, Next, Outcome};
 use crate::stream::StreamOptions;
@@ -55,6 +55,19 @@ fn disk_info() -> DiskInfo {
             layer("mid.qcow2", "/images/mid.qcow2", BackingFormat::Qcow2, Some(65536)),
             layer("../base/base.raw", "/base/base.raw", BackingFormat::Raw, None),
         ],
+    }
+}
+
+fn disk_stats() -> DiskStats {
+    let count = |n| RequestCount { bytes: n * 512, operations: n, failed: 1, time: Duration::from_nanos(n) };
+    DiskStats {
+        reads: count(1),
+        writes: count(2),
+        flushes: count(3),
+        discards: count(4),
+        backing_reads: count(5),
+        highest_written: 6,
+        idle: Some(Duration::from_nanos(7)),
     }
 }
 
@@ -106,6 +119,7 @@ impl Fixture {
             quit: sender,
             starting: Mutex::default(),
             info: Box::new(move || Ok(info.clone())),
+            stats: Box::new(disk_stats),
             start_stream,
         };
         let server = Some(Server::with_backend(&path, backend).unwrap());
