@@ -6,7 +6,7 @@ use super::arguments::ArgumentKind::{Boolean, Enum, EnumList, Integer, String as
 use super::arguments::{Argument, mandatory, optional};
 use super::call::Call;
 use super::codec::{Class, Refusal, Request};
-use super::{block_stream, job_commands, queries, statistics};
+use super::{block_stream, job_commands, queries, resize, statistics};
 
 /// One command.
 pub(super) struct Command {
@@ -23,6 +23,12 @@ const CANCEL: &[Argument] = &[mandatory("device", Text), optional("force", Boole
 const SET_SPEED: &[Argument] = &[mandatory("device", Text), mandatory("speed", Integer)];
 /// The argument was called `value` until April 2012.
 const SET_SPEED_2012: &[Argument] = &[mandatory("device", Text), optional("value", Integer), optional("speed", Integer)];
+const RESIZE: &[Argument] = &[optional("device", Text), optional("node-name", Text), mandatory("size", Integer)];
+const CHANGE: &[Argument] =
+    &[mandatory("id", Text), mandatory("type", Enum(JOB_TYPES)), optional("copy-mode", Enum(&["background", "write-blocking"]))];
+/// What QEMU's jobs do; ours stream.
+pub(super) const JOB_TYPES: &[&str] =
+    &["commit", "stream", "mirror", "backup", "create", "amend", "snapshot-load", "snapshot-save", "snapshot-delete"];
 const STREAM: &[Argument] = &[
     optional("job-id", Text),
     mandatory("device", Text),
@@ -51,6 +57,7 @@ pub(super) const COMMANDS: &[Command] = &[
     command("query-named-block-nodes", &[optional("flat", Boolean)], queries::query_named_block_nodes),
     command("query-blockstats", &[optional("query-nodes", Boolean)], statistics::query_blockstats),
     command("query-block-exports", NONE, queries::query_block_exports),
+    command("block_resize", RESIZE, resize::block_resize),
     command("query-block-jobs", NONE, job_commands::query_block_jobs),
     command("query-jobs", NONE, job_commands::query_jobs),
     command("block-stream", STREAM, block_stream::block_stream),
@@ -67,6 +74,7 @@ pub(super) const COMMANDS: &[Command] = &[
     command("block_job_complete", DEVICE, job_commands::block_job_complete),
     command("block-job-finalize", ID, job_commands::block_job_finalize),
     command("block-job-dismiss", ID, job_commands::block_job_dismiss),
+    command("block-job-change", CHANGE, job_commands::block_job_change),
     command("job-pause", ID, job_commands::job_pause),
     command("job-resume", ID, job_commands::job_resume),
     command("job-cancel", ID, job_commands::job_cancel),

@@ -30,6 +30,7 @@ mod lexer;
 mod nodes;
 mod parser;
 mod queries;
+mod resize;
 mod server;
 mod socket;
 mod statistics;
