@@ -31,11 +31,13 @@ mod nodes;
 mod parser;
 mod queries;
 mod resize;
+mod schema;
 mod server;
 mod socket;
 mod statistics;
 #[cfg(test)]
 mod tests;
+mod types;
 mod unicode;
 
 pub use call::Target;

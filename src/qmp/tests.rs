@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::call::Backend;
+use super::schema::tests::{check_event, check_return};
 use super::server::Server;
 use crate::chain::LayerInfo;
 use crate::disk::{DiskInfo, DiskStats, RequestCount};
@@ -172,7 +173,7 @@ impl Client {
         self.line()
     }
 
-    /// The names of the events up to the next reply, and what it says. A status change is named by its status.
+    /// The names of the events up to the next reply, and what it says; all of them as the schema has it. A status change is named by its status.
     fn events_and_reply(&mut self, text: &str) -> (Vec<String>, Value) {
         self.send(text);
         let mut events = Vec::new();
@@ -180,7 +181,13 @@ impl Client {
             let value: Value = serde_json::from_str(&self.line()).unwrap();
             match value.get("event") {
                 Some(_) => events.push(event_word(&value)),
-                None => return (events, value),
+                None => {
+                    let request: Value = serde_json::from_str(text).unwrap();
+                    if let (Some(returned), Some(command)) = (value.get("return"), request["execute"].as_str()) {
+                        check_return(command, returned);
+                    }
+                    return (events, value);
+                }
             }
         }
     }
@@ -191,6 +198,7 @@ impl Client {
 }
 
 fn event_word(event: &Value) -> String {
+    check_event(event);
     let word = if event["event"] == "JOB_STATUS_CHANGE" { &event["data"]["status"] } else { &event["event"] };
     word.as_str().unwrap().to_string()
 }
