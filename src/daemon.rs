@@ -140,6 +140,7 @@ fn serve_disk(
         Ok(mounted) => mounted,
         Err(error) => return (Err(error), Finished::Quiet),
     };
+    control.mounted(mounted.size_notice());
     let announced = announce(config, disk, control, pidfile, &mounted);
     let timer = CommitTimer::start(Arc::clone(disk));
     let ended = announced.and_then(|()| wait_for_end(&mounted, disk, events, control));

@@ -1,6 +1,6 @@
 //! Jobs and the QMP socket: the only file of the daemon that knows either.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
@@ -9,7 +9,7 @@ use super::Event;
 use crate::Result;
 use crate::cli::MountConfig;
 use crate::disk::Disk;
-use crate::fuse::Finished;
+use crate::fuse::{Finished, SizeNotice};
 use crate::job::Jobs;
 use crate::qmp::{Server, ShutdownReason, Target};
 use crate::stream::{self, StreamOptions};
@@ -24,6 +24,8 @@ pub(super) struct Control {
     server: Option<Server>,
     /// A client wants the process to end.
     quit: Receiver<()>,
+    /// How the kernel learns of a new size, once the disk is mounted.
+    size_notice: Arc<OnceLock<SizeNotice>>,
 }
 
 impl Control {
@@ -35,9 +37,19 @@ impl Control {
         let jobs = Jobs::new();
         // Room for one: who asks does not wait, and a second request adds nothing.
         let (sender, quit) = crossbeam_channel::bounded(1);
-        let target = Target { disk: Arc::clone(disk), jobs: jobs.clone(), device: config.device.clone(), quit: sender };
+        let size_notice = Arc::new(OnceLock::new());
+        let grown = {
+            let size_notice: Arc<OnceLock<SizeNotice>> = Arc::clone(&size_notice);
+            Arc::new(move |size| size_notice.get().into_iter().for_each(|notice| notice.send(size)))
+        };
+        let target = Target { disk: Arc::clone(disk), jobs: jobs.clone(), device: config.device.clone(), quit: sender, grown };
         let server = config.qmp.as_deref().map(|path| Server::start(path, target)).transpose()?;
-        Ok(Control { jobs, server, quit })
+        Ok(Control { jobs, server, quit, size_notice })
+    }
+
+    /// The disk is mounted: from now on the kernel is told when it grows.
+    pub(super) fn mounted(&self, notice: SizeNotice) {
+        let _ = self.size_notice.set(notice);
     }
 
     /// Where a client's wish to end the process arrives; silent for ever without a socket.

@@ -31,14 +31,17 @@ use crate::{Error, ErrorKind, Result};
 
 mod populate;
 mod read;
+mod stats;
 mod write;
 
 #[cfg(test)]
 mod tests;
 
 pub use populate::Populated;
+pub use stats::{DiskStats, RequestCount};
 
 use populate::FillHealth;
+use stats::Stats;
 
 /// Runs that one seek looks at, at most: an image can be made of more of them than anybody can count (I8).
 const SEEK_RUNS: u32 = 1 << 20;
@@ -112,6 +115,7 @@ pub struct Disk {
     in_flight: RangeLock,
     copy_on_read: bool,
     fills: FillHealth,
+    stats: Stats,
 }
 
 impl Disk {
@@ -167,6 +171,7 @@ impl Disk {
             in_flight: RangeLock::new(cluster_size),
             copy_on_read,
             fills: FillHealth::default(),
+            stats: Stats::new(),
         }
     }
 
@@ -228,6 +233,11 @@ impl Disk {
         })
     }
 
+    /// What was asked of the disk since it was opened.
+    pub fn stats(&self) -> DiskStats {
+        self.stats.snapshot()
+    }
+
     /// Bytes the overlay occupies on the host (`st_blocks` × 512).
     ///
     /// # Errors
@@ -241,10 +251,10 @@ impl Disk {
     /// # Errors
     /// I/O; sticky after a failed fdatasync (P7).
     pub fn flush(&self) -> Result<()> {
-        match &self.overlay {
+        self.stats.flush(|| match &self.overlay {
             Overlay::Writable(image) => image.flush(),
             Overlay::ReadOnly(_) => Ok(()),
-        }
+        })
     }
 
     /// Writes back metadata if any is dirty; for the commit timer (P2).

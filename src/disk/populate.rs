@@ -150,7 +150,7 @@ impl Disk {
                             }
                         }
                         // P8: the bad place may lie in what only the copy needs.
-                        Err(_) => chain.read(at, part)?,
+                        Err(_) => self.read_below(&chain, at, part)?,
                     }
                 }
                 _ => image.read_extent(GuestOffset(at), &extent, part)?,
@@ -164,7 +164,7 @@ impl Disk {
     fn read_clusters(&self, chain: &Chain, range: Range<u64>) -> Result<Vec<u8>> {
         let len = range.end - range.start;
         let mut clusters = vec![0; len.next_multiple_of(self.cluster_size()) as usize];
-        chain.read(range.start, &mut clusters[..len as usize])?;
+        self.read_below(chain, range.start, &mut clusters[..len as usize])?;
         Ok(clusters)
     }
 

@@ -2,6 +2,7 @@
 
 use super::{Disk, Local};
 use crate::Result;
+use crate::chain::Chain;
 use crate::format::{GuestOffset, Mapping};
 
 impl Disk {
@@ -10,12 +11,14 @@ impl Disk {
     /// # Errors
     /// I/O, corruption.
     pub fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Local> {
-        let range = offset..offset.saturating_add(buf.len() as u64);
-        self.check_range(&range)?;
-        match self.in_flight.try_shared(range) {
-            Some(_shared) if self.read_overlay(offset, buf)? == buf.len() => Ok(Local::Done),
-            _ => Ok(Local::Miss),
-        }
+        self.stats.read(buf.len(), || {
+            let range = offset..offset.saturating_add(buf.len() as u64);
+            self.check_range(&range)?;
+            match self.in_flight.try_shared(range) {
+                Some(_shared) if self.read_overlay(offset, buf)? == buf.len() => Ok(Local::Done),
+                _ => Ok(Local::Miss),
+            }
+        })
     }
 
     /// Reads, copying up what was missing if copy-on-read is on. A copy that fails does not fail the read (P5).
@@ -23,6 +26,10 @@ impl Disk {
     /// # Errors
     /// I/O, corruption.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.stats.read(buf.len(), || self.read_waiting(offset, buf))
+    }
+
+    fn read_waiting(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let range = offset..offset.saturating_add(buf.len() as u64);
         self.check_range(&range)?;
         let copies_up = self.copy_on_read && !self.is_read_only() && self.fills.are_welcome();
@@ -76,12 +83,17 @@ impl Disk {
             let extent = self.map(at, (buf.len() - done) as u64)?;
             let part = &mut buf[done..done + extent.len as usize];
             match self.chain_below(at) {
-                Some(chain) if extent.mapping == Mapping::Unallocated => chain.read(at, part)?,
+                Some(chain) if extent.mapping == Mapping::Unallocated => self.read_below(&chain, at, part)?,
                 _ => self.reader().read_extent(GuestOffset(at), &extent, part)?,
             }
             done += extent.len as usize;
         }
         Ok(())
+    }
+
+    /// Reads from the backing chain.
+    pub(super) fn read_below(&self, chain: &Chain, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.stats.read_below(buf.len(), || chain.read(offset, buf))
     }
 
     pub(super) fn map(&self, at: u64, max: u64) -> Result<crate::image::Extent> {

@@ -551,3 +551,41 @@ fn discard_in_version_2_writes_only_what_it_must() {
     drop(disk);
     check(&overlay);
 }
+
+/// A request is counted once, whether it is a hit or a miss that its blocking sibling serves.
+#[test]
+fn requests_are_counted_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.raw");
+    std::fs::write(&base, vec![7; 1 << 20]).unwrap();
+    let disk = open(&overlay_on(&base, "raw", None, ""));
+    assert_eq!(disk.stats(), DiskStats::default());
+    let mut buf = vec![0; 4096];
+    let count = |bytes, operations, failed| (bytes, operations, failed);
+    let numbers = |count: RequestCount| (count.bytes, count.operations, count.failed);
+
+    assert_eq!(disk.read_local(0, &mut buf).unwrap(), Local::Miss);
+    assert_eq!(disk.stats().reads, RequestCount::default(), "nothing was answered yet");
+    disk.read(0, &mut buf).unwrap();
+    assert_eq!(disk.read_local(0, &mut buf).unwrap(), Local::Done);
+    let stats = disk.stats();
+    assert_eq!(numbers(stats.reads), count(8192, 2, 0));
+    assert_eq!(numbers(stats.backing_reads), count(65536, 1, 0), "the whole cluster, once");
+    assert!(stats.reads.time >= stats.backing_reads.time && stats.backing_reads.time > std::time::Duration::ZERO);
+    assert!(stats.idle.is_some());
+
+    assert_eq!(disk.write_local(65536, &buf).unwrap(), Local::Miss);
+    disk.write(65536, &buf).unwrap();
+    // The edges are written inside; the request is one.
+    disk.write_zeroes(131_072 + 512..262_144 + 512).unwrap();
+    disk.discard(0..65536).unwrap();
+    disk.flush().unwrap();
+    assert!(disk.read(1 << 20, &mut buf).is_err() && disk.write(1 << 20, &buf).is_err() && disk.discard(0..1 << 21).is_err());
+    disk.populate(0..1 << 20, usize::MAX).unwrap();
+    let stats = disk.stats();
+    assert_eq!(numbers(stats.reads), count(8192, 2, 1));
+    assert_eq!(numbers(stats.writes), count(4096 + 131_072, 2, 1));
+    assert_eq!(numbers(stats.discards), count(65536, 1, 1));
+    assert_eq!(numbers(stats.flushes), count(0, 1, 0));
+    assert_eq!(stats.highest_written, 262_144 + 512);
+}

@@ -28,13 +28,15 @@ impl Disk {
     /// # Errors
     /// I/O, corruption, read-only.
     pub fn write_local(&self, offset: u64, data: &[u8]) -> Result<Local> {
-        let image = self.image()?;
-        let range = offset..offset.saturating_add(data.len() as u64);
-        self.check_range(&range)?;
-        match self.in_flight.try_shared(range) {
-            Some(_shared) if self.write_in_place(image, offset, data)? => Ok(Local::Done),
-            _ => Ok(Local::Miss),
-        }
+        self.stats.write(offset, data.len() as u64, || {
+            let image = self.image()?;
+            let range = offset..offset.saturating_add(data.len() as u64);
+            self.check_range(&range)?;
+            match self.in_flight.try_shared(range) {
+                Some(_shared) if self.write_in_place(image, offset, data)? => Ok(Local::Done),
+                _ => Ok(Local::Miss),
+            }
+        })
     }
 
     /// Writes. Where a cluster is allocated, overlapping writes are done one after the other (H20); two plain overwrites of the same bytes at
@@ -43,6 +45,10 @@ impl Disk {
     /// # Errors
     /// I/O, corruption, read-only, [`crate::ErrorKind::NoSpace`]; part of the data may be written then.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
+        self.stats.write(offset, data.len() as u64, || self.write_waiting(offset, data))
+    }
+
+    fn write_waiting(&self, offset: u64, data: &[u8]) -> Result<()> {
         let image = self.image()?;
         self.check_range(&(offset..offset.saturating_add(data.len() as u64)))?;
         let mut done = 0;
@@ -150,7 +156,7 @@ impl Disk {
     /// # Errors
     /// As [`Disk::write`].
     pub fn write_zeroes(&self, range: Range<u64>) -> Result<()> {
-        self.make_zero(range, HostClusters::Keep)
+        self.stats.write(range.start, range.end.saturating_sub(range.start), || self.make_zero(range, HostClusters::Keep))
     }
 
     /// The range reads as zero for ever after, whatever the backing file holds (2.6); host clusters are given back.
@@ -158,7 +164,7 @@ impl Disk {
     /// # Errors
     /// As [`Disk::write`].
     pub fn discard(&self, range: Range<u64>) -> Result<()> {
-        self.make_zero(range, HostClusters::GiveBack)
+        self.stats.discard(range.end.saturating_sub(range.start), || self.make_zero(range, HostClusters::GiveBack))
     }
 
     /// Whole clusters by their mapping, the edges by writing: never rounded outward.
@@ -190,7 +196,7 @@ impl Disk {
         while at < range.end {
             let len = (range.end - at).min(self.cluster_size() - at % self.cluster_size());
             if !self.reads_as_zero(at)? {
-                self.write(at, &vec![0; len as usize])?;
+                self.write_waiting(at, &vec![0; len as usize])?;
             }
             at += len;
         }

@@ -61,9 +61,25 @@ pub struct MountOptions {
 pub struct Mounted {
     session: Receiver<io::Result<()>>,
     workers: workers::Ended,
+    notifier: fuser::Notifier,
     // Dropped in this order: first the mount, then the placeholder below it.
     attachment: attach::Attachment,
     mountpoint: mountpoint::Mountpoint,
+}
+
+/// Tells the kernel that the size of a mounted disk has changed.
+#[derive(Clone, Debug)]
+pub struct SizeNotice {
+    notifier: fuser::Notifier,
+}
+
+impl SizeNotice {
+    /// From here on the kernel shows `size`, to those who have the disk open as well. For growth only; to be called by no session thread.
+    pub fn send(&self, size: u64) {
+        if let Err(error) = session::tell_size(&self.notifier, size) {
+            log::warn!("telling the kernel of the new size: {error}");
+        }
+    }
 }
 
 /// Whether requests can still be running after [`Mounted::finish`].
@@ -88,7 +104,7 @@ pub fn mount(disk: &Arc<Disk>, options: &MountOptions) -> Result<Mounted> {
     let (device, attachment) = attach::attach(device, &mountpoint, &how)?;
     mountpoint.hide();
     let running = session::start(handler, device)?;
-    Ok(Mounted { session: running.session, workers: running.workers, attachment, mountpoint })
+    Ok(Mounted { session: running.session, workers: running.workers, notifier: running.notifier, attachment, mountpoint })
 }
 
 /// Everything that needs a path is looked up here, before the mount.
@@ -114,6 +130,11 @@ impl Mounted {
     /// The mountpoint: absolute, without symbolic links.
     pub fn path(&self) -> &Path {
         self.mountpoint.path()
+    }
+
+    /// For whoever changes the size of the disk.
+    pub fn size_notice(&self) -> SizeNotice {
+        SizeNotice { notifier: self.notifier.clone() }
     }
 
     /// Yields once, when the kernel has ended the session: the disk is unmounted, by whomever, and nobody has it open any more.

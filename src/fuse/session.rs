@@ -12,9 +12,9 @@ use crossbeam_channel::Receiver;
 use crossbeam_queue::ArrayQueue;
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, INodeNo, InitFlags,
-    IoctlFlags, KernelConfig, LockOwner, OpenFlags, PollEvents, PollFlags, PollNotifier, ReplyAttr, ReplyBmap, ReplyData, ReplyEmpty,
-    ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session, SessionACL, TimeOrNow,
-    WriteFlags,
+    IoctlFlags, KernelConfig, LockOwner, Notifier, OpenFlags, PollEvents, PollFlags, PollNotifier, ReplyAttr, ReplyBmap, ReplyData,
+    ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyPoll, ReplyStatfs, ReplyWrite, ReplyXattr, Request, Session,
+    SessionACL, TimeOrNow, WriteFlags,
 };
 
 use super::attributes::{Changes, TimeChange};
@@ -42,6 +42,8 @@ pub(super) struct Running {
     pub(super) session: Receiver<io::Result<()>>,
     /// Disconnected when all workers have answered what was queued, which can only be after the session has ended.
     pub(super) workers: Ended,
+    /// The way to tell the kernel something unasked.
+    pub(super) notifier: Notifier,
 }
 
 /// Answers the kernel's INIT and starts to serve `device`, an open /dev/fuse that is mounted.
@@ -58,6 +60,7 @@ pub(super) fn start(handler: Arc<Handler>, device: OwnedFd) -> Result<Running> {
     // Who may open the disk is the kernel's check (`allow_other`, `default_permissions`). fuser's own comes later and would fail the
     // close of a descriptor that was passed to another user.
     let session = Session::from_fd(adapter, device, SessionACL::All, config).context(|| "FUSE handshake")?;
+    let notifier = session.notifier();
     let (ended, session_ended) = crossbeam_channel::bounded(1);
     thread::Builder::new()
         .name("session".to_string())
@@ -65,7 +68,22 @@ pub(super) fn start(handler: Arc<Handler>, device: OwnedFd) -> Result<Running> {
             let _ = ended.send(session.run());
         })
         .context(|| "starting the session thread")?;
-    Ok(Running { session: session_ended, workers: workers_ended })
+    Ok(Running { session: session_ended, workers: workers_ended, notifier })
+}
+
+/// Makes the kernel know that the disk has grown to `size` bytes, for those who have it open as well.
+///
+/// Forgetting its attributes is enough for whoever asks for the size, with stat(2) or lseek(2); a shorter [`ATTR_TTL`] would do that too, at one
+/// request for every stat(2). But asynchronous reads end where the kernel *believes* the file to end, and ask nobody (tried on Linux 6.18: they find
+/// nothing past the old end for as long as nobody calls stat). So it is handed the last byte, which moves its end of the file, and takes the page
+/// back. The byte is right: the new range is zeros, and nobody could write to it, knowing no end beyond the old one.
+///
+/// # Errors
+/// The disk is not mounted any more.
+pub(super) fn tell_size(notifier: &Notifier, size: u64) -> io::Result<()> {
+    let Some(last) = size.checked_sub(1) else { return Ok(()) };
+    notifier.store(INodeNo::ROOT, last, &[0])?;
+    notifier.inval_inode(INodeNo::ROOT, i64::try_from(last).unwrap_or(i64::MAX), 1)
 }
 
 struct Adapter {

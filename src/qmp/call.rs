@@ -8,12 +8,12 @@ use parking_lot::Mutex;
 use super::arguments::Arguments;
 use super::codec::Oob;
 use crate::Result;
-use crate::disk::{Disk, DiskInfo};
+use crate::disk::{Disk, DiskInfo, DiskStats};
 use crate::job::{Hold, Jobs};
 use crate::stream::{self, StreamOptions};
 
 /// What the commands act upon.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Target {
     /// The disk.
     pub disk: Arc<Disk>,
@@ -23,6 +23,14 @@ pub struct Target {
     pub device: String,
     /// Where a client's wish to end the process is sent, without waiting: give the channel room for one.
     pub quit: Sender<()>,
+    /// Called with the size in bytes that the disk has grown to, before the client that asked for it is answered.
+    pub grown: Arc<dyn Fn(u64) + Send + Sync>,
+}
+
+impl std::fmt::Debug for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Target").field("disk", &self.disk).field("jobs", &self.jobs).field("device", &self.device).finish_non_exhaustive()
+    }
 }
 
 /// [`Target`] with the disk behind two functions, so that the conversation can be tested without one.
@@ -33,17 +41,27 @@ pub(super) struct Backend {
     /// Between the look at the jobs there are and the start of another one. Taken while no other lock is held.
     pub starting: Mutex<()>,
     pub info: Box<dyn Fn() -> Result<DiskInfo> + Send + Sync>,
+    pub stats: Box<dyn Fn() -> DiskStats + Send + Sync>,
+    pub grow: Box<dyn Fn(u64) -> Result<()> + Send + Sync>,
     pub start_stream: Box<dyn Fn(StreamOptions) -> Result<()> + Send + Sync>,
 }
 
 impl From<Target> for Backend {
     fn from(target: Target) -> Self {
-        let Target { disk, jobs, device, quit } = target;
+        let Target { disk, jobs, device, quit, grown } = target;
         let start_stream = {
             let (disk, jobs) = (Arc::clone(&disk), jobs.clone());
             Box::new(move |options| stream::start(&disk, &jobs, options))
         };
-        Backend { jobs, device, quit, starting: Mutex::default(), info: Box::new(move || disk.info()), start_stream }
+        let grow = {
+            let disk = Arc::clone(&disk);
+            Box::new(move |size| disk.grow(size).map(|()| grown(size)))
+        };
+        let stats = {
+            let disk = Arc::clone(&disk);
+            Box::new(move || disk.stats())
+        };
+        Backend { jobs, device, quit, starting: Mutex::default(), info: Box::new(move || disk.info()), stats, grow, start_stream }
     }
 }
 

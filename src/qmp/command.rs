@@ -1,4 +1,4 @@
-//! The commands: one table, from which requests are dispatched, arguments checked and `query-commands` answered.
+//! The commands: one table, from which requests are dispatched, arguments checked, `query-commands` and `query-qmp-schema` answered.
 
 use serde_json::{Value, json};
 
@@ -6,13 +6,17 @@ use super::arguments::ArgumentKind::{Boolean, Enum, EnumList, Integer, String as
 use super::arguments::{Argument, mandatory, optional};
 use super::call::Call;
 use super::codec::{Class, Refusal, Request};
-use super::{block_stream, job_commands, queries};
+use super::types::Type::{List, Object};
+use super::types::{NOTHING, Type};
+use super::{block_stream, job_commands, queries, resize, schema, statistics};
 
 /// One command.
 pub(super) struct Command {
     pub name: &'static str,
     /// In the order in which they are checked, which is that of QEMU's schema.
     pub arguments: &'static [Argument],
+    /// What it returns when it succeeds.
+    pub returns: Type,
     pub run: fn(&mut Call<'_>) -> Result<Value, Refusal>,
 }
 
@@ -23,6 +27,12 @@ const CANCEL: &[Argument] = &[mandatory("device", Text), optional("force", Boole
 const SET_SPEED: &[Argument] = &[mandatory("device", Text), mandatory("speed", Integer)];
 /// The argument was called `value` until April 2012.
 const SET_SPEED_2012: &[Argument] = &[mandatory("device", Text), optional("value", Integer), optional("speed", Integer)];
+const RESIZE: &[Argument] = &[optional("device", Text), optional("node-name", Text), mandatory("size", Integer)];
+const CHANGE: &[Argument] =
+    &[mandatory("id", Text), mandatory("type", Enum(JOB_TYPES)), optional("copy-mode", Enum(&["background", "write-blocking"]))];
+/// What QEMU's jobs do; ours stream.
+pub(super) const JOB_TYPES: &[&str] =
+    &["commit", "stream", "mirror", "backup", "create", "amend", "snapshot-load", "snapshot-save", "snapshot-delete"];
 const STREAM: &[Argument] = &[
     optional("job-id", Text),
     mandatory("device", Text),
@@ -38,19 +48,29 @@ const STREAM: &[Argument] = &[
     optional("auto-dismiss", Boolean),
 ];
 
-const fn command(name: &'static str, arguments: &'static [Argument], run: fn(&mut Call<'_>) -> Result<Value, Refusal>) -> Command {
-    Command { name, arguments, run }
+type Run = fn(&mut Call<'_>) -> Result<Value, Refusal>;
+
+const fn command(name: &'static str, arguments: &'static [Argument], run: Run) -> Command {
+    query(name, arguments, NOTHING, run)
+}
+
+const fn query(name: &'static str, arguments: &'static [Argument], returns: Type, run: Run) -> Command {
+    Command { name, arguments, returns, run }
 }
 
 /// All commands. Names with underscores are those of 2012, before the first release that had them.
 pub(super) const COMMANDS: &[Command] = &[
     command(NEGOTIATION, &[optional("enable", EnumList(&["oob"]))], queries::qmp_capabilities),
-    command("query-version", NONE, queries::query_version),
-    command("query-commands", NONE, query_commands),
-    command("query-block", NONE, queries::query_block),
-    command("query-named-block-nodes", &[optional("flat", Boolean)], queries::query_named_block_nodes),
-    command("query-block-jobs", NONE, job_commands::query_block_jobs),
-    command("query-jobs", NONE, job_commands::query_jobs),
+    query("query-version", NONE, Object("VersionInfo"), queries::query_version),
+    query("query-commands", NONE, List(&Object("CommandInfo")), query_commands),
+    query("query-qmp-schema", NONE, List(&Object("SchemaInfo")), schema::query_qmp_schema),
+    query("query-block", NONE, List(&Object("BlockInfo")), queries::query_block),
+    query("query-named-block-nodes", &[optional("flat", Boolean)], List(&Object("BlockDeviceInfo")), queries::query_named_block_nodes),
+    query("query-blockstats", &[optional("query-nodes", Boolean)], List(&Object("BlockStats")), statistics::query_blockstats),
+    query("query-block-exports", NONE, List(&Object("BlockExportInfo")), queries::query_block_exports),
+    command("block_resize", RESIZE, resize::block_resize),
+    query("query-block-jobs", NONE, List(&Object("BlockJobInfo")), job_commands::query_block_jobs),
+    query("query-jobs", NONE, List(&Object("JobInfo")), job_commands::query_jobs),
     command("block-stream", STREAM, block_stream::block_stream),
     command("block_stream", STREAM, block_stream::block_stream_2012),
     command("block-job-set-speed", SET_SPEED, job_commands::block_job_set_speed),
@@ -65,6 +85,7 @@ pub(super) const COMMANDS: &[Command] = &[
     command("block_job_complete", DEVICE, job_commands::block_job_complete),
     command("block-job-finalize", ID, job_commands::block_job_finalize),
     command("block-job-dismiss", ID, job_commands::block_job_dismiss),
+    command("block-job-change", CHANGE, job_commands::block_job_change),
     command("job-pause", ID, job_commands::job_pause),
     command("job-resume", ID, job_commands::job_resume),
     command("job-cancel", ID, job_commands::job_cancel),

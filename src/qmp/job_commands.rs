@@ -110,6 +110,18 @@ pub(super) fn block_job_dismiss(call: &mut Call<'_>) -> Result<Value, Refusal> {
     block_job_verb(call, "id", Verb::Dismiss)
 }
 
+/// Nothing of a stream can be changed this way. `copy-mode` belongs to the type `mirror`, and to no other.
+pub(super) fn block_job_change(call: &mut Call<'_>) -> Result<Value, Refusal> {
+    let id = call.arguments.mandatory_text("id");
+    match (call.arguments.mandatory_text("type"), call.arguments.text("copy-mode")) {
+        ("mirror", None) => return Err(Refusal::generic("Parameter 'copy-mode' is missing")),
+        ("mirror", Some(_)) | (_, None) => {}
+        (_, Some(_)) => return Err(Refusal::generic("Parameter 'copy-mode' is unexpected")),
+    }
+    call.backend.jobs.check(id, Verb::Change).map_err(block_job(id))?;
+    Err(Refusal::generic("Job type does not support change"))
+}
+
 pub(super) fn job_pause(call: &mut Call<'_>) -> Result<Value, Refusal> {
     job_verb(call, Verb::Pause)
 }

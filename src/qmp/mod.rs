@@ -35,10 +35,14 @@ mod parser;
 #[cfg(test)]
 mod properties;
 mod queries;
+mod resize;
+mod schema;
 mod server;
 mod socket;
+mod statistics;
 #[cfg(test)]
 mod tests;
+mod types;
 mod unicode;
 
 pub use call::Target;

@@ -16,6 +16,11 @@ pub(super) fn backing_name(depth: usize) -> String {
     format!("backing-{depth}")
 }
 
+/// The node name of the layer at `depth`, 0 being the overlay.
+pub(super) fn name(depth: usize) -> String {
+    if depth == 0 { OVERLAY.into() } else { backing_name(depth) }
+}
+
 /// Finds a layer by its node name: its depth, 0 being the overlay.
 pub(super) fn find(info: &DiskInfo, name: &str) -> Option<usize> {
     if name == OVERLAY {
@@ -52,11 +57,10 @@ pub(super) enum Images {
 /// The facts of the layer at `depth`, 0 being the overlay.
 pub(super) fn block_device_info(info: &DiskInfo, depth: usize, images: Images) -> Value {
     let below = info.backing.get(depth);
-    let node_name = if depth == 0 { OVERLAY.into() } else { backing_name(depth) };
     // QEMU counts what it shows.
     let depth_below = if images == Images::Nested { info.backing.len() - depth } else { 0 };
     let mut value = json!({
-        "file": path(file_of(info, depth)), "node-name": node_name, "ro": depth > 0 || info.read_only, "drv": driver(info, depth),
+        "file": path(file_of(info, depth)), "node-name": name(depth), "ro": depth > 0 || info.read_only, "drv": driver(info, depth),
         "backing_file_depth": depth_below, "children": [], "active": true, "encrypted": false, "detect_zeroes": "off",
         "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": 0, "iops_rd": 0, "iops_wr": 0,
         "image": image_info(info, depth, images),

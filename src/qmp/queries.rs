@@ -49,6 +49,11 @@ pub(super) fn query_named_block_nodes(call: &mut Call<'_>) -> Result<Value, Refu
     Ok(nodes::all(&info(call)?, images).into())
 }
 
+/// The mount, which is there as long as the process.
+pub(super) fn query_block_exports(call: &mut Call<'_>) -> Result<Value, Refusal> {
+    Ok(json!([{ "id": call.backend.device, "type": "fuse", "node-name": nodes::OVERLAY, "shutting-down": false }]))
+}
+
 /// The reply comes after everything else that there is to tell.
 pub(super) fn quit(call: &mut Call<'_>) -> Result<Value, Refusal> {
     call.session.quitting = true;

@@ -13,9 +13,10 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use super::call::Backend;
+use super::schema::tests::{check_event, check_return};
 use super::server::Server;
 use crate::chain::LayerInfo;
-use crate::disk::DiskInfo;
+use crate::disk::{DiskInfo, DiskStats, RequestCount};
 use crate::format::{BackingFormat, BackingReference};
 use crate::job::{ErrorAction, Failure, JobSpec, Jobs, Next, Outcome};
 use crate::stream::StreamOptions;
@@ -55,6 +56,19 @@ fn disk_info() -> DiskInfo {
             layer("mid.qcow2", "/images/mid.qcow2", BackingFormat::Qcow2, Some(65536)),
             layer("../base/base.raw", "/base/base.raw", BackingFormat::Raw, None),
         ],
+    }
+}
+
+fn disk_stats() -> DiskStats {
+    let count = |n| RequestCount { bytes: n * 512, operations: n, failed: 1, time: Duration::from_nanos(n) };
+    DiskStats {
+        reads: count(1),
+        writes: count(2),
+        flushes: count(3),
+        discards: count(4),
+        backing_reads: count(5),
+        highest_written: 6,
+        idle: Some(Duration::from_nanos(7)),
     }
 }
 
@@ -106,6 +120,10 @@ impl Fixture {
             quit: sender,
             starting: Mutex::default(),
             info: Box::new(move || Ok(info.clone())),
+            stats: Box::new(disk_stats),
+            grow: Box::new(
+                |size| if size < 1 << 40 { Ok(()) } else { Err(crate::Error::new(crate::ErrorKind::InvalidArgument, "too large")) },
+            ),
             start_stream,
         };
         let server = Some(Server::with_backend(&path, backend).unwrap());
@@ -155,7 +173,7 @@ impl Client {
         self.line()
     }
 
-    /// The names of the events up to the next reply, and what it says. A status change is named by its status.
+    /// The names of the events up to the next reply, and what it says; all of them as the schema has it. A status change is named by its status.
     fn events_and_reply(&mut self, text: &str) -> (Vec<String>, Value) {
         self.send(text);
         let mut events = Vec::new();
@@ -163,7 +181,13 @@ impl Client {
             let value: Value = serde_json::from_str(&self.line()).unwrap();
             match value.get("event") {
                 Some(_) => events.push(event_word(&value)),
-                None => return (events, value),
+                None => {
+                    let request: Value = serde_json::from_str(text).unwrap();
+                    if let (Some(returned), Some(command)) = (value.get("return"), request["execute"].as_str()) {
+                        check_return(command, returned);
+                    }
+                    return (events, value);
+                }
             }
         }
     }
@@ -174,6 +198,7 @@ impl Client {
 }
 
 fn event_word(event: &Value) -> String {
+    check_event(event);
     let word = if event["event"] == "JOB_STATUS_CHANGE" { &event["data"]["status"] } else { &event["event"] };
     word.as_str().unwrap().to_string()
 }
@@ -597,4 +622,95 @@ fn the_server_goes_away_with_clients_connected() {
     drop(fixture.server.take());
     assert_eq!(client.line(), "");
     assert!(!fixture.path.exists());
+}
+
+/// Texts of qemu-storage-daemon, but for the one on shrinking, which it does.
+#[test]
+fn the_disk_grows_and_never_shrinks() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    let mut refusals = |table: &[(Value, &str)]| {
+        for (arguments, desc) in table {
+            let (_, reply) = client.events_and_reply(&execute("block_resize", arguments));
+            assert_eq!(error(&reply), if desc.is_empty() { ("", "") } else { ("GenericError", *desc) }, "{arguments}");
+        }
+    };
+    refusals(&[
+        (json!({"size": 512}), "Cannot find device='' nor node-name=''"),
+        (json!({"size": 512, "device": "overlay"}), "Cannot find device='overlay' nor node-name=''"),
+        (json!({"size": -1, "node-name": "x"}), "Cannot find device='' nor node-name='x'"),
+        (json!({"size": -1, "device": "drive0"}), "Parameter 'size' expects a >0 size"),
+        (json!({"device": "drive0"}), "Parameter 'size' is missing"),
+        (json!({"size": 1000, "node-name": "overlay"}), "The new size must be a multiple of 512"),
+        (json!({"size": SIZE, "node-name": "backing-2"}), "Node 'backing-2' is busy: node is used as backing hd of 'backing-1'"),
+        (json!({"size": SIZE - 512, "device": "drive0"}), "Shrinking is not supported: the disk has 4194304 bytes"),
+        (json!({"size": 1_u64 << 41, "device": "drive0"}), "too large"),
+        (json!({"size": SIZE, "device": "drive0"}), ""),
+        (json!({"size": SIZE + 512, "device": "x", "node-name": "overlay"}), ""),
+    ]);
+    fixture.client().events_and_reply(&execute("block-stream", &json!({"device": "drive0", "speed": 1})));
+    refusals(&[
+        (json!({"size": -1, "device": "drive0"}), "Parameter 'size' expects a >0 size"),
+        (json!({"size": 513, "device": "drive0"}), "Node 'drive0' is busy: block device is in use by block job: stream"),
+        (json!({"size": 513, "node-name": "overlay"}), "Node 'overlay' is busy: block device is in use by block job: stream"),
+    ]);
+    let fixture = Fixture::with_disk(DiskInfo { read_only: true, ..disk_info() });
+    let (_, reply) = fixture.client().events_and_reply(&execute("block_resize", &json!({"device": "drive0", "size": SIZE + 512})));
+    assert_eq!(error(&reply), ("GenericError", "Image is read-only"));
+}
+
+/// Copied from a session with qemu-storage-daemon.
+#[test]
+fn a_stream_cannot_be_changed() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    client.events_and_reply(&execute("block-stream", &json!({"device": "drive0", "job-id": "j", "speed": 1})));
+    for (arguments, expected) in [
+        (json!({"id": "x", "type": "stream"}), ("DeviceNotActive", "Block job 'x' not found")),
+        (json!({"id": "j"}), ("GenericError", "Parameter 'type' is missing")),
+        (json!({"id": "x", "type": "mirror"}), ("GenericError", "Parameter 'copy-mode' is missing")),
+        (json!({"id": "j", "type": "stream", "copy-mode": "background"}), ("GenericError", "Parameter 'copy-mode' is unexpected")),
+        (json!({"id": "j", "type": "xx"}), ("GenericError", "Parameter 'type' does not accept value 'xx'")),
+        (json!({"id": "j", "type": "stream"}), ("GenericError", "Job type does not support change")),
+        (json!({"id": "j", "type": "mirror", "copy-mode": "background"}), ("GenericError", "Job type does not support change")),
+    ] {
+        assert_eq!(error(&client.events_and_reply(&execute("block-job-change", &arguments)).1), expected, "{arguments}");
+    }
+}
+
+#[test]
+fn statistics_are_told_as_qemu_does() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    let mut ask = |arguments: &Value| client.events_and_reply(&execute("query-blockstats", arguments)).1["return"].take();
+    let device = ask(&json!({}));
+    assert_eq!(device.as_array().unwrap().len(), 1);
+    let device = &device[0];
+    assert_eq!((&device["device"], &device["node-name"]), (&json!("drive0"), &json!("overlay")));
+    let stats = &device["stats"];
+    assert_eq!(stats.as_object().unwrap().len(), 33, "all that QEMU 10.2 has");
+    for (name, value) in [
+        ("rd_bytes", 512),
+        ("wr_operations", 2),
+        ("flush_total_time_ns", 3),
+        ("failed_unmap_operations", 1),
+        ("zone_append_bytes", 0),
+        ("wr_highest_offset", 6),
+        ("idle_time_ns", 7),
+    ] {
+        assert_eq!(stats[name], value, "{name}");
+    }
+    assert_eq!(stats["timed_stats"], json!([]));
+    let backing = &device["backing"];
+    assert_eq!(
+        (&backing["node-name"], &backing["stats"]["rd_operations"], &backing["stats"]["wr_bytes"]),
+        (&json!("backing-1"), &json!(5), &json!(0))
+    );
+    assert_eq!(backing["backing"]["node-name"], "backing-2");
+    let nodes = ask(&json!({"query-nodes": true}));
+    let names: Vec<_> = nodes.as_array().unwrap().iter().map(|node| node["node-name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["overlay", "backing-1", "backing-2"]);
+    assert!(nodes[0].get("backing").is_none() && nodes[0].get("device").is_none());
+    let exports = client.events_and_reply(&execute("query-block-exports", &json!({}))).1;
+    assert_eq!(exports["return"], json!([{"id": "drive0", "type": "fuse", "node-name": "overlay", "shutting-down": false}]));
 }

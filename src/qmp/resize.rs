@@ -1,0 +1,42 @@
+//! `block_resize`: the disk grows.
+
+use serde_json::{Value, json};
+
+use super::call::Call;
+use super::codec::Refusal;
+use super::nodes;
+use super::queries;
+
+/// Checks in the order of QEMU's `qmp_block_resize`. No job can start meanwhile: it would not know of the new size.
+pub(super) fn block_resize(call: &mut Call<'_>) -> Result<Value, Refusal> {
+    let arguments = &call.arguments;
+    let (device, node) = (arguments.text("device").unwrap_or_default(), arguments.text("node-name").unwrap_or_default());
+    let _starting = call.backend.starting.lock();
+    let busy = call.backend.jobs.is_busy();
+    let info = queries::info(call)?;
+    let depth = if device == call.backend.device { Some(0) } else { nodes::find(&info, node) };
+    let depth = depth.ok_or_else(|| Refusal::generic(format!("Cannot find device='{device}' nor node-name='{node}'")))?;
+    let size = arguments.integer("size").and_then(|size| u64::try_from(size).ok());
+    let size = size.ok_or_else(|| Refusal::generic("Parameter 'size' expects a >0 size"))?;
+    let name = if node.is_empty() { device } else { node };
+    if depth > 0 {
+        return Err(Refusal::generic(format!("Node '{name}' is busy: node is used as backing hd of '{}'", nodes::name(depth - 1))));
+    }
+    if busy {
+        return Err(Refusal::generic(format!("Node '{name}' is busy: block device is in use by block job: stream")));
+    }
+    if info.read_only {
+        return Err(Refusal::generic("Image is read-only"));
+    }
+    if !size.is_multiple_of(512) {
+        return Err(Refusal::generic("The new size must be a multiple of 512"));
+    }
+    if size < info.size {
+        return Err(Refusal::generic(format!("Shrinking is not supported: the disk has {} bytes", info.size)));
+    }
+    if size == info.size {
+        return Ok(json!({}));
+    }
+    (call.backend.grow)(size).map_err(|error| Refusal::generic(error.to_string()))?;
+    Ok(json!({}))
+}

@@ -1,0 +1,235 @@
+//! What replies and events are made of: tables from which `query-qmp-schema` is answered. The names of types are QEMU's, and never leave this
+//! process.
+
+use super::arguments::Presence;
+use super::command::JOB_TYPES;
+
+/// A type on the wire.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Type {
+    String,
+    Integer,
+    Boolean,
+    /// Any value.
+    Any,
+    /// One of these strings.
+    Enum(&'static [&'static str]),
+    /// Any number of these strings.
+    EnumList(&'static [&'static str]),
+    /// An object of [`OBJECTS`].
+    Object(&'static str),
+    List(&'static Type),
+}
+
+/// A member of an object.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Member {
+    pub name: &'static str,
+    pub kind: Type,
+    pub presence: Presence,
+}
+
+use Type::{Any, Boolean as Bool, Enum, Integer as Int, List, Object, String as Str};
+
+const fn always(name: &'static str, kind: Type) -> Member {
+    Member { name, kind, presence: Presence::Mandatory }
+}
+
+const fn maybe(name: &'static str, kind: Type) -> Member {
+    Member { name, kind, presence: Presence::Optional }
+}
+
+/// What a command returns that has nothing to tell.
+pub(super) const NOTHING: Type = Object(EMPTY);
+/// The object without members.
+pub(super) const EMPTY: &str = "Empty";
+
+const JOB_TYPE: Type = Enum(JOB_TYPES);
+const JOB_STATUS: Type =
+    Enum(&["undefined", "created", "running", "paused", "ready", "standby", "waiting", "pending", "aborting", "concluded", "null"]);
+const IO_STATUS: Type = Enum(&["ok", "failed", "nospace"]);
+const META_TYPE: Type = Enum(&["builtin", "enum", "array", "object", "alternate", "command", "event"]);
+const JSON_TYPE: Type = Enum(&["string", "number", "int", "boolean", "null", "object", "array", "value"]);
+
+/// All objects that replies are made of.
+pub(super) const OBJECTS: &[(&str, &[Member])] = &[
+    (EMPTY, &[]),
+    ("VersionTriple", &[always("major", Int), always("minor", Int), always("micro", Int)]),
+    ("VersionInfo", &[always("qemu", Object("VersionTriple")), always("package", Str)]),
+    ("CommandInfo", &[always("name", Str)]),
+    // QEMU has one variant for each meta-type; whoever reads this has read it already.
+    (
+        "SchemaInfo",
+        &[
+            always("name", Str),
+            always("meta-type", META_TYPE),
+            maybe("json-type", JSON_TYPE),
+            maybe("values", List(&Str)),
+            maybe("members", List(&Object("SchemaInfoMember"))),
+            maybe("element-type", Str),
+            maybe("arg-type", Str),
+            maybe("ret-type", Str),
+        ],
+    ),
+    ("SchemaInfoMember", &[always("name", Str), maybe("type", Str), maybe("default", Any)]),
+    (
+        "BlockInfo",
+        &[
+            always("device", Str),
+            always("type", Str),
+            always("removable", Bool),
+            always("locked", Bool),
+            maybe("inserted", Object("BlockDeviceInfo")),
+            maybe("io-status", IO_STATUS),
+        ],
+    ),
+    (
+        "BlockDeviceInfo",
+        &[
+            always("file", Str),
+            maybe("node-name", Str),
+            always("ro", Bool),
+            always("drv", Str),
+            maybe("backing_file", Str),
+            always("backing_file_depth", Int),
+            always("children", List(&Object("BlockdevChild"))),
+            always("active", Bool),
+            always("encrypted", Bool),
+            always("detect_zeroes", Enum(&["off", "on", "unmap"])),
+            always("bps", Int),
+            always("bps_rd", Int),
+            always("bps_wr", Int),
+            always("iops", Int),
+            always("iops_rd", Int),
+            always("iops_wr", Int),
+            always("image", Object("ImageInfo")),
+            always("cache", Object("BlockdevCacheInfo")),
+            always("write_threshold", Int),
+        ],
+    ),
+    ("BlockdevChild", &[always("child", Str), maybe("node-name", Str)]),
+    ("BlockdevCacheInfo", &[always("writeback", Bool), always("direct", Bool), always("no-flush", Bool)]),
+    (
+        "ImageInfo",
+        &[
+            always("filename", Str),
+            always("format", Str),
+            maybe("dirty-flag", Bool),
+            maybe("actual-size", Int),
+            always("virtual-size", Int),
+            maybe("cluster-size", Int),
+            maybe("backing-filename", Str),
+            maybe("full-backing-filename", Str),
+            maybe("backing-filename-format", Str),
+            maybe("backing-image", Object("ImageInfo")),
+        ],
+    ),
+    (
+        "BlockStats",
+        &[
+            maybe("device", Str),
+            maybe("node-name", Str),
+            always("stats", Object("BlockDeviceStats")),
+            maybe("backing", Object("BlockStats")),
+        ],
+    ),
+    (
+        "BlockDeviceStats",
+        &[
+            always("rd_bytes", Int),
+            always("wr_bytes", Int),
+            always("zone_append_bytes", Int),
+            always("unmap_bytes", Int),
+            always("rd_operations", Int),
+            always("wr_operations", Int),
+            always("zone_append_operations", Int),
+            always("flush_operations", Int),
+            always("unmap_operations", Int),
+            always("rd_total_time_ns", Int),
+            always("wr_total_time_ns", Int),
+            always("zone_append_total_time_ns", Int),
+            always("flush_total_time_ns", Int),
+            always("unmap_total_time_ns", Int),
+            always("wr_highest_offset", Int),
+            always("rd_merged", Int),
+            always("wr_merged", Int),
+            always("zone_append_merged", Int),
+            always("unmap_merged", Int),
+            maybe("idle_time_ns", Int),
+            always("failed_rd_operations", Int),
+            always("failed_wr_operations", Int),
+            always("failed_zone_append_operations", Int),
+            always("failed_flush_operations", Int),
+            always("failed_unmap_operations", Int),
+            always("invalid_rd_operations", Int),
+            always("invalid_wr_operations", Int),
+            always("invalid_zone_append_operations", Int),
+            always("invalid_flush_operations", Int),
+            always("invalid_unmap_operations", Int),
+            always("account_invalid", Bool),
+            always("account_failed", Bool),
+            // Never any: intervals are set by a command that we do not have.
+            always("timed_stats", List(&Object(EMPTY))),
+        ],
+    ),
+    (
+        "BlockExportInfo",
+        &[
+            always("id", Str),
+            always("type", Enum(&["nbd", "vhost-user-blk", "fuse", "vduse-blk"])),
+            always("node-name", Str),
+            always("shutting-down", Bool),
+        ],
+    ),
+    (
+        "BlockJobInfo",
+        &[
+            always("type", JOB_TYPE),
+            always("device", Str),
+            always("len", Int),
+            always("offset", Int),
+            always("busy", Bool),
+            always("paused", Bool),
+            always("speed", Int),
+            always("io-status", IO_STATUS),
+            always("ready", Bool),
+            always("status", JOB_STATUS),
+            always("auto-finalize", Bool),
+            always("auto-dismiss", Bool),
+            maybe("error", Str),
+        ],
+    ),
+    (
+        "JobInfo",
+        &[
+            always("id", Str),
+            always("type", JOB_TYPE),
+            always("status", JOB_STATUS),
+            always("current-progress", Int),
+            always("total-progress", Int),
+            maybe("error", Str),
+        ],
+    ),
+];
+
+const BLOCK_JOB: [Member; 5] =
+    [always("type", JOB_TYPE), always("device", Str), always("len", Int), always("offset", Int), always("speed", Int)];
+const COMPLETED: [Member; 6] = {
+    let [kind, device, len, offset, speed] = BLOCK_JOB;
+    [kind, device, len, offset, speed, maybe("error", Str)]
+};
+
+/// All events, with their data.
+pub(super) const EVENTS: &[(&str, &[Member])] = &[
+    ("SHUTDOWN", &[always("guest", Bool), always("reason", Enum(&["host-qmp-quit", "host-signal", "host-error"]))]),
+    ("JOB_STATUS_CHANGE", &[always("id", Str), always("status", JOB_STATUS)]),
+    ("BLOCK_JOB_COMPLETED", &COMPLETED),
+    ("BLOCK_JOB_CANCELLED", &BLOCK_JOB),
+    ("BLOCK_JOB_READY", &BLOCK_JOB),
+    (
+        "BLOCK_JOB_ERROR",
+        &[always("device", Str), always("operation", Enum(&["read", "write"])), always("action", Enum(&["ignore", "report", "stop"]))],
+    ),
+    ("BLOCK_JOB_PENDING", &[always("type", JOB_TYPE), always("id", Str)]),
+    ("BLOCK_EXPORT_DELETED", &[always("id", Str)]),
+];
