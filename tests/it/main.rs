@@ -18,6 +18,7 @@ mod hung_backing;
 mod image_interop;
 mod kill_restart;
 mod qmp_client;
+mod qmp_error_policy;
 mod qmp_transcripts;
 mod readme;
 mod release_log;
