@@ -19,6 +19,7 @@ mod image_interop;
 mod kill_restart;
 mod qmp_client;
 mod qmp_error_policy;
+mod qmp_shell;
 mod qmp_transcripts;
 mod readme;
 mod release_log;
