@@ -40,7 +40,7 @@ fn qemu_qmp_drives_a_stream_to_its_end() {
 }
 
 /// A Python that has the library.
-fn python() -> Option<PathBuf> {
+pub fn python() -> Option<PathBuf> {
     let named = std::env::var_os("CORDISK_QMP_PYTHON").map(PathBuf::from);
     let ours = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/qmp-venv/bin/python");
     let imports = |python: &PathBuf| {

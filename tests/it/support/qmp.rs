@@ -30,6 +30,8 @@ pub struct QmpClient {
     pub events: Vec<Value>,
     /// Every message so far: greeting, replies, events.
     pub trace: Vec<Value>,
+    /// The last line, as it was sent.
+    pub line: String,
 }
 
 impl QmpClient {
@@ -45,17 +47,30 @@ impl QmpClient {
         let stream = UnixStream::connect(socket).unwrap_or_else(|error| panic!("connect to {}: {error}", socket.display()));
         stream.set_read_timeout(Some(Duration::from_millis(100))).expect("read timeout");
         stream.set_write_timeout(Some(PATIENCE)).expect("write timeout");
-        let mut client =
-            QmpClient { stream, received: Vec::new(), next_id: 1, cursor: 0, greeting: Value::Null, events: Vec::new(), trace: Vec::new() };
+        let mut client = QmpClient {
+            stream,
+            received: Vec::new(),
+            next_id: 1,
+            cursor: 0,
+            greeting: Value::Null,
+            events: Vec::new(),
+            trace: Vec::new(),
+            line: String::new(),
+        };
         client.greeting = client.message(PATIENCE).expect("greeting");
         assert!(client.greeting["QMP"]["version"]["qemu"]["major"].is_u64(), "greeting: {}", client.greeting);
         assert!(client.greeting["QMP"]["capabilities"].is_array(), "greeting: {}", client.greeting);
         client
     }
 
-    /// Sends bytes as they are.
+    /// Sends text as it is.
     pub fn send_raw(&mut self, text: &str) {
-        self.stream.write_all(text.as_bytes()).expect("send");
+        self.send_bytes(text.as_bytes());
+    }
+
+    /// Sends bytes as they are.
+    pub fn send_bytes(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).expect("send");
     }
 
     /// The next message, whatever it is; `None` at the end of the session.
@@ -95,6 +110,7 @@ impl QmpClient {
         assert!(line.ends_with(b"\r\n"), "a line must end with CR LF: {line:?}");
         let message: Value = serde_json::from_slice(line).unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(line)));
         assert!(message.is_object(), "not an object: {message}");
+        self.line = String::from_utf8_lossy(line).into_owned();
         if message.get("event").is_some() {
             assert!(message["timestamp"]["seconds"].is_i64() && message["timestamp"]["microseconds"].is_i64(), "timestamp of {message}");
             self.events.push(message.clone());
