@@ -66,6 +66,8 @@ fn backend() -> Backend {
         quit: crossbeam_channel::bounded(1).0,
         starting: Mutex::default(),
         info: Box::new(move || Err(no_disk())),
+        stats: Box::new(Default::default),
+        grow: Box::new(move |_| Err(no_disk())),
         start_stream: Box::new(move |_| Err(no_disk())),
     }
 }
