@@ -7,8 +7,8 @@
 use std::sync::Arc;
 use std::thread;
 
-use crate::disk::Disk;
-use crate::job::{Control, ErrorAction, Failure, JobSpec, Jobs, Next, OnError, Outcome};
+use crate::disk::{Disk, Populated};
+use crate::job::{Control, ErrorAction, Failure, JobSpec, Jobs, Next, OnError, Outcome, Work};
 use crate::{Error, ErrorKind, Result};
 
 /// Bytes per step (QEMU: STREAM_CHUNK): the unit in which a failing place is reported and the speed is charged.
@@ -34,6 +34,8 @@ pub struct StreamOptions {
     pub auto_dismiss: bool,
     /// The name to write into the header for what remains below, instead of the one that stands in the chain; only with `depth`.
     pub backing_file: Option<String>,
+    /// As [`JobSpec::request`].
+    pub request: String,
 }
 
 impl StreamOptions {
@@ -47,6 +49,7 @@ impl StreamOptions {
             auto_finalize: true,
             auto_dismiss: true,
             backing_file: None,
+            request: String::new(),
         }
     }
 }
@@ -69,6 +72,7 @@ pub fn start(disk: &Arc<Disk>, jobs: &Jobs, options: StreamOptions) -> Result<()
         auto_finalize: options.auto_finalize,
         auto_dismiss: options.auto_dismiss,
         on_error: options.on_error,
+        request: options.request,
     })?;
     let disk = Arc::clone(disk);
     control.start();
@@ -92,7 +96,7 @@ fn copy_up(disk: &Disk, control: &Control, depth: usize, len: u64) -> Outcome {
         }
         let end = len.min(offset + STREAM_CHUNK);
         match disk.populate(offset..end, depth) {
-            Ok(populated) => control.advance(end - offset, populated.copied + populated.zeroed),
+            Ok(Populated { copied, zeroed, .. }) => control.advance(end - offset, Work { copied, zeroed, failed: 0 }),
             Err(error) => {
                 log::warn!("stream: bytes {offset}..{end}: {error}");
                 let failure = Failure::from(error);
@@ -102,7 +106,7 @@ fn copy_up(disk: &Disk, control: &Control, depth: usize, len: u64) -> Outcome {
                     ErrorAction::Stop => continue,
                     ErrorAction::Ignore => {
                         ignored.get_or_insert(failure);
-                        control.advance(end - offset, 0);
+                        control.advance(end - offset, Work { failed: end - offset, ..Work::default() });
                     }
                 }
             }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{ErrorAction, Failure, IoStatus, JobEvent, Next, OnError, Outcome, Shared, Status};
+use super::{ErrorAction, Failure, IoStatus, JobEvent, Next, OnError, Outcome, Shared, Status, Work};
 
 /// The handle by which the thread that works on a job obeys its users and tells of its progress. Dropped without [`Control::finish`], it fails
 /// the job; dropped before [`Control::start`], it takes the job back.
@@ -31,7 +31,9 @@ impl Control {
     /// On the second call.
     pub fn start(&self) {
         let mut registry = self.shared.registry.lock();
-        let event = registry.job(self.serial).transition(Status::Running);
+        let job = registry.job(self.serial);
+        job.pace.note(Instant::now(), 0, 0);
+        let event = job.transition(Status::Running);
         registry.emit(vec![event]);
     }
 
@@ -79,13 +81,19 @@ impl Control {
         }
     }
 
-    /// `scanned` more bytes are dealt with, `charged` of them cost reading from below; only those count against the speed.
-    pub fn advance(&self, scanned: u64, charged: u64) {
+    /// `scanned` more bytes are dealt with, and this is what was done. Only what was read counts against the speed.
+    pub fn advance(&self, scanned: u64, work: Work) {
         let mut registry = self.shared.registry.lock();
         let job = registry.job(self.serial);
         job.offset = job.offset.saturating_add(scanned).min(job.spec.len);
-        if charged > 0 {
-            job.limit.charge(charged, Instant::now());
+        let Work { copied, zeroed, failed } = work;
+        job.work.copied += copied;
+        job.work.zeroed += zeroed;
+        job.work.failed += failed;
+        let now = Instant::now();
+        job.pace.note(now, job.offset, job.moved());
+        if copied + zeroed > 0 {
+            job.limit.charge(copied + zeroed, now);
         }
     }
 

@@ -15,6 +15,7 @@
 mod control;
 mod error;
 mod events;
+mod pace;
 mod rate_limit;
 mod registry;
 mod state;
@@ -22,7 +23,7 @@ mod state;
 mod tests;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::Receiver;
 use parking_lot::{Condvar, Mutex};
@@ -129,6 +130,19 @@ pub struct JobSpec {
     pub auto_dismiss: bool,
     /// What it does about errors.
     pub on_error: OnError,
+    /// What its user asked for, in the words of whoever took the request: kept for those who ask for it later, never read here.
+    pub request: String,
+}
+
+/// What became of the bytes that a job has dealt with.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Work {
+    /// Read and written.
+    pub copied: u64,
+    /// Read, and found to be zero.
+    pub zeroed: u64,
+    /// Given up, where errors are ignored.
+    pub failed: u64,
 }
 
 /// Facts of one job.
@@ -152,6 +166,26 @@ pub struct JobInfo {
     pub cancelled: bool,
     /// Why it failed.
     pub error: Option<String>,
+    /// As it was created.
+    pub request: String,
+    /// What was done; all the rest up to its offset needed nothing.
+    pub work: Work,
+    /// When it was created.
+    pub created: SystemTime,
+    /// When it concluded.
+    pub concluded: Option<SystemTime>,
+    /// Bytes per second that it has read in the last few seconds.
+    pub rate: u64,
+    /// How long it takes still, if it goes on like this; `None` while it does not go on.
+    pub remaining: Option<Duration>,
+}
+
+impl JobInfo {
+    /// Bytes that needed nothing.
+    pub fn skipped(&self) -> u64 {
+        let Work { copied, zeroed, failed } = self.work;
+        self.progress.offset.saturating_sub(copied + zeroed + failed)
+    }
 }
 
 /// The registry of jobs; clones are the same registry.

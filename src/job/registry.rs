@@ -1,12 +1,13 @@
 //! What the registry holds of its jobs. Every change of a status is made here, under the one lock, and asserted against the tables.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use crossbeam_channel::Sender;
 
+use super::pace::Pace;
 use super::rate_limit::RateLimit;
-use super::{Batch, IoStatus, JobError, JobEvent, JobInfo, JobSpec, Outcome, Progress, Status, Verb};
+use super::{Batch, IoStatus, JobError, JobEvent, JobInfo, JobSpec, Outcome, Progress, Status, Verb, Work};
 
 /// The text of a cancelled job's error: strerror(ECANCELED) as QEMU prints it.
 const CANCELED: &str = "Operation canceled";
@@ -49,6 +50,10 @@ pub(super) struct Job {
     pub finalizing: bool,
     pub io_status: IoStatus,
     pub error: Option<String>,
+    pub work: Work,
+    pub pace: Pace,
+    pub created: SystemTime,
+    pub concluded: Option<SystemTime>,
 }
 
 impl Registry {
@@ -105,6 +110,7 @@ impl Registry {
             });
         }
         events.push(job.transition(Status::Concluded));
+        job.concluded = Some(SystemTime::now());
         let (info, dismiss) = (job.info(), job.spec.auto_dismiss);
         self.last = Some(info);
         if dismiss {
@@ -138,6 +144,10 @@ impl Job {
             finalizing: false,
             io_status: IoStatus::Ok,
             error: None,
+            work: Work::default(),
+            pace: Pace::default(),
+            created: SystemTime::now(),
+            concluded: None,
         }
     }
 
@@ -190,7 +200,13 @@ impl Job {
         Progress { id: id.clone(), kind, len: *len, offset: self.offset, speed: *speed }
     }
 
+    /// Bytes that were read.
+    pub fn moved(&self) -> u64 {
+        self.work.copied + self.work.zeroed
+    }
+
     pub fn info(&self) -> JobInfo {
+        let now = Instant::now();
         JobInfo {
             progress: self.progress(),
             status: self.status,
@@ -201,6 +217,12 @@ impl Job {
             auto_dismiss: self.spec.auto_dismiss,
             cancelled: self.cancelled,
             error: self.error.clone(),
+            request: self.spec.request.clone(),
+            work: self.work,
+            created: self.created,
+            concluded: self.concluded,
+            rate: self.pace.rate(now, self.moved()),
+            remaining: self.pace.remaining(now, self.offset, self.spec.len - self.offset),
         }
     }
 }

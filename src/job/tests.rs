@@ -11,7 +11,16 @@ use super::*;
 const CHUNK: u64 = 512 << 10;
 
 fn spec(id: &str) -> JobSpec {
-    JobSpec { id: id.into(), kind: "stream", len: 4 * CHUNK, speed: 0, auto_finalize: true, auto_dismiss: true, on_error: OnError::Report }
+    JobSpec {
+        id: id.into(),
+        kind: "stream",
+        len: 4 * CHUNK,
+        speed: 0,
+        auto_finalize: true,
+        auto_dismiss: true,
+        on_error: OnError::Report,
+        request: "r".into(),
+    }
 }
 
 fn done() -> Result<(), Failure> {
@@ -26,7 +35,7 @@ fn work(control: Control, len: u64) -> JoinHandle<()> {
             if control.checkpoint() == Next::Cancel {
                 return control.finish(Outcome::Cancelled, || unreachable!("a cancelled job takes no effect"));
             }
-            control.advance(CHUNK, CHUNK);
+            control.advance(CHUNK, Work { copied: CHUNK, ..Work::default() });
         }
         control.finish(Outcome::Done, done);
     })
@@ -141,7 +150,7 @@ fn a_failed_job_tells_why() {
     let failure = Failure { text: "Input/output error".into(), no_space: false };
     let control = jobs.create(spec("j")).unwrap();
     control.start();
-    control.advance(CHUNK, CHUNK);
+    control.advance(CHUNK, Work { copied: CHUNK, ..Work::default() });
     assert_eq!(control.error(&failure), ErrorAction::Report);
     control.finish(Outcome::Failed(failure.clone()), || unreachable!());
     let expected = ["created", "running", "ERROR Report", "aborting", "COMPLETED 524288 Some(\"Input/output error\")", "concluded", "null"];

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::codec::Refusal;
+use super::json;
 
 /// One argument of a command.
 pub(super) struct Argument {
@@ -66,6 +67,11 @@ impl Arguments {
             Some(key) => Err(Refusal::generic(format!("Parameter '{key}' is unexpected"))),
             None => Ok(Arguments(given)),
         }
+    }
+
+    /// All of them, as they were given.
+    pub fn to_text(&self) -> String {
+        json::to_text(&Value::Object(self.0.clone()))
     }
 
     /// An optional string.

@@ -69,6 +69,7 @@ fn start(call: &mut Call<'_>, dialect: Dialect) -> Result<Value, Refusal> {
         auto_finalize: arguments.boolean("auto-finalize").unwrap_or(true),
         auto_dismiss: arguments.boolean("auto-dismiss").unwrap_or(true),
         backing_file: backing_file.map(String::from),
+        request: arguments.to_text(),
     };
     let speed = match non_negative(arguments.integer("speed").unwrap_or_default()) {
         Ok(speed) => speed,
@@ -130,8 +131,8 @@ fn check_filter_name(info: &DiskInfo, name: &str) -> Result<(), Refusal> {
 }
 
 fn take_back(call: &Call<'_>, options: &StreamOptions) -> Result<(), Refusal> {
-    let StreamOptions { job_id, on_error, auto_finalize, auto_dismiss, .. } = options.clone();
-    let spec = JobSpec { id: job_id, kind: KIND, len: 0, speed: 0, auto_finalize, auto_dismiss, on_error };
+    let StreamOptions { job_id, on_error, auto_finalize, auto_dismiss, request, .. } = options.clone();
+    let spec = JobSpec { id: job_id, kind: KIND, len: 0, speed: 0, auto_finalize, auto_dismiss, on_error, request };
     call.backend.jobs.create(spec).map(drop).map_err(|error| Refusal::generic(error.to_string()))
 }
 

@@ -1,6 +1,7 @@
 //! What a command has when it runs: its arguments, the things it acts upon, and the client's side of the conversation.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use parking_lot::Mutex;
@@ -38,7 +39,7 @@ pub(super) struct Backend {
     pub jobs: Jobs,
     pub device: String,
     pub quit: Sender<()>,
-    /// Between the look at the jobs there are and the start of another one. Taken while no other lock is held.
+    /// Between the look at the jobs there are and the start of another one, or a change of size. Taken while no other lock is held.
     pub starting: Mutex<()>,
     pub info: Box<dyn Fn() -> Result<DiskInfo> + Send + Sync>,
     pub stats: Box<dyn Fn() -> DiskStats + Send + Sync>,
@@ -73,8 +74,17 @@ pub(super) struct Session {
     pub oob: Oob,
     /// Keeps jobs at their checkpoints until the reply is on its way.
     pub hold: Option<Hold>,
+    /// What it has just asked for, until its reply is on the way.
+    pub progress: Option<ProgressEvents>,
     /// It has asked for the end of the process; its reply comes last of all.
     pub quitting: bool,
+}
+
+/// Whether a client is told how far jobs have come.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum ProgressEvents {
+    Off,
+    Every(Duration),
 }
 
 /// A command that runs.

@@ -169,15 +169,19 @@ pub(super) fn reply(result: Result<Value, Refusal>, id: Option<Value>) -> String
 
 /// The line of an event, with its end; `data` is null where there is none.
 pub(super) fn event(name: &str, data: Value, at: SystemTime) -> String {
-    let timestamp = match at.duration_since(UNIX_EPOCH) {
-        Ok(since) => json!({ "seconds": since.as_secs(), "microseconds": since.subsec_micros() }),
-        Err(_) => json!({ "seconds": -1, "microseconds": -1 }),
-    };
-    let mut members = json!({ "timestamp": timestamp, "event": name });
+    let mut members = json!({ "timestamp": timestamp(at), "event": name });
     if !data.is_null() {
         members["data"] = data;
     }
     line(&members)
+}
+
+/// A point in time; -1 where the clock is wrong, as in QEMU.
+pub(super) fn timestamp(at: SystemTime) -> Value {
+    match at.duration_since(UNIX_EPOCH) {
+        Ok(since) => json!({ "seconds": since.as_secs(), "microseconds": since.subsec_micros() }),
+        Err(_) => json!({ "seconds": -1, "microseconds": -1 }),
+    }
 }
 
 /// `value` on a line of its own.

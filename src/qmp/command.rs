@@ -8,7 +8,7 @@ use super::call::Call;
 use super::codec::{Class, Refusal, Request};
 use super::types::Type::{List, Object};
 use super::types::{NOTHING, Type};
-use super::{block_stream, job_commands, queries, resize, schema, statistics};
+use super::{block_stream, job_commands, progress, queries, resize, schema, statistics};
 
 /// One command.
 pub(super) struct Command {
@@ -33,6 +33,7 @@ const CHANGE: &[Argument] =
 /// What QEMU's jobs do; ours stream.
 pub(super) const JOB_TYPES: &[&str] =
     &["commit", "stream", "mirror", "backup", "create", "amend", "snapshot-load", "snapshot-save", "snapshot-delete"];
+const PROGRESS: &[Argument] = &[mandatory("enable", Boolean), optional("interval-ms", Integer)];
 const STREAM: &[Argument] = &[
     optional("job-id", Text),
     mandatory("device", Text),
@@ -58,7 +59,7 @@ const fn query(name: &'static str, arguments: &'static [Argument], returns: Type
     Command { name, arguments, returns, run }
 }
 
-/// All commands. Names with underscores are those of 2012, before the first release that had them.
+/// All commands. Names with underscores are those of 2012, before the first release that had them; those with `x-` are ours.
 pub(super) const COMMANDS: &[Command] = &[
     command(NEGOTIATION, &[optional("enable", EnumList(&["oob"]))], queries::qmp_capabilities),
     query("query-version", NONE, Object("VersionInfo"), queries::query_version),
@@ -92,6 +93,9 @@ pub(super) const COMMANDS: &[Command] = &[
     command("job-complete", ID, job_commands::job_complete),
     command("job-finalize", ID, job_commands::job_finalize),
     command("job-dismiss", ID, job_commands::job_dismiss),
+    query("x-query-last-job", NONE, Object("LastJob"), progress::x_query_last_job),
+    query("x-query-job-progress", NONE, List(&Object("JobProgress")), progress::x_query_job_progress),
+    command("x-job-progress-events", PROGRESS, progress::x_job_progress_events),
     command("quit", NONE, queries::quit),
 ];
 

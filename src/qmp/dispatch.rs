@@ -20,7 +20,7 @@ pub(super) enum Answer {
 
 impl Session {
     pub fn new() -> Self {
-        Session { negotiated: false, oob: Oob::Off, hold: None, quitting: false }
+        Session { negotiated: false, oob: Oob::Off, hold: None, progress: None, quitting: false }
     }
 
     /// Answers what the decoder has found.

@@ -1,16 +1,17 @@
 //! Who is sent what, in which order.
 
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Sender};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
+use super::call::ProgressEvents;
 use super::client::{Client, Line};
 use super::codec::{self, Refusal};
-use super::events;
-use crate::job::Batch;
+use super::{events, progress};
+use crate::job::{Batch, Jobs, Status};
 
 /// Why the process ends, in the words of QEMU's `ShutdownCause`.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -38,6 +39,8 @@ impl ShutdownReason {
 pub(super) struct Fanout {
     /// Rank 6: before the outbox of a client.
     inner: Mutex<Inner>,
+    /// Wakes whoever passes events on, for he may have to look at the clock now; room for one.
+    wake: (Sender<()>, Receiver<()>),
 }
 
 #[derive(Debug)]
@@ -54,6 +57,14 @@ struct Member {
     client: Arc<Client>,
     /// Whether it is told of events.
     negotiated: bool,
+    progress: Option<Cadence>,
+}
+
+/// When a client is told of progress.
+#[derive(Debug)]
+struct Cadence {
+    interval: Duration,
+    due: Instant,
 }
 
 /// Whether a client is told of events from now on.
@@ -65,12 +76,34 @@ pub(super) enum Listens {
 
 impl Fanout {
     pub fn new(events: Receiver<Arc<Batch>>) -> Self {
-        Fanout { inner: Mutex::new(Inner { events, members: Vec::new(), at_the_end: Vec::new(), shutdown_announced: false }) }
+        let inner = Inner { events, members: Vec::new(), at_the_end: Vec::new(), shutdown_announced: false };
+        Fanout { inner: Mutex::new(inner), wake: crossbeam_channel::bounded(1) }
     }
 
-    /// Sends what has happened. Whoever is woken by an event calls this.
-    pub fn deliver(&self) {
-        self.inner.lock().deliver();
+    /// Sends what has happened, and progress to those for whom it is time. Whoever is woken by an event calls this. Returns when it is time again,
+    /// even if nothing happens.
+    pub fn deliver(&self, jobs: &Jobs) -> Option<Instant> {
+        let mut inner = self.inner.lock();
+        inner.deliver();
+        inner.deliver_progress(jobs)
+    }
+
+    /// Where something arrives when [`Fanout::deliver`] is to be called although nothing has happened.
+    pub fn woken(&self) -> &Receiver<()> {
+        &self.wake.1
+    }
+
+    /// Tells a client of progress from now on, or not.
+    pub fn tell_progress(&self, client: &Arc<Client>, wish: ProgressEvents) {
+        let mut inner = self.inner.lock();
+        if let Some(member) = inner.members.iter_mut().find(|member| Arc::ptr_eq(&member.client, client)) {
+            member.progress = match wish {
+                ProgressEvents::Off => None,
+                ProgressEvents::Every(interval) => Some(Cadence { interval, due: Instant::now() }),
+            };
+        }
+        // Full: it is awake already.
+        let _ = self.wake.0.try_send(());
     }
 
     /// Sends a reply, after everything that has happened before.
@@ -135,7 +168,7 @@ impl Fanout {
             inner.members.remove(index).client.disconnect();
         }
         client.send(Line::Reply, greeting.into());
-        inner.members.push(Member { client, negotiated: false });
+        inner.members.push(Member { client, negotiated: false, progress: None });
         Ok(())
     }
 
@@ -165,6 +198,29 @@ impl Inner {
                 self.broadcast(name, data, batch.at);
             }
         }
+    }
+
+    /// Jobs are looked at with all their events sent: what is told of a job never comes after its end.
+    fn deliver_progress(&mut self, jobs: &Jobs) -> Option<Instant> {
+        if self.members.iter().all(|member| member.progress.is_none()) {
+            return None;
+        }
+        let jobs: Vec<_> = jobs.query().into_iter().filter(|info| info.status != Status::Concluded).collect();
+        if jobs.is_empty() {
+            return None;
+        }
+        let (now, at) = (Instant::now(), SystemTime::now());
+        let lines: Vec<Arc<str>> = jobs.iter().map(|info| codec::event(progress::EVENT, progress::progress(info), at).into()).collect();
+        let mut next = None;
+        for Member { client, progress, .. } in &mut self.members {
+            let Some(cadence) = progress else { continue };
+            if cadence.due <= now {
+                lines.iter().for_each(|line| client.send(Line::Event, Arc::clone(line)));
+                cadence.due = now + cadence.interval;
+            }
+            next = Some(next.map_or(cadence.due, |next: Instant| next.min(cadence.due)));
+        }
+        next
     }
 
     fn broadcast(&self, name: &str, data: Value, at: SystemTime) {

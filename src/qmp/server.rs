@@ -83,7 +83,7 @@ impl Server {
         let (alive, ended) = crossbeam_channel::bounded(0);
         let mut server = Server { core: Arc::clone(&core), threads: Vec::new(), alive: Some(alive) };
         let passing = Arc::clone(&core);
-        server.threads.push(spawn("qmp-events", move || pass_events(&passing.fanout, &events, &ended)).context(|| "QMP thread")?);
+        server.threads.push(spawn("qmp-events", move || pass_events(&passing, &events, &ended)).context(|| "QMP thread")?);
         server.threads.push(spawn("qmp-accept", move || accept(&core)).context(|| "QMP thread")?);
         Ok(server)
     }
@@ -151,15 +151,23 @@ fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> io::Result<JoinHand
 }
 
 /// Waits for events without taking them, so that a reply that is made meanwhile can.
-fn pass_events(fanout: &Fanout, events: &Receiver<Arc<Batch>>, ended: &Receiver<()>) {
+fn pass_events(core: &Core, events: &Receiver<Arc<Batch>>, ended: &Receiver<()>) {
+    let mut next = None;
     loop {
         let mut select = Select::new();
-        let happened = select.recv(events);
-        select.recv(ended);
-        if select.ready() != happened {
+        let woken = core.fanout.woken();
+        let (_, woke, end) = (select.recv(events), select.recv(woken), select.recv(ended));
+        let ready = match next {
+            Some(at) => select.ready_deadline(at).ok(),
+            None => Some(select.ready()),
+        };
+        if ready == Some(end) {
             return;
         }
-        fanout.deliver();
+        if ready == Some(woke) {
+            let _ = woken.try_recv();
+        }
+        next = core.fanout.deliver(&core.backend.jobs);
     }
 }
 
@@ -242,6 +250,9 @@ fn read(core: &Core, client: &Arc<Client>) {
                     let listens = if session.negotiated { Listens::Yes } else { Listens::No };
                     core.fanout.reply(client, line, listens);
                     session.hold = None;
+                    if let Some(wish) = session.progress.take() {
+                        core.fanout.tell_progress(client, wish);
+                    }
                 }
                 Answer::AtTheEnd { id } => {
                     core.fanout.reply_at_the_end(client, id);

@@ -18,7 +18,7 @@ use super::server::Server;
 use crate::chain::LayerInfo;
 use crate::disk::{DiskInfo, DiskStats, RequestCount};
 use crate::format::{BackingFormat, BackingReference};
-use crate::job::{ErrorAction, Failure, JobSpec, Jobs, Next, Outcome};
+use crate::job::{ErrorAction, Failure, JobSpec, Jobs, Next, Outcome, Work};
 use crate::stream::StreamOptions;
 
 const CHUNK: u64 = 512 << 10;
@@ -73,9 +73,9 @@ fn disk_stats() -> DiskStats {
 }
 
 fn stream(jobs: &Jobs, failures: &Arc<Mutex<Vec<Failure>>>, options: StreamOptions) -> crate::Result<()> {
-    let StreamOptions { job_id, depth, speed, on_error, auto_finalize, auto_dismiss, .. } = options;
+    let StreamOptions { job_id, depth, speed, on_error, auto_finalize, auto_dismiss, request, .. } = options;
     let len = if depth == Some(0) { 0 } else { SIZE };
-    let control = jobs.create(JobSpec { id: job_id, kind: "stream", len, speed, auto_finalize, auto_dismiss, on_error })?;
+    let control = jobs.create(JobSpec { id: job_id, kind: "stream", len, speed, auto_finalize, auto_dismiss, on_error, request })?;
     control.start();
     let failures = Arc::clone(failures);
     thread::spawn(move || {
@@ -92,7 +92,7 @@ fn stream(jobs: &Jobs, failures: &Arc<Mutex<Vec<Failure>>>, options: StreamOptio
                     ErrorAction::Ignore => skipped = Some(failure),
                 }
             }
-            control.advance(CHUNK, CHUNK);
+            control.advance(CHUNK, Work { copied: CHUNK, ..Work::default() });
             offset += CHUNK;
         }
         control.finish(skipped.map_or(Outcome::Done, Outcome::Failed), || Ok(()));
@@ -537,7 +537,8 @@ fn quit_is_answered_when_everything_is_over() {
                 speed: 0,
                 auto_finalize: true,
                 auto_dismiss: true,
-                on_error: crate::job::OnError::Report
+                on_error: crate::job::OnError::Report,
+                request: String::new(),
             })
             .is_err()
     );
@@ -713,4 +714,66 @@ fn statistics_are_told_as_qemu_does() {
     assert!(nodes[0].get("backing").is_none() && nodes[0].get("device").is_none());
     let exports = client.events_and_reply(&execute("query-block-exports", &json!({}))).1;
     assert_eq!(exports["return"], json!([{"id": "drive0", "type": "fuse", "node-name": "overlay", "shutting-down": false}]));
+}
+
+#[test]
+fn the_last_job_can_be_asked_for_when_it_is_gone() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    let last = |client: &mut Client| client.events_and_reply(&execute("x-query-last-job", &json!({}))).1;
+    assert_eq!(error(&last(&mut client)), ("GenericError", "No job has finished yet"));
+    let arguments = json!({"device": "drive0", "job-id": "j", "base": "mid.qcow2", "speed": 7});
+    client.events_and_reply(&execute("block-stream", &arguments));
+    let told = last(&mut client)["return"].take();
+    assert_eq!((&told["id"], &told["result"], &told["bytes-copied"]), (&json!("j"), &json!("success"), &json!(0)));
+    assert_eq!(told["arguments"], arguments);
+
+    *fixture.failures.lock() = vec![Failure { text: "Input/output error".into(), no_space: false }];
+    client.events_and_reply(&execute("block-stream", &json!({"device": "drive0", "on-error": "ignore"})));
+    while fixture.jobs.is_busy() {
+        thread::sleep(Duration::from_millis(1));
+    }
+    let told = last(&mut client)["return"].take();
+    assert_eq!((&told["result"], &told["error"]), (&json!("error"), &json!("Input/output error")));
+    assert_eq!((&told["offset"], &told["bytes-copied"], &told["bytes-skipped"]), (&json!(SIZE), &json!(SIZE), &json!(0)));
+
+    client.events_and_reply(&execute("block-stream", &json!({"device": "drive0", "speed": 1})));
+    client.events_and_reply(&execute("block-job-cancel", &json!({"device": "drive0"})));
+    let told = last(&mut client)["return"].take();
+    assert_eq!((&told["result"], &told["error"]), (&json!("cancelled"), &json!("Operation canceled")));
+    assert!(told["end-time"]["seconds"].as_u64() >= told["start-time"]["seconds"].as_u64());
+}
+
+#[test]
+fn progress_is_told_to_those_who_asked() {
+    let fixture = Fixture::new();
+    let (mut client, mut other) = (fixture.client(), fixture.client());
+    for (interval, refused) in [(99, true), (-1, true), (i64::MAX, true), (100, false)] {
+        let (_, reply) = client.events_and_reply(&execute("x-job-progress-events", &json!({"enable": true, "interval-ms": interval})));
+        assert_eq!(reply.get("error").is_some(), refused, "{interval}");
+    }
+    client.events_and_reply(&execute("block-stream", &json!({"device": "drive0", "speed": 1})));
+    let start = Instant::now();
+    let mut told = Vec::new();
+    while told.len() < 3 {
+        let event: Value = serde_json::from_str(&client.line()).unwrap();
+        assert_eq!(event_word(&event), "X_JOB_PROGRESS");
+        told.push(event["data"].clone());
+    }
+    assert!(start.elapsed() >= Duration::from_millis(150), "no more often than asked for");
+    let last = told.pop().unwrap();
+    assert_eq!((&last["id"], &last["offset"], &last["bytes-copied"]), (&json!("drive0"), &json!(CHUNK), &json!(CHUNK)));
+    let (_, reply) = client.events_and_reply(&execute("x-query-job-progress", &json!({})));
+    assert_eq!((&reply["return"][0]["len"], &reply["return"][0]["bytes-skipped"]), (&json!(SIZE), &json!(0)));
+    // Who did not ask, and who asks no more, is told nothing.
+    client.events_and_reply(&execute("x-job-progress-events", &json!({"enable": false})));
+    thread::sleep(Duration::from_millis(250));
+    assert_eq!(client.events_and_reply(&execute("query-version", &json!({}))).0, [""; 0]);
+    let (events, _) = other.events_and_reply(&execute("query-version", &json!({})));
+    assert_eq!(events, ["created", "running"]);
+    // Nothing is told of a job after its end.
+    client.events_and_reply(&execute("x-job-progress-events", &json!({"enable": true, "interval-ms": 100})));
+    let (events, _) = client.events_and_reply(&execute("block-job-cancel", &json!({"device": "drive0", "force": true})));
+    let end = events.iter().position(|word| word == "null").unwrap_or(events.len() - 1);
+    assert_eq!(end, events.len() - 1, "{events:?}");
 }

@@ -54,6 +54,9 @@ const JSON_TYPE: Type = Enum(&["string", "number", "int", "boolean", "null", "ob
 /// All objects that replies are made of.
 pub(super) const OBJECTS: &[(&str, &[Member])] = &[
     (EMPTY, &[]),
+    ("Timestamp", &[always("seconds", Int), always("microseconds", Int)]),
+    ("JobProgress", &PROGRESS),
+    ("LastJob", &LAST_JOB),
     ("VersionTriple", &[always("major", Int), always("minor", Int), always("micro", Int)]),
     ("VersionInfo", &[always("qemu", Object("VersionTriple")), always("package", Str)]),
     ("CommandInfo", &[always("name", Str)]),
@@ -212,6 +215,30 @@ pub(super) const OBJECTS: &[(&str, &[Member])] = &[
     ),
 ];
 
+/// Bytes copied, found zero, passed over and given up add up to the offset, but for clusters that are larger than a step.
+const PROGRESS: [Member; 13] = [
+    always("id", Str),
+    always("type", JOB_TYPE),
+    always("status", JOB_STATUS),
+    always("speed", Int),
+    always("offset", Int),
+    always("len", Int),
+    always("bytes-copied", Int),
+    always("bytes-zero", Int),
+    always("bytes-skipped", Int),
+    always("bytes-failed", Int),
+    always("start-time", Object("Timestamp")),
+    always("rate", Int),
+    maybe("seconds-left", Int),
+];
+const LAST_JOB: [Member; 15] = {
+    let [id, kind, status, speed, offset, len, copied, zero, skipped, failed, start, ..] = PROGRESS;
+    let (result, end) = (Enum(&["success", "error", "cancelled"]), Object("Timestamp"));
+    let ours = [always("arguments", Any), always("result", result), always("end-time", end), maybe("error", Str)];
+    let [arguments, result, end, error] = ours;
+    [id, kind, status, speed, offset, len, copied, zero, skipped, failed, start, arguments, result, end, error]
+};
+
 const BLOCK_JOB: [Member; 5] =
     [always("type", JOB_TYPE), always("device", Str), always("len", Int), always("offset", Int), always("speed", Int)];
 const COMPLETED: [Member; 6] = {
@@ -231,5 +258,6 @@ pub(super) const EVENTS: &[(&str, &[Member])] = &[
         &[always("device", Str), always("operation", Enum(&["read", "write"])), always("action", Enum(&["ignore", "report", "stop"]))],
     ),
     ("BLOCK_JOB_PENDING", &[always("type", JOB_TYPE), always("id", Str)]),
+    ("X_JOB_PROGRESS", &PROGRESS),
     ("BLOCK_EXPORT_DELETED", &[always("id", Str)]),
 ];

@@ -1,0 +1,94 @@
+//! How fast a job is at present. Pure: the time is an argument.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// What counts as the present: long enough to be a steady number for a job that sleeps between chunks.
+const WINDOW: Duration = Duration::from_secs(5);
+/// Distance of samples: few of them, and the window's edge moves in small steps.
+const STEP: Duration = Duration::from_millis(250);
+
+/// Where a job was at some moments of the last few seconds.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    samples: VecDeque<Sample>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    at: Instant,
+    offset: u64,
+    moved: u64,
+}
+
+impl Pace {
+    /// The job is at `offset` now, and has moved so many bytes.
+    pub fn note(&mut self, now: Instant, offset: u64, moved: u64) {
+        if self.samples.back().is_some_and(|last| now < last.at + STEP) {
+            return;
+        }
+        while self.samples.front().is_some_and(|first| first.at + WINDOW < now) {
+            self.samples.pop_front();
+        }
+        self.samples.push_back(Sample { at: now, offset, moved });
+    }
+
+    /// Bytes moved per second.
+    pub fn rate(&self, now: Instant, moved: u64) -> u64 {
+        let Some((since, elapsed)) = self.since(now) else { return 0 };
+        let rate = u128::from(moved - since.moved) * Duration::from_secs(1).as_nanos() / elapsed.as_nanos();
+        u64::try_from(rate).unwrap_or(u64::MAX)
+    }
+
+    /// How long the `left` bytes beyond `offset` take if it goes on like this; `None` if it does not go on.
+    pub fn remaining(&self, now: Instant, offset: u64, left: u64) -> Option<Duration> {
+        let (since, elapsed) = self.since(now)?;
+        let done = u128::from(offset - since.offset);
+        let nanoseconds = (u128::from(left) * elapsed.as_nanos()).checked_div(done)?;
+        Some(u64::try_from(nanoseconds).map_or(Duration::MAX, Duration::from_nanos))
+    }
+
+    /// The oldest sample of the present, or the newest there is, and how long ago that was (more than nothing).
+    fn since(&self, now: Instant) -> Option<(Sample, Duration)> {
+        let present = self.samples.iter().find(|sample| sample.at + WINDOW >= now).or(self.samples.back())?;
+        Some((*present, now.saturating_duration_since(present.at).max(Duration::from_nanos(1))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn the_rate_is_that_of_the_last_seconds() {
+        let (mut pace, begin) = (Pace::default(), Instant::now());
+        assert_eq!((pace.rate(begin, 0), pace.remaining(begin, 0, 1)), (0, None), "nothing is known yet");
+        let mut now = begin;
+        let mut offset = 0;
+        // 10 MiB/s for a minute, half of it moved; then 1 MiB/s.
+        for tick in 0..700 {
+            pace.note(now, offset, offset / 2);
+            now += Duration::from_millis(100);
+            offset += if tick < 600 { MIB } else { MIB / 10 };
+            if tick == 500 {
+                assert_eq!(pace.rate(now, offset / 2), 5 * MIB);
+                assert_eq!(pace.remaining(now, offset, 100 * MIB), Some(Duration::from_secs(10)));
+            }
+        }
+        let rate = pace.rate(now, offset / 2);
+        assert!(rate.abs_diff(MIB / 2) < 10, "{rate}");
+        assert!(pace.samples.len() < 30);
+    }
+
+    #[test]
+    fn who_stands_still_has_no_rate_and_no_end() {
+        let (mut pace, begin) = (Pace::default(), Instant::now());
+        pace.note(begin, 0, 0);
+        pace.note(begin + Duration::from_secs(1), 8 * MIB, 8 * MIB);
+        let later = begin + Duration::from_secs(60);
+        assert_eq!((pace.rate(later, 8 * MIB), pace.remaining(later, 8 * MIB, MIB)), (0, None));
+        assert_eq!(pace.rate(begin, u64::MAX), u64::MAX, "no time has passed");
+    }
+}
