@@ -250,11 +250,13 @@ fn floods_are_bounded_and_can_be_ended() {
     });
 }
 
-/// The fuzz target's door, with inputs that it began with.
+/// The fuzz target, with the inputs that it begins with.
 #[test]
 fn the_corpus_of_the_fuzz_target_holds() {
     let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus/qmp_codec");
-    let files: Vec<_> = std::fs::read_dir(corpus).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let files = std::fs::read_dir(corpus).unwrap().map(|entry| entry.unwrap().path());
+    // What the fuzzer adds is named by its hash, and not committed.
+    let files: Vec<_> = files.filter(|file| file.file_name().unwrap().len() < 40).collect();
     assert!(!files.is_empty());
     for file in files {
         let bytes = std::fs::read(&file).unwrap();

@@ -1,8 +1,11 @@
 //! Conversations over a real socket, with jobs whose worker only sleeps. What is expected was copied from sessions with qemu-storage-daemon.
 
+use std::fs::{self, Permissions};
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -585,6 +588,29 @@ fn what_was_asked_before_the_end_of_input_is_answered() {
     client.send(r#"{"execute":"query-jobs"}{"execute":"#);
     client.reader.get_ref().shutdown(std::net::Shutdown::Write).unwrap();
     assert_eq!([client.line(), client.line()], [r#"{"return": []}"#, ""]);
+}
+
+/// Whoever the file lets in. Needs root, to be somebody else.
+#[test]
+fn nobody_but_the_owner_and_root_is_served() {
+    const SAY: &str = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); print(len(s.recv(1000)))";
+    let fixture = Fixture::new();
+    let say = |uid: &str| {
+        let mut command = Command::new("setpriv");
+        // The system's Python: one in root's home is nobody else's.
+        command.env("PATH", "/usr/bin:/bin").current_dir("/");
+        let path = fixture.path.as_os_str();
+        let done = command.args(["--reuid", uid, "--regid", uid, "--clear-groups", "python3", "-c", SAY]).arg(path).output().ok()?;
+        done.status.success().then(|| String::from_utf8(done.stdout).unwrap().trim().parse::<usize>().unwrap())
+    };
+    if say("0").is_none() {
+        return eprintln!("skipped: not root, or no setpriv or python3");
+    }
+    assert!(say("0").unwrap() > 10, "the greeting");
+    fs::set_permissions(fixture.path.parent().unwrap(), Permissions::from_mode(0o755)).unwrap();
+    assert_eq!(say("65534"), None, "the mode of the file");
+    fs::set_permissions(&fixture.path, Permissions::from_mode(0o666)).unwrap();
+    assert_eq!(say("65534"), Some(0), "closed without a greeting");
 }
 
 /// A byte may be echoed as six: such a reply is longer than all the events that may wait.
