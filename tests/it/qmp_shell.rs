@@ -63,7 +63,6 @@ fn a_stream_typed_into_qmp_shell() {
         all.then_some(output)
     });
     let output = shown.unwrap_or_else(|| panic!("no completion shown:\n{}\n{}\n{}", said(&out), said(&err), disk.log()));
-    drop(types);
     drop(keyboard); // Ctrl-D
     let status = poll(PATIENCE, || shell.0.try_wait().expect("wait"));
     assert!(status.is_some_and(|status| status.success()), "{status:?}\n{output}\n{}", said(&err));
