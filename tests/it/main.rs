@@ -21,6 +21,7 @@ mod kill_restart;
 mod qmp_client;
 mod qmp_error_policy;
 mod qmp_shell;
+mod qmp_stress;
 mod qmp_transcripts;
 mod readme;
 mod release_log;

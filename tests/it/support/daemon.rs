@@ -25,6 +25,7 @@ pub struct Mount {
     log: PathBuf,
     args: Vec<String>,
     has_socket: bool,
+    open_umask: bool,
 }
 
 impl Mount {
@@ -43,6 +44,7 @@ impl Mount {
             log: file("log"),
             args: Vec::new(),
             has_socket: false,
+            open_umask: false,
         }
     }
 
@@ -60,10 +62,20 @@ impl Mount {
         self.args(&["--qmp", &socket])
     }
 
+    /// With a umask that takes nothing away.
+    #[must_use]
+    pub fn open_umask(mut self) -> Mount {
+        self.open_umask = true;
+        self
+    }
+
     /// Mounts in the foreground (`-f`) and returns when the disk is there and the socket accepts.
     pub fn start(self) -> Daemon {
         let log = OpenOptions::new().create(true).append(true).open(&self.log).expect("log file");
-        let mut command = Command::new(CORDISK);
+        let mut command = Command::new(if self.open_umask { "sh" } else { CORDISK });
+        if self.open_umask {
+            command.args(["-c", "umask 000 && exec \"$0\" \"$@\"", CORDISK]);
+        }
         command.args(["mount", "-f"]).args(&self.args).arg(&self.image).arg(&self.mountpoint);
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("log")).stderr(log);
         if std::env::var_os("RUST_LOG").is_none() {

@@ -73,6 +73,11 @@ impl QmpClient {
         self.stream.write_all(bytes).expect("send");
     }
 
+    /// The same connection, for a thread that sends while another one reads.
+    pub fn another_hand(&self) -> UnixStream {
+        self.stream.try_clone().expect("clone of the socket")
+    }
+
     /// The next message, whatever it is; `None` at the end of the session.
     pub fn message(&mut self, limit: Duration) -> Option<Value> {
         match self.next_message(limit) {
