@@ -200,7 +200,7 @@ impl Handler {
 
     /// fallocate(2).
     ///
-    /// Mode 0 inside the disk succeeds and does nothing: the disk is as long as it will ever be, and a thin overlay promises no space.
+    /// Mode 0 inside the disk succeeds and does nothing: no request of the file system makes the disk longer, and a thin overlay promises no space.
     /// Past the end it is ENOSPC, like a write there: the disk does not grow. Holes and zeroes reach up to the end of the disk;
     /// without FALLOC_FL_KEEP_SIZE a range of zeroes past the end is ENOSPC as well.
     ///

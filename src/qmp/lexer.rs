@@ -70,6 +70,9 @@ enum Step {
 pub(super) struct Lexer {
     state: State,
     text: Vec<u8>,
+    /// The token that is being read was too long: the rest of it is read and forgotten, so that what follows is understood. (QEMU begins a new
+    /// token in the middle, and takes the end of a long string for the begin of another.)
+    discarding: bool,
 }
 
 /// A whole token: its kind and its bytes.
@@ -81,12 +84,12 @@ impl Lexer {
         while let Some(&byte) = input.first() {
             let (ended, consumed) = match step(self.state, byte) {
                 Step::Grow(state) => {
-                    self.text.push(byte);
+                    self.keep(byte);
                     self.state = state;
                     (None, true)
                 }
                 Step::End(kind) => {
-                    self.text.push(byte);
+                    self.keep(byte);
                     (Some(kind), true)
                 }
                 Step::EndBefore(kind) => (Some(kind), false),
@@ -102,13 +105,26 @@ impl Lexer {
             if consumed {
                 *input = &input[1..];
             }
-            let ended = ended.or((self.text.len() > limit).then_some(Kind::TooLong));
             if let Some(kind) = ended {
                 self.state = if kind == Kind::Stray { State::Recovery } else { State::Start };
+                if std::mem::take(&mut self.discarding) {
+                    continue;
+                }
+            }
+            let too_long = self.text.len() > limit;
+            if too_long || ended.is_some() {
+                self.discarding = ended.is_none();
+                let kind = if too_long { Kind::TooLong } else { ended? };
                 return Some((kind, std::mem::take(&mut self.text)));
             }
         }
         None
+    }
+
+    fn keep(&mut self, byte: u8) {
+        if !self.discarding {
+            self.text.push(byte);
+        }
     }
 
     /// Bytes of the token that is being read.
@@ -202,9 +218,20 @@ mod tests {
     }
 
     #[test]
-    fn a_token_without_end_is_cut() {
+    fn the_rest_of_a_token_that_is_too_long_is_forgotten() {
         let found = tokens(&[b'a'; 250]);
-        assert_eq!(found.len(), 2);
-        assert!(found.iter().all(|(kind, text)| *kind == Kind::TooLong && text.len() == 101));
+        assert_eq!(found.len(), 1);
+        assert!(found[0].0 == Kind::TooLong && found[0].1.len() == 101);
+        let mut long = vec![b'"'];
+        long.extend([b'a'; 250]);
+        long.extend(b"\"] 1 ");
+        let kinds: Vec<_> = tokens(&long).into_iter().map(|(kind, _)| kind).collect();
+        assert_eq!(kinds, [Kind::TooLong, Kind::RightSquare, Kind::Integer]);
+        // A control character ends it too.
+        let mut long = vec![b'"'];
+        long.extend([b'a'; 250]);
+        long.extend(b"\x01 ] 1 ");
+        let kinds: Vec<_> = tokens(&long).into_iter().map(|(kind, _)| kind).collect();
+        assert_eq!(kinds, [Kind::TooLong, Kind::RightSquare, Kind::Integer]);
     }
 }
