@@ -5,7 +5,8 @@
 //!
 //! ```text
 //! # text                 a comment
-//! disk NAME              first of all: `base` (overlay over base.raw), `chain` (overlay over mid.qcow2 over base.raw), `alone` (no backing)
+//! disk NAME              first of all: `base` (overlay over base.raw), `chain` (overlay over mid.qcow2 over base.raw),
+//!                        `alone` (no backing), `read-only` (as base, opened for reading)
 //! connect                a new connection, instead of the one before
 //! -> BYTES               sends these bytes, and no newline; `<<0A FF>>` stands for bytes in hex, `<<5B*1025>>` for many of one
 //! ?> JSON                asks this over and over until the reply is the next line (for 20 s)
@@ -326,7 +327,7 @@ fn make_images(scratch: &Scratch, disk: &str) -> PathBuf {
         qemu::write_pattern(&mid, Pattern::new(60, 2), &[MIB..2 * MIB]);
         qemu::create(&overlay, None, "", Some(("mid.qcow2", "qcow2")));
     } else {
-        assert_eq!(disk, "base", "which disk?");
+        assert!(["base", "read-only"].contains(&disk), "which disk is {disk}?");
         qemu::create(&overlay, None, "", Some(("base.raw", "raw")));
     }
     overlay
@@ -341,8 +342,11 @@ enum Server {
 impl Server {
     fn start(scratch: &Scratch, target: Target, disk: &str) -> Server {
         match target {
-            // Copy-on-read would be no difference: nobody reads.
-            Target::Cordisk => Server::Cordisk(Box::new(Mount::new(scratch, &scratch.join("overlay.qcow2")).qmp().start())),
+            Target::Cordisk => {
+                let mount = Mount::new(scratch, &scratch.join("overlay.qcow2")).qmp();
+                let mount = if disk == "read-only" { mount.args(&["--read-only"]) } else { mount };
+                Server::Cordisk(Box::new(mount.start()))
+            }
             Target::Qemu => Server::Qemu(Qsd::start(scratch, disk)),
         }
     }
@@ -382,6 +386,12 @@ impl Qsd {
         match disk {
             "alone" => command.args(["--blockdev", overlay]),
             "base" => command.args(["--blockdev", &raw("backing-1"), "--blockdev", &format!("{overlay},backing=backing-1")]),
+            "read-only" => command.args([
+                "--blockdev",
+                &raw("backing-1"),
+                "--blockdev",
+                &format!("{overlay},backing=backing-1,read-only=on,file.read-only=on"),
+            ]),
             _ => {
                 let mid =
                     "driver=qcow2,node-name=backing-1,read-only=on,file.driver=file,file.filename=mid.qcow2,backing=backing-2".to_owned();
