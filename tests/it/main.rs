@@ -20,6 +20,7 @@ mod image_interop;
 mod kill_restart;
 mod qmp_client;
 mod qmp_error_policy;
+mod qmp_facts;
 mod qmp_shell;
 mod qmp_stress;
 mod qmp_transcripts;
