@@ -31,7 +31,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, MIB, Mount, Pattern, QmpClient, Scratch, have, poll, qemu};
+use crate::support::{Daemon, MIB, Mount, Pattern, QmpClient, Scratch, poll, qemu};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Long enough for a reply too many to arrive.
@@ -48,7 +48,10 @@ fn transcripts_hold_for_cordisk() {
 #[test]
 fn transcripts_hold_for_qemu() {
     requires!("qemu-img", "qemu-storage-daemon");
-    if !is_the_qemu_of_the_transcripts() {
+    // QEMU's texts change from release to release, and a distribution has the one it has: only here a tool of another version is no failure.
+    let version = crate::support::run_ok(Command::new("qemu-storage-daemon").arg("--version"));
+    if !version.contains("version 10.") {
+        eprintln!("skipped: the transcripts are those of QEMU 10, this is {version}");
         return;
     }
     run_all(Target::Qemu);
@@ -59,16 +62,6 @@ fn run_all(target: Target) {
     let run = |file: &PathBuf| std::panic::catch_unwind(|| Transcript::load(file).run(target)).is_err();
     let failed: Vec<PathBuf> = files().into_iter().filter(run).collect();
     assert!(failed.is_empty(), "these did not hold for {target:?}: {failed:?}");
-}
-
-/// QEMU's texts change from release to release; the transcripts are those of 10.
-fn is_the_qemu_of_the_transcripts() -> bool {
-    let version = crate::support::run_ok(Command::new("qemu-storage-daemon").arg("--version"));
-    let right = version.contains("version 10.");
-    if !right {
-        have(&["qemu-storage-daemon of QEMU 10"]);
-    }
-    right
 }
 
 fn files() -> Vec<PathBuf> {
@@ -400,19 +393,13 @@ impl Qsd {
         };
         let socket = scratch.join("qsd.sock");
         let chardev = format!("socket,id=qmp,path={},server=on,wait=off", socket.display());
-        command.args(["--chardev", &chardev, "--monitor", "chardev=qmp"]);
+        // It writes the file when everything is set up. Who connects to the socket before that is greeted twice.
+        let ready = scratch.join("qsd.pid");
+        command.args(["--chardev", &chardev, "--monitor", "chardev=qmp", "--pidfile"]).arg(&ready);
         let child = command.stdin(Stdio::null()).spawn().expect("qemu-storage-daemon");
         let qsd = Qsd { child, socket };
-        assert!(poll(PATIENCE, || qsd.listens().then_some(())).is_some(), "no socket of qemu-storage-daemon");
+        assert!(poll(PATIENCE, || ready.exists().then_some(())).is_some(), "qemu-storage-daemon is not ready");
         qsd
-    }
-
-    /// Asked of the kernel: a connection to find out would be the one that is served.
-    fn listens(&self) -> bool {
-        let sockets = fs::read_to_string("/proc/net/unix").expect("list of sockets");
-        let path = self.socket.to_str().expect("UTF-8 path");
-        // The flag of `listen`.
-        sockets.lines().any(|line| line.ends_with(path) && line.contains(" 00010000 "))
     }
 
     fn end(&mut self) {
