@@ -11,6 +11,9 @@ use crate::disk::{Disk, Populated};
 use crate::job::{Control, ErrorAction, Failure, JobSpec, Jobs, Next, OnError, Outcome, Work};
 use crate::{Error, ErrorKind, Result};
 
+#[cfg(test)]
+mod tests;
+
 /// Bytes per step (QEMU: STREAM_CHUNK): the unit in which a failing place is reported and the speed is charged.
 pub const STREAM_CHUNK: u64 = 512 << 10;
 

@@ -61,6 +61,13 @@ impl Layer {
         Ok(Layer { reference: reference.clone(), path, size, allocated_size, body })
     }
 
+    /// A raw layer that was not opened by name.
+    #[cfg(test)]
+    pub(super) fn of_raw(storage: Arc<dyn Storage>) -> Layer {
+        let reference = BackingReference { name: "base.raw".into(), format: Some(BackingFormat::Raw) };
+        Layer { reference, path: "/base.raw".into(), size: storage.size(), allocated_size: 0, body: Body::Raw(storage) }
+    }
+
     /// Virtual size in bytes.
     pub(super) fn size(&self) -> u64 {
         self.size

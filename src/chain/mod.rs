@@ -110,6 +110,12 @@ impl Chain {
         Ok(Chain { layers })
     }
 
+    /// A chain of one raw layer, whatever that is made of.
+    #[cfg(test)]
+    pub(crate) fn of_raw(storage: Arc<dyn crate::storage::Storage>) -> Chain {
+        Chain { layers: vec![Arc::new(Layer::of_raw(storage))] }
+    }
+
     /// Virtual size in bytes of the first layer.
     pub fn size(&self) -> u64 {
         self.layers.first().map_or(0, |layer| layer.size())

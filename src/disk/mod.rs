@@ -175,6 +175,12 @@ impl Disk {
         }
     }
 
+    /// A writable disk above storages that were not opened by name. Reads do not copy up.
+    #[cfg(test)]
+    pub(crate) fn for_tests(image: Image, chain: Option<Chain>) -> Disk {
+        Disk::assemble("/overlay.qcow2".into(), Overlay::Writable(Box::new(image)), chain, false)
+    }
+
     fn reader(&self) -> &ImageReader {
         self.overlay.reader()
     }

@@ -1,0 +1,365 @@
+//! What a stream does about errors, for every policy, on a host that fails where and as long as the test says.
+//!
+//! The expectations are QEMU's, observed (`BlockdevOnError` and `block_job_error_action`): whoever drives both programs must be able to rely on
+//! where a job stands after an error, on what it takes to go on, and on the backing file staying in place unless every byte came up.
+
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Receiver;
+use parking_lot::Mutex;
+use rustix::io::Errno;
+
+use super::*;
+use crate::chain::Chain;
+use crate::format::{BackingFormat, BackingReference, Geometry, Header, NewImage};
+use crate::image::Image;
+use crate::job::{Batch, IoStatus, JobEvent, JobInfo, Progress, Status};
+use crate::storage::{Holding, Storage};
+
+/// Longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Not a multiple of the chunk or of the cluster.
+const SIZE: u64 = (4 << 20) + (200 << 10);
+
+/// The bad place of the backing file: in the middle of the third chunk.
+const BAD_READS: Range<u64> = 0x13_0000..0x13_0200;
+
+/// Where the third chunk starts, and with it where a job stands that could not read [`BAD_READS`].
+const BAD_CHUNK: u64 = 2 * STREAM_CHUNK;
+
+/// The overlay's host is full here: somewhere in its data, behind the metadata that a new image starts with.
+const NO_ROOM: Range<u64> = (2 << 20)..u64::MAX;
+
+/// Which calls fail.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Side {
+    Reads,
+    Writes,
+}
+
+/// A file in memory, of which a range fails with an errno, in one direction, while a flag is set.
+#[derive(Debug)]
+struct Faulty {
+    bytes: Mutex<Vec<u8>>,
+    side: Side,
+    range: Range<u64>,
+    errno: Errno,
+    failing: AtomicBool,
+    /// How often it failed.
+    failures: AtomicU32,
+}
+
+impl Faulty {
+    fn new(bytes: Vec<u8>, side: Side, range: Range<u64>, errno: Errno) -> Arc<Faulty> {
+        let (failing, failures) = (AtomicBool::new(false), AtomicU32::new(0));
+        Arc::new(Faulty { bytes: Mutex::new(bytes), side, range, errno, failing, failures })
+    }
+
+    fn fail(&self, failing: bool) {
+        self.failing.store(failing, Ordering::SeqCst);
+    }
+
+    fn failures(&self) -> u32 {
+        self.failures.load(Ordering::SeqCst)
+    }
+
+    fn pass(&self, side: Side, offset: u64, len: usize) -> io::Result<()> {
+        let touched = offset < self.range.end && self.range.start < offset + len as u64;
+        if side == self.side && touched && self.failing.load(Ordering::SeqCst) {
+            self.failures.fetch_add(1, Ordering::SeqCst);
+            return Err(self.errno.into());
+        }
+        Ok(())
+    }
+}
+
+impl Storage for Faulty {
+    fn size(&self) -> u64 {
+        self.bytes.lock().len() as u64
+    }
+
+    fn allocated_size(&self) -> io::Result<u64> {
+        Ok(self.size())
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        self.pass(Side::Reads, offset, buf.len())?;
+        let bytes = self.bytes.lock();
+        let start = bytes.len().min(offset as usize);
+        let here = buf.len().min(bytes.len() - start);
+        buf[..here].copy_from_slice(&bytes[start..start + here]);
+        buf[here..].fill(0);
+        Ok(())
+    }
+
+    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.pass(Side::Writes, offset, data.len())?;
+        let mut bytes = self.bytes.lock();
+        let end = offset as usize + data.len();
+        let len = bytes.len().max(end);
+        bytes.resize(len, 0);
+        bytes[offset as usize..end].copy_from_slice(data);
+        Ok(())
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        let mut bytes = self.bytes.lock();
+        let end = bytes.len().min((offset + len) as usize);
+        bytes[offset as usize..end].fill(0);
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn holding(&self, offset: u64, max: u64) -> io::Result<(Holding, u64)> {
+        match self.size().checked_sub(offset) {
+            None | Some(0) => Ok((Holding::Hole, max)),
+            Some(here) => Ok((Holding::Data, here.min(max))),
+        }
+    }
+}
+
+/// How a test sees the end of a job.
+#[derive(Debug)]
+struct Ending {
+    /// What was done about each error, in order.
+    actions: Vec<ErrorAction>,
+    progress: Progress,
+    error: Option<String>,
+}
+
+/// A disk above two faulty storages, with a registry of jobs and its events.
+struct Bench {
+    base: Arc<Faulty>,
+    overlay: Arc<Faulty>,
+    disk: Arc<Disk>,
+    jobs: Jobs,
+    events: Receiver<Arc<Batch>>,
+    seen: Vec<JobEvent>,
+    /// What the guest must read, whatever becomes of the stream.
+    content: Vec<u8>,
+    /// The first 512 bytes of the overlay before any stream.
+    header: Vec<u8>,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let mut content: Vec<u8> = (0..SIZE as usize).map(|at| (at / 512 * 7 + at * 13 + 1) as u8).collect();
+        content[0x1c_0000..0x24_8000].fill(0); // zero clusters, and one that is zero in part
+        content[SIZE as usize - 1000..].fill(0); // past the end of the backing file
+        let base = Faulty::new(content[..SIZE as usize - 1000].to_vec(), Side::Reads, BAD_READS, Errno::IO);
+
+        let backing = BackingReference { name: "base.raw".into(), format: Some(BackingFormat::Raw) };
+        let new = NewImage { geometry: Geometry::new(3, 16, 4, SIZE).unwrap(), backing: Some(backing) };
+        let overlay = Faulty::new(Vec::new(), Side::Writes, NO_ROOM, Errno::NOSPC);
+        for (offset, bytes) in new.layout().unwrap() {
+            overlay.write_at(offset, &bytes).unwrap();
+        }
+        let disk = Disk::for_tests(Image::open(overlay.clone()).unwrap(), Some(Chain::of_raw(base.clone())));
+
+        // In the bad chunk, and not where it is bad: the guest's bytes must survive all attempts.
+        disk.write(BAD_CHUNK + 100, &[0xc5; 1000]).unwrap();
+        content[BAD_CHUNK as usize + 100..][..1000].fill(0xc5);
+        disk.flush().unwrap();
+
+        let jobs = Jobs::new();
+        let events = jobs.subscribe();
+        let header = overlay.bytes.lock()[..512].to_vec();
+        Bench { base, overlay, disk: Arc::new(disk), jobs, events, seen: Vec::new(), content, header }
+    }
+
+    fn start(&mut self, on_error: OnError) {
+        self.seen.clear();
+        start(&self.disk, &self.jobs, StreamOptions { on_error, ..StreamOptions::new("job0") }).unwrap();
+    }
+
+    /// Reads events up to the next one that is the job's coming to `status`.
+    fn wait_for(&mut self, status: Status) {
+        let wanted = JobEvent::StatusChange { id: "job0".into(), status };
+        let give_up = Instant::now() + PATIENCE;
+        loop {
+            let batch = match self.events.recv_deadline(give_up) {
+                Ok(batch) => batch,
+                Err(error) => panic!("{error} while waiting for {wanted:?} after {:?}", self.seen),
+            };
+            self.seen.extend(batch.events.iter().cloned());
+            if batch.events.contains(&wanted) {
+                return;
+            }
+        }
+    }
+
+    fn actions(&self) -> Vec<ErrorAction> {
+        self.seen.iter().filter_map(|event| if let JobEvent::Error { action, .. } = event { Some(*action) } else { None }).collect()
+    }
+
+    /// The job as it stands after an error has paused it.
+    fn paused(&mut self) -> JobInfo {
+        self.wait_for(Status::Paused);
+        let job = self.jobs.query().pop().unwrap();
+        assert_eq!((job.status, job.paused), (Status::Paused, true));
+        assert_eq!(job.error, None, "a pause is no failure");
+        job
+    }
+
+    /// Waits until the job is forgotten.
+    fn end(&mut self) -> Ending {
+        self.wait_for(Status::Null);
+        let mut completed = self.seen.iter().filter_map(|event| match event {
+            JobEvent::Completed { progress, error } => Some((progress.clone(), error.clone())),
+            _ => None,
+        });
+        let (progress, error) = completed.next().unwrap();
+        assert_eq!(completed.next(), None, "a job completes once: {:?}", self.seen);
+        assert!(!self.jobs.is_busy());
+        assert_eq!(progress.len, SIZE);
+        Ending { actions: self.actions(), progress, error }
+    }
+
+    /// The guest reads what it must, byte for byte.
+    fn assert_content(&self) {
+        let mut read = vec![0xa5; SIZE as usize];
+        self.disk.read(0, &mut read).unwrap();
+        assert!(read == self.content, "first wrong byte at {:?}", read.iter().zip(&self.content).position(|(a, b)| a != b));
+    }
+
+    /// The backing file is where it was, in memory and in the header, and nothing is lost.
+    fn assert_backing_kept(&self) {
+        assert_eq!(self.disk.info().unwrap().backing.len(), 1);
+        assert_eq!(self.overlay.bytes.lock()[..512], self.header, "bytes of the header");
+        self.base.fail(false);
+        self.overlay.fail(false);
+        self.assert_content();
+    }
+
+    /// The backing file is gone, in memory and in the header, and the image has everything without it.
+    fn assert_backing_gone(&self) {
+        assert!(self.disk.info().unwrap().backing.is_empty());
+        self.assert_content();
+        self.disk.close().unwrap();
+        let bytes = self.overlay.bytes.lock().clone();
+        assert_eq!(Header::parse(&bytes, bytes.len() as u64).unwrap().backing, None);
+        let alone = Disk::for_tests(Image::open(self.overlay.clone()).unwrap(), None);
+        let mut read = vec![0xa5; SIZE as usize];
+        alone.read(0, &mut read).unwrap();
+        assert!(read == self.content, "the image alone");
+    }
+
+    /// A second stream, on a host that is well again, takes up what the first one left.
+    fn assert_next_stream_completes(&mut self) {
+        self.base.fail(false);
+        self.overlay.fail(false);
+        self.start(OnError::Report);
+        let end = self.end();
+        assert_eq!((end.actions, end.progress.offset, end.error), (vec![], SIZE, None));
+        self.assert_backing_gone();
+    }
+}
+
+/// Protects: report (the default), enospc and auto give up at the first EIO, tell the start of the chunk that failed, and leave image and backing
+/// file as usable as before, so that a later stream finishes the work.
+#[test]
+fn unreadable_backing_fails_the_job() {
+    for on_error in [OnError::Report, OnError::Enospc, OnError::Auto] {
+        let mut bench = Bench::new();
+        bench.base.fail(true);
+        bench.start(on_error);
+        let end = bench.end();
+        assert_eq!(end.actions, [ErrorAction::Report], "{on_error:?}");
+        assert_eq!(end.error.as_deref(), Some("Input/output error"), "{on_error:?}");
+        assert_eq!(end.progress.offset, BAD_CHUNK, "{on_error:?}");
+        assert_eq!(bench.base.failures(), 1, "{on_error:?}: nothing is tried again");
+        bench.assert_backing_kept();
+        bench.assert_next_stream_completes();
+    }
+}
+
+/// Protects: ignore goes over the whole disk, yet what was skipped is never cut off: the job fails and the header stays as it was, to the byte.
+#[test]
+fn ignored_errors_keep_the_backing_file() {
+    let mut bench = Bench::new();
+    bench.base.fail(true);
+    bench.start(OnError::Ignore);
+    let end = bench.end();
+    assert_eq!(end.actions, [ErrorAction::Ignore]);
+    assert_eq!(end.error.as_deref(), Some("Input/output error"));
+    assert_eq!(end.progress.offset, SIZE);
+    assert_eq!(bench.jobs.last().unwrap().work.failed, STREAM_CHUNK);
+    bench.assert_backing_kept();
+    bench.assert_next_stream_completes();
+}
+
+/// Protects: stop loses nothing. The job waits, says why, tries the same chunk whenever it is resumed, and completes once that can be read.
+#[test]
+fn stopped_job_tries_the_same_chunk_again() {
+    let mut bench = Bench::new();
+    bench.base.fail(true);
+    bench.start(OnError::Stop);
+    for attempt in 1..=3 {
+        let job = bench.paused();
+        assert_eq!((job.io_status, job.progress.offset), (IoStatus::Failed, BAD_CHUNK), "attempt {attempt}");
+        assert_eq!(bench.base.failures(), attempt);
+        assert_eq!(bench.actions(), vec![ErrorAction::Stop; attempt as usize]);
+        assert_eq!(bench.disk.info().unwrap().backing.len(), 1);
+        if attempt == 3 {
+            bench.base.fail(false);
+        }
+        bench.jobs.resume("job0").unwrap();
+    }
+    let end = bench.end();
+    assert_eq!((end.actions.len(), end.progress.offset, end.error), (3, SIZE, None));
+    assert_eq!(bench.jobs.last().unwrap().io_status, IoStatus::Ok, "a resume clears it");
+    bench.assert_backing_gone();
+}
+
+/// Protects: a full host pauses the job under enospc, auto and stop; with room again it goes on where it was, and no cluster of the attempts that
+/// failed is mistaken for data.
+#[test]
+fn full_host_pauses_the_job() {
+    for on_error in [OnError::Enospc, OnError::Auto, OnError::Stop] {
+        let mut bench = Bench::new();
+        bench.overlay.fail(true);
+        bench.start(on_error);
+        let first = bench.paused();
+        let offset = first.progress.offset;
+        assert_eq!(first.io_status, IoStatus::NoSpace, "{on_error:?}");
+        assert!(offset > 0 && offset < SIZE && offset.is_multiple_of(STREAM_CHUNK), "{on_error:?}: {offset}");
+        // Still full: the same chunk fails again.
+        bench.jobs.resume("job0").unwrap();
+        let second = bench.paused();
+        assert_eq!((second.io_status, second.progress.offset), (IoStatus::NoSpace, offset), "{on_error:?}");
+        assert_eq!(bench.overlay.failures(), 2, "{on_error:?}");
+        bench.overlay.fail(false);
+        bench.jobs.resume("job0").unwrap();
+        let end = bench.end();
+        assert_eq!(end.actions, [ErrorAction::Stop; 2], "{on_error:?}");
+        assert_eq!((end.progress.offset, end.error), (SIZE, None), "{on_error:?}");
+        bench.assert_backing_gone();
+    }
+}
+
+/// Protects: where nothing is to wait for room, the job fails in the words of strerror(3), with the guest's data whole above the backing file.
+#[test]
+fn full_host_fails_the_job() {
+    for (on_error, action) in [(OnError::Report, ErrorAction::Report), (OnError::Ignore, ErrorAction::Ignore)] {
+        let mut bench = Bench::new();
+        bench.overlay.fail(true);
+        bench.start(on_error);
+        let end = bench.end();
+        assert!(!end.actions.is_empty() && end.actions.iter().all(|done| *done == action), "{on_error:?}: {:?}", end.actions);
+        assert_eq!(end.error.as_deref(), Some("No space left on device"), "{on_error:?}");
+        let offset = end.progress.offset;
+        match on_error {
+            OnError::Ignore => assert_eq!(offset, SIZE),
+            _ => assert!(offset > 0 && offset < SIZE && offset.is_multiple_of(STREAM_CHUNK), "{offset}"),
+        }
+        bench.assert_backing_kept();
+        bench.assert_next_stream_completes();
+    }
+}
