@@ -39,13 +39,14 @@ impl ShutdownReason {
 pub(super) struct Fanout {
     /// Rank 6: before the outbox of a client.
     inner: Mutex<Inner>,
-    /// Wakes whoever passes events on, for he may have to look at the clock now; room for one.
-    wake: (Sender<()>, Receiver<()>),
+    woken: Receiver<()>,
 }
 
 #[derive(Debug)]
 struct Inner {
     events: Receiver<Arc<Batch>>,
+    /// Wakes whoever passes events on, for he may have to look at the clock now; room for one.
+    wake: Sender<()>,
     members: Vec<Member>,
     /// Requests whose replies come last: the client, and the request's id.
     at_the_end: Vec<(Arc<Client>, Option<Value>)>,
@@ -76,8 +77,9 @@ pub(super) enum Listens {
 
 impl Fanout {
     pub fn new(events: Receiver<Arc<Batch>>) -> Self {
-        let inner = Inner { events, members: Vec::new(), at_the_end: Vec::new(), shutdown_announced: false };
-        Fanout { inner: Mutex::new(inner), wake: crossbeam_channel::bounded(1) }
+        let (wake, woken) = crossbeam_channel::bounded(1);
+        let inner = Inner { events, wake, members: Vec::new(), at_the_end: Vec::new(), shutdown_announced: false };
+        Fanout { inner: Mutex::new(inner), woken }
     }
 
     /// Sends what has happened, and progress to those for whom it is time. Whoever is woken by an event calls this. Returns when it is time again,
@@ -90,7 +92,7 @@ impl Fanout {
 
     /// Where something arrives when [`Fanout::deliver`] is to be called although nothing has happened.
     pub fn woken(&self) -> &Receiver<()> {
-        &self.wake.1
+        &self.woken
     }
 
     /// Tells a client of progress from now on, or not.
@@ -102,8 +104,7 @@ impl Fanout {
                 ProgressEvents::Every(interval) => Some(Cadence { interval, due: Instant::now() }),
             };
         }
-        // Full: it is awake already.
-        let _ = self.wake.0.try_send(());
+        inner.wake();
     }
 
     /// Sends a reply, after everything that has happened before.
@@ -192,12 +193,24 @@ impl Fanout {
 
 impl Inner {
     fn deliver(&mut self) {
+        let mut delivered = false;
         while let Ok(batch) = self.events.try_recv() {
             for event in &batch.events {
                 let (name, data) = events::event(event);
                 self.broadcast(name, data, batch.at);
             }
+            delivered = true;
         }
+        // Whoever passes events on has perhaps not seen these: a reply has taken them along, and the job they tell of may be one whose progress
+        // is to be told.
+        if delivered && self.members.iter().any(|member| member.progress.is_some()) {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        // Full: it is awake already.
+        let _ = self.wake.try_send(());
     }
 
     /// Jobs are looked at with all their events sent: what is told of a job never comes after its end.
@@ -228,5 +241,40 @@ impl Inner {
         for member in self.members.iter().filter(|member| member.negotiated) {
             member.client.send(Line::Event, Arc::clone(&line));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::job::{JobSpec, OnError};
+
+    /// A reply takes events along that whoever passes events on is then never woken for: he must hear of them, or progress is told to nobody.
+    #[test]
+    fn events_that_a_reply_has_taken_along_wake_who_tells_progress() {
+        let jobs = Jobs::new();
+        let fanout = Fanout::new(jobs.subscribe());
+        let (end, _other_end) = UnixStream::pair().unwrap();
+        let client = Arc::new(Client::new(1, end).unwrap());
+        fanout.join(Arc::clone(&client), "greeting".into(), 1, |_| false).unwrap();
+        fanout.tell_progress(&client, ProgressEvents::Every(Duration::from_millis(100)));
+        fanout.woken().try_recv().unwrap();
+        let spec = JobSpec {
+            id: "j".into(),
+            kind: "stream",
+            len: 1,
+            speed: 0,
+            auto_finalize: true,
+            auto_dismiss: true,
+            on_error: OnError::Report,
+            request: String::new(),
+        };
+        let control = jobs.create(spec).unwrap();
+        control.start();
+        fanout.reply(&client, "reply".into(), Listens::Yes);
+        fanout.woken().try_recv().expect("somebody has to look at the clock now");
+        assert!(fanout.deliver(&jobs).is_some(), "and knows when to look again");
     }
 }
