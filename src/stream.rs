@@ -18,7 +18,7 @@ mod tests;
 pub const STREAM_CHUNK: u64 = 512 << 10;
 
 /// The kind of job on the wire and in lists.
-const KIND: &str = "stream";
+pub const KIND: &str = "stream";
 
 /// Arguments of a stream, checked.
 #[derive(Clone, Debug)]

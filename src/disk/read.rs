@@ -1,6 +1,6 @@
 //! Reading: from the overlay alone if it can be, copying up what is missing otherwise.
 
-use super::{Disk, Local};
+use super::{Disk, Local, Overlay};
 use crate::Result;
 use crate::chain::Chain;
 use crate::format::{GuestOffset, Mapping};
@@ -97,9 +97,9 @@ impl Disk {
     }
 
     pub(super) fn map(&self, at: u64, max: u64) -> Result<crate::image::Extent> {
-        match self.image() {
-            Ok(image) => image.map(GuestOffset(at), max),
-            Err(_) => self.reader().map(GuestOffset(at), max),
+        match &self.overlay {
+            Overlay::Writable(image) => image.map(GuestOffset(at), max),
+            Overlay::ReadOnly(reader) => reader.map(GuestOffset(at), max),
         }
     }
 }

@@ -80,7 +80,7 @@ impl Mapping {
     ///
     /// # Errors
     /// [`FormatError::Corrupt`] for what the format does not allow: reserved bits, an unaligned offset, COPIED without an offset (V24),
-    /// the zero flag in version 2 (V25), COPIED on a compressed cluster, more compressed bytes than twice a cluster (V26).
+    /// the zero flag in version 2 (V25), COPIED on a compressed cluster, compressed bytes beyond 2^56 (V26).
     /// Whether offsets are inside the file is the caller's check.
     pub fn decode(raw: u64, geometry: &Geometry) -> Result<Mapping, FormatError> {
         let corrupt = |what: &str| Err(FormatError::Corrupt(format!("L2 entry {raw:#018x} {what}")));
@@ -91,13 +91,11 @@ impl Mapping {
             }
             let offset_bits = 62 - (geometry.cluster_bits() - 8);
             let at = raw & ((1 << offset_bits) - 1);
+            // As many bits as count the sectors of two clusters: more than that cannot be said (V26).
             let additional_sectors = (raw & (COMPRESSED - 1)) >> offset_bits;
             let len = (additional_sectors + 1) * 512 - at % 512;
             if at >= 1 << offset_bits.min(56) {
                 return corrupt("has a compressed offset beyond 2^56");
-            }
-            if additional_sectors * 512 > 2 * geometry.cluster_size() {
-                return corrupt("has more compressed bytes than two clusters");
             }
             return match u32::try_from(len) {
                 Ok(len) => Ok(Mapping::Compressed { at: HostOffset(at), len }),

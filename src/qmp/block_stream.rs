@@ -9,7 +9,7 @@ use super::nodes;
 use super::queries;
 use crate::disk::DiskInfo;
 use crate::job::{self, JobSpec, OnError};
-use crate::stream::StreamOptions;
+use crate::stream::{KIND, StreamOptions};
 
 /// Which texts and classes errors have.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -17,9 +17,6 @@ enum Dialect {
     Today,
     Of2012,
 }
-
-/// What streams.
-const KIND: &str = "stream";
 
 pub(super) fn block_stream(call: &mut Call<'_>) -> Result<Value, Refusal> {
     start(call, Dialect::Today)
