@@ -182,7 +182,11 @@ impl Fanout {
     /// Tells a client of no more events. It still has its place.
     pub fn deafen(&self, client: &Arc<Client>) {
         let mut inner = self.inner.lock();
-        inner.members.iter_mut().filter(|member| Arc::ptr_eq(&member.client, client)).for_each(|member| member.negotiated = false);
+        for member in inner.members.iter_mut().filter(|member| Arc::ptr_eq(&member.client, client)) {
+            member.negotiated = false;
+            // Nor is the clock looked at for its sake.
+            member.progress = None;
+        }
     }
 
     /// Forgets a client.
