@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::Context;
 use crate::format::{BackingFormat, BackingReference, Geometry, NewImage};
-use crate::storage::{FileStorage, Storage};
+use crate::storage::{FileStorage, Storage, WriteKind};
 use crate::{Error, ErrorKind, Result, chain};
 
 /// Version of new images: the one with zero clusters.
@@ -55,7 +55,7 @@ pub fn create(options: &CreateOptions) -> Result<()> {
     let unfinished = Unfinished(overlay);
     let context = || overlay.display().to_string();
     for (offset, bytes) in &writes {
-        file.write_at(*offset, bytes).context(context)?;
+        file.write_at(WriteKind::Header, *offset, bytes).context(context)?;
     }
     file.sync().context(context)?;
     file.sync_directory().context(context)?;

@@ -60,6 +60,8 @@ pub mod image;
 pub mod job;
 pub mod qmp;
 pub mod range_lock;
+#[cfg(any(test, fuzzing))]
+pub mod simulation;
 pub mod storage;
 pub mod stream;
 pub mod sync;

@@ -4,6 +4,7 @@
 use super::Image;
 use crate::format::{HostCluster, patch};
 use crate::range_lock::Exclusive;
+use crate::storage::WriteKind;
 use crate::{Error, ErrorKind, Result};
 
 /// Largest L1 table, bytes (V11; QEMU: QCOW_MAX_L1_SIZE).
@@ -42,7 +43,7 @@ impl Image {
         let offset = geometry.host_offset(start).0;
         let mut bytes = self.reader.tables.l1_bytes();
         bytes.resize((clusters * geometry.cluster_size()) as usize, 0);
-        let written = self.reader.storage.write_at(offset, &bytes).map_err(|error| Error::io("new L1 table", error));
+        let written = self.reader.storage.write_at(WriteKind::L1Table, offset, &bytes).map_err(|error| Error::io("new L1 table", error));
         // Its refcounts, then (change_header) the pointer to it.
         if let Err(error) = written.and_then(|()| self.flush()) {
             // Nothing names it.

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::format::{BackingReference, Geometry, GuestOffset, Header, Mapping, feature, patch};
-use crate::storage::Storage;
+use crate::storage::{Storage, WriteKind};
 use crate::sync::{Mutex, RwLock, rank};
 use crate::{Error, ErrorKind, Result};
 
@@ -188,7 +188,7 @@ impl Image {
     /// Writes inside the first cluster and makes it durable.
     fn write_header(&self, at: u64, bytes: &[u8]) -> Result<()> {
         assert!(at + bytes.len() as u64 <= self.reader.geometry().cluster_size(), "the header ends with the first cluster (R16)");
-        self.reader.storage.write_at(at, bytes).map_err(|error| Error::io("header", error))?;
+        self.reader.storage.write_at(WriteKind::Header, at, bytes).map_err(|error| Error::io("header", error))?;
         self.barrier()
     }
 
@@ -234,7 +234,7 @@ impl Image {
         let (at, bytes) = patch::incompatible(header.incompatible);
         // Not by `barrier`, which the latch has closed.
         let _alone = self.barriers.lock();
-        match self.reader.storage.write_at(at, &bytes).and_then(|()| self.reader.storage.sync()) {
+        match self.reader.storage.write_at(WriteKind::Header, at, &bytes).and_then(|()| self.reader.storage.sync()) {
             Ok(()) => *self.reader.header.write() = header,
             Err(error) => log::error!("the corrupt bit could not be set: {error}"),
         }
@@ -271,6 +271,6 @@ impl Image {
         self.check_usable()?;
         let geometry = self.reader.geometry();
         let offset = geometry.host_offset(host).0 + geometry.in_cluster(at);
-        self.reader.storage.write_at(offset, data).map_err(|error| Error::io(format!("data at {offset:#x}"), error))
+        self.reader.storage.write_at(WriteKind::Data, offset, data).map_err(|error| Error::io(format!("data at {offset:#x}"), error))
     }
 }

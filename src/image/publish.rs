@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::Image;
 use crate::format::{Geometry, GuestCluster, HostCluster, Mapping};
 use crate::range_lock::Exclusive;
+use crate::storage::WriteKind;
 use crate::{Error, Result};
 
 /// New host clusters that nothing points to. Dropped, they are given back (H13).
@@ -56,7 +57,10 @@ impl Image {
         let geometry = self.reader.geometry();
         assert_eq!(data.len() as u64, allocation.len << geometry.cluster_bits(), "a fill is of whole clusters");
         let offset = geometry.host_offset(allocation.start).0;
-        self.reader.storage.write_at(offset, data).map_err(|error| Error::io(format!("data at {offset:#x}"), error))?;
+        self.reader
+            .storage
+            .write_at(WriteKind::NewCluster, offset, data)
+            .map_err(|error| Error::io(format!("data at {offset:#x}"), error))?;
         Ok(Filled(allocation))
     }
 
@@ -148,7 +152,7 @@ impl Image {
         let geometry = self.reader.geometry();
         assert!((data.len() as u64).is_multiple_of(geometry.cluster_size()), "a fill is of whole clusters");
         let offset = geometry.host_offset(host).0;
-        self.reader.storage.write_at(offset, data).map_err(|error| Error::io(format!("data at {offset:#x}"), error))
+        self.reader.storage.write_at(WriteKind::Data, offset, data).map_err(|error| Error::io(format!("data at {offset:#x}"), error))
     }
 
     fn remap_all(

@@ -101,7 +101,7 @@ impl Storage for Memory {
         }
         Ok(())
     }
-    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+    fn write_at(&self, _kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()> {
         let mut state = self.state.lock();
         if state.fail_writes || state.writes_left == Some(0) {
             return Err(io::Error::from_raw_os_error(28));
@@ -168,7 +168,7 @@ fn bench() -> Bench {
     let memory = Arc::new(Memory::default());
     let geometry = Geometry::new(3, 16, 4, 1 << 30).unwrap();
     for (at, bytes) in (NewImage { geometry, backing: None }).layout().unwrap() {
-        memory.write_at(at, &bytes).unwrap();
+        memory.write_at(WriteKind::Header, at, &bytes).unwrap();
     }
     reopen(memory)
 }
@@ -335,7 +335,7 @@ fn dropped_allocation_gives_itself_back() {
 #[test]
 fn unknown_autoclear_bits_are_cleared_first() {
     let bench = bench();
-    bench.memory.write_at(88, &(1u64 << 40).to_be_bytes()).unwrap();
+    bench.memory.write_at(WriteKind::Header, 88, &(1u64 << 40).to_be_bytes()).unwrap();
     let image = Image::open(bench.memory.clone()).unwrap();
     bench.memory.ops();
     image.begin_writing().unwrap();
@@ -355,7 +355,7 @@ fn corruption_latches_and_marks_the_image() {
     bench.memory.read_at(l1, &mut entry).unwrap();
     let l2 = u64::from_be_bytes(entry) & !(1 << 63);
     // The second entry names the header.
-    bench.memory.write_at(l2 + 8, &(1u64 << 63 | 0x1000_0000_0000).to_be_bytes()).unwrap();
+    bench.memory.write_at(WriteKind::Header, l2 + 8, &(1u64 << 63 | 0x1000_0000_0000).to_be_bytes()).unwrap();
     let again = reopen(bench.memory.clone());
     assert_eq!(again.reads(9000), 8);
     assert_eq!(again.image.map(GuestOffset(0), 1).unwrap_err().kind(), ErrorKind::Corrupt);

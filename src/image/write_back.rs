@@ -16,6 +16,7 @@ use parking_lot::Condvar;
 
 use super::Image;
 use crate::format::patch;
+use crate::storage::WriteKind;
 use crate::{Error, ErrorKind, Result};
 
 /// Concurrent flushes share a pass: each waits for one that began after it came.
@@ -99,11 +100,11 @@ impl Image {
         let tables = self.reader.tables.take_dirty();
         let mut refcounts = self.allocator.take_dirty();
         let write = || -> Result<()> {
-            self.write_all("refcount block", &refcounts.pieces)?;
+            self.write_all(WriteKind::RefcountBlock, &refcounts.pieces)?;
             if let Some(table) = &refcounts.table {
                 // Behind its blocks: where an earlier pass failed after it had changed the header, this table is the live one.
                 self.barrier()?;
-                self.write_all("refcount table", &[(table.offset, &table.bytes)])?;
+                self.write_all(WriteKind::RefcountTable, &[(table.offset, &table.bytes)])?;
                 self.barrier()?;
                 self.change_header(|header| {
                     header.refcount_table_offset = table.offset;
@@ -114,14 +115,14 @@ impl Image {
             } else if !refcounts.entries.is_empty() {
                 self.barrier()?;
                 let entries: Vec<_> = refcounts.entries.iter().map(|(at, entry)| (*at, entry.to_be_bytes())).collect();
-                self.write_all("refcount table", &entries)?;
+                self.write_all(WriteKind::RefcountTable, &entries)?;
             }
             self.barrier()?;
             if tables.is_empty() {
                 return Ok(());
             }
             for table in &tables {
-                self.write_all("L2 table", &table.pieces)?;
+                self.write_all(WriteKind::L2Table, &table.pieces)?;
             }
             let l1: Vec<_> = tables
                 .iter()
@@ -129,7 +130,7 @@ impl Image {
                 .collect();
             if !l1.is_empty() {
                 self.barrier()?;
-                self.write_all("L1 table", &l1)?;
+                self.write_all(WriteKind::L1Table, &l1)?;
             }
             self.barrier()
         };
@@ -152,9 +153,9 @@ impl Image {
         }
     }
 
-    fn write_all(&self, what: &str, writes: &[(u64, impl AsRef<[u8]>)]) -> Result<()> {
+    fn write_all(&self, kind: WriteKind, writes: &[(u64, impl AsRef<[u8]>)]) -> Result<()> {
         for (at, bytes) in writes {
-            self.reader.storage.write_at(*at, bytes.as_ref()).map_err(|error| Error::io(format!("{what} at {at:#x}"), error))?;
+            self.reader.storage.write_at(kind, *at, bytes.as_ref()).map_err(|error| Error::io(format!("{kind} at {at:#x}"), error))?;
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 
-use super::{Holding, Storage, locks};
+use super::{Holding, Storage, WriteKind, locks};
 use crate::error::Context;
 use crate::{Error, ErrorKind};
 
@@ -181,7 +181,7 @@ impl Storage for FileStorage {
         Ok(())
     }
 
-    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+    fn write_at(&self, _kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()> {
         let mut done = 0;
         while done < data.len() {
             match retry_on_intr(|| rustix::io::pwrite(&self.file, &data[done..], offset + done as u64))? {

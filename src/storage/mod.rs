@@ -3,7 +3,7 @@
 //! **Touches:** the operating system. **Never:** knows qcow2 or what an offset means.
 //! **Locks:** none of ours. **Invariants:** reads are never short; a file that shrank is an error, not zeros (P9).
 
-use std::io;
+use std::{fmt, io};
 
 mod file;
 mod locks;
@@ -17,6 +17,38 @@ pub enum Holding {
     Data,
     /// A hole, or past the end of the file: reads as zero.
     Hole,
+}
+
+/// What a write is, for those who watch the order of writes: rules R1 to R8 are about kinds, and a file system knows none.
+#[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
+pub enum WriteKind {
+    /// Fields of the header, in the first cluster.
+    Header,
+    /// The refcount table: entries of it, or a new one as a whole.
+    RefcountTable,
+    /// Pieces of refcount blocks.
+    RefcountBlock,
+    /// The L1 table: entries of it, or a new one as a whole.
+    L1Table,
+    /// Pieces of L2 tables.
+    L2Table,
+    /// Whole clusters of guest data that nothing on disk names yet.
+    NewCluster,
+    /// Guest data in place, in clusters that are the guest's already.
+    Data,
+}
+
+impl fmt::Display for WriteKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            WriteKind::Header => "header",
+            WriteKind::RefcountTable => "refcount table",
+            WriteKind::RefcountBlock => "refcount block",
+            WriteKind::L1Table => "L1 table",
+            WriteKind::L2Table => "L2 table",
+            WriteKind::NewCluster | WriteKind::Data => "data",
+        })
+    }
 }
 
 /// The seam between the engine and the host: the file in `src`, memory and faulty ones in tests.
@@ -38,11 +70,11 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// Those of pread(2); EIO where the file ends before [`Storage::size`], that is, where it shrank under us (P9).
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
 
-    /// Writes all of `data` at `offset`, growing the file where needed.
+    /// Writes all of `data`, which is of this kind, at `offset`, growing the file where needed.
     ///
     /// # Errors
     /// Those of pwrite(2); after an error any part of `data` may have been written.
-    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()>;
+    fn write_at(&self, kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()>;
 
     /// Gives the space of the range back to the host; it reads as zero afterwards. The size stays.
     ///

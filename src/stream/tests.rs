@@ -17,7 +17,7 @@ use crate::chain::Chain;
 use crate::format::{BackingFormat, BackingReference, Geometry, Header, NewImage};
 use crate::image::Image;
 use crate::job::{Batch, IoStatus, JobEvent, JobInfo, Progress, Status};
-use crate::storage::{Holding, Storage};
+use crate::storage::{Holding, Storage, WriteKind};
 
 /// Longer than anything here takes.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -96,7 +96,7 @@ impl Storage for Faulty {
         Ok(())
     }
 
-    fn write_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+    fn write_at(&self, _kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()> {
         self.pass(Side::Writes, offset, data.len())?;
         let mut bytes = self.bytes.lock();
         let end = offset as usize + data.len();
@@ -159,7 +159,7 @@ impl Bench {
         let new = NewImage { geometry: Geometry::new(3, 16, 4, SIZE).unwrap(), backing: Some(backing) };
         let overlay = Faulty::new(Vec::new(), Side::Writes, NO_ROOM, Errno::NOSPC);
         for (offset, bytes) in new.layout().unwrap() {
-            overlay.write_at(offset, &bytes).unwrap();
+            overlay.write_at(WriteKind::Header, offset, &bytes).unwrap();
         }
         let disk = Disk::for_tests(Image::open(overlay.clone()).unwrap(), Some(Chain::of_raw(base.clone())));
 

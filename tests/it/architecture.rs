@@ -33,6 +33,7 @@ const ROOMS: &[Room] = &[
     Room { name: "qmp", floor: 6, never: &["create", "image", "storage"] },
     Room { name: "cli", floor: 7, never: &["image", "storage"] },
     Room { name: "daemon", floor: 8, never: &[] },
+    Room { name: "simulation", floor: 9, never: &["fuse", "qmp", "daemon", "cli"] }, // for tests and fuzzing only
     Room { name: "main", floor: 9, never: &[] },
 ];
 

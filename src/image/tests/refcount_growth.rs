@@ -7,7 +7,7 @@ pub(super) fn small() -> Bench {
     let memory = Arc::new(Memory::default());
     let geometry = Geometry::new(3, 9, 4, 16 << 20).unwrap();
     for (at, bytes) in (NewImage { geometry, backing: None }).layout().unwrap() {
-        memory.write_at(at, &bytes).unwrap();
+        memory.write_at(WriteKind::Header, at, &bytes).unwrap();
     }
     // New images have 16-bit refcounts and a table that is large enough for all; make them 64 bits wide, and the table one cluster.
     let word = |at: u64| {
@@ -18,9 +18,11 @@ pub(super) fn small() -> Bench {
     let block = word(word(48));
     let used = memory.size().div_ceil(512);
     assert!(used < 64);
-    memory.write_at(56, &1u32.to_be_bytes()).unwrap();
-    memory.write_at(96, &6u32.to_be_bytes()).unwrap();
-    memory.write_at(block, &(0..64).flat_map(|cluster| u64::from(cluster < used).to_be_bytes()).collect::<Vec<u8>>()).unwrap();
+    memory.write_at(WriteKind::Header, 56, &1u32.to_be_bytes()).unwrap();
+    memory.write_at(WriteKind::Header, 96, &6u32.to_be_bytes()).unwrap();
+    memory
+        .write_at(WriteKind::Header, block, &(0..64).flat_map(|cluster| u64::from(cluster < used).to_be_bytes()).collect::<Vec<u8>>())
+        .unwrap();
     reopen(memory)
 }
 

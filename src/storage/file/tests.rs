@@ -20,14 +20,14 @@ fn bytes_go_round_and_zeros_lie_beyond_the_end() {
     let (_dir, path) = scratch(0);
     let file = FileStorage::open(&path, Access::ReadWrite).unwrap();
     assert_eq!(file.size(), 0);
-    file.write_at(1000, b"hello").unwrap();
+    file.write_at(WriteKind::Data, 1000, b"hello").unwrap();
     assert_eq!(file.size(), 1005);
     let mut buf = [0xee; 20];
     file.read_at(995, &mut buf).unwrap();
     assert_eq!(&buf, b"\0\0\0\0\0hello\0\0\0\0\0\0\0\0\0\0");
     file.read_at(1 << 40, &mut buf).unwrap();
     assert_eq!(buf, [0; 20]);
-    file.write_at(0, b"x").unwrap();
+    file.write_at(WriteKind::Data, 0, b"x").unwrap();
     assert_eq!(file.size(), 1005, "the size only grows");
     file.read_at(u64::MAX, &mut buf).unwrap();
     file.sync().unwrap();
@@ -55,7 +55,7 @@ fn holes_are_seen_and_made() {
     let file = FileStorage::open(&path, Access::ReadWrite).unwrap();
     let mib = 1 << 20;
     assert_eq!(file.holding(0, u64::MAX).unwrap(), (Holding::Hole, u64::MAX));
-    file.write_at(mib, &vec![7; mib as usize]).unwrap();
+    file.write_at(WriteKind::Data, mib, &vec![7; mib as usize]).unwrap();
     assert_eq!(file.holding(0, 100 * mib).unwrap(), (Holding::Hole, mib));
     assert_eq!(file.holding(0, 4096).unwrap(), (Holding::Hole, 4096));
     assert_eq!(file.holding(mib, 100 * mib).unwrap(), (Holding::Data, mib));
@@ -110,7 +110,7 @@ fn a_new_file_must_not_exist() {
 fn a_read_only_file_cannot_be_written() {
     let (_dir, path) = scratch(512);
     let file = FileStorage::open(&path, Access::ReadOnly).unwrap();
-    assert!(file.write_at(0, b"x").is_err());
+    assert!(file.write_at(WriteKind::Data, 0, b"x").is_err());
     assert!(file.punch_hole(0, 512).is_err());
 }
 
@@ -285,7 +285,7 @@ fn many_threads_read_what_they_wrote() {
             scope.spawn(move || {
                 for round in 0..200u64 {
                     let offset = (round * 4 + thread) * 1000;
-                    file.write_at(offset, &[thread as u8 + 1; 1000]).unwrap();
+                    file.write_at(WriteKind::Data, offset, &[thread as u8 + 1; 1000]).unwrap();
                     let mut buf = [0; 1000];
                     file.read_at(offset, &mut buf).unwrap();
                     assert_eq!(buf, [thread as u8 + 1; 1000]);

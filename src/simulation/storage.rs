@@ -1,0 +1,388 @@
+//! The file in memory.
+
+use std::io;
+use std::sync::Arc;
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use crate::storage::{Holding, Storage, WriteKind};
+
+/// What an operation does.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Action {
+    /// [`Storage::read_at`].
+    Read,
+    /// [`Storage::write_at`].
+    Write(WriteKind),
+    /// [`Storage::punch_hole`].
+    Punch,
+    /// [`Storage::sync`].
+    Sync,
+}
+
+/// One call of the engine.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Operation {
+    /// What it does.
+    pub action: Action,
+    /// Where, bytes; 0 for a barrier.
+    pub at: u64,
+    /// How much, bytes; 0 for a barrier.
+    pub len: u64,
+}
+
+/// A change as it was done, for [`SimStorage::recorded`].
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Recorded {
+    /// Bytes were written.
+    Write {
+        /// What they are.
+        kind: WriteKind,
+        /// Where, bytes.
+        at: u64,
+        /// The bytes.
+        data: Box<[u8]>,
+    },
+    /// A range became zero.
+    Punch {
+        /// Where, bytes.
+        at: u64,
+        /// How much, bytes.
+        len: u64,
+    },
+    /// A barrier returned.
+    Sync {
+        /// It covers so many of the entries before it: those that were done when it was called.
+        covers: usize,
+    },
+}
+
+/// Sees every change while it is done, in order; panics where something is wrong with it.
+pub trait Observer: Send {
+    /// Bytes are about to be written.
+    fn write(&mut self, kind: WriteKind, at: u64, data: &[u8]);
+    /// A range is about to become zero.
+    fn punch(&mut self, at: u64, len: u64);
+    /// A barrier is called. Returns a number for [`Observer::sync_ended`].
+    fn sync_began(&mut self) -> u64;
+    /// The barrier with that number has done its work.
+    fn sync_ended(&mut self, number: u64);
+}
+
+/// What happens to an operation that fails.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Failure {
+    /// Nothing is done; this errno.
+    Errno(i32),
+    /// So many bytes of a write are done, then this errno. As [`Failure::Errno`] for anything else.
+    Short(u64, i32),
+}
+
+/// How often.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Times {
+    /// The next one that matches.
+    Once,
+    /// All that match.
+    ForEver,
+}
+
+type Matches = Box<dyn Fn(&Operation) -> bool + Send>;
+
+/// Makes operations fail.
+pub struct Fault {
+    /// Which ones.
+    pub matches: Matches,
+    /// So many of them go well first.
+    pub after: u64,
+    /// How.
+    pub failure: Failure,
+    /// How often.
+    pub times: Times,
+}
+
+/// A file in memory.
+pub struct SimStorage {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    bytes: Vec<u8>,
+    recorded: Option<Vec<Recorded>>,
+    observer: Option<Box<dyn Observer>>,
+    faults: Vec<Fault>,
+    failures: u64,
+    operations: u64,
+    holds: Vec<HoldState>,
+    next_hold: u64,
+}
+
+struct HoldState {
+    id: u64,
+    matches: Matches,
+    /// How many operations stand here.
+    stopped: u64,
+}
+
+/// Stops every operation that matches, before it does anything, until this is dropped.
+pub struct Hold {
+    storage: Arc<SimStorage>,
+    id: u64,
+}
+
+impl SimStorage {
+    /// A file with these bytes.
+    pub fn new(bytes: Vec<u8>) -> Arc<SimStorage> {
+        Arc::new(SimStorage { state: Mutex::new(State { bytes, ..State::default() }), changed: Condvar::new() })
+    }
+
+    /// The bytes as a reader finds them now; what a killed process leaves.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.state.lock().bytes.clone()
+    }
+
+    /// Begins to record, from nothing.
+    pub fn record(&self) {
+        self.state.lock().recorded = Some(Vec::new());
+    }
+
+    /// What was recorded since [`SimStorage::record`]; recording goes on, from nothing.
+    pub fn recorded(&self) -> Vec<Recorded> {
+        self.state.lock().recorded.replace(Vec::new()).unwrap_or_default()
+    }
+
+    /// How many changes were recorded so far.
+    pub fn recorded_len(&self) -> usize {
+        self.state.lock().recorded.as_ref().map_or(0, Vec::len)
+    }
+
+    /// Shows every change to `observer` from now on.
+    pub fn observe(&self, observer: Box<dyn Observer>) {
+        self.state.lock().observer = Some(observer);
+    }
+
+    /// Adds a fault.
+    pub fn inject(&self, fault: Fault) {
+        self.state.lock().faults.push(fault);
+    }
+
+    /// The host is well again.
+    pub fn heal(&self) {
+        self.state.lock().faults.clear();
+    }
+
+    /// How many operations have failed by a fault.
+    pub fn failures(&self) -> u64 {
+        self.state.lock().failures
+    }
+
+    /// How many operations there were, failed ones included.
+    pub fn operations(&self) -> u64 {
+        self.state.lock().operations
+    }
+
+    /// Stops operations from now on.
+    pub fn hold(self: &Arc<Self>, matches: impl Fn(&Operation) -> bool + Send + 'static) -> Hold {
+        let mut state = self.state.lock();
+        let id = state.next_hold;
+        state.next_hold += 1;
+        state.holds.push(HoldState { id, matches: Box::new(matches), stopped: 0 });
+        Hold { storage: Arc::clone(self), id }
+    }
+
+    /// The begin of every operation: it may be stopped here, then it may fail.
+    fn begin(&self, operation: &Operation) -> (MutexGuard<'_, State>, Option<Failure>) {
+        let mut state = self.state.lock();
+        state.operations += 1;
+        if let Some(hold) = state.holds.iter_mut().find(|hold| (hold.matches)(operation)) {
+            let id = hold.id;
+            hold.stopped += 1;
+            self.changed.notify_all();
+            while state.holds.iter().any(|hold| hold.id == id) {
+                self.changed.wait(&mut state);
+            }
+        }
+        let mut failure = None;
+        for fault in &mut state.faults {
+            if !(fault.matches)(operation) {
+                continue;
+            }
+            if fault.after > 0 {
+                fault.after -= 1;
+                continue;
+            }
+            failure = Some(fault.failure);
+            if fault.times == Times::Once {
+                fault.after = u64::MAX;
+            }
+            break;
+        }
+        state.failures += u64::from(failure.is_some());
+        (state, failure)
+    }
+}
+
+impl Hold {
+    /// Waits until at least `count` operations stand here: the race that the test is about is really there.
+    pub fn wait_for(&self, count: u64) {
+        let mut state = self.storage.state.lock();
+        while state.holds.iter().find(|hold| hold.id == self.id).is_some_and(|hold| hold.stopped < count) {
+            self.storage.changed.wait(&mut state);
+        }
+    }
+
+    /// How many operations stand here.
+    pub fn stopped(&self) -> u64 {
+        self.storage.state.lock().holds.iter().find(|hold| hold.id == self.id).map_or(0, |hold| hold.stopped)
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.storage.state.lock().holds.retain(|hold| hold.id != self.id);
+        self.storage.changed.notify_all();
+    }
+}
+
+impl State {
+    fn write(&mut self, kind: WriteKind, at: u64, data: &[u8]) {
+        if let Some(observer) = &mut self.observer {
+            observer.write(kind, at, data);
+        }
+        let (start, end) = (at as usize, at as usize + data.len());
+        let len = self.bytes.len().max(end);
+        self.bytes.resize(len, 0);
+        self.bytes[start..end].copy_from_slice(data);
+        if let Some(recorded) = &mut self.recorded {
+            recorded.push(Recorded::Write { kind, at, data: data.into() });
+        }
+    }
+}
+
+impl Storage for SimStorage {
+    fn size(&self) -> u64 {
+        self.state.lock().bytes.len() as u64
+    }
+
+    fn allocated_size(&self) -> io::Result<u64> {
+        Ok(self.size())
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let (state, failure) = self.begin(&Operation { action: Action::Read, at: offset, len: buf.len() as u64 });
+        if let Some(Failure::Errno(errno) | Failure::Short(_, errno)) = failure {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        let start = state.bytes.len().min(offset as usize);
+        let here = buf.len().min(state.bytes.len() - start);
+        buf[..here].copy_from_slice(&state.bytes[start..start + here]);
+        buf[here..].fill(0);
+        Ok(())
+    }
+
+    fn write_at(&self, kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()> {
+        let (mut state, failure) = self.begin(&Operation { action: Action::Write(kind), at: offset, len: data.len() as u64 });
+        match failure {
+            None => {
+                state.write(kind, offset, data);
+                Ok(())
+            }
+            Some(Failure::Errno(errno)) => Err(io::Error::from_raw_os_error(errno)),
+            Some(Failure::Short(done, errno)) => {
+                state.write(kind, offset, &data[..data.len().min(done as usize)]);
+                Err(io::Error::from_raw_os_error(errno))
+            }
+        }
+    }
+
+    fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        let (mut state, failure) = self.begin(&Operation { action: Action::Punch, at: offset, len });
+        if let Some(Failure::Errno(errno) | Failure::Short(_, errno)) = failure {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        if let Some(observer) = &mut state.observer {
+            observer.punch(offset, len);
+        }
+        let start = state.bytes.len().min(offset as usize);
+        let end = state.bytes.len().min((offset + len) as usize);
+        state.bytes[start..end].fill(0);
+        if let Some(recorded) = &mut state.recorded {
+            recorded.push(Recorded::Punch { at: offset, len });
+        }
+        Ok(())
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let (covers, number) = {
+            let mut state = self.state.lock();
+            let covers = state.recorded.as_ref().map_or(0, Vec::len);
+            (covers, state.observer.as_mut().map(|observer| observer.sync_began()))
+        };
+        let (mut state, failure) = self.begin(&Operation { action: Action::Sync, at: 0, len: 0 });
+        if let Some(Failure::Errno(errno) | Failure::Short(_, errno)) = failure {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        if let (Some(observer), Some(number)) = (&mut state.observer, number) {
+            observer.sync_ended(number);
+        }
+        if let Some(recorded) = &mut state.recorded {
+            recorded.push(Recorded::Sync { covers });
+        }
+        Ok(())
+    }
+
+    fn holding(&self, offset: u64, max: u64) -> io::Result<(Holding, u64)> {
+        match self.size().checked_sub(offset) {
+            None | Some(0) => Ok((Holding::Hole, max)),
+            Some(here) => Ok((Holding::Data, here.min(max))),
+        }
+    }
+}
+
+impl std::fmt::Debug for SimStorage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SimStorage").field("size", &self.size()).finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Hold {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Hold").field("stopped", &self.stopped()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_come_in_their_turn() {
+        let file = SimStorage::new(vec![1; 100]);
+        let matches = |operation: &Operation| operation.action == Action::Write(WriteKind::Data);
+        file.inject(Fault { matches: Box::new(matches), after: 1, failure: Failure::Short(3, 28), times: Times::Once });
+        file.write_at(WriteKind::Data, 0, &[2; 10]).unwrap();
+        file.write_at(WriteKind::Header, 10, &[2; 10]).unwrap();
+        assert_eq!(file.write_at(WriteKind::Data, 20, &[2; 10]).unwrap_err().raw_os_error(), Some(28));
+        file.write_at(WriteKind::Data, 30, &[2; 1]).unwrap();
+        let bytes = file.bytes();
+        assert_eq!((&bytes[18..24], bytes[30], file.failures()), (&[2, 2, 2, 2, 2, 1][..], 2, 1));
+    }
+
+    #[test]
+    fn a_barrier_covers_what_was_done_when_it_was_called() {
+        let file = SimStorage::new(Vec::new());
+        file.record();
+        file.write_at(WriteKind::Data, 0, &[1]).unwrap();
+        let hold = file.hold(|operation| operation.action == Action::Sync);
+        std::thread::scope(|scope| {
+            scope.spawn(|| file.sync().unwrap());
+            hold.wait_for(1);
+            file.write_at(WriteKind::Data, 1, &[1]).unwrap();
+            assert_eq!(hold.stopped(), 1);
+            drop(hold);
+        });
+        assert_eq!(file.recorded()[2], Recorded::Sync { covers: 1 });
+    }
+}
