@@ -58,6 +58,7 @@ pub mod format;
 pub mod fuse;
 pub mod image;
 pub mod job;
+mod mutants;
 pub mod qmp;
 pub mod range_lock;
 #[cfg(any(test, fuzzing))]

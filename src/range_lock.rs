@@ -14,6 +14,7 @@ use std::ops::Range;
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::mutants::{Step, without};
 use crate::sync::{Held, rank};
 
 /// A power of two that fits the bits of a `u64` mask.
@@ -59,6 +60,9 @@ enum Mode {
 
 impl Entry {
     fn conflicts(&self, range: &Range<u64>, mode: Mode) -> bool {
+        if without(Step::ExclusiveWaits) || (without(Step::ArrivalOrder) && !self.held) {
+            return false;
+        }
         (self.mode == Mode::Exclusive || mode == Mode::Exclusive) && self.range.start < range.end && range.start < self.range.end
     }
 }

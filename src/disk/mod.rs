@@ -24,6 +24,7 @@ use crate::chain::{Chain, Content, Gate, LayerInfo};
 use crate::error::Context;
 use crate::format::{BackingReference, Geometry, GuestCluster, GuestOffset, Mapping};
 use crate::image::{Image, ImageReader};
+use crate::mutants::{Step, without};
 use crate::range_lock::{Exclusive, RangeLock};
 use crate::storage::{Access, FileStorage, Storage};
 use crate::sync::{RwLock, rank};
@@ -296,8 +297,11 @@ impl Disk {
         let before = self.size();
         image.make_room(&drained, size)?;
         if size > before {
-            self.clean_end(image, &drained)?;
+            if !without(Step::CleanEndBeforeGrow) {
+                self.clean_end(image, &drained)?;
+            }
             let shown = self.chain().map_or(0, |chain| chain.size()).min(size);
+            let shown = if without(Step::HideBelowBeforeGrow) { before } else { shown };
             self.hide_below(image, &drained, self.aligned(&(before.next_multiple_of(self.cluster_size())..shown)))?;
         }
         image.set_size(&drained, size)
@@ -385,10 +389,16 @@ impl Disk {
             return Ok(());
         }
         // Most of the work before the guest has to wait.
-        image.flush()?;
-        let _drained = self.in_flight.exclusive(0..u64::MAX);
-        image.flush()?;
-        if let Some(missing) = self.first_missing(&chain, depth)? {
+        if !without(Step::FlushBeforeDetach) {
+            image.flush()?;
+        }
+        let _drained = self.in_flight.exclusive(if without(Step::DrainBeforeDetach) { 0..0 } else { 0..u64::MAX });
+        if !without(Step::FlushBeforeDetach) && !without(Step::FlushUnderDrain) {
+            image.flush()?;
+        }
+        if let Some(missing) = self.first_missing(&chain, depth)?
+            && !without(Step::VerifyBeforeDetach)
+        {
             return Err(Error::new(ErrorKind::InvalidArgument, format!("offset {missing} still comes from the backing file")));
         }
         let rest = chain.below(depth);

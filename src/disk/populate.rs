@@ -9,6 +9,7 @@ use crate::Result;
 use crate::chain::{Chain, Content};
 use crate::format::{GuestCluster, GuestOffset, Mapping};
 use crate::image::Image;
+use crate::mutants::{Step, without};
 use crate::range_lock::Exclusive;
 use crate::sync::{Mutex, rank};
 
@@ -97,7 +98,8 @@ impl Disk {
         while at < end {
             let extent = image.map(GuestOffset(at), end - at)?;
             // I4: what the overlay holds by now, whoever put it there, is never replaced.
-            let (Mapping::Unallocated, Some(chain)) = (extent.mapping, self.chain()) else {
+            let mapping = if without(Step::LookAgainBeforeCopyUp) { Mapping::Unallocated } else { extent.mapping };
+            let (Mapping::Unallocated, Some(chain)) = (mapping, self.chain()) else {
                 populated.skipped += extent.len;
                 at += extent.len;
                 continue;
@@ -138,7 +140,7 @@ impl Disk {
             let extent = image.map(GuestOffset(at), (buf.len() - done) as u64)?;
             let part = &mut buf[done..done + extent.len as usize];
             match self.chain_below(at) {
-                Some(chain) if extent.mapping == Mapping::Unallocated => {
+                Some(chain) if extent.mapping == Mapping::Unallocated || without(Step::LookAgainBeforeFill) => {
                     let aligned = self.aligned(&(at..at + extent.len));
                     match self.read_clusters(&chain, aligned.start..aligned.end.min(self.size())) {
                         Ok(bounce) => {
@@ -147,6 +149,9 @@ impl Disk {
                             // P5: the data is in hand, whatever becomes of the copy.
                             if let Err(error) = self.fill(image, held, aligned.start, &bounce) {
                                 self.fills.failed(&error);
+                                if without(Step::CopyUpNeverFailsTheRead) {
+                                    return Err(error);
+                                }
                             }
                         }
                         // P8: the bad place may lie in what only the copy needs.

@@ -4,6 +4,7 @@ use super::{Disk, Local, Overlay};
 use crate::Result;
 use crate::chain::Chain;
 use crate::format::{GuestOffset, Mapping};
+use crate::mutants::{Step, without};
 
 impl Disk {
     /// Reads if the overlay alone can answer at once; never waits for another request or for a backing file.
@@ -14,6 +15,7 @@ impl Disk {
         self.stats.read(buf.len(), || {
             let range = offset..offset.saturating_add(buf.len() as u64);
             self.check_range(&range)?;
+            let range = if without(Step::ReadersHoldTheirRange) { 0..0 } else { range };
             match self.in_flight.try_shared(range) {
                 Some(_shared) if self.read_overlay(offset, buf)? == buf.len() => Ok(Local::Done),
                 _ => Ok(Local::Miss),
@@ -37,7 +39,7 @@ impl Disk {
         while done < buf.len() {
             let at = offset + done as u64;
             let missing = {
-                let _shared = self.in_flight.shared(at..range.end);
+                let _shared = self.in_flight.shared(if without(Step::ReadersHoldTheirRange) { 0..0 } else { at..range.end });
                 done += self.read_overlay(at, &mut buf[done..])?;
                 if done == buf.len() {
                     return Ok(());

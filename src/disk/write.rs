@@ -7,6 +7,7 @@ use crate::Result;
 use crate::chain::Content;
 use crate::format::{GuestOffset, Mapping};
 use crate::image::Image;
+use crate::mutants::{Step, without};
 use crate::range_lock::Exclusive;
 
 /// Zeros are written as data (version 2) in pieces of this many bytes.
@@ -32,6 +33,7 @@ impl Disk {
             let image = self.image()?;
             let range = offset..offset.saturating_add(data.len() as u64);
             self.check_range(&range)?;
+            let range = if without(Step::WritersHoldTheirRange) { 0..0 } else { range };
             match self.in_flight.try_shared(range) {
                 Some(_shared) if self.write_in_place(image, offset, data)? => Ok(Local::Done),
                 _ => Ok(Local::Miss),
@@ -60,7 +62,7 @@ impl Disk {
             let part = &data[done..done + extent.len as usize];
             let run = at..at + extent.len;
             let written = matches!(extent.mapping, Mapping::Data { in_place: true, .. }) && {
-                let _shared = self.in_flight.shared(run.clone());
+                let _shared = self.in_flight.shared(if without(Step::WritersHoldTheirRange) { 0..0 } else { run.clone() });
                 self.write_in_place(image, at, part)?
             };
             if !written {

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use super::attributes::{Attributes, Changes, Owner, Times};
 use super::log_limit::LogLimit;
 use crate::disk::{Disk, Local, Seek};
+use crate::mutants::{Step, without};
 use crate::{Error, ErrorKind};
 
 /// Block size for stat(2) is the cluster size, but never less than a page: `cp` and `dd` take it as their buffer size.
@@ -192,7 +193,7 @@ impl Handler {
             self.disk.write(offset, &data[..len]).map_err(|error| self.failed_at("write", offset, len, &error))?;
             self.wrote();
         }
-        if durability == Durability::Now {
+        if durability == Durability::Now && !without(Step::SyncedWritesFlush) {
             self.flush()?;
         }
         Ok(len)

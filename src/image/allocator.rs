@@ -11,6 +11,7 @@ use std::sync::Arc;
 use super::gaps::Gaps;
 use super::refcounts::{RefcountTable, RefcountWrites};
 use crate::format::{Geometry, Header, HostCluster};
+use crate::mutants::{Step, without};
 use crate::storage::Storage;
 use crate::sync::{Mutex, rank};
 use crate::{Error, ErrorKind, Result};
@@ -90,11 +91,11 @@ impl Allocator {
     pub fn check_data(&self, cluster: HostCluster, in_place: bool) -> Result<()> {
         let mut state = self.state.lock();
         let offset = self.geometry.host_offset(cluster);
-        if state.metadata.contains(&cluster.0) {
+        if state.metadata.contains(&cluster.0) && !without(Step::DataIsNoMetadata) {
             return Err(corrupt(format!("cluster at {offset} is metadata")));
         }
         match (state.refcounts.get(cluster.0)?, in_place) {
-            (0, _) => Err(corrupt(format!("cluster at {offset} is in use but its refcount is zero"))),
+            (0, _) if !without(Step::DataIsCounted) => Err(corrupt(format!("cluster at {offset} is in use but its refcount is zero"))),
             (2.., true) => Err(corrupt(format!("cluster at {offset} is COPIED but its refcount is not one"))),
             _ => Ok(()),
         }
@@ -129,7 +130,9 @@ impl Allocator {
         };
         for cluster in start..start + len {
             debug_assert_eq!(state.refcounts.get(cluster)?, 0);
-            state.refcounts.set(cluster, 1)?;
+            if !without(Step::CountedBeforeHandedOut) {
+                state.refcounts.set(cluster, 1)?;
+            }
         }
         Ok((HostCluster(start), len))
     }
@@ -267,6 +270,10 @@ impl Allocator {
     pub fn queue_free(&self, start: HostCluster, len: u64) {
         let mut state = self.state.lock();
         for cluster in start.0..start.0 + len {
+            if without(Step::Quarantine) && matches!(state.refcounts.get(cluster), Ok(1)) && state.refcounts.set(cluster, 0).is_ok() {
+                state.add_gap(cluster);
+                continue;
+            }
             *state.pending.entry(cluster).or_default() += 1;
         }
     }
@@ -290,7 +297,7 @@ impl Allocator {
         let mut unreferenced: Vec<(u64, u64)> = Vec::new();
         for (&cluster, &references) in pending {
             let refcount = self.refcount(HostCluster(cluster))?;
-            if refcount < references {
+            if refcount < references && !without(Step::FreesAreCounted) {
                 return Err(corrupt(format!("cluster {cluster} has refcount {refcount} but {references} references were dropped")));
             }
             if refcount == references {
@@ -301,22 +308,31 @@ impl Allocator {
             }
         }
         let bits = self.geometry.cluster_bits();
-        for &(start, len) in &unreferenced {
-            if let Err(error) = self.storage.punch_hole(start << bits, len << bits) {
-                // A hint only: the cluster is free in the image all the same.
-                log::debug!("space of clusters {start}..{} was not given back: {error}", start + len);
+        let punch = || {
+            for &(start, len) in &unreferenced {
+                if let Err(error) = self.storage.punch_hole(start << bits, len << bits) {
+                    // A hint only: the cluster is free in the image all the same.
+                    log::debug!("space of clusters {start}..{} was not given back: {error}", start + len);
+                }
             }
+        };
+        if !without(Step::PunchBeforeReuse) {
+            punch();
         }
         let mut state = self.state.lock();
         for (&cluster, &references) in pending {
             let refcount = state.refcounts.get(cluster)?;
             state.refcounts.set(cluster, refcount - references)?;
         }
-        for (start, len) in unreferenced {
+        for &(start, len) in &unreferenced {
             for cluster in start..start + len {
                 state.metadata.remove(&cluster);
                 state.add_gap(cluster);
             }
+        }
+        if without(Step::PunchBeforeReuse) {
+            drop(state);
+            punch();
         }
         Ok(())
     }

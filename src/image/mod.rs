@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::format::{BackingReference, Geometry, GuestOffset, Header, Mapping, feature, patch};
+use crate::mutants::{Step, without};
 use crate::storage::{Storage, WriteKind};
 use crate::sync::{Mutex, RwLock, rank};
 use crate::{Error, ErrorKind, Result};
@@ -189,15 +190,18 @@ impl Image {
     fn write_header(&self, at: u64, bytes: &[u8]) -> Result<()> {
         assert!(at + bytes.len() as u64 <= self.reader.geometry().cluster_size(), "the header ends with the first cluster (R16)");
         self.reader.storage.write_at(WriteKind::Header, at, bytes).map_err(|error| Error::io("header", error))?;
-        self.barrier()
+        self.barrier(Step::BarrierAfterHeader)
     }
 
-    /// The barrier. A failed one is never retried with success: what it covered may be lost although later ones succeed (P7).
-    fn barrier(&self) -> Result<()> {
-        let _one_at_a_time = self.barriers.lock();
+    /// The barrier at this step. A failed one is never retried with success: what it covered may be lost although later ones succeed (P7).
+    fn barrier(&self, step: Step) -> Result<()> {
+        let _one_at_a_time = (!without(Step::OneBarrierAtATime)).then(|| self.barriers.lock());
         self.check_usable()?;
+        if without(step) {
+            return Ok(());
+        }
         self.reader.storage.sync().map_err(|error| {
-            self.failed.store(true, Ordering::SeqCst);
+            self.failed.store(!without(Step::FailedBarrierLatches), Ordering::SeqCst);
             log::error!("fdatasync of the overlay failed ({error}): no write is accepted until it is opened again");
             Error::io("fdatasync", error)
         })
@@ -216,6 +220,7 @@ impl Image {
     pub(crate) fn watch<T>(&self, result: Result<T>) -> Result<T> {
         if let Err(error) = &result
             && error.kind() == ErrorKind::Corrupt
+            && !without(Step::CorruptionLatches)
             && !self.failed.swap(true, Ordering::SeqCst)
         {
             log::error!("the overlay is corrupt ({error}): no write is accepted any more, run qemu-img check");

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::Image;
 use crate::format::{Geometry, GuestCluster, HostCluster, Mapping};
+use crate::mutants::{Step, without};
 use crate::range_lock::Exclusive;
 use crate::storage::WriteKind;
 use crate::{Error, Result};
@@ -25,7 +26,7 @@ impl Allocation<'_> {
 
 impl Drop for Allocation<'_> {
     fn drop(&mut self) {
-        if self.len > 0 {
+        if self.len > 0 && !without(Step::UnpublishedIsGivenBack) {
             self.image.allocator.give_back(self.start, self.len);
         }
     }
@@ -110,6 +111,7 @@ impl Image {
     pub fn discard(&self, held: &Exclusive<'_>, clusters: Range<GuestCluster>) -> Result<()> {
         self.remap_all(held, clusters, |_, before| match before {
             Mapping::Zero { reserved: None } => None,
+            _ if without(Step::DiscardHidesBelow) => Some(Mapping::Unallocated),
             _ => Some(Mapping::Zero { reserved: None }),
         })
     }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use super::allocator::Allocator;
 use super::l2_table::L2Table;
 use crate::format::{Geometry, Header, HostCluster, L1Entry, Mapping};
+use crate::mutants::{Step, without};
 use crate::storage::Storage;
 use crate::sync::{Mutex, RwLock, rank};
 use crate::{Error, ErrorKind, Result};
@@ -210,7 +211,7 @@ impl Tables {
 
     /// Brings a table into memory. One thread per table: a stale copy can then never replace a newer one.
     fn load(&self, l1_index: usize) -> Result<()> {
-        let _loader = self.loaders[l1_index % LOADERS].lock();
+        let _loader = (!without(Step::OneLoaderPerTable)).then(|| self.loaders[l1_index % LOADERS].lock());
         let l1_entry = {
             let slots = self.slots.read();
             if slots[l1_index].table.read().is_some() {
@@ -277,16 +278,15 @@ impl Tables {
     fn evict(&self) {
         let table_bytes = self.geometry().cluster_size() as usize;
         let mut tries = self.resident.lock().len().min(1024);
-        while tries > 0
-            && self.resident_bytes.load(Ordering::Relaxed) + table_bytes > self.memory
-            && !self.writing_back.load(Ordering::SeqCst)
-        {
+        while tries > 0 && self.resident_bytes.load(Ordering::Relaxed) + table_bytes > self.memory && self.may_evict() {
             tries -= 1;
             let Some(l1_index) = self.resident.lock().pop_front() else { return };
             let slots = self.slots.read();
             let evicted = match slots[l1_index].table.try_write() {
                 // Asked again under the lock: a pass that starts now finds either no table or a clean one.
-                Some(mut slot) if slot.as_deref().is_some_and(L2Table::is_clean) && !self.writing_back.load(Ordering::SeqCst) => {
+                Some(mut slot)
+                    if slot.as_deref().is_some_and(|table| table.is_clean() || without(Step::DirtyTablesStay)) && self.may_evict() =>
+                {
                     slot.take()
                 }
                 _ => None,
@@ -299,6 +299,11 @@ impl Tables {
                 None => self.resident.lock().push_back(l1_index),
             }
         }
+    }
+
+    /// Never during a pass: a table that is dropped after it was copied and before it is written would be read back old.
+    fn may_evict(&self) -> bool {
+        without(Step::NoEvictionDuringPass) || !self.writing_back.load(Ordering::SeqCst)
     }
 
     /// For the write-back pass: marks every dirty table clean and copies what was dirty, in this order, so that a change that comes in between
@@ -339,8 +344,10 @@ impl Tables {
             if write.l1_entry.is_some() {
                 table.l1_dirty.store(true, Ordering::Release);
             }
-            table.dirty_again(geometry.host_offset(table.host).0, &write.pieces);
-            self.queue(table, write.l1_index);
+            if !without(Step::FailedTablesStayDirty) {
+                table.dirty_again(geometry.host_offset(table.host).0, &write.pieces);
+                self.queue(table, write.l1_index);
+            }
         }
         drop(slots);
         self.writing_back.store(false, Ordering::SeqCst);

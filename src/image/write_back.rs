@@ -16,6 +16,7 @@ use parking_lot::Condvar;
 
 use super::Image;
 use crate::format::patch;
+use crate::mutants::{Step, without};
 use crate::storage::WriteKind;
 use crate::{Error, ErrorKind, Result};
 
@@ -44,7 +45,7 @@ impl Image {
     pub fn flush(&self) -> Result<()> {
         let mut passes = self.commit.state.lock();
         // A pass that runs already may have taken its copies before our last change.
-        let wanted = passes.begun + 1;
+        let wanted = passes.begun + u64::from(!without(Step::FlushWaitsForNextPass));
         loop {
             if passes.ended >= wanted {
                 return match &passes.failure {
@@ -53,7 +54,7 @@ impl Image {
                     Some((_, Some(errno), text)) => Err(Error::io(text.clone(), std::io::Error::from_raw_os_error(*errno))),
                 };
             }
-            if passes.running {
+            if passes.running && !without(Step::OnePassAtATime) {
                 self.commit.ended.wait(&mut passes);
                 continue;
             }
@@ -94,18 +95,22 @@ impl Image {
     }
 
     fn write_back_pass(&self) -> Result<()> {
-        let _one_at_a_time = self.write_back.lock();
+        let _one_at_a_time = (!without(Step::OnePassAtATime)).then(|| self.write_back.lock());
         self.check_usable()?;
         let mut frees = self.allocator.take_pending();
+        let early = without(Step::TablesBeforeRefcounts).then(|| self.allocator.take_dirty());
         let tables = self.reader.tables.take_dirty();
-        let mut refcounts = self.allocator.take_dirty();
+        let mut refcounts = early.unwrap_or_else(|| self.allocator.take_dirty());
+        if without(Step::FreesBeforeTables) {
+            self.allocator.take_pending().into_iter().for_each(|(cluster, references)| *frees.entry(cluster).or_default() += references);
+        }
         let write = || -> Result<()> {
             self.write_all(WriteKind::RefcountBlock, &refcounts.pieces)?;
             if let Some(table) = &refcounts.table {
                 // Behind its blocks: where an earlier pass failed after it had changed the header, this table is the live one.
-                self.barrier()?;
+                self.barrier(Step::BarrierBeforeRefcountTable)?;
                 self.write_all(WriteKind::RefcountTable, &[(table.offset, &table.bytes)])?;
-                self.barrier()?;
+                self.barrier(Step::BarrierBeforeTableSwitch)?;
                 self.change_header(|header| {
                     header.refcount_table_offset = table.offset;
                     header.refcount_table_clusters = table.clusters;
@@ -113,11 +118,11 @@ impl Image {
                     (at, bytes.to_vec())
                 })?;
             } else if !refcounts.entries.is_empty() {
-                self.barrier()?;
+                self.barrier(Step::BarrierBeforeRefcountEntry)?;
                 let entries: Vec<_> = refcounts.entries.iter().map(|(at, entry)| (*at, entry.to_be_bytes())).collect();
                 self.write_all(WriteKind::RefcountTable, &entries)?;
             }
-            self.barrier()?;
+            self.barrier(Step::BarrierBeforeL2)?;
             if tables.is_empty() {
                 return Ok(());
             }
@@ -129,10 +134,10 @@ impl Image {
                 .filter_map(|table| table.l1_entry.map(|entry| (self.reader.tables.l1_entry_offset(table.l1_index), entry.to_be_bytes())))
                 .collect();
             if !l1.is_empty() {
-                self.barrier()?;
+                self.barrier(Step::BarrierBeforeL1)?;
                 self.write_all(WriteKind::L1Table, &l1)?;
             }
-            self.barrier()
+            self.barrier(Step::BarrierBeforeFrees)
         };
         match write() {
             Ok(()) => {
@@ -146,8 +151,12 @@ impl Image {
             }
             Err(error) => {
                 self.reader.tables.not_written(&tables);
-                self.allocator.not_written(refcounts);
-                self.allocator.requeue(frees);
+                if !without(Step::FailedRefcountsStayDirty) {
+                    self.allocator.not_written(refcounts);
+                }
+                if !without(Step::FailedFreesStayQueued) {
+                    self.allocator.requeue(frees);
+                }
                 Err(error)
             }
         }
