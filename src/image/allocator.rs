@@ -1,7 +1,11 @@
 //! Host clusters: which are free, whose they are, and the refcounts that say so on disk.
 //!
-//! New clusters come from gaps first, then from the end of the file. A refcount is raised before anything points to the cluster; it is lowered
-//! only by the write-back pass, when the pointer's removal is durable (R3), and the cluster is handed out again only after its space was punched
+//! New clusters come from gaps first, then from the end of the file, where refcounts are raised a run of clusters ahead: most allocations touch
+//! no refcount block, and none ever costs a barrier, since a pass makes data and refcounts durable with the same one (data-safety 2.4; the
+//! reservation need not be durable when it is handed out, only before an L2 entry is written). What is reserved and unused is given back by an
+//! orderly close, and after a crash by the next open: it is a leak like any other.
+//!
+//! A refcount is raised before anything points to the cluster; it is lowered only by the write-back pass, when the pointer's removal is durable (R3), and the cluster is handed out again only after its space was punched
 //! (R7). On disk refcounts may therefore be too high after a crash (leaks), never too low (I2).
 
 use std::collections::{BTreeMap, HashSet};
@@ -18,6 +22,9 @@ use crate::{Error, ErrorKind, Result};
 
 /// Largest refcount table, bytes (V9; QEMU: QCOW_MAX_REFTABLE_SIZE).
 const MAX_TABLE_BYTES: u64 = 8 << 20;
+
+/// Clusters at the end of the file are reserved so many bytes ahead, as far as one refcount block covers them.
+const RESERVE_AHEAD: u64 = 64 << 20;
 
 /// The allocator of one writable image.
 #[derive(Debug)]
@@ -38,6 +45,8 @@ struct State {
     searched: u64,
     /// Nothing at or above this cluster is metadata or was handed out.
     end: u64,
+    /// Clusters that are counted and not handed out yet. Nothing refers to them.
+    reserved: Range<u64>,
     /// References dropped in memory, still counted on disk: cluster to number of references.
     pending: BTreeMap<u64, u64>,
 }
@@ -65,7 +74,7 @@ impl Allocator {
         // What no refcount block covers is free, however much of the file (or device) there is: nothing is searched there, and it is used next.
         let behind_metadata = metadata.iter().max().map_or(0, |last| last + 1);
         let end = storage.size().div_ceil(cluster_size).min(covered).max(behind_metadata);
-        let state = State { refcounts, metadata, gaps: Gaps::default(), searched: 1, end, pending: BTreeMap::new() };
+        let state = State { refcounts, metadata, gaps: Gaps::default(), searched: 1, end, reserved: 0..0, pending: BTreeMap::new() };
         Ok(Allocator { storage, geometry, state: Mutex::new(state) })
     }
 
@@ -124,16 +133,19 @@ impl Allocator {
         let mut state = self.state.lock();
         let state = &mut *state;
         self.search_gaps(state)?;
-        let (start, len) = match state.gaps.take(at_most) {
-            Some(run) => run,
-            None => self.take_at_end(state, at_most)?,
-        };
-        for cluster in start..start + len {
-            debug_assert_eq!(state.refcounts.get(cluster)?, 0);
-            if !without(Step::CountedBeforeHandedOut) {
-                state.refcounts.set(cluster, 1)?;
-            }
+        if let Some((start, len)) = state.gaps.take(at_most) {
+            state.count(start..start + len)?;
+            return Ok((HostCluster(start), len));
         }
+        if state.reserved.is_empty() {
+            let ahead = (RESERVE_AHEAD >> self.geometry.cluster_bits()).max(at_most);
+            let (start, len) = self.take_at_end(state, ahead)?;
+            state.count(start..start + len)?;
+            state.reserved = start..start + len;
+        }
+        let start = state.reserved.start;
+        let len = at_most.min(state.reserved.end - start);
+        state.reserved.start += len;
         Ok((HostCluster(start), len))
     }
 
@@ -182,6 +194,7 @@ impl Allocator {
     /// (R5: a block describes itself), growing the refcount table where needed; returns the first of the extra clusters, counted. After an
     /// error nothing has changed but `state.end`.
     fn extend(&self, state: &mut State, extra: u64) -> Result<u64> {
+        state.give_up_reserved()?;
         let entries = self.geometry.refblock_entries();
         let missing = |state: &State, clusters: u64| {
             let last = (state.end + clusters.max(1) - 1) / entries;
@@ -264,6 +277,14 @@ impl Allocator {
             }
             state.add_gap(cluster);
         }
+    }
+
+    /// Gives back what is reserved and not handed out: for an orderly close.
+    ///
+    /// # Errors
+    /// None that an allocation could have: the blocks are in memory.
+    pub fn give_up_reserved(&self) -> Result<()> {
+        self.state.lock().give_up_reserved()
     }
 
     /// One reference less to each of `len` clusters. They stay counted until the next pass has made the removal durable (R3, R7).
@@ -355,6 +376,32 @@ impl Allocator {
 }
 
 impl State {
+    /// Raises the refcounts of free clusters to one.
+    fn count(&mut self, clusters: Range<u64>) -> Result<()> {
+        for cluster in clusters {
+            debug_assert_eq!(self.refcounts.get(cluster)?, 0);
+            if !without(Step::CountedBeforeHandedOut) {
+                self.refcounts.set(cluster, 1)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reserved clusters are free again. Nothing ever referred to them, so nothing has to become durable first.
+    fn give_up_reserved(&mut self) -> Result<()> {
+        let reserved = std::mem::replace(&mut self.reserved, 0..0);
+        for cluster in reserved.clone() {
+            self.refcounts.set(cluster, 0)?;
+        }
+        if !reserved.is_empty() && reserved.end == self.end {
+            self.end = reserved.start;
+            self.searched = self.searched.min(self.end);
+        } else {
+            reserved.for_each(|cluster| self.add_gap(cluster));
+        }
+        Ok(())
+    }
+
     /// A free cluster. Where the search has not been yet it will find it by itself.
     fn add_gap(&mut self, cluster: u64) {
         if cluster < self.searched {

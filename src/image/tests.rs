@@ -223,16 +223,42 @@ fn first_cluster_of_an_l2_table_is_written_in_order() {
     };
     assert_eq!(at, l1);
     assert_ne!(l2, data);
-    // The second cluster of the same table: two barriers, 4 KiB of table.
+    // The second cluster of the same table: two barriers, 4 KiB of table. Its refcount was raised with that of the first.
     bench.store(1, 8).unwrap();
     bench.memory.ops();
     bench.image.flush().unwrap();
-    assert_eq!(bench.memory.ops()[2..], [Op::Write { at: l2, len: 4096 }, Op::Sync]);
+    assert_eq!(bench.memory.ops(), [Op::Sync, Op::Write { at: l2, len: 4096 }, Op::Sync]);
     // Nothing new: one barrier.
     bench.image.flush().unwrap();
     assert_eq!(bench.memory.ops(), [Op::Sync]);
     bench.image.flush_if_dirty().unwrap();
     assert_eq!(bench.memory.ops(), []);
+}
+
+/// 2.4: allocating costs one write of refcounts per 64 MiB, and no barrier before somebody flushes; an orderly close gives back what was reserved.
+#[test]
+fn refcounts_are_raised_ahead() {
+    let bench = bench();
+    for cluster in 0..1500 {
+        bench.store(cluster, 7).unwrap();
+    }
+    let ops = bench.memory.ops();
+    assert!(ops.iter().all(|op| matches!(op, Op::Write { len: 65536, .. })) && ops.len() == 1500, "data, and nothing but data");
+    bench.image.flush().unwrap();
+    bench.memory.ops();
+    // 1500 and the L2 table are in the second run of 1024.
+    for cluster in 1500..2000 {
+        bench.store(cluster, 8).unwrap();
+        bench.image.flush().unwrap();
+    }
+    let counted = bench.host(1999).unwrap();
+    let refcounts = |ops: &[Op]| ops.iter().filter(|op| matches!(op, Op::Write { at, .. } if *at / CLUSTER == 2)).count();
+    assert_eq!(refcounts(&bench.memory.ops()), 0, "no refcount block was written");
+    let killed = reopen(bench.memory.killed());
+    assert!(killed.image.allocator.refcount(crate::format::HostCluster(counted + 20)).unwrap() == 1, "a kill leaves the reservation");
+    bench.image.close().unwrap();
+    let report = bench.image.check().unwrap();
+    assert_eq!((report.corruptions, report.leaks), (0, 0));
 }
 
 /// R10: an overwrite of a COPIED cluster costs no metadata.

@@ -83,6 +83,7 @@ impl Image {
     /// # Errors
     /// As [`Image::flush`].
     pub fn close(&self) -> Result<()> {
+        self.allocator.give_up_reserved()?;
         self.flush()?;
         while self.is_dirty() {
             self.flush()?;
