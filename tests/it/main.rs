@@ -28,3 +28,4 @@ mod readme;
 mod release_log;
 mod second_reader;
 mod stream_qmp;
+mod torture;

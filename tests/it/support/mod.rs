@@ -6,6 +6,7 @@
 pub mod daemon;
 pub mod guest;
 pub mod header;
+pub mod ledger;
 pub mod mounts;
 pub mod pattern;
 pub mod qemu;
