@@ -18,6 +18,7 @@ mod hostile_image;
 mod hung_backing;
 mod image_interop;
 mod kill_restart;
+mod lower_power_cut;
 mod qmp_client;
 mod qmp_error_policy;
 mod qmp_facts;

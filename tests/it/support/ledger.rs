@@ -230,12 +230,13 @@ impl Hands<'_> {
                 })
             };
             let zeros = |flags| self.ledger.change(&sectors, true, false, |_| Ok(fallocate(self.file, flags, offset, bytes)?));
-            let done = match rng.below(32) {
-                0..2 => zeros(PUNCH),
-                2 => zeros(ZERO),
-                3..6 => self.ledger.flush(|| self.file.sync_data()),
-                6 => self.ledger.flush(|| self.file.sync_all()),
-                7 => write(self.synced, true),
+            // Seldom flushed, so that much is old-or-new when the end comes.
+            let done = match rng.below(128) {
+                0..8 => zeros(PUNCH),
+                8..12 => zeros(ZERO),
+                12..15 => self.ledger.flush(|| self.file.sync_data()),
+                15 => self.ledger.flush(|| self.file.sync_all()),
+                16..18 => write(self.synced, true),
                 _ => write(self.file, false),
             };
             if let Err(error) = done {
