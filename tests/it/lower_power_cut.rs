@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use serde_json::json;
 
 use crate::support::ledger::{Hands, Ledger, SECTOR, Verified};
-use crate::support::mounts::{LoopMount, umount};
+use crate::support::mounts::{LoopMount, make_fs, umount};
 use crate::support::{Daemon, KIB, MIB, Mount, Pattern, Rng, Scratch, assert_same, errno, qemu, read_at, run_ok};
 
 const CYCLES: u64 = 5;
@@ -34,9 +34,7 @@ struct Lower {
 impl Lower {
     fn new(fstype: &'static str, size: u64) -> Lower {
         let scratch = Scratch::new();
-        let file = scratch.join("lower.img");
-        File::create(&file).and_then(|file| file.set_len(size)).expect("file for the file system");
-        run_ok(Command::new(format!("mkfs.{fstype}")).arg("-q").arg(&file));
+        make_fs(&scratch.join("lower.img"), fstype, size);
         scratch.dir("lower");
         Lower { scratch, fstype }
     }

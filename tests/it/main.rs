@@ -12,6 +12,7 @@ mod architecture;
 mod bad_input;
 mod ext4_real;
 mod fio_verify;
+mod full_file_system;
 mod full_host;
 mod fuse_end_to_end;
 mod hostile_image;
