@@ -9,6 +9,7 @@
 mod support;
 
 mod architecture;
+mod bad_disk;
 mod bad_input;
 mod ext4_real;
 mod fio_verify;
