@@ -231,7 +231,7 @@ fn full_ext4_at_every_stage() {
 /// Protects: P5 on a full XFS, which promises space in advance and may find that it has none. (300 MiB are its minimum.)
 #[test]
 fn full_xfs_at_every_stage() {
-    requires!("/dev/fuse", "root", "qemu-img", "losetup", "mkfs.xfs");
+    requires!("/dev/fuse", "root", "qemu-img", "losetup", "mkfs.xfs", "fs:xfs");
     full_at_every_stage("xfs", 300 * MIB);
 }
 

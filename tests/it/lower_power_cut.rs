@@ -140,7 +140,7 @@ fn power_cuts(fstype: &'static str, size: u64) {
         mounted.umount().detach();
     }
     eprintln!("{cycles} power cuts below {fstype}: {total:?}");
-    assert!(total.durable > 0 && total.touched > total.durable, "nothing was put to the test: {total:?}");
+    assert!(cycles < CYCLES || total.durable > 0 && total.touched > total.durable, "nothing was put to the test: {total:?}");
     assert_same("the base must never change", &fs::read(&base).expect("base"), ledger.golden());
 }
 
@@ -154,6 +154,6 @@ fn the_power_fails_below_ext4() {
 /// Protects: the same on XFS, which writes its log and its data in another order. (300 MiB are its minimum.)
 #[test]
 fn the_power_fails_below_xfs() {
-    requires!("/dev/fuse", "root", "qemu-img", "losetup", "mkfs.xfs", "xfs_io");
+    requires!("/dev/fuse", "root", "qemu-img", "losetup", "mkfs.xfs", "fs:xfs", "xfs_io");
     power_cuts("xfs", 300 * MIB);
 }
