@@ -123,7 +123,7 @@ impl Generation {
         let raw = qemu::to_raw(&self.overlay(), &self.scratch.join("raw"));
         self.content = fs::read(&raw).expect("converted");
         if let Some(seed) = self.fio_seed {
-            let done = run_within(fio(&self.scratch, &raw, &FIO[0], seed).arg("--verify_only"), Duration::from_secs(60));
+            let done = run_within(fio(&self.scratch, &raw, &FIO[0], seed).arg("--verify_only"), Duration::from_secs(120));
             assert!(done.status.success(), "{what}: fio finds that what it had flushed is gone: {}\n{}", done.stdout, done.stderr);
         }
         let ours = [0..FIO[0].start, FIO[1].end..SIZE];
@@ -199,7 +199,7 @@ fn live_and_die(generation: &mut Generation, rng: &mut Rng, cycle: u64, end: End
         let mut killed_with_it = None;
         if end == End::KillBesideFio {
             let seed = rng.below(1 << 30);
-            let done = run_within(&mut fio(&generation.scratch, disk.path(), &FIO[0], seed), Duration::from_secs(60));
+            let done = run_within(&mut fio(&generation.scratch, disk.path(), &FIO[0], seed), Duration::from_secs(120));
             assert!(done.status.success(), "fio: {}\n{}", done.stdout, done.stderr);
             fio_seed = Some(seed);
             let mut second = fio(&generation.scratch, disk.path(), &FIO[1], seed + 1);
