@@ -26,6 +26,8 @@ const CYCLES: u64 = 50;
 /// Longest life of a daemon in milliseconds, in the normal run and in a long one.
 const SHORT_LIFE: u64 = 600;
 const LONG_LIFE: u64 = 2000;
+/// Lives on one image, at most: when the guest has written everywhere, tables no longer change.
+const LIVES: u64 = 5;
 
 /// Not a multiple of any cluster size.
 const SIZE: u64 = 24 * MIB + 3 * SECTOR;
@@ -75,6 +77,7 @@ struct Generation {
     options: &'static str,
     /// All that the disk held at the last look.
     content: Vec<u8>,
+    lives: u64,
     /// What fio has finished, and nobody may lose.
     fio_seed: Option<u64>,
 }
@@ -100,7 +103,7 @@ impl Generation {
         let options = all[usize::try_from(rng.below(all.len() as u64)).expect("small")];
         qemu::create(&scratch.join("overlay.qcow2"), None, options, Some(("golden.raw", "raw")));
         let content = golden.clone();
-        Generation { scratch, ledger: Ledger::new(golden, number + 0x1000), options, content, fio_seed: None }
+        Generation { scratch, ledger: Ledger::new(golden, number + 0x1000), options, content, lives: 0, fio_seed: None }
     }
 
     fn overlay(&self) -> std::path::PathBuf {
@@ -180,6 +183,8 @@ fn live_and_die(generation: &mut Generation, rng: &mut Rng, cycle: u64, end: End
         _ => [MIB, 4 * MIB, 16 * MIB][usize::try_from(rng.below(3)).expect("small")],
     };
     client.ok("block-stream", json!({"device": "drive0", "speed": speed}));
+    // Half of them die young, when nearly every write allocates.
+    let longest = if rng.below(2) == 0 { longest / 8 } else { longest };
     let life = Duration::from_millis(10 + rng.below(longest - 10));
     let file = disk.open();
     let synced = i32::try_from(OFlags::DSYNC.bits()).expect("a flag");
@@ -259,10 +264,11 @@ fn killed_over_and_over() {
     let mut generation = Generation::new(&mut rng, 1);
     let mut generations = 1;
     for cycle in 0..asked.unwrap_or(CYCLES) {
-        if !generation.has_base() {
+        if generation.lives == LIVES || !generation.has_base() {
             generations += 1;
             generation = Generation::new(&mut rng, generations);
         }
+        generation.lives += 1;
         let end = choose(&mut rng);
         live_and_die(&mut generation, &mut rng, cycle, end, longest);
         let what = format!("cycle {cycle}, \"{}\", after {end:?}", generation.options);
