@@ -112,6 +112,7 @@ impl Reserve {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::storage::{Access, FileStorage};
 
     const MIB: u64 = 1 << 20;
 
@@ -157,5 +158,19 @@ mod tests {
         assert_eq!(reserve.known(start + 2 * ASK_AGAIN), None);
         assert_eq!(reserve.answered(10, 10), Change::GoesOn, "as much as is to stay free is enough");
         assert_eq!(reserve.answered(11, 10), Change::None);
+    }
+
+    #[test]
+    fn a_file_system_that_does_not_say_stops_nothing() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let known = FileStorage::open(file.path(), Access::ReadWrite).unwrap();
+        let space = known.space().unwrap().expect("a file system of files knows");
+        assert!(0 < space.total && space.free <= space.total, "{space:?}");
+        assert!(!Reserve::new(Some(space.total + 1)).allows(&known));
+        assert!(Reserve::new(Some(0)).allows(&known));
+        // procfs says zero of everything.
+        let unknown = FileStorage::open_unlocked(std::path::Path::new("/proc/self/stat"), Access::ReadOnly).unwrap();
+        assert_eq!(unknown.space().unwrap(), None);
+        assert!(Reserve::new(Some(u64::MAX)).allows(&unknown));
     }
 }
