@@ -85,6 +85,10 @@ struct MountArgs {
     /// Do not copy up what is read from the backing file
     #[arg(long)]
     no_copy_on_read: bool,
+    /// Do not copy up what is read while less than this is free where IMAGE lies; 0 is no limit. Writes and --stream are not affected
+    /// [default: the smaller of 1G and 5 % of the file system]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    reserve: Option<u64>,
     /// Let other users open the disk, as far as its mode and owner allow (/etc/fuse.conf must permit it for whoever is not root)
     #[arg(long)]
     allow_other: bool,
@@ -156,6 +160,8 @@ pub struct MountConfig {
     pub read_only: bool,
     /// Reads copy up.
     pub copy_on_read: bool,
+    /// Free bytes of the overlay's file system below which reads do not copy up, where given.
+    pub reserve: Option<u64>,
     /// Other users may open the disk.
     pub allow_other: bool,
     /// Format of the first backing file, where the image does not say.
@@ -206,6 +212,7 @@ impl MountArgs {
             copy_on_read: !self.no_copy_on_read && !self.read_only,
             read_only: self.read_only,
             full_check: self.full_check,
+            reserve: self.reserve,
             allow_other: self.allow_other,
             backing_format: self.backing_format.map(BackingFormat::from),
             pidfile: self.pidfile.as_deref().map(absolute).transpose()?,
@@ -340,6 +347,8 @@ mod tests {
         assert!(config.read_only && !config.copy_on_read);
         assert_eq!(config.backing_format, Some(BackingFormat::Raw));
         assert_eq!(mount(&["cordisk", "mount", "--background-child", "/i", "/m"]).role, Role::Child);
+        assert_eq!(config.reserve, None);
+        assert_eq!(mount(&["cordisk", "mount", "--reserve", "2G", "/i", "/m"]).reserve, Some(2 << 30));
         assert!(!mount(&["cordisk", "mount", "--no-copy-on-read", "/i", "/m"]).copy_on_read);
     }
 
@@ -362,6 +371,7 @@ mod tests {
             &["cordisk", "mount", "--speed", "1", "/i", "/m"],
             &["cordisk", "mount", "--stream", "--read-only", "/i", "/m"],
             &["cordisk", "mount", "--device", "0", "/i", "/m"],
+            &["cordisk", "mount", "--reserve", "5%", "/i", "/m"],
             &["cordisk", "create", "o", "-b", "base"],
             &["cordisk", "create", "o", "-b", "base", "-F", "vmdk"],
         ] {

@@ -99,6 +99,7 @@ fn serve(config: &MountConfig) -> Result<()> {
         copy_on_read: config.copy_on_read,
         gate: Gate { backing_format: config.backing_format, ..Gate::default() },
         full_check: config.full_check,
+        reserve: config.reserve,
     };
     let disk = Arc::new(Disk::open(&config.image, &options)?);
     // QMP before the mount: a socket that cannot be bound should not make a disk appear and vanish.

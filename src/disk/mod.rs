@@ -32,6 +32,7 @@ use crate::{Error, ErrorKind, Result};
 
 mod populate;
 mod read;
+mod reserve;
 mod stats;
 mod write;
 
@@ -58,6 +59,9 @@ pub struct DiskOptions {
     pub gate: Gate,
     /// Before anything is written all references are counted, and an image whose refcounts do not add up is refused (V28).
     pub full_check: bool,
+    /// Reads do not copy up while the file system of the overlay has less free space than so many bytes; `None` is the smaller of 1 GiB and
+    /// 5 % of the file system.
+    pub reserve: Option<u64>,
 }
 
 /// Whether an operation could be answered from the overlay without waiting.
@@ -142,7 +146,7 @@ impl Disk {
             Some(reference) => Some(Chain::open(&reference, path.parent().unwrap_or(Path::new("/")), &gate)?),
             None => None,
         };
-        let disk = Disk::assemble(path, overlay, chain, options.copy_on_read);
+        let disk = Disk::assemble(path, overlay, chain, options.copy_on_read, options.reserve);
         if let Overlay::Writable(image) = &disk.overlay {
             if options.full_check {
                 let report = image.check().context(|| disk.path.display().to_string())?;
@@ -163,7 +167,7 @@ impl Disk {
         Ok(disk)
     }
 
-    fn assemble(path: PathBuf, overlay: Overlay, chain: Option<Chain>, copy_on_read: bool) -> Disk {
+    fn assemble(path: PathBuf, overlay: Overlay, chain: Option<Chain>, copy_on_read: bool, reserve: Option<u64>) -> Disk {
         let cluster_size = overlay.reader().geometry().cluster_size();
         Disk {
             path,
@@ -171,7 +175,7 @@ impl Disk {
             backing: RwLock::new(chain.map(Arc::new)),
             in_flight: RangeLock::new(cluster_size),
             copy_on_read,
-            fills: FillHealth::default(),
+            fills: FillHealth::new(reserve),
             stats: Stats::new(),
         }
     }
@@ -179,7 +183,7 @@ impl Disk {
     /// A writable disk above storages that were not opened by name. Reads do not copy up.
     #[cfg(test)]
     pub(crate) fn for_tests(image: Image, chain: Option<Chain>) -> Disk {
-        Disk::assemble("/overlay.qcow2".into(), Overlay::Writable(Box::new(image)), chain, false)
+        Disk::assemble("/overlay.qcow2".into(), Overlay::Writable(Box::new(image)), chain, false, None)
     }
 
     fn reader(&self) -> &ImageReader {

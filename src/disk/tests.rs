@@ -36,7 +36,7 @@ impl Random {
 }
 
 fn options() -> DiskOptions {
-    DiskOptions { read_only: false, copy_on_read: true, gate: Gate::default(), full_check: false }
+    DiskOptions { read_only: false, copy_on_read: true, gate: Gate::default(), full_check: false, reserve: None }
 }
 
 fn open(path: &Path) -> Disk {

@@ -210,7 +210,11 @@ impl Image {
     /// Fails once [`Image::failed`] is latched.
     fn check_usable(&self) -> Result<()> {
         if self.failed.load(Ordering::SeqCst) {
-            return Err(Error::new(ErrorKind::Io, "the overlay failed earlier and is not written any more: unmount and check it"));
+            // With the errno of what latched it: a job that ends by this says what QEMU's says.
+            return Err(Error::io(
+                "the overlay failed earlier and is not written any more, unmount and check it",
+                rustix::io::Errno::IO.into(),
+            ));
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use rustix::fs::{FallocateFlags, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 
-use super::{Holding, Storage, WriteKind, locks};
+use super::{Holding, HostSpace, Storage, WriteKind, locks};
 use crate::error::Context;
 use crate::mutants::{Step, without};
 use crate::{Error, ErrorKind};
@@ -208,6 +208,16 @@ impl Storage for FileStorage {
 
     fn sync(&self) -> io::Result<()> {
         Ok(retry_on_intr(|| rustix::fs::fdatasync(&self.file))?)
+    }
+
+    fn space(&self) -> io::Result<Option<HostSpace>> {
+        if self.file.metadata()?.file_type().is_block_device() {
+            return Ok(None);
+        }
+        let host = retry_on_intr(|| rustix::fs::fstatvfs(&self.file))?;
+        let bytes = |blocks: u64| blocks.saturating_mul(host.f_frsize);
+        // Some file systems say zero of everything for "don't know".
+        Ok((host.f_blocks > 0).then(|| HostSpace { free: bytes(host.f_bavail), total: bytes(host.f_blocks) }))
     }
 
     fn holding(&self, offset: u64, max: u64) -> io::Result<(Holding, u64)> {

@@ -51,6 +51,15 @@ impl fmt::Display for WriteKind {
     }
 }
 
+/// The space of the file system that a file lies on, in bytes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct HostSpace {
+    /// What whoever is not root may still use.
+    pub free: u64,
+    /// All of it.
+    pub total: u64,
+}
+
 /// The seam between the engine and the host: the file in `src`, memory and faulty ones in tests.
 ///
 /// Offsets and lengths are bytes. Errors are the operating system's.
@@ -87,6 +96,14 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// Those of fdatasync(2). After an error nothing written before may be trusted (P7).
     fn sync(&self) -> io::Result<()>;
+
+    /// The space where the file lies; `None` where nobody knows or it does not matter: memory, block devices, file systems that do not say.
+    ///
+    /// # Errors
+    /// Those of fstatvfs(3).
+    fn space(&self) -> io::Result<Option<HostSpace>> {
+        Ok(None)
+    }
 
     /// What the file holds at `offset`, and for how many bytes, at most `max` (> 0). A hint without I/O.
     ///

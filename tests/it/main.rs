@@ -9,15 +9,18 @@
 mod support;
 
 mod architecture;
+mod bad_disk;
 mod bad_input;
 mod ext4_real;
 mod fio_verify;
+mod full_file_system;
 mod full_host;
 mod fuse_end_to_end;
 mod hostile_image;
 mod hung_backing;
 mod image_interop;
 mod kill_restart;
+mod lower_power_cut;
 mod qmp_client;
 mod qmp_error_policy;
 mod qmp_facts;
@@ -28,3 +31,4 @@ mod readme;
 mod release_log;
 mod second_reader;
 mod stream_qmp;
+mod torture;
