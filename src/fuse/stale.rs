@@ -1,13 +1,14 @@
 //! What a killed daemon leaves at the mountpoint: a mount that nobody serves. The next mount of the same image at the same place removes it.
 //!
 //! A mount is only removed if all of this holds: its type is ours, its source is the image that we have just opened (and so locked), and
-//! it answers ENOTCONN, which the kernel says of a FUSE mount only after its daemon has gone for good.
+//! it answers ENOTCONN, which the kernel says of a FUSE mount only after its daemon has gone for good. It has to be asked for fresh attributes:
+//! those that it has cached outlive the daemon.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use rustix::fs::{AtFlags, CWD};
+use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
@@ -33,7 +34,7 @@ pub(super) fn remove(mountpoint: &Path, image: &Path) -> Result<()> {
     let path = parent.join(name);
     for _ in 0..DEEPEST {
         let Some(entry) = mountinfo::mounted_at(&path)?.filter(|entry| entry.fs_type == OURS) else { return Ok(()) };
-        if rustix::fs::statat(CWD, &path, AtFlags::SYMLINK_NOFOLLOW).err() != Some(Errno::NOTCONN) {
+        if !is_dead(&path) {
             return Ok(());
         }
         if !is_of(&entry, image) {
@@ -45,6 +46,12 @@ pub(super) fn remove(mountpoint: &Path, image: &Path) -> Result<()> {
         log::info!("{}: removed the mount of a daemon that has died", path.display());
     }
     Ok(())
+}
+
+/// Whether nobody serves what is mounted at `path` any more. Asks whoever does, so it may only be asked of a mount that is not ours.
+pub(super) fn is_dead(path: &Path) -> bool {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_FORCE_SYNC;
+    rustix::fs::statx(CWD, path, flags, StatxFlags::BASIC_STATS).err() == Some(Errno::NOTCONN)
 }
 
 /// Whether a mount shows `image`: by path, or by what the path leads to.
