@@ -71,7 +71,8 @@ pub struct Checked {
 /// repairs them even then.)
 const CORRUPT: &str = "the leaks were not repaired: an image with corruptions is not written to; repair a copy with qemu-img check -r all";
 /// Why a leak is left alone in a sound image.
-const SHARED: &str = "leaks that are left belong to clusters whose only reference does not say COPIED; qemu-img check -r leaks changes that";
+const SHARED: &str =
+    "leaks that are left belong to clusters whose only reference does not say COPIED; qemu-img check -r leaks changes that";
 
 /// Checks, prints what is wrong to standard error and the result to standard output, and returns the exit status: 0, or what
 /// [`Checked::status`] says.

@@ -39,6 +39,10 @@ enum Typed {
     /// accepts), and a daemon stays in the background until the file is unmounted: `umount MOUNTPOINT`, or `fusermount3 -u MOUNTPOINT`
     /// for whoever is not root. SIGTERM unmounts as well; while the file is in use the daemon writes everything back and goes on serving,
     /// until a second SIGTERM.
+    ///
+    /// After a daemon was killed, the same command mounts again: it replaces the dead mount of this image at MOUNTPOINT, and gives back the
+    /// clusters that were leaked.
+    #[command(after_help = "Example: cordisk mount --qmp qmp.sock overlay.qcow2 disk")]
     Mount(MountArgs),
     /// Check a qcow2 image, and give back what a crash has leaked in it
     ///

@@ -214,7 +214,11 @@ impl Header {
         let size = be64(first, 24);
         let geometry = Geometry::new(version, be32(first, 20), if v3 { be32(first, 96) } else { 4 }, size)?;
         let Some(cluster) = first.get(..geometry.cluster_size() as usize) else {
-            return invalid(format!("file of {} bytes is shorter than its first cluster of {} bytes", first.len(), geometry.cluster_size()));
+            return invalid(format!(
+                "file of {} bytes is shorter than its first cluster of {} bytes",
+                first.len(),
+                geometry.cluster_size()
+            ));
         };
         let length = header_length(cluster, v3)?;
         let [incompatible, compatible, autoclear] = if v3 { [72, 80, 88].map(|at| be64(cluster, at)) } else { [0; 3] };

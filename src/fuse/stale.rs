@@ -39,7 +39,9 @@ pub(super) fn remove(mountpoint: &Path, image: &Path) -> Result<()> {
         }
         if !is_of(&entry, image) {
             let (path, source) = (path.display(), entry.source.display());
-            let text = format!("mountpoint {path}: a daemon that has died had mounted another image here, {source}; clean up with: umount -l {path}");
+            let text = format!(
+                "mountpoint {path}: a daemon that has died had mounted another image here, {source}; clean up with: umount -l {path}"
+            );
             return Err(Error::new(ErrorKind::Busy, text));
         }
         detach(&path).map_err(|error| error.context(format!("mountpoint {}: the daemon that was mounted here is gone", path.display())))?;

@@ -13,8 +13,14 @@ mod refcount_growth;
 
 #[derive(Clone, Debug, Eq, PartialEq)]
 enum Op {
-    Write { at: u64, len: usize },
-    Punch { at: u64, len: u64 },
+    Write {
+        at: u64,
+        len: usize,
+    },
+    Punch {
+        at: u64,
+        len: u64,
+    },
     Sync,
     /// The mark of an open image is set, durably.
     Mark,

@@ -103,10 +103,8 @@ fn a_live_mount_is_never_removed() {
     // Read-only, so that the same image can be opened once more.
     let disk = rig.mount().args(&["--read-only"]).start();
     assert_refused(&mount(&other, disk.path()), &["already mounted (fuse.cordisk)"]);
-    let same = run_within(
-        Command::new(CORDISK).args(["mount", "-f", "--read-only"]).arg(&rig.overlay).arg(disk.path()),
-        Duration::from_secs(30),
-    );
+    let same =
+        run_within(Command::new(CORDISK).args(["mount", "-f", "--read-only"]).arg(&rig.overlay).arg(disk.path()), Duration::from_secs(30));
     assert_refused(&same, &["already mounted (fuse.cordisk)"]);
     assert_same("still served", &disk.read_all(), &rig.content);
     disk.umount();

@@ -129,7 +129,11 @@ fn templates(scratch: &Scratch) -> Vec<PathBuf> {
         disk.populate(0..200_000, usize::MAX).expect("populate");
         disk.discard(50_000..90_000).expect("discard");
         disk.write(60_000, &[7; 10_000]).expect("write");
-        if closed { disk.close().expect("close") } else { disk.flush().expect("flush") };
+        if closed {
+            disk.close().expect("close")
+        } else {
+            disk.flush().expect("flush")
+        };
         images.push(image);
     }
     images
@@ -159,7 +163,7 @@ fn worse(entry: u64, others: &[u64], cluster: u64, file: u64, random: &mut Rng) 
         10 => flags | random.below(8) * cluster,
         11 => 1 << 63,
         12 => 1 << 62 | random.below(file),
-        _ => others[random.below(others.len() as u64) as usize],
+        _ => others.get(random.below(others.len().max(1) as u64) as usize).copied().unwrap_or(0),
     }
 }
 
@@ -167,7 +171,7 @@ fn worse(entry: u64, others: &[u64], cluster: u64, file: u64, random: &mut Rng) 
 fn damage(bytes: &mut Vec<u8>, random: &mut Rng) -> String {
     let mut said = String::new();
     for _ in 0..1 + random.below(3) {
-        let file = bytes.len() as u64;
+        let file = (bytes.len() as u64).max(512);
         let cluster = 1u64 << be(bytes, 20, 4).clamp(9, 21);
         let (l1, l1_size, refcounts) = (be(bytes, 40, 8), be(bytes, 36, 4).clamp(1, 64), be(bytes, 48, 8));
         let used = |table: u64, entries: u64, bytes: &[u8]| -> Vec<u64> {
@@ -198,7 +202,11 @@ fn damage(bytes: &mut Vec<u8>, random: &mut Rng) -> String {
                 let others = [used(refcounts, 64, bytes), vec![l2]].concat();
                 (at, 8, worse(be(bytes, at, 8), &others, cluster, file, random))
             }
-            8..=11 => (block + random.below((file / cluster * 2 + 8).min(cluster - 8)), 1, [0, 1, 2, 3, 255, random.next() & 255][random.below(6) as usize]),
+            8..=11 => (
+                block + random.below((file / cluster * 2 + 8).min(cluster - 8)),
+                1,
+                [0, 1, 2, 3, 255, random.next() & 255][random.below(6) as usize],
+            ),
             12 => (40, 8, [l1 + cluster, 0, file, refcounts, l1 ^ 512][random.below(5) as usize]),
             13 => match random.below(4) {
                 0 => (48, 8, [refcounts + cluster, 0, file, l1, refcounts ^ 512][random.below(5) as usize]),

@@ -19,12 +19,10 @@ impl Header {
     pub(super) fn check_tables(&self, size: u64, snapshots_offset: u64, bitmaps: Option<&[u8]>, places: Places) -> Result<(), FormatError> {
         let cluster_size = self.geometry.cluster_size();
         let bounds = match places {
-            Places::Inside(file_size) => {
-                match file_size.checked_next_multiple_of(cluster_size).filter(|&end| end <= i64::MAX as u64) {
-                    Some(file_end) => cluster_size..file_end,
-                    None => return invalid(format!("file of {file_size} bytes is too large")),
-                }
-            }
+            Places::Inside(file_size) => match file_size.checked_next_multiple_of(cluster_size).filter(|&end| end <= i64::MAX as u64) {
+                Some(file_end) => cluster_size..file_end,
+                None => return invalid(format!("file of {file_size} bytes is too large")),
+            },
             Places::Anywhere => 0..i64::MAX as u64,
         };
         let anywhere = matches!(places, Places::Anywhere);

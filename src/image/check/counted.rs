@@ -64,7 +64,7 @@ impl<'a> Counted<'a> {
         if offset == 0 {
             return Ok(Some(0));
         }
-        if offset % self.geometry.cluster_size() != 0 || offset > FARTHEST - self.geometry.cluster_size() {
+        if !offset.is_multiple_of(self.geometry.cluster_size()) || offset > FARTHEST - self.geometry.cluster_size() {
             return Ok(None);
         }
         if offset >= self.storage.size() {

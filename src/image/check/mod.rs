@@ -267,7 +267,11 @@ impl Image {
     pub fn find_leaks(&self) -> Result<Leaks> {
         assert!(!self.is_dirty(), "what is on disk is all there is");
         let (report, leaks) = Walk::run(&*self.reader.storage, &self.reader.header())?.into_leaks()?;
-        match report.findings.iter().find(|finding| !matches!(finding, Finding::Refcount { refcount, references, .. } if refcount > references)) {
+        match report
+            .findings
+            .iter()
+            .find(|finding| !matches!(finding, Finding::Refcount { refcount, references, .. } if refcount > references))
+        {
             _ if report.is_sound() => Ok(Leaks(leaks)),
             first => {
                 let first = first.map_or(String::new(), |first| format!(", the first of them: {first}"));

@@ -176,7 +176,7 @@ impl<'a> Walk<'a> {
             if offset == 0 {
                 continue;
             }
-            if offset % cluster_size != 0 {
+            if !offset.is_multiple_of(cluster_size) {
                 self.corruption(Finding::UnalignedCluster { offset, zero: entry & ZERO != 0 });
             }
             self.report.allocated_clusters += 1;
@@ -213,7 +213,7 @@ impl<'a> Walk<'a> {
             let offset = entry.offset();
             if entry.has_reserved_bits() {
                 self.corruption(Finding::ReservedBitsInRefcountTable { index });
-            } else if offset % cluster_size != 0 {
+            } else if !offset.is_multiple_of(cluster_size) {
                 self.corruption(Finding::UnalignedRefcountBlock { index });
             } else if offset / cluster_size >= self.clusters {
                 self.corruption(Finding::RefcountBlockOutside { index });

@@ -184,7 +184,12 @@ fn nothing_is_given_back_in_a_corrupt_image() {
     killed.ops();
     let error = Image::open(killed.clone()).unwrap().find_leaks().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt);
-    assert!(error.to_string().contains(&format!("2 corruptions, the first of them: ERROR OFLAG_COPIED data cluster: l2_entry=8000000000{host:02x}0000")), "{error}");
+    assert!(
+        error
+            .to_string()
+            .contains(&format!("2 corruptions, the first of them: ERROR OFLAG_COPIED data cluster: l2_entry=8000000000{host:02x}0000")),
+        "{error}"
+    );
     assert_eq!(killed.ops(), []);
 }
 
