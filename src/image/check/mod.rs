@@ -184,7 +184,7 @@ pub struct CheckReport {
     pub fragmented_clusters: u64,
     /// Those that are compressed.
     pub compressed_clusters: u64,
-    /// The first [`LISTED`] of what is wrong, in the order of the walk.
+    /// The first thousand of what is wrong, in the order of the walk.
     pub findings: Vec<Finding>,
     /// How many more there are.
     pub not_listed: u64,
