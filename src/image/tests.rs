@@ -138,7 +138,7 @@ impl Storage for Memory {
             power.tick();
             power.unsynced.push((offset as usize, vec![0; end.saturating_sub(offset as usize)]));
         }
-        state.bytes[offset as usize..end].fill(0);
+        state.bytes[(offset as usize).min(end)..end].fill(0);
         state.ops.push(Op::Punch { at: offset, len });
         Ok(())
     }

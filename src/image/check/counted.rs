@@ -59,8 +59,7 @@ impl<'a> Counted<'a> {
     /// The refcount of a cluster, zero where no block covers it; `None` where the block cannot be read because its entry is no offset.
     pub fn get(&mut self, cluster: u64) -> Result<Option<u64>> {
         let entries = self.geometry.refblock_entries();
-        let entry = usize::try_from(cluster / entries).ok().and_then(|index| self.table.get(index));
-        let offset = entry.map_or(0, |entry| entry.offset());
+        let offset = self.offset(cluster);
         if offset == 0 {
             return Ok(Some(0));
         }
@@ -73,12 +72,34 @@ impl<'a> Counted<'a> {
         Ok(Some(self.block(offset)?.get((cluster % entries) as usize)))
     }
 
+    /// The first cluster from this one on, under the same block, whose refcount is not zero.
+    pub fn next_counted(&mut self, cluster: u64) -> Result<Option<u64>> {
+        if self.get(cluster)?.is_none_or(|count| count > 0) {
+            return Ok(self.get(cluster)?.map(|_| cluster));
+        }
+        let (entries, order) = (self.geometry.refblock_entries(), self.geometry.refcount_order());
+        let (index, offset) = (cluster % entries, self.offset(cluster));
+        if offset == 0 || offset >= self.storage.size() {
+            return Ok(None);
+        }
+        let block = self.block(offset)?;
+        let first = ((index << order) / 8) as usize;
+        let Some(zeros) = block.bytes()[first..].iter().position(|byte| *byte != 0) else { return Ok(None) };
+        // Of the entries in that byte one counts, unless it is in front of where we start.
+        let from = (((first + zeros) as u64 * 8) >> order).max(index);
+        Ok((from..entries).find(|index| block.get(*index as usize) != 0).map(|found| cluster - index + found))
+    }
+
     /// If no refcount from this cluster on can be other than zero for want of a block: the first cluster for which that need not be so.
     pub fn none_until(&self, cluster: u64) -> Option<u64> {
         let entries = self.geometry.refblock_entries();
-        let index = cluster / entries;
-        let entry = usize::try_from(index).ok().and_then(|index| self.table.get(index));
-        entry.is_none_or(|entry| entry.offset() == 0).then(|| (index + 1).saturating_mul(entries))
+        (self.offset(cluster) == 0).then(|| (cluster / entries + 1).saturating_mul(entries))
+    }
+
+    /// Where the table says that the block of a cluster is, bytes; 0 for none.
+    fn offset(&self, cluster: u64) -> u64 {
+        let index = usize::try_from(cluster / self.geometry.refblock_entries()).ok();
+        index.and_then(|index| self.table.get(index)).map_or(0, |entry| entry.offset())
     }
 
     fn block(&mut self, offset: u64) -> Result<&RefcountBlock> {

@@ -256,3 +256,57 @@ fn a_sparse_file_is_checked_by_what_it_holds() {
     let error = check(&Sparse(bench.memory.clone(), 1 << 62)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::UnsupportedFeature);
 }
+
+/// What is counted behind the end of the file is found, whatever the width of a refcount, and nothing else is.
+#[test]
+fn what_is_counted_behind_the_end_is_found_at_every_width() {
+    for order in 0..=6 {
+        let memory = Arc::new(Memory::default());
+        let geometry = Geometry::new(3, 9, 4, 1 << 20).unwrap();
+        for (at, bytes) in (NewImage { geometry, backing: None }).layout().unwrap() {
+            memory.write_at(at, &bytes).unwrap();
+        }
+        let word = |at: u64| {
+            let mut word = [0; 8];
+            memory.read_at(at, &mut word).unwrap();
+            u64::from_be_bytes(word)
+        };
+        let place = word(word(48));
+        let used = memory.size().div_ceil(512);
+        let geometry = Geometry::new(3, 9, order, 1 << 20).unwrap();
+        let entries = geometry.refblock_entries();
+        let mut block = crate::format::RefcountBlock::new(&geometry);
+        (0..used).for_each(|cluster| block.set(cluster as usize, 1));
+        let behind = [used + 3, used + 4, used + 17, entries - 1];
+        behind.iter().for_each(|cluster| block.set(*cluster as usize, 1));
+        memory.write_at(96, &order.to_be_bytes()).unwrap();
+        memory.write_at(place, block.bytes()).unwrap();
+        let image = Image::open(memory.clone()).unwrap();
+        let leaks = image.find_leaks().unwrap();
+        assert_eq!(leaks.clusters(), 4, "order {order}");
+        image.begin_writing().unwrap();
+        image.give_back(&leaks).unwrap();
+        image.close().unwrap();
+        assert_eq!(Image::open(memory.clone()).unwrap().find_leaks().unwrap().clusters(), 0, "order {order}");
+        assert_exact(&memory, "given back");
+    }
+}
+
+/// V29: an L1 table that names the same few clusters over and over is not followed for ever.
+#[test]
+fn a_crafted_l1_table_is_not_followed_for_ever() {
+    let memory = Memory::default();
+    let geometry = Geometry::new(3, 9, 4, 64 << 20).unwrap();
+    for (at, bytes) in (NewImage { geometry, backing: None }).layout().unwrap() {
+        memory.write_at(at, &bytes).unwrap();
+    }
+    let mut word = [0; 8];
+    memory.read_at(40, &mut word).unwrap();
+    let l1 = u64::from_be_bytes(word);
+    assert_eq!(geometry.l1_entries_needed(), 2048);
+    for index in 0..2048 {
+        memory.write_at(l1 + index * 8, &l1.to_be_bytes()).unwrap();
+    }
+    let error = check(&memory).unwrap_err();
+    assert!(error.to_string().contains("more L2 tables than its file has clusters"), "{error}");
+}
