@@ -225,9 +225,9 @@ impl Storage for FileStorage {
         match retry_on_intr(|| rustix::fs::fsetxattr(&self.file, OPEN_MARK, b"1", XattrFlags::empty())) {
             Ok(()) => {}
             Err(Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS) => return Ok(()),
-            Err(error @ (Errno::NOSPC | Errno::DQUOT)) => {
+            Err(error @ (Errno::NOSPC | Errno::DQUOT | Errno::ACCESS)) => {
                 let why = crate::error::os_text(&error.into());
-                log::warn!("{}: no room for the mark of an open image ({why}): what a crash leaks is not given back", self.path.display());
+                log::warn!("{}: cannot be marked as open ({why}): what a crash leaks will not be given back", self.path.display());
                 return Ok(());
             }
             Err(error) => return Err(error.into()),
