@@ -1,12 +1,14 @@
 //! The command line, in two steps: what was typed ([`Args`], by clap) and what it means ([`Command`], checked).
 //!
-//! **Touches:** `format` and `create` for their option types, the current directory (paths are made absolute here, because the daemon
-//! moves to `/`). **Never:** opens a file. Wrong usage is reported by clap and ends with exit status 2.
+//! **Touches:** `format`, `create` and `check` for their option types, the current directory (paths are made absolute here, because the daemon
+//! moves to `/`). **Never:** opens a file. Wrong usage is reported by clap and ends with exit status 2 (1 for `check`).
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::check::{CheckOptions, Output, Repair};
 use crate::create::CreateOptions;
 use crate::error::Context;
 use crate::format::BackingFormat;
@@ -37,7 +39,41 @@ enum Typed {
     /// accepts), and a daemon stays in the background until the file is unmounted: `umount MOUNTPOINT`, or `fusermount3 -u MOUNTPOINT`
     /// for whoever is not root. SIGTERM unmounts as well; while the file is in use the daemon writes everything back and goes on serving,
     /// until a second SIGTERM.
+    ///
+    /// After a daemon was killed, the same command mounts again: it replaces the dead mount of this image at MOUNTPOINT, and gives back the
+    /// clusters that were leaked.
+    #[command(after_help = "Example: cordisk mount --qmp qmp.sock overlay.qcow2 disk")]
     Mount(MountArgs),
+    /// Check a qcow2 image, and give back what a crash has leaked in it
+    ///
+    /// Counts all references inside the image and holds its refcounts against them, with the output and the exit status of qemu-img check:
+    /// 0 all is well, 1 the check could not be done, 2 there are corruptions, 3 clusters are leaked and nothing else. Backing files are not
+    /// opened. An image that is mounted cannot be checked. A read-write mount after a crash gives leaks back by itself.
+    #[command(after_help = "Example: cordisk check --repair leaks overlay.qcow2")]
+    Check(CheckArgs),
+}
+
+#[derive(Debug, clap::Args)]
+struct CheckArgs {
+    /// The qcow2 image
+    image: PathBuf,
+    /// Repair what is wrong: "leaks" lowers the refcounts of leaked clusters, if there are no corruptions; nothing else is repaired
+    #[arg(short, long, value_name = "WHAT")]
+    repair: Option<RepairArg>,
+    /// For people, or as one JSON object with the members of qemu-img check
+    #[arg(long, value_name = "FORMAT", default_value = "human")]
+    output: OutputArg,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum RepairArg {
+    Leaks,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OutputArg {
+    Human,
+    Json,
 }
 
 #[derive(Debug, clap::Args)]
@@ -128,6 +164,8 @@ pub enum Command {
     Create(CreateOptions),
     /// `cordisk mount`.
     Mount(MountConfig),
+    /// `cordisk check`.
+    Check(CheckOptions),
 }
 
 /// Which of the processes of `cordisk mount` this one is.
@@ -177,7 +215,23 @@ pub struct MountConfig {
 /// # Errors
 /// The current directory, to which relative paths refer, is gone.
 pub fn parse() -> Result<Command> {
-    Args::parse().check()
+    match Args::try_parse() {
+        Ok(args) => args.check(),
+        Err(error) => {
+            // Where this fails nobody listens.
+            let _ = error.print();
+            std::process::exit(usage_status(&error, std::env::args_os().nth(1).as_deref()));
+        }
+    }
+}
+
+/// The exit status of help and of wrong usage. That of `check` must not be taken for corruptions, so there it is 1, as with qemu-img.
+fn usage_status(error: &clap::Error, command: Option<&OsStr>) -> i32 {
+    match error.exit_code() {
+        0 => 0,
+        _ if command == Some(OsStr::new("check")) => 1,
+        status => status,
+    }
 }
 
 impl Args {
@@ -192,6 +246,14 @@ impl Args {
                 cluster_size: args.cluster_size,
             }),
             Typed::Mount(args) => Command::Mount(args.check()?),
+            Typed::Check(args) => Command::Check(CheckOptions {
+                image: args.image,
+                repair: args.repair.map(|RepairArg::Leaks| Repair::Leaks),
+                output: match args.output {
+                    OutputArg::Human => Output::Human,
+                    OutputArg::Json => Output::Json,
+                },
+            }),
         })
     }
 }
@@ -282,7 +344,7 @@ mod tests {
     fn mount(line: &[&str]) -> MountConfig {
         match command(line) {
             Command::Mount(config) => config,
-            Command::Create(_) => panic!("not mount"),
+            Command::Create(_) | Command::Check(_) => panic!("not mount"),
         }
     }
 
@@ -361,6 +423,21 @@ mod tests {
             panic!("not create")
         };
         assert_eq!((options.size, options.cluster_size, options.format), (Some(1 << 30), 4096, BackingFormat::Qcow2));
+    }
+
+    #[test]
+    fn check_takes_what_qemu_img_takes() {
+        let Command::Check(options) = command(&["cordisk", "check", "--repair", "leaks", "--output", "json", "i"]) else {
+            panic!("not check")
+        };
+        assert_eq!((options.image.as_path(), options.repair, options.output), (Path::new("i"), Some(Repair::Leaks), Output::Json));
+        let Command::Check(options) = command(&["cordisk", "check", "i"]) else { panic!("not check") };
+        assert_eq!((options.repair, options.output), (None, Output::Human));
+        let error = Args::try_parse_from(["cordisk", "check", "--repair", "all", "i"]).unwrap_err();
+        assert_eq!(usage_status(&error, Some(OsStr::new("check"))), 1, "2 means corruptions");
+        assert_eq!(usage_status(&error, Some(OsStr::new("mount"))), 2);
+        let help = Args::try_parse_from(["cordisk", "check", "--help"]).unwrap_err();
+        assert_eq!(usage_status(&help, Some(OsStr::new("check"))), 0);
     }
 
     #[test]

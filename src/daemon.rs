@@ -47,8 +47,8 @@ enum Event {
     Quit,
 }
 
-/// Parses the command line, runs the command, returns the exit status: 0, or 1 after one line on standard error.
-/// Wrong usage ends the process with 2 inside the parser.
+/// Parses the command line, runs the command, returns the exit status: 0, or 1 after one line on standard error; `check` has others as well.
+/// Wrong usage ends the process inside the parser.
 pub fn main() -> ExitCode {
     match cli::parse().and_then(run) {
         Ok(status) => status,
@@ -64,6 +64,10 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Create(options) => {
             start_log(log::LevelFilter::Warn);
             crate::create::create(&options).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Check(options) => {
+            start_log(log::LevelFilter::Warn);
+            crate::check::run(&options)
         }
         Command::Mount(config) => match config.role {
             Role::Parent => background::start(),

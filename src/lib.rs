@@ -24,7 +24,7 @@
 //! | 2 | [`image`] | one qcow2 file | backing files, sockets |
 //! | 3 | [`chain`] | what is below the overlay | writing anything |
 //! | 4 | [`disk`] | the guest's bytes | FUSE, JSON, jobs |
-//! | 5 | [`stream`], [`create`] | bring everything up, then cut the chain; a new overlay | sockets |
+//! | 5 | [`stream`], [`create`], [`check`] | bring everything up, then cut the chain; a new overlay; what is wrong with an image | sockets |
 //! | 6 | [`fuse`] | kernel request ⇄ `disk` call | jobs, QMP, the image |
 //! | 6 | [`qmp`] | JSON ⇄ jobs, `stream::start`, facts of the disk | FUSE, the image |
 //! | 7 | [`cli`] | what was typed, checked | the disk |
@@ -34,6 +34,12 @@
 //!
 //! Taken in the order of [`sync::rank`], at most one of a rank; debug builds check it. The range guard is held across I/O, the write-back and
 //! header locks too; the allocator only to load a refcount block; leaves never. Nothing waits for a guest's request while it holds any of them.
+//!
+//! # After a death
+//!
+//! A killed daemon leaves a dead mount, an image whose refcounts may be too high, and an attribute on the file that says so ([`storage::OpenMark`]).
+//! The next read-write open looks for the leaks and gives them back ([`image::Image::find_leaks`]); the next mount at the same place removes the
+//! dead one (`fuse/stale.rs`). [`check`] is the same walk for people.
 //!
 //! # Where we left the first plan, and why
 //!
@@ -49,6 +55,7 @@
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 pub mod chain;
+pub mod check;
 pub mod cli;
 pub mod create;
 pub mod daemon;

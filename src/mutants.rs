@@ -32,6 +32,8 @@ mutants! {
     BarrierBeforeL1 = "barrier-before-l1",
     /// R3: the new mapping is durable before a refcount is lowered, and before a flush returns (P1).
     BarrierBeforeFrees = "barrier-before-frees",
+    /// R7: what a killed process wrote is durable before what it leaked is handed out.
+    BarrierBeforeGiveBack = "barrier-before-give-back",
     /// R11, R12: a change of the header is durable before anything relies on it.
     BarrierAfterHeader = "barrier-after-header",
     /// R12: everything is durable before the backing file is cut off.

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use crate::chain::{Chain, Content, Gate, LayerInfo};
 use crate::error::Context;
 use crate::format::{BackingReference, Geometry, GuestCluster, GuestOffset, Mapping};
-use crate::image::{Image, ImageReader};
+use crate::image::{Image, ImageReader, Leaks};
 use crate::mutants::{Step, without};
 use crate::range_lock::{Exclusive, RangeLock};
 use crate::storage::{Access, FileStorage, Storage};
@@ -57,7 +57,8 @@ pub struct DiskOptions {
     pub copy_on_read: bool,
     /// What may be opened as backing file.
     pub gate: Gate,
-    /// Before anything is written all references are counted, and an image whose refcounts do not add up is refused (V28).
+    /// Before anything is written all references are counted, and an image whose refcounts do not add up is refused (V28). An image that was
+    /// not closed is looked at in any case, so that what was leaked is given back.
     pub full_check: bool,
     /// Reads do not copy up while the file system of the overlay has less free space than so many bytes; `None` is the smaller of 1 GiB and
     /// 5 % of the file system.
@@ -148,21 +149,14 @@ impl Disk {
         };
         let disk = Disk::assemble(path, overlay, chain, options.copy_on_read, options.reserve);
         if let Overlay::Writable(image) = &disk.overlay {
-            if options.full_check {
-                let report = image.check().context(|| disk.path.display().to_string())?;
-                log::info!("{}: {} corruptions, {} leaked clusters", disk.path.display(), report.corruptions, report.leaks);
-                if report.corruptions > 0 {
-                    return Err(Error::new(
-                        ErrorKind::Corrupt,
-                        format!(
-                            "{}: {} corruptions: mount it with --read-only, or repair it with qemu-img check -r all",
-                            disk.path.display(),
-                            report.corruptions
-                        ),
-                    ));
-                }
+            let what = || disk.path.display().to_string();
+            let leaks = find_leaks(image, options.full_check).context(what)?;
+            image.begin_writing().context(what)?;
+            if let Some(leaks) = leaks.filter(|leaks| leaks.clusters() > 0) {
+                image.give_back(&leaks).context(what)?;
+                let (clusters, bytes) = (leaks.clusters(), leaks.clusters() * disk.cluster_size());
+                log::info!("{}: {clusters} leaked clusters ({bytes} bytes) were given back", what());
             }
-            image.begin_writing().context(|| disk.path.display().to_string())?;
         }
         Ok(disk)
     }
@@ -285,7 +279,7 @@ impl Disk {
     /// As [`Disk::flush`].
     pub fn close(&self) -> Result<()> {
         match &self.overlay {
-            Overlay::Writable(image) => image.close(),
+            Overlay::Writable(image) => image.close().map(|()| image.end_writing()),
             Overlay::ReadOnly(_) => Ok(()),
         }
     }
@@ -463,6 +457,21 @@ impl Disk {
     fn clusters(&self, aligned: &Range<u64>) -> Range<GuestCluster> {
         let bits = self.geometry().cluster_bits();
         GuestCluster(aligned.start >> bits)..GuestCluster(aligned.end >> bits)
+    }
+}
+
+/// Leaks that a crash has left behind, if one may have, or if a full check is wanted.
+fn find_leaks(image: &Image, full_check: bool) -> Result<Option<Leaks>> {
+    if !full_check && !image.may_leak() {
+        return Ok(None);
+    }
+    match image.find_leaks() {
+        // Too large to be looked at: leaks stay what they are.
+        Err(error) if error.kind() == ErrorKind::UnsupportedFeature && !full_check => {
+            log::warn!("{error}; what a crash has leaked is not given back");
+            Ok(None)
+        }
+        found => found.map(Some),
     }
 }
 

@@ -24,6 +24,7 @@ mod log_limit;
 mod mountinfo;
 mod mountpoint;
 mod session;
+mod stale;
 mod workers;
 
 use std::io;
@@ -99,6 +100,7 @@ pub fn mount(disk: &Arc<Disk>, options: &MountOptions) -> Result<Mounted> {
     let info = disk.info()?;
     let device = attach::open_device()?;
     let handler = Arc::new(new_handler(disk, &info, options.allow_other)?);
+    stale::remove(&options.mountpoint, &info.path)?;
     let mountpoint = mountpoint::Mountpoint::prepare(&options.mountpoint, &files_of(&info)?)?;
     let how = attach::Options { source: &info.path, read_only: info.read_only, allow_other: options.allow_other };
     let (device, attachment) = attach::attach(device, &mountpoint, &how)?;

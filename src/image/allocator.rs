@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::check::Leak;
 use super::gaps::Gaps;
 use super::refcounts::{RefcountTable, RefcountWrites};
 use crate::format::{Geometry, Header, HostCluster};
@@ -113,16 +114,6 @@ impl Allocator {
     /// The refcount of a cluster; zero where no block covers it.
     pub fn refcount(&self, cluster: HostCluster) -> Result<u64> {
         self.state.lock().refcounts.get(cluster.0)
-    }
-
-    /// The clusters of all refcount blocks.
-    pub fn blocks(&self) -> Vec<HostCluster> {
-        self.state.lock().refcounts.blocks().map(|(_, block)| block).collect()
-    }
-
-    /// All clusters whose refcount is not zero, for the full check.
-    pub fn counted(&self) -> Result<Vec<u64>> {
-        self.state.lock().refcounts.counted()
     }
 
     /// Hands out up to `at_most` (> 0) contiguous clusters with their refcounts raised to one: the first, and how many.
@@ -299,6 +290,35 @@ impl Allocator {
         }
     }
 
+    /// At open, behind a barrier: lowers refcounts that are too high. What nothing refers to gives its space back to the host and can be handed
+    /// out.
+    pub fn give_back_leaks(&self, leaks: &[Leak]) -> Result<()> {
+        for leak in leaks.iter().filter(|leak| leak.references == 0) {
+            self.punch(leak.start, leak.len);
+        }
+        let mut state = self.state.lock();
+        for leak in leaks {
+            for cluster in leak.start..leak.start + leak.len {
+                if state.refcounts.get(cluster)? <= leak.references {
+                    return Err(corrupt(format!("the refcount of cluster {cluster} was changed by somebody else")));
+                }
+                state.refcounts.set(cluster, leak.references)?;
+                if leak.references == 0 {
+                    state.add_gap(cluster);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the space of clusters back to the host. A hint only: they are free in the image all the same.
+    fn punch(&self, start: u64, len: u64) {
+        let bits = self.geometry.cluster_bits();
+        if let Err(error) = self.storage.punch_hole(start << bits, len << bits) {
+            log::debug!("space of clusters {start}..{} was not given back: {error}", start + len);
+        }
+    }
+
     /// For the write-back pass, step 2: what was queued so far.
     pub fn take_pending(&self) -> BTreeMap<u64, u64> {
         std::mem::take(&mut self.state.lock().pending)
@@ -328,15 +348,7 @@ impl Allocator {
                 }
             }
         }
-        let bits = self.geometry.cluster_bits();
-        let punch = || {
-            for &(start, len) in &unreferenced {
-                if let Err(error) = self.storage.punch_hole(start << bits, len << bits) {
-                    // A hint only: the cluster is free in the image all the same.
-                    log::debug!("space of clusters {start}..{} was not given back: {error}", start + len);
-                }
-            }
-        };
+        let punch = || unreferenced.iter().for_each(|&(start, len)| self.punch(start, len));
         if !without(Step::PunchBeforeReuse) {
             punch();
         }

@@ -35,7 +35,7 @@ mod write_back;
 #[cfg(test)]
 mod tests;
 
-pub use check::CheckReport;
+pub use check::{CheckReport, Finding, Leaks, check};
 pub use lookup::Extent;
 pub use publish::{Allocation, Filled};
 
@@ -136,12 +136,14 @@ impl Image {
         })
     }
 
-    /// To be called once before the first change, when everything else that can go wrong at open has not: clears the autoclear bits that
-    /// we do not know, durably (R11; specification: "autoclear_features").
+    /// To be called once before the first change, when everything else that can go wrong at open has not: marks the file as open, so that the
+    /// next one who opens it knows if we were killed, and clears the autoclear bits that we do not know, both durably (R11; specification:
+    /// "autoclear_features").
     ///
     /// # Errors
     /// I/O.
     pub fn begin_writing(&self) -> Result<()> {
+        self.reader.storage.set_open_mark().map_err(|error| Error::io("marking the image as open", error))?;
         if self.reader.header().autoclear == 0 {
             return Ok(());
         }
@@ -150,6 +152,16 @@ impl Image {
             let (at, bytes) = patch::autoclear(0);
             (at, bytes.to_vec())
         })
+    }
+
+    /// The last thing: to be called after [`Image::close`] has gone well, when nothing is leaked. The mark goes; where it stays, the next open
+    /// looks for leaks in vain.
+    pub fn end_writing(&self) {
+        if self.check_usable().is_ok()
+            && let Err(error) = self.reader.storage.remove_open_mark()
+        {
+            log::warn!("the mark of an open image stays: {}", crate::error::os_text(&error));
+        }
     }
 
     /// The reading half.

@@ -133,18 +133,6 @@ impl RefcountTable {
         })
     }
 
-    /// All clusters whose refcount is not zero.
-    pub fn counted(&mut self) -> Result<Vec<u64>> {
-        let entries = self.geometry.refblock_entries();
-        let mut counted = Vec::new();
-        for index in 0..self.capacity() {
-            if let Some(block) = self.block(index)? {
-                counted.extend((0..entries).filter(|&entry| block.get(entry as usize) != 0).map(|entry| index * entries + entry));
-            }
-        }
-        Ok(counted)
-    }
-
     /// The block at `index`, loaded where needed; `None` where the table has none.
     fn block(&mut self, index: u64) -> Result<Option<&mut RefcountBlock>> {
         if !self.has_block(index) {

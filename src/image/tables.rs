@@ -378,11 +378,6 @@ impl Tables {
         self.resident.lock().len()
     }
 
-    /// The raw L1 entry at an index.
-    pub fn l1_entry(&self, l1_index: usize) -> u64 {
-        self.slots.read()[l1_index].l1_entry.load(Ordering::Acquire)
-    }
-
     /// Number of L1 entries.
     pub fn l1_len(&self) -> usize {
         self.slots.read().len()

@@ -5,16 +5,25 @@ use std::io;
 use super::*;
 use crate::format::{GuestCluster, NewImage};
 use crate::range_lock::RangeLock;
-use crate::storage::Holding;
+use crate::storage::{Holding, OpenMark};
 
+mod leaks;
 mod power_cut;
 mod refcount_growth;
 
 #[derive(Clone, Debug, Eq, PartialEq)]
 enum Op {
-    Write { at: u64, len: usize },
-    Punch { at: u64, len: u64 },
+    Write {
+        at: u64,
+        len: usize,
+    },
+    Punch {
+        at: u64,
+        len: u64,
+    },
     Sync,
+    /// The mark of an open image is set, durably.
+    Mark,
 }
 
 #[derive(Debug, Default)]
@@ -33,6 +42,7 @@ struct MemoryState {
     /// The next barrier takes its time and fails; those that overlap it succeed, as on Linux.
     fail_one_sync: bool,
     power: Option<Power>,
+    open: bool,
 }
 
 /// What is needed to know how a file may look after a power cut.
@@ -82,8 +92,9 @@ impl Memory {
 
     /// What a reader would find if we were killed now.
     fn killed(&self) -> Arc<Memory> {
-        let bytes = self.state.lock().bytes.clone();
-        Arc::new(Memory { state: parking_lot::Mutex::new(MemoryState { bytes, ..MemoryState::default() }) })
+        let state = self.state.lock();
+        let (bytes, open) = (state.bytes.clone(), state.open);
+        Arc::new(Memory { state: parking_lot::Mutex::new(MemoryState { bytes, open, ..MemoryState::default() }) })
     }
 }
 
@@ -96,9 +107,10 @@ impl Storage for Memory {
     }
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let state = self.state.lock();
-        for (index, byte) in buf.iter_mut().enumerate() {
-            *byte = state.bytes.get(offset as usize + index).copied().unwrap_or(0);
-        }
+        buf.fill(0);
+        let there = state.bytes.get(offset as usize..).unwrap_or_default();
+        let len = there.len().min(buf.len());
+        buf[..len].copy_from_slice(&there[..len]);
         Ok(())
     }
     fn write_at(&self, _kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -126,7 +138,7 @@ impl Storage for Memory {
             power.tick();
             power.unsynced.push((offset as usize, vec![0; end.saturating_sub(offset as usize)]));
         }
-        state.bytes[offset as usize..end].fill(0);
+        state.bytes[(offset as usize).min(end)..end].fill(0);
         state.ops.push(Op::Punch { at: offset, len });
         Ok(())
     }
@@ -148,6 +160,19 @@ impl Storage for Memory {
                 power.durable[at..at + data.len()].copy_from_slice(&data);
             }
         }
+        Ok(())
+    }
+    fn open_mark(&self) -> io::Result<OpenMark> {
+        Ok(if self.state.lock().open { OpenMark::Present } else { OpenMark::Absent })
+    }
+    fn set_open_mark(&self) -> io::Result<()> {
+        let mut state = self.state.lock();
+        state.open = true;
+        state.ops.push(Op::Mark);
+        Ok(())
+    }
+    fn remove_open_mark(&self) -> io::Result<()> {
+        self.state.lock().open = false;
         Ok(())
     }
     fn holding(&self, _offset: u64, max: u64) -> io::Result<(Holding, u64)> {
@@ -173,9 +198,14 @@ fn bench() -> Bench {
     reopen(memory)
 }
 
+/// Opens for writing as a disk does.
 fn reopen(memory: Arc<Memory>) -> Bench {
     let image = Image::open(memory.clone()).unwrap();
+    let leaks = image.may_leak().then(|| image.find_leaks().unwrap());
     image.begin_writing().unwrap();
+    if let Some(leaks) = leaks {
+        image.give_back(&leaks).unwrap();
+    }
     memory.ops();
     Bench { memory, image, lock: RangeLock::new(CLUSTER) }
 }
@@ -254,10 +284,10 @@ fn refcounts_are_raised_ahead() {
     let counted = bench.host(1999).unwrap();
     let refcounts = |ops: &[Op]| ops.iter().filter(|op| matches!(op, Op::Write { at, .. } if *at / CLUSTER == 2)).count();
     assert_eq!(refcounts(&bench.memory.ops()), 0, "no refcount block was written");
-    let killed = reopen(bench.memory.killed());
-    assert!(killed.image.allocator.refcount(crate::format::HostCluster(counted + 20)).unwrap() == 1, "a kill leaves the reservation");
+    let killed = Image::open(bench.memory.killed()).unwrap();
+    assert!(killed.allocator.refcount(crate::format::HostCluster(counted + 20)).unwrap() == 1, "a kill leaves the reservation");
     bench.image.close().unwrap();
-    let report = bench.image.check().unwrap();
+    let report = super::check::check(&*bench.memory).unwrap();
     assert_eq!((report.corruptions, report.leaks), (0, 0));
 }
 
@@ -365,7 +395,7 @@ fn unknown_autoclear_bits_are_cleared_first() {
     let image = Image::open(bench.memory.clone()).unwrap();
     bench.memory.ops();
     image.begin_writing().unwrap();
-    assert_eq!(bench.memory.ops(), [Op::Write { at: 88, len: 8 }, Op::Sync]);
+    assert_eq!(bench.memory.ops(), [Op::Mark, Op::Write { at: 88, len: 8 }, Op::Sync]);
     assert_eq!(Image::open(bench.memory.clone()).unwrap().reader().header().autoclear, 0);
 }
 
@@ -376,6 +406,7 @@ fn corruption_latches_and_marks_the_image() {
     bench.store(0, 7).unwrap();
     bench.store(9000, 8).unwrap();
     bench.image.close().unwrap();
+    bench.image.end_writing();
     let l1 = bench.image.reader().header().l1_table_offset;
     let mut entry = [0; 8];
     bench.memory.read_at(l1, &mut entry).unwrap();

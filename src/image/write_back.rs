@@ -91,7 +91,7 @@ impl Image {
         Ok(())
     }
 
-    fn is_dirty(&self) -> bool {
+    pub(super) fn is_dirty(&self) -> bool {
         self.reader.tables.is_dirty() || self.allocator.is_dirty()
     }
 

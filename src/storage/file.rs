@@ -6,10 +6,10 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use rustix::fs::{FallocateFlags, OFlags};
+use rustix::fs::{FallocateFlags, OFlags, XattrFlags};
 use rustix::io::{Errno, retry_on_intr};
 
-use super::{Holding, HostSpace, Storage, WriteKind, locks};
+use super::{Holding, HostSpace, OpenMark, Storage, WriteKind, locks};
 use crate::error::Context;
 use crate::mutants::{Step, without};
 use crate::{Error, ErrorKind};
@@ -18,6 +18,9 @@ use crate::{Error, ErrorKind};
 const STAT_BLOCK: u64 = 512;
 /// Mode of a new image before umask: as qemu-img, not writable by others.
 const NEW_FILE_MODE: u32 = 0o644;
+
+/// The extended attribute that is there while a program of ours writes the image, and after it was killed.
+const OPEN_MARK: &str = "user.cordisk.open";
 
 /// How an image file is opened and what is locked against other programs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -218,6 +221,41 @@ impl Storage for FileStorage {
         let bytes = |blocks: u64| blocks.saturating_mul(host.f_frsize);
         // Some file systems say zero of everything for "don't know".
         Ok((host.f_blocks > 0).then(|| HostSpace { free: bytes(host.f_bavail), total: bytes(host.f_blocks) }))
+    }
+
+    fn open_mark(&self) -> io::Result<OpenMark> {
+        // Devices never have attributes of users, and do not say so when they are read.
+        if !self.file.metadata()?.is_file() {
+            return Ok(OpenMark::Unsupported);
+        }
+        match retry_on_intr(|| rustix::fs::fgetxattr(&self.file, OPEN_MARK, &mut [0u8; 16])) {
+            Ok(_) | Err(Errno::RANGE) => Ok(OpenMark::Present),
+            Err(Errno::NODATA) => Ok(OpenMark::Absent),
+            Err(Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS) => Ok(OpenMark::Unsupported),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn set_open_mark(&self) -> io::Result<()> {
+        match retry_on_intr(|| rustix::fs::fsetxattr(&self.file, OPEN_MARK, b"1", XattrFlags::empty())) {
+            Ok(()) => {}
+            Err(Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS) => return Ok(()),
+            Err(error @ (Errno::NOSPC | Errno::DQUOT | Errno::ACCESS)) => {
+                let why = crate::error::os_text(&error.into());
+                log::warn!("{}: cannot be marked as open ({why}): what a crash leaks will not be given back", self.path.display());
+                return Ok(());
+            }
+            Err(error) => return Err(error.into()),
+        }
+        // fdatasync(2) need not write attributes.
+        Ok(retry_on_intr(|| rustix::fs::fsync(&self.file))?)
+    }
+
+    fn remove_open_mark(&self) -> io::Result<()> {
+        match retry_on_intr(|| rustix::fs::fremovexattr(&self.file, OPEN_MARK)) {
+            Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn holding(&self, offset: u64, max: u64) -> io::Result<(Holding, u64)> {

@@ -29,7 +29,8 @@ const ROOMS: &[Room] = &[
     Room { name: "chain", floor: 3, never: &["job", "range_lock"] },
     Room { name: "disk", floor: 4, never: &["job"] },
     Room { name: "create", floor: 5, never: &["job"] },
-    Room { name: "stream", floor: 5, never: &["image", "storage"] }, // the disk's public face is enough
+    Room { name: "check", floor: 5, never: &["job", "chain", "disk"] }, // the image alone, never what lies below
+    Room { name: "stream", floor: 5, never: &["image", "storage"] },    // the disk's public face is enough
     Room { name: "fuse", floor: 6, never: &["job", "stream", "create", "image", "storage"] },
     Room { name: "qmp", floor: 6, never: &["create", "image", "storage"] },
     Room { name: "cli", floor: 7, never: &["image", "storage"] },

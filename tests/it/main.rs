@@ -8,9 +8,12 @@
 #[macro_use]
 mod support;
 
+mod after_death;
 mod architecture;
 mod bad_disk;
 mod bad_input;
+mod check_command;
+mod check_differential;
 mod ext4_real;
 mod fio_verify;
 mod full_file_system;

@@ -37,6 +37,14 @@ impl Allowed {
                 "{what}: metadata at {at:#x} is not counted"
             );
         }
+        // Leaks at worst, and the next one who opens it gives them back.
+        memory.state.lock().open = true;
+        let report = check(&*memory).unwrap();
+        assert!(report.is_sound(), "{what}: {:?}", report.findings);
+        let again = reopen(memory.clone());
+        again.image.close().unwrap();
+        let report = check(&*memory).unwrap();
+        assert!(report.is_sound() && report.leaks == 0, "{what}: {:?}", report.findings);
     }
 }
 

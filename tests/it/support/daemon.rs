@@ -76,7 +76,8 @@ impl Mount {
             let exited = daemon.try_wait();
             assert!(exited.is_none(), "the daemon ended before it had mounted: {exited:?}\n{}", daemon.log());
             let connects = |path: &PathBuf| std::os::unix::net::UnixStream::connect(path).is_ok();
-            (daemon.is_mounted() && daemon.socket.as_ref().is_none_or(connects)).then_some(())
+            // A mount that nobody serves is what an earlier daemon has left there.
+            (daemon.is_mounted() && !mounts::is_dead(&daemon.mountpoint) && daemon.socket.as_ref().is_none_or(connects)).then_some(())
         });
         assert!(ready.is_some(), "the daemon did not mount within {START:?}\n{}", daemon.log());
         daemon
@@ -106,6 +107,7 @@ impl Mount {
             socket: self.has_socket.then_some(self.socket),
             log: self.log,
             ended: None,
+            abandoned: false,
         }
     }
 }
@@ -133,6 +135,8 @@ pub struct Daemon {
     socket: Option<PathBuf>,
     log: PathBuf,
     ended: Option<ExitStatus>,
+    /// The dead mount is to stay.
+    abandoned: bool,
 }
 
 impl Daemon {
@@ -224,6 +228,12 @@ impl Daemon {
         mounts::detach(&self.mountpoint);
     }
 
+    /// SIGKILL, and the dead mount stays where it is. The scratch directory detaches it at the end.
+    pub fn die(mut self) {
+        self.kill_and_wait();
+        self.abandoned = true;
+    }
+
     fn kill_and_wait(&mut self) {
         let _ = self.child.lock().expect("child").kill();
         // A process inside an uninterruptible wait does not die at once; the test must go on.
@@ -242,7 +252,7 @@ impl Drop for Daemon {
         if self.ended.is_none() {
             self.kill_and_wait();
         }
-        if mounts::at(&self.mountpoint).is_some() {
+        if !self.abandoned && mounts::at(&self.mountpoint).is_some() {
             mounts::detach(&self.mountpoint);
         }
     }

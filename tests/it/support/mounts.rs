@@ -50,6 +50,12 @@ pub fn at(path: &Path) -> Option<MountEntry> {
     table().into_iter().rev().find(|entry| entry.mountpoint == path)
 }
 
+/// Whether the daemon of what is mounted at a path is gone. Asked for fresh attributes: cached ones outlive it.
+pub fn is_dead(path: &Path) -> bool {
+    use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+    statx(CWD, path, AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS).err() == Some(rustix::io::Errno::NOTCONN)
+}
+
 /// Detaches whatever is mounted below a directory, the newest first.
 pub fn detach_below(dir: &Path) {
     for entry in table().iter().rev().filter(|entry| entry.mountpoint.starts_with(dir)) {
