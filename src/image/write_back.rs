@@ -90,12 +90,14 @@ impl Image {
     }
 
     fn is_dirty(&self) -> bool {
-        self.reader.tables.is_dirty() || self.allocator.is_dirty()
+        self.reader.tables.is_dirty() || self.allocator.is_dirty() || self.header_change.lock().is_some()
     }
 
     fn write_back_pass(&self) -> Result<()> {
         let _one_at_a_time = self.write_back.lock();
         self.check_usable()?;
+        // Before a table is written that only the old header leads to, and before what only the new one would lead to is freed.
+        self.put_header_back(&mut self.header_change.lock())?;
         let mut frees = self.allocator.take_pending();
         let tables = self.reader.tables.take_dirty();
         let mut refcounts = self.allocator.take_dirty();
@@ -142,7 +144,12 @@ impl Image {
                         *frees.entry(cluster).or_default() += 1;
                     }
                 }
-                self.watch(self.allocator.release(&frees))
+                let released = self.allocator.release(&frees);
+                if released.is_err() {
+                    // A refcount block could not be read: nothing was lowered, and what is durably unreferenced is not forgotten.
+                    self.allocator.requeue(frees);
+                }
+                self.watch(released)
             }
             Err(error) => {
                 self.reader.tables.not_written(&tables);

@@ -150,8 +150,14 @@ fn scramble(x: u64) -> u64 {
     x ^ x >> 31
 }
 
-/// What failed so far, in order.
-type Struck = Arc<Mutex<Vec<Operation>>>;
+/// What failed so far.
+#[derive(Clone, Debug, Default)]
+struct Struck {
+    /// In order.
+    operations: Arc<Mutex<Vec<Operation>>>,
+    /// All operations, failed or not.
+    counted: Arc<AtomicU64>,
+}
 
 impl Cell {
     fn storage<'a>(&self, rig: &'a Rig) -> &'a Arc<super::SimStorage> {
@@ -165,12 +171,11 @@ impl Cell {
     /// Lets operations fail from now on.
     fn inject(&self, rig: &Rig, failure: Failure) -> Struck {
         let struck = Struck::default();
-        let list = Arc::clone(&struck);
-        let (count, n, how_often) = (AtomicU64::new(0), self.n, self.how_often);
+        let (mine, n, how_often) = (struck.clone(), self.n, self.how_often);
         let matches = move |operation: &Operation| {
-            let strikes = how_often.strikes(n, 1 + count.fetch_add(1, Ordering::SeqCst));
+            let strikes = how_often.strikes(n, 1 + mine.counted.fetch_add(1, Ordering::SeqCst));
             if strikes {
-                list.lock().push(*operation);
+                mine.operations.lock().push(*operation);
             }
             strikes
         };

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
-use super::model::Model;
+use super::model::{Change, Model};
 use super::reader::look;
 use super::rig::{Files, PATIENCE, Rig, Step, Trouble, all_of};
 use super::scenarios::Scenario;
@@ -21,6 +21,8 @@ pub(super) struct Outcome {
     pub reached: bool,
     /// How many operations failed or hung.
     pub struck: u64,
+    /// How many operations there were, where any could fail.
+    pub counted: u64,
 }
 
 /// A disk that is asked, and what is known of it.
@@ -51,8 +53,8 @@ pub(super) fn run(scenario: &Scenario, files: &Files, cell: &Cell, mapped: Mappe
         Kind::Fails(failure) => {
             run.struck = cell.inject(&run.rig, failure);
             scenario.steps.iter().for_each(|step| run.step(step));
-            let struck = run.struck.lock().len() as u64;
-            Outcome { reached: struck > 0, struck }
+            let struck = run.struck.operations.lock().len() as u64;
+            Outcome { reached: struck > 0, struck, counted: run.struck.counted.load(Ordering::SeqCst) }
         }
         Kind::Hangs => run.hang(scenario),
     };
@@ -69,9 +71,14 @@ impl Run<'_> {
             }
             self.unclean = true;
         }
-        let before = self.struck.lock().len();
+        if let (Some(disk), Some(Change::Write(at, data))) = (&self.rig.disk, step.change())
+            && at + data.len() as u64 > disk.size()
+        {
+            return; // the disk did not grow
+        }
+        let before = self.struck.operations.lock().len();
         let result = self.rig.perform(step);
-        let struck = self.struck.lock()[before..].to_vec();
+        let struck = self.struck.operations.lock()[before..].to_vec();
         let was_sticky = self.sticky;
         self.sticky |= self.cell.side == Side::Overlay && struck.iter().any(|operation| operation.action == Action::Sync);
         match result {
@@ -123,10 +130,9 @@ impl Run<'_> {
         };
         assert!(trouble.comes_from(errno, self.mapped), "{step:?} failed with {trouble:?} instead of errno {errno}");
         if matches!(step, Step::Read(_)) {
-            // P5: what only the copy needs does not fail the read.
-            let needed = |operation: &Operation| {
-                operation.action == Action::Read && (self.cell.side != Side::Overlay || !self.files.overlay.refblocks.contains(&operation.at))
-            };
+            // P5: what only the copy needs does not fail the read. (The first refcount block says whether what a table names is counted.)
+            let only_copy = |at| self.cell.side == Side::Overlay && self.files.overlay.refblocks[1..].contains(&at);
+            let needed = |operation: &Operation| operation.action == Action::Read && !only_copy(operation.at);
             assert!(struck.iter().any(needed), "the read failed because its copy did: {struck:?}");
         }
     }
@@ -190,7 +196,7 @@ impl Run<'_> {
             }
         });
         let struck = stopped.load(Ordering::SeqCst);
-        Outcome { reached: struck > 0, struck }
+        Outcome { reached: struck > 0, struck, counted: 0 }
     }
 
     /// What is demanded when the requests have been answered.
@@ -253,6 +259,9 @@ impl Run<'_> {
     fn reopen(&mut self, m: u64) {
         self.unclean |= self.rig.disk.take().is_some();
         self.failed.clear();
+        if self.cell.tears() {
+            return;
+        }
         let Kind::Fails(failure) = self.cell.error.kind else { return };
         let count = AtomicU64::new(0);
         let matches = move |_: &Operation| count.fetch_add(1, Ordering::SeqCst) + 1 == m;

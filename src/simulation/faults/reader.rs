@@ -11,8 +11,6 @@ pub(super) struct Seen {
     pub errors: Vec<String>,
     /// Clusters that are counted more often than they are referred to.
     pub leaks: u64,
-    /// The name of the backing file.
-    pub backing: Option<String>,
     /// The guest's bytes.
     pub content: Vec<u8>,
 }
@@ -95,7 +93,7 @@ pub(super) fn look(bytes: &[u8], below: impl Fn(&str) -> Vec<u8>, was_shared: &B
     let missing = reader.not_copied.iter().filter(|at| refcount(**at) == 1 && !was_shared.contains(at));
     let more: Vec<_> = wrong.chain(missing.map(|at| format!("cluster {at} is not COPIED, refcount 1"))).collect();
     reader.errors.extend(more);
-    Seen { errors: reader.errors, leaks, backing, content }
+    Seen { errors: reader.errors, leaks, content }
 }
 
 impl Reader<'_> {

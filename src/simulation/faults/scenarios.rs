@@ -73,6 +73,7 @@ fn reads(shape: Shape) -> Vec<Scenario> {
         read("copy-on-read-every-kind", c / 2..12 * c - 7).copying(),
         read("copy-on-read-tail", shape.tail() * c - 100..(shape.tail() + 2) * c).copying(),
         read("copy-on-read-zeros", 10 * c..11 * c).copying(),
+        read("copy-on-read-many-refcount-blocks", 0..c).copying().with(|sketch| sketch.pad = shape.refblock_entries().min(512) + 10),
         Scenario::new("copy-on-read-and-flush", shape, vec![Step::Read(0..2 * c), Step::Flush, Step::Read(0..2 * c)]).copying(),
     ];
     if shape.clusters > shape.l2_entries() {
@@ -135,7 +136,7 @@ fn zeros(shape: Shape) -> Vec<Scenario> {
         all("discard-shared-table", Step::Discard(0..4 * c)).with(|sketch| sketch.shared_tables = true),
         all("write-zeroes", Step::Zero(0..10 * c)),
         all("write-zeroes-unaligned", Step::Zero(c / 2..9 * c + c / 3)),
-        all("write-zeroes-tail", Step::Zero(shape.tail() * c + 10..shape.size())),
+        all("write-zeroes-tail", Step::Zero(shape.tail() * c + 10..(shape.tail() + 2) * c + 10)),
     ]
 }
 
@@ -198,6 +199,11 @@ fn lives(shape: Shape) -> Vec<Scenario> {
         .copying(),
     ];
     if shape.cluster_bits == 9 {
+        // The block that counts the old L1 table is not in memory when that is freed.
+        let pad = 2 * shape.refblock_entries();
+        list.push(new("grow-many-refcount-blocks", vec![Step::Grow(larger), Step::Flush]).draining().with(|sketch| sketch.pad = pad));
+    }
+    if shape.refcount_order == 6 {
         list.push(new("grow-much", vec![Step::Grow(much_larger), Step::Write(0..2 * c, 1), Step::Flush]).draining());
     }
     if shape.version >= 3 {
