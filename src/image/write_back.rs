@@ -89,7 +89,7 @@ impl Image {
         Ok(())
     }
 
-    fn is_dirty(&self) -> bool {
+    pub(super) fn is_dirty(&self) -> bool {
         self.reader.tables.is_dirty() || self.allocator.is_dirty() || self.header_change.lock().is_some()
     }
 

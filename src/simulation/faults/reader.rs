@@ -89,7 +89,8 @@ pub(super) fn look(bytes: &[u8], below: impl Fn(&str) -> Vec<u8>, was_shared: &B
         }
         leaks += u64::from(counted > references);
     }
-    let wrong = reader.copied.iter().filter(|at| refcount(**at) != 1).map(|at| format!("cluster {at} is COPIED, refcount {}", refcount(*at)));
+    let wrong =
+        reader.copied.iter().filter(|at| refcount(**at) != 1).map(|at| format!("cluster {at} is COPIED, refcount {}", refcount(*at)));
     let missing = reader.not_copied.iter().filter(|at| refcount(**at) == 1 && !was_shared.contains(at));
     let more: Vec<_> = wrong.chain(missing.map(|at| format!("cluster {at} is not COPIED, refcount 1"))).collect();
     reader.errors.extend(more);

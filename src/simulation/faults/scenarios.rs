@@ -186,16 +186,19 @@ fn lives(shape: Shape) -> Vec<Scenario> {
         new("grow", vec![Step::Grow(larger), Step::Write(shape.size() - 100..larger, 1), Step::Flush]).draining(),
         new("open-and-close", vec![Step::Close, Step::Open, Step::Write(0..c, 1), Step::Close]),
         new("open", vec![Step::Open, Step::Read(0..c), Step::Close]),
-        new("read-write-discard-close", vec![
-            Step::Read(0..2 * c),
-            Step::Write(c / 2..3 * c, 0x5a),
-            Step::Discard(4 * c..7 * c),
-            Step::Flush,
-            Step::Zero(2 * c..5 * c),
-            Step::Read(10 * c..12 * c),
-            Step::Write(6 * c + 1..11 * c, 0x77),
-            Step::Close,
-        ])
+        new(
+            "read-write-discard-close",
+            vec![
+                Step::Read(0..2 * c),
+                Step::Write(c / 2..3 * c, 0x5a),
+                Step::Discard(4 * c..7 * c),
+                Step::Flush,
+                Step::Zero(2 * c..5 * c),
+                Step::Read(10 * c..12 * c),
+                Step::Write(6 * c + 1..11 * c, 0x77),
+                Step::Close,
+            ],
+        )
         .copying(),
     ];
     if shape.cluster_bits == 9 {

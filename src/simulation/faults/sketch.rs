@@ -114,7 +114,9 @@ impl Sketch {
         let l1_entries = shape.clusters.div_ceil(entries);
         let l1_clusters = (l1_entries * 8).div_ceil(cluster);
         let tables: Vec<u64> = (0..l1_entries)
-            .filter(|table| self.guests.iter().skip((table * entries) as usize).take(entries as usize).any(|guest| *guest != Guest::Nothing))
+            .filter(|table| {
+                self.guests.iter().skip((table * entries) as usize).take(entries as usize).any(|guest| *guest != Guest::Nothing)
+            })
             .collect();
         let alone = |guest: &Guest| matches!(guest, Guest::Own | Guest::ZeroKept);
         let paired = |guest: &Guest| matches!(guest, Guest::Shared | Guest::Packed);

@@ -115,7 +115,7 @@ impl Scenario {
         match self.shape.name {
             _ if is_full() => 1,
             "v3-512" => 1,
-            "v2-512" => 8,
+            "v2-512" => 4,
             "v3-512-64" => 24,
             _ => 48,
         }
