@@ -28,7 +28,7 @@ impl Shape {
     }
 
     pub fn refblock_entries(&self) -> u64 {
-        self.cluster() * 8 >> self.refcount_order
+        (self.cluster() * 8) >> self.refcount_order
     }
 
     /// The guest cluster in the middle of which the backing file ends.
@@ -141,7 +141,7 @@ impl Sketch {
             if self.shared_tables {
                 refcounts[at as usize] = 2;
             }
-            put(&mut bytes, l1_at * cluster + table * 8, &(at * cluster | copied).to_be_bytes());
+            put(&mut bytes, l1_at * cluster + table * 8, &((at * cluster) | copied).to_be_bytes());
         }
         // The second of a pair: where the first one is, and how many bytes of it are taken.
         let mut first: Option<(u64, u64)> = None;
