@@ -68,6 +68,15 @@ impl Layer {
         Layer { reference, path: "/base.raw".into(), size: storage.size(), allocated_size: 0, body: Body::Raw(storage) }
     }
 
+    /// A qcow2 layer that was not opened by name.
+    #[cfg(test)]
+    pub(super) fn of_qcow2(storage: Arc<dyn Storage>) -> Result<Layer> {
+        let reference = BackingReference { name: "middle.qcow2".into(), format: Some(BackingFormat::Qcow2) };
+        let reader = ImageReader::open(storage)?;
+        let size = reader.geometry().size();
+        Ok(Layer { reference, path: "/middle.qcow2".into(), size, allocated_size: 0, body: Body::Qcow2(Box::new(reader)) })
+    }
+
     /// Virtual size in bytes.
     pub(super) fn size(&self) -> u64 {
         self.size

@@ -116,6 +116,12 @@ impl Chain {
         Chain { layers: vec![Arc::new(Layer::of_raw(storage))] }
     }
 
+    /// A chain of a qcow2 layer above a raw one.
+    #[cfg(test)]
+    pub(crate) fn of_two(qcow2: Arc<dyn crate::storage::Storage>, raw: Arc<dyn crate::storage::Storage>) -> Result<Chain> {
+        Ok(Chain { layers: vec![Arc::new(Layer::of_qcow2(qcow2)?), Arc::new(Layer::of_raw(raw))] })
+    }
+
     /// Virtual size in bytes of the first layer.
     pub fn size(&self) -> u64 {
         self.layers.first().map_or(0, |layer| layer.size())

@@ -177,7 +177,13 @@ impl Disk {
     /// A writable disk above storages that were not opened by name. Reads do not copy up.
     #[cfg(test)]
     pub(crate) fn for_tests(image: Image, chain: Option<Chain>) -> Disk {
-        Disk::assemble("/overlay.qcow2".into(), Overlay::Writable(Box::new(image)), chain, false, None)
+        Disk::for_tests_with(image, chain, false)
+    }
+
+    /// As [`Disk::for_tests`]; says whether reads copy up.
+    #[cfg(test)]
+    pub(crate) fn for_tests_with(image: Image, chain: Option<Chain>, copy_on_read: bool) -> Disk {
+        Disk::assemble("/overlay.qcow2".into(), Overlay::Writable(Box::new(image)), chain, copy_on_read, None)
     }
 
     fn reader(&self) -> &ImageReader {

@@ -51,12 +51,17 @@ impl Image {
             return Err(error);
         }
         let old = self.reader.header();
-        self.change_header(|header| {
+        let changed = self.change_header(|header| {
             header.l1_size = entries as u32;
             header.l1_table_offset = offset;
             let (at, bytes) = patch::size_and_l1(header.geometry.size(), header.l1_size, offset);
             (at, bytes.to_vec())
-        })?;
+        });
+        if let Err(error) = changed {
+            // The pass that frees it has put the old header back before.
+            self.allocator.queue_free(start, clusters);
+            return Err(error);
+        }
         self.reader.tables.move_l1(entries as usize, offset);
         if old.l1_size > 0 {
             let clusters = (u64::from(old.l1_size) * 8).div_ceil(geometry.cluster_size());

@@ -98,6 +98,11 @@ fn read_header(storage: &dyn Storage) -> Result<Header> {
     Ok(Header::parse(&first, size)?)
 }
 
+/// What a write to the header that failed may have replaced: offset in bytes, and the bytes as they were. After an error any part of a write may
+/// have been done (a header may name an L1 table that we do not write to), so they are put back before anything else is written that the
+/// header leads to.
+type HeaderOnDisk = Option<(u64, Vec<u8>)>;
+
 /// An image open for writing.
 #[derive(Debug)]
 pub struct Image {
@@ -106,7 +111,7 @@ pub struct Image {
     commit: GroupCommit,
     write_back: Mutex<{ rank::WRITE_BACK }, ()>,
     /// One change of the header at a time, from reading it in memory to both copies being new.
-    header_change: Mutex<{ rank::HEADER }, ()>,
+    header_change: Mutex<{ rank::HEADER }, HeaderOnDisk>,
     /// One fdatasync at a time: the kernel reports an error once per open file, and of two at the same time it would be the wrong one that
     /// succeeds. The next one finds the latch (P7, H21).
     barriers: Mutex<{ rank::BARRIER }, ()>,
@@ -130,7 +135,7 @@ impl Image {
             allocator,
             commit: GroupCommit::default(),
             write_back: Mutex::new(()),
-            header_change: Mutex::new(()),
+            header_change: Mutex::new(None),
             barriers: Mutex::new(()),
             failed: AtomicBool::new(false),
         })
@@ -176,33 +181,48 @@ impl Image {
     /// [`ErrorKind::InvalidArgument`] where the name does not fit the first cluster; I/O. The old reference then still stands.
     pub fn set_backing(&self, backing: Option<&BackingReference>) -> Result<()> {
         self.check_usable()?;
-        let _one_at_a_time = self.header_change.lock();
+        let mut on_disk = self.header_change.lock();
         let change =
             self.reader.header().with_backing(backing).map_err(|error| Error::wrap(ErrorKind::InvalidArgument, "backing file", error))?;
         if let Some((at, bytes)) = &change.before {
-            self.write_header(*at, bytes)?;
+            self.write_header(&mut on_disk, *at, bytes)?;
         }
         let (at, bytes) = &change.patch;
-        self.write_header(*at, bytes)?;
+        self.write_header(&mut on_disk, *at, bytes)?;
         *self.reader.header.write() = change.header;
         Ok(())
     }
 
     /// Changes fields of the header, on disk and durably, then in memory: `change` makes the change and says which bytes are written where.
     fn change_header(&self, change: impl FnOnce(&mut Header) -> (u64, Vec<u8>)) -> Result<()> {
-        let _one_at_a_time = self.header_change.lock();
+        let mut on_disk = self.header_change.lock();
         let mut header = self.reader.header();
         let (at, bytes) = change(&mut header);
-        self.write_header(at, &bytes)?;
+        self.write_header(&mut on_disk, at, &bytes)?;
         *self.reader.header.write() = header;
         Ok(())
     }
 
     /// Writes inside the first cluster and makes it durable.
-    fn write_header(&self, at: u64, bytes: &[u8]) -> Result<()> {
+    fn write_header(&self, on_disk: &mut HeaderOnDisk, at: u64, bytes: &[u8]) -> Result<()> {
         assert!(at + bytes.len() as u64 <= self.reader.geometry().cluster_size(), "the header ends with the first cluster (R16)");
-        self.reader.storage.write_at(WriteKind::Header, at, bytes).map_err(|error| Error::io("header", error))?;
+        self.put_header_back(on_disk)?;
+        let mut before = vec![0; bytes.len()];
+        self.reader.storage.read_at(at, &mut before).map_err(|error| Error::io("header", error))?;
+        if let Err(error) = self.reader.storage.write_at(WriteKind::Header, at, bytes) {
+            *on_disk = Some((at, before));
+            return Err(Error::io("header", error));
+        }
         self.barrier(Step::BarrierAfterHeader)
+    }
+
+    /// Undoes what a failed write may have done to the header. The next barrier covers it.
+    fn put_header_back(&self, on_disk: &mut HeaderOnDisk) -> Result<()> {
+        if let Some((at, bytes)) = &*on_disk {
+            self.reader.storage.write_at(WriteKind::Header, *at, bytes).map_err(|error| Error::io("header", error))?;
+            *on_disk = None;
+        }
+        Ok(())
     }
 
     /// The barrier at this step. A failed one is never retried with success: what it covered may be lost although later ones succeed (P7).

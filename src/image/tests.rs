@@ -5,6 +5,7 @@ use std::io;
 use super::*;
 use crate::format::{GuestCluster, NewImage};
 use crate::range_lock::RangeLock;
+use crate::simulation::{Action, Failure, Fault, Operation, SimStorage, Times};
 use crate::storage::{Holding, OpenMark};
 
 mod leaks;
@@ -476,4 +477,66 @@ fn a_change_returns_only_when_its_table_is_on_the_list() {
     });
     bench.image.flush().unwrap();
     assert_eq!(reopen(bench.memory.killed()).reads(2), 8);
+}
+
+/// The bytes of a memory, in a file that fails in ways of its own.
+fn simulated(memory: &Memory) -> Arc<SimStorage> {
+    SimStorage::new(memory.state.lock().bytes.clone())
+}
+
+/// Corruptions and leaks that a full check finds.
+fn checked(file: &SimStorage) -> (u64, u64) {
+    let report = super::check::check(file).unwrap();
+    (report.corruptions, report.leaks)
+}
+
+/// R11: after an error any part of a write may have been done. A header that names the larger L1 table, while we go on with the old one, would lose
+/// what is written next.
+#[test]
+fn header_write_that_failed_is_undone_before_the_next_pass() {
+    let file = simulated(&bench().memory);
+    let image = Image::open(file.clone()).unwrap();
+    let lock = RangeLock::new(CLUSTER);
+    let matches = |operation: &Operation| operation.action == Action::Write(WriteKind::Header);
+    file.inject(Fault { matches: Box::new(matches), after: 0, failure: Failure::Short(512, 5), times: Times::Once });
+    let before = file.bytes()[..512].to_vec();
+    assert_eq!(image.make_room(&lock.exclusive(0..u64::MAX), 20 << 30).unwrap_err().errno(), Some(5));
+    assert_ne!(file.bytes()[..512], before, "it was done nevertheless");
+    assert!(image.is_dirty(), "the timer looks after it");
+
+    let held = lock.exclusive(9000 * CLUSTER..9001 * CLUSTER);
+    let filled = image.fill(image.allocate(1).unwrap(), &[8; CLUSTER as usize]).unwrap();
+    image.publish(&held, GuestCluster(9000), filled).unwrap();
+    image.flush().unwrap();
+    assert_eq!(file.bytes()[..512], before);
+    let again = Image::open(SimStorage::new(file.bytes())).unwrap();
+    assert!(
+        matches!(again.map(GuestOffset(9000 * CLUSTER), 1).unwrap().mapping, Mapping::Data { in_place: true, .. }),
+        "the write is lost"
+    );
+    image.close().unwrap();
+    assert_eq!(checked(&file), (0, 0), "the larger table is given back");
+}
+
+/// R14: what is no longer referred to is not forgotten because the block that counts it could not be read.
+#[test]
+fn frees_wait_where_their_refcount_block_cannot_be_read() {
+    let bench = refcount_growth::small();
+    bench.store_small(0..200).unwrap();
+    bench.image.close().unwrap();
+    let file = simulated(&bench.memory);
+    let before = checked(&file);
+    let image = Image::open(file.clone()).unwrap();
+    let lock = RangeLock::new(512);
+    let mut first_block = [0; 8];
+    file.read_at(image.reader().header().refcount_table_offset, &mut first_block).unwrap();
+    let first_block = u64::from_be_bytes(first_block);
+    let matches = move |operation: &Operation| operation.action == Action::Read && operation.at == first_block;
+    file.inject(Fault { matches: Box::new(matches), after: 0, failure: Failure::Errno(5), times: Times::ForEver });
+    // The old L1 table is counted in the first block.
+    image.make_room(&lock.exclusive(0..u64::MAX), 64 << 20).unwrap();
+    assert_eq!(image.flush().unwrap_err().errno(), Some(5));
+    file.heal();
+    image.close().unwrap();
+    assert_eq!(checked(&file), before);
 }

@@ -92,12 +92,14 @@ impl Image {
     }
 
     pub(super) fn is_dirty(&self) -> bool {
-        self.reader.tables.is_dirty() || self.allocator.is_dirty()
+        self.reader.tables.is_dirty() || self.allocator.is_dirty() || self.header_change.lock().is_some()
     }
 
     fn write_back_pass(&self) -> Result<()> {
         let _one_at_a_time = (!without(Step::OnePassAtATime)).then(|| self.write_back.lock());
         self.check_usable()?;
+        // Before a table is written that only the old header leads to, and before what only the new one would lead to is freed.
+        self.put_header_back(&mut self.header_change.lock())?;
         let mut frees = self.allocator.take_pending();
         let early = without(Step::TablesBeforeRefcounts).then(|| self.allocator.take_dirty());
         let tables = self.reader.tables.take_dirty();
@@ -148,7 +150,12 @@ impl Image {
                         *frees.entry(cluster).or_default() += 1;
                     }
                 }
-                self.watch(self.allocator.release(&frees))
+                let released = self.allocator.release(&frees);
+                if released.is_err() {
+                    // A refcount block could not be read: nothing was lowered, and what is durably unreferenced is not forgotten.
+                    self.allocator.requeue(frees);
+                }
+                self.watch(released)
             }
             Err(error) => {
                 self.reader.tables.not_written(&tables);
