@@ -12,8 +12,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use parking_lot::{Condvar, Mutex};
-
+use crate::sync::unranked::{Condvar, Mutex};
 use crate::sync::{Held, rank};
 
 /// A power of two that fits the bits of a `u64` mask.

@@ -13,10 +13,10 @@
 //! never below references; I3 a published cluster was filled first (only [`Image::fill`] makes a [`Filled`]).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::format::{BackingReference, Geometry, GuestOffset, Header, Mapping, feature, patch};
 use crate::storage::{Storage, WriteKind};
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, RwLock, rank};
 use crate::{Error, ErrorKind, Result};
 
