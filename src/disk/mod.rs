@@ -181,6 +181,13 @@ impl Disk {
         Disk::assemble("/overlay.qcow2".into(), Overlay::Writable(Box::new(image)), chain, false)
     }
 
+    /// The same disk, but reads copy up.
+    #[cfg(test)]
+    pub(crate) fn with_copy_on_read(mut self) -> Disk {
+        self.copy_on_read = true;
+        self
+    }
+
     fn reader(&self) -> &ImageReader {
         self.overlay.reader()
     }

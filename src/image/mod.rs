@@ -151,6 +151,12 @@ impl Image {
         })
     }
 
+    /// L2 tables beyond so many bytes are dropped when they are clean.
+    #[cfg(test)]
+    pub(crate) fn limit_table_memory(&mut self, bytes: usize) {
+        self.reader.tables.limit_memory(bytes);
+    }
+
     /// The reading half.
     pub fn reader(&self) -> &ImageReader {
         &self.reader
