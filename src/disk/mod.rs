@@ -188,6 +188,12 @@ impl Disk {
         self
     }
 
+    /// How many requests wait for a range.
+    #[cfg(test)]
+    pub(crate) fn waiting(&self) -> usize {
+        self.in_flight.waiting()
+    }
+
     fn reader(&self) -> &ImageReader {
         self.overlay.reader()
     }

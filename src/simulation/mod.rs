@@ -14,9 +14,9 @@
 //! **Invariants:** what a barrier covers is decided when it is called, not when it returns: the weakest disk that is still a disk.
 
 #[cfg(test)]
-mod judge;
+mod hazards;
 #[cfg(test)]
-mod ledger;
+mod judge;
 #[cfg(all(test, feature = "schedules"))]
 mod schedules;
 mod storage;

@@ -21,7 +21,6 @@ use shuttle::scheduler::{PctScheduler, RandomScheduler, ReplayScheduler};
 use shuttle::{Config, Runner, thread};
 
 use super::judge::{Judged, judge};
-use super::ledger::{Ledger, Moment, UNIT};
 use super::{Action, Failure, Fault, Recorded, SimStorage, Times};
 use crate::chain::Chain;
 use crate::disk::{Disk, Local};
@@ -30,7 +29,10 @@ use crate::image::Image;
 use crate::range_lock::RangeLock;
 use crate::storage::WriteKind;
 
+mod ledger;
 mod locks;
+
+use ledger::{Ledger, Moment, UNIT};
 
 /// Schedules of each program, if nothing else is asked for.
 const SCHEDULES: usize = 1500;

@@ -14,6 +14,7 @@ mod ext4_real;
 mod fio_verify;
 mod full_host;
 mod fuse_end_to_end;
+mod hazards;
 mod hostile_image;
 mod hung_backing;
 mod image_interop;
