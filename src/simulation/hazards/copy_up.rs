@@ -40,17 +40,29 @@ fn h01_a_copy_waits_for_the_guest_write_and_gives_way() {
 #[test]
 fn h02_two_readers_of_one_cluster_read_the_base_once() {
     let rig = Rig::new();
+    rig.write(2, 1);
+    rig.disk.flush().unwrap();
+    let host = rig.host(2);
     thread::scope(|scope| {
-        let held = hold_base(&rig, 3);
-        let one = scope.spawn(|| rig.read(3));
+        // Its first cluster is local; while that is read it shares both, so that the others see a miss and then wait to copy it up.
+        let held = rig.overlay.hold(move |operation| operation.action == Action::Read && operation.at == host);
+        let across = scope.spawn(|| {
+            let mut buf = [0; 2 * CLUSTER as usize];
+            rig.disk.read(2 * CLUSTER, &mut buf).unwrap();
+            (buf[0], buf[CLUSTER as usize])
+        });
         held.wait_for(1);
-        let other = scope.spawn(|| rig.read(3));
-        rig.blocked(&other);
+        let readers = [scope.spawn(|| rig.read(3)), scope.spawn(|| rig.read(3))];
+        while rig.disk.waiting() < 2 {
+            assert!(!readers.iter().any(ScopedJoinHandle::is_finished), "it should have waited");
+            thread::yield_now();
+        }
         drop(held);
-        assert_eq!((one.join().unwrap(), other.join().unwrap()), (from_base(3), from_base(3)));
+        assert_eq!(across.join().unwrap(), (1, from_base(3)));
+        readers.into_iter().for_each(|reader| assert_eq!(reader.join().unwrap(), from_base(3)));
     });
     assert_eq!(rig.base.operations(), 1, "reads of the base");
-    assert_eq!(rig.closed().hosts.len(), 1);
+    assert_eq!(rig.closed().hosts.len(), 2);
 }
 
 #[test]
