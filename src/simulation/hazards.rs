@@ -34,7 +34,7 @@
 //! | H27 | `a_hung_base_stops_only_those_who_need_it` |
 //! | H28 | `random_ranges_never_overlap_wrongly`, `schedules_of_the_range_lock` |
 //! | H29 | `h29_the_daemon_keeps_away_from_its_own_mountpoint` |
-//! | H30 | None: the daemon does not ask for `PR_SET_IO_FLUSHER`, which needs a capability that it may not have; README, limits of loop devices |
+//! | H30 | None: no loop device belongs to the daemon, and `PR_SET_IO_FLUSHER` needs CAP_SYS_RESOURCE, which it does not ask for; swap must not lie on the disk |
 //! | H31 | `h31_quit_signal_and_unmount_at_once`, `a_cancel_that_comes_too_late_does_nothing` |
 //! | H32 | `h32_clients_killed_in_the_middle_of_a_write` |
 //! | H33 | `resize_is_seen_at_once`, `two_openers_see_each_other_at_once` |
@@ -147,10 +147,11 @@ impl Rig {
         self.killed().hosts[&cluster] * self.cluster()
     }
 
-    /// Waits until the other side stands before a range that is held: the rule is at work. Fails where it goes through instead.
-    fn blocked<T>(&self, other: &ScopedJoinHandle<'_, T>) {
+    /// Waits until the other side stands before a range that is in use by the one operation that is held: the rule is at work. Fails where it goes
+    /// through instead, or as far as that operation.
+    fn blocked<T>(&self, other: &ScopedJoinHandle<'_, T>, held: &Hold) {
         while self.disk.waiting() == 0 {
-            assert!(!other.is_finished(), "it should have waited");
+            assert!(!other.is_finished() && held.stopped() == 1, "it should have waited");
             thread::yield_now();
         }
     }

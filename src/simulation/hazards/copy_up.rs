@@ -10,7 +10,7 @@ fn h01_a_guest_write_waits_for_the_copy_and_wins() {
         let reader = scope.spawn(|| rig.read(3));
         held.wait_for(1);
         let writer = scope.spawn(|| rig.write(3, 1));
-        rig.blocked(&writer);
+        rig.blocked(&writer, &held);
         drop(held);
         assert_eq!(reader.join().unwrap(), from_base(3));
         writer.join().unwrap();
@@ -28,7 +28,7 @@ fn h01_a_copy_waits_for_the_guest_write_and_gives_way() {
         let writer = scope.spawn(|| rig.write_half(3, 1, 1));
         held.wait_for(1);
         let reader = scope.spawn(|| rig.halves(3));
-        rig.blocked(&reader);
+        rig.blocked(&reader, &held);
         assert_eq!(held.stopped(), 1, "the reader has not gone below");
         drop(held);
         assert_eq!(reader.join().unwrap(), (from_base(3), 1));
@@ -77,7 +77,7 @@ fn h03_a_discard_waits_for_the_copy_and_wins() {
                 true => rig.disk.write_zeroes(3 * CLUSTER..4 * CLUSTER).unwrap(),
                 false => rig.discard(3),
             });
-            rig.blocked(&other);
+            rig.blocked(&other, &held);
             drop(held);
             assert_eq!(reader.join().unwrap(), from_base(3));
             other.join().unwrap();
@@ -98,7 +98,7 @@ fn h04_a_stream_keeps_what_a_guest_wrote_into_its_chunk() {
         held.wait_for(1);
         // It has seen eight missing clusters by the time it waits; one of them is not missing any more when it goes on.
         let stream = scope.spawn(|| rig.disk.populate(0..8 * CLUSTER, usize::MAX).unwrap());
-        rig.blocked(&stream);
+        rig.blocked(&stream, &held);
         drop(held);
         writer.join().unwrap();
         let populated = stream.join().unwrap();
@@ -155,7 +155,7 @@ fn h14_a_copy_that_fails_does_not_fail_the_read() {
         held.wait_for(1);
         // Behind it, and in the same cluster: its own copy fails as well, or is not tried any more.
         let other = scope.spawn(|| rig.read(3));
-        rig.blocked(&other);
+        rig.blocked(&other, &held);
         drop(held);
         assert_eq!((one.join().unwrap(), other.join().unwrap()), (from_base(3), from_base(3)));
     });
@@ -204,7 +204,7 @@ fn h19_the_end_of_the_last_cluster_is_zeros() {
             });
             held.wait_for(1);
             let second = scope.spawn(|| rig.disk.write(size - 512, &[2; 512]).unwrap());
-            rig.blocked(&second);
+            rig.blocked(&second, &held);
             drop(held);
             first.join().unwrap();
             second.join().unwrap();
@@ -225,7 +225,7 @@ fn h20_two_halves_of_one_new_cluster() {
         let one = scope.spawn(|| rig.write_half(3, 0, 1));
         held.wait_for(1);
         let other = scope.spawn(|| rig.write_half(3, 1, 2));
-        rig.blocked(&other);
+        rig.blocked(&other, &held);
         assert_eq!(held.stopped(), 1, "the second one does not complete from below what the first is about to publish");
         drop(held);
         one.join().unwrap();

@@ -19,7 +19,7 @@ fn h16_the_base_stays_until_its_last_reader_has_gone() {
         let reader = scope.spawn(|| rig.read(5));
         held.wait_for(1);
         let streamer = scope.spawn(|| stream(&rig));
-        rig.blocked(&streamer);
+        rig.blocked(&streamer, &held);
         assert!(rig.killed().has_backing);
         drop(held);
         assert_eq!(reader.join().unwrap(), from_base(5));
@@ -39,7 +39,7 @@ fn h16_the_base_stays_until_its_last_reader_has_gone() {
         let reader = scope.spawn(|| rig.read(5));
         held.wait_for(1);
         let streamer = scope.spawn(|| rig.disk.detach_backing(usize::MAX, None).unwrap());
-        rig.blocked(&streamer);
+        rig.blocked(&streamer, &held);
         assert!(rig.killed().has_backing);
         drop(held);
         assert_eq!(reader.join().unwrap(), from_base(5));
@@ -88,7 +88,7 @@ fn h18_a_resize_waits_for_the_copy_and_hides_the_longer_base() {
         });
         held.wait_for(1);
         let grow = scope.spawn(|| rig.disk.grow(after).unwrap());
-        rig.blocked(&grow);
+        rig.blocked(&grow, &held);
         assert_eq!(rig.disk.size(), before);
         drop(held);
         assert_eq!(reader.join().unwrap(), from_base(7));

@@ -19,7 +19,7 @@ fn h05_a_cluster_is_not_reused_under_its_reader() {
         let reader = scope.spawn(|| rig.read(0));
         held.wait_for(1);
         let discard = scope.spawn(|| rig.discard(0));
-        rig.blocked(&discard);
+        rig.blocked(&discard, &held);
         // Whatever else happens, the cluster stays as it is.
         for cluster in 1..4 {
             rig.write(cluster, 9);
@@ -45,7 +45,7 @@ fn h06_a_cluster_is_not_reused_under_its_writer() {
         let writer = scope.spawn(|| rig.write(0, 2));
         held.wait_for(1);
         let discard = scope.spawn(|| rig.discard(0));
-        rig.blocked(&discard);
+        rig.blocked(&discard, &held);
         for cluster in 1..4 {
             rig.write(cluster, 9);
             rig.disk.flush().unwrap();
@@ -105,7 +105,7 @@ fn h12_a_failed_move_of_a_table_frees_nothing() {
             times: Times::Once,
         });
         let writer = scope.spawn(|| rig.write(1, 2));
-        rig.blocked(&writer);
+        rig.blocked(&writer, &held);
         drop(held);
         assert_eq!(grow.join().unwrap(), Some(28));
         writer.join().unwrap();
