@@ -112,7 +112,7 @@ impl Refcounts {
         }
         for index in 0..u64::from(header.refcount_table_clusters) * cluster_size / 8 {
             let at = word(bytes, (header.refcount_table_offset + index * 8) as usize);
-            if at % cluster_size != 0 {
+            if !at.is_multiple_of(cluster_size) {
                 return Err(format!("refcount table, index {index}: {at:#x}"));
             }
             if at != 0 {
