@@ -20,6 +20,7 @@ apt what is missing; otherwise it says what is missing. Leaves nothing mounted a
 Environment:
   CORDISK_SEED=N  repeats the random tests of an earlier run (every run prints its seed)
   CORDISK_KEEP=1  keeps the scratch directories
+  CORDISK_SCHEDULES=N  so many schedules of each program in src/simulation/schedules.rs
 END
 }
 
@@ -201,7 +202,13 @@ tortured() {
     cargo test --locked --test it -- --nocapture --test-threads 1 torture:: lower_power_cut::
 }
 
-lints() { cargo clippy --locked --all-targets -- -D warnings; }
+lints() {
+    cargo clippy --locked --all-targets -- -D warnings
+    cargo clippy --locked --lib --tests --features schedules -- -D warnings
+}
+
+# The engine under a scheduler that decides who goes on at every lock: a failure prints the schedule that repeats it.
+schedules() { cargo test --locked --features schedules --lib -- schedules; }
 
 documentation() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps; }
 
@@ -240,5 +247,6 @@ section pypi-client pypi_client
 export CORDISK_QMP_PYTHON=$repo/target/qmp-venv/bin/python
 section tests tests
 section doc-tests cargo test --locked --doc
+section schedules schedules
 [[ -n $quick ]] || section release-with-dev-dependencies release_with_dev_dependencies
 [[ -n $quick ]] || section quickstart scripts/quickstart.sh

@@ -186,6 +186,19 @@ impl Disk {
         Disk::assemble("/overlay.qcow2".into(), Overlay::Writable(Box::new(image)), chain, copy_on_read, None)
     }
 
+    /// The same disk, but reads copy up.
+    #[cfg(test)]
+    pub(crate) fn with_copy_on_read(mut self) -> Disk {
+        self.copy_on_read = true;
+        self
+    }
+
+    /// How many requests wait for a range.
+    #[cfg(test)]
+    pub(crate) fn waiting(&self) -> usize {
+        self.in_flight.waiting()
+    }
+
     fn reader(&self) -> &ImageReader {
         self.overlay.reader()
     }

@@ -13,11 +13,11 @@
 //! never below references; I3 a published cluster was filled first (only [`Image::fill`] makes a [`Filled`]).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::format::{BackingReference, Geometry, GuestOffset, Header, Mapping, feature, patch};
 use crate::mutants::{Step, without};
 use crate::storage::{Storage, WriteKind};
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, RwLock, rank};
 use crate::{Error, ErrorKind, Result};
 
@@ -167,6 +167,12 @@ impl Image {
         {
             log::warn!("the mark of an open image stays: {}", crate::error::os_text(&error));
         }
+    }
+
+    /// L2 tables beyond so many bytes are dropped when they are clean.
+    #[cfg(test)]
+    pub(crate) fn limit_table_memory(&mut self, bytes: usize) {
+        self.reader.tables.limit_memory(bytes);
     }
 
     /// The reading half.

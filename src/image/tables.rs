@@ -2,13 +2,13 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use super::allocator::Allocator;
 use super::l2_table::L2Table;
 use crate::format::{Geometry, Header, HostCluster, L1Entry, Mapping};
 use crate::mutants::{Step, without};
 use crate::storage::Storage;
+use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Mutex, RwLock, rank};
 use crate::{Error, ErrorKind, Result};
 

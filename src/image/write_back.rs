@@ -12,18 +12,17 @@
 //! 2 before 3: an entry is changed before its free is queued, so the copied table no longer holds what (2) frees.
 //! A crash at any point leaves leaks at worst. A torn table write is harmless: entries are eight aligned bytes, old or new, both legal.
 
-use parking_lot::Condvar;
-
 use super::Image;
 use crate::format::patch;
 use crate::mutants::{Step, without};
 use crate::storage::WriteKind;
+use crate::sync::unranked::{Condvar, Mutex};
 use crate::{Error, ErrorKind, Result};
 
 /// Concurrent flushes share a pass: each waits for one that began after it came.
 #[derive(Debug, Default)]
 pub(super) struct GroupCommit {
-    state: parking_lot::Mutex<Passes>,
+    state: Mutex<Passes>,
     ended: Condvar,
 }
 
@@ -61,7 +60,9 @@ impl Image {
             passes.begun += 1;
             passes.running = true;
             let this = passes.begun;
-            let result = parking_lot::MutexGuard::unlocked(&mut passes, || self.write_back_pass());
+            drop(passes);
+            let result = self.write_back_pass();
+            passes = self.commit.state.lock();
             passes.running = false;
             passes.ended = this;
             passes.failure = result.as_ref().err().map(|error| (error.kind(), error.errno(), format!("flush: {error}")));

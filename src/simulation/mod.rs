@@ -7,12 +7,20 @@
 //!                                     └── shows every operation to an observer (the order checker)
 //! ```
 //!
+//! `hazards` forces the known races one by one with stopped operations; `schedules` (feature of that name) lets a scheduler look for unknown ones.
+//!
 //! **Touches:** everything below it, as a user. **Never:** is part of the program.
 //! **Locks:** one mutex per file in memory, which nothing else is taken under but the observer's own.
 //! **Invariants:** what a barrier covers is decided when it is called, not when it returns: the weakest disk that is still a disk.
 
 #[cfg(test)]
 mod faults;
+#[cfg(test)]
+mod hazards;
+#[cfg(test)]
+mod judge;
+#[cfg(all(test, feature = "schedules"))]
+mod schedules;
 mod storage;
 
 pub use storage::{Action, Failure, Fault, Hold, Observer, Operation, Recorded, SimStorage, Times};

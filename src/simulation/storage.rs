@@ -3,9 +3,8 @@
 use std::io;
 use std::sync::Arc;
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
-
 use crate::storage::{Holding, Storage, WriteKind};
+use crate::sync::unranked::{Condvar, Mutex, MutexGuard};
 
 /// What an operation does.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

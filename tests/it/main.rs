@@ -19,6 +19,7 @@ mod fio_verify;
 mod full_file_system;
 mod full_host;
 mod fuse_end_to_end;
+mod hazards;
 mod hostile_image;
 mod hung_backing;
 mod image_interop;
