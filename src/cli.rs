@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use crate::create::CreateOptions;
 use crate::error::Context;
 use crate::format::BackingFormat;
+use crate::sandbox;
 use crate::{Error, ErrorKind, Result};
 
 /// Device id, and job id of the stream it starts, where none is given: QEMU's name for the first drive.
@@ -38,6 +39,9 @@ enum Typed {
     /// for whoever is not root. SIGTERM unmounts as well; while the file is in use the daemon writes everything back and goes on serving,
     /// until a second SIGTERM.
     Mount(MountArgs),
+    /// The process that `mount` starts to mount and unmount.
+    #[command(hide = true)]
+    KeepMount,
 }
 
 #[derive(Debug, clap::Args)]
@@ -91,12 +95,22 @@ struct MountArgs {
     /// Format of the first backing file, where the image does not say; it is never guessed
     #[arg(long, value_name = "FORMAT")]
     backing_format: Option<FormatArg>,
+    /// Open backing files below this directory only, whatever names the images have in them; may be given several times [default: anywhere]
+    #[arg(long = "backing-root", value_name = "DIR")]
+    backing_roots: Vec<PathBuf>,
     /// Before writing, count all references in the image and refuse it if its refcounts do not add up, for images you do not trust
     #[arg(long, conflicts_with = "read_only")]
     full_check: bool,
     /// Write the daemon's process id to this file; locked while it runs, removed at the end
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
+    /// As root: become this user once everything is open and mounted. The disk and the QMP socket are that user's; without GROUP, the user's own
+    #[arg(long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+    /// What the daemon may still do once it serves. `try`: with Landlock and seccomp, as far as the kernel has them, open, remove, execute and
+    /// connect to nothing. `require`: refuse to start without both. `off`: whatever its user may
+    #[arg(long, value_name = "MODE", default_value = "try")]
+    sandbox: SandboxArg,
     /// Set by `mount` when it starts itself again as the background process.
     #[arg(long, hide = true)]
     background_child: bool,
@@ -117,6 +131,23 @@ impl From<FormatArg> for BackingFormat {
     }
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum SandboxArg {
+    Try,
+    Require,
+    Off,
+}
+
+impl From<SandboxArg> for sandbox::Mode {
+    fn from(mode: SandboxArg) -> Self {
+        match mode {
+            SandboxArg::Try => sandbox::Mode::Try,
+            SandboxArg::Require => sandbox::Mode::Require,
+            SandboxArg::Off => sandbox::Mode::Off,
+        }
+    }
+}
+
 /// What the program is asked to do, checked.
 #[derive(Debug)]
 pub enum Command {
@@ -124,6 +155,8 @@ pub enum Command {
     Create(CreateOptions),
     /// `cordisk mount`.
     Mount(MountConfig),
+    /// What `cordisk mount` runs as its mount keeper.
+    KeepMount,
 }
 
 /// Which of the processes of `cordisk mount` this one is.
@@ -164,6 +197,12 @@ pub struct MountConfig {
     pub full_check: bool,
     /// Where the process id goes.
     pub pidfile: Option<PathBuf>,
+    /// Directories that backing files must lie in, if there are any.
+    pub backing_roots: Vec<PathBuf>,
+    /// Who to become, as typed: looked up by the process that serves.
+    pub user: Option<String>,
+    /// How much of a sandbox there has to be.
+    pub sandbox: sandbox::Mode,
 }
 
 /// Parses the command line of this process. Prints help or usage errors itself and ends the process then.
@@ -186,6 +225,7 @@ impl Args {
                 cluster_size: args.cluster_size,
             }),
             Typed::Mount(args) => Command::Mount(args.check()?),
+            Typed::KeepMount => Command::KeepMount,
         })
     }
 }
@@ -209,6 +249,9 @@ impl MountArgs {
             allow_other: self.allow_other,
             backing_format: self.backing_format.map(BackingFormat::from),
             pidfile: self.pidfile.as_deref().map(absolute).transpose()?,
+            backing_roots: self.backing_roots.iter().map(|root| absolute(root)).collect::<Result<_>>()?,
+            user: self.user,
+            sandbox: self.sandbox.into(),
         })
     }
 }
@@ -275,7 +318,7 @@ mod tests {
     fn mount(line: &[&str]) -> MountConfig {
         match command(line) {
             Command::Mount(config) => config,
-            Command::Create(_) => panic!("not mount"),
+            Command::Create(_) | Command::KeepMount => panic!("not mount"),
         }
     }
 
@@ -329,6 +372,7 @@ mod tests {
         assert_eq!(config.device, "drive0");
         assert!(config.copy_on_read && !config.read_only && !config.allow_other);
         assert_eq!((config.qmp, config.stream, config.backing_format, config.pidfile), (None, None, None, None));
+        assert_eq!((config.user, config.sandbox, config.backing_roots), (None, sandbox::Mode::Try, vec![]));
     }
 
     #[test]
@@ -339,6 +383,9 @@ mod tests {
         let config = mount(&["cordisk", "mount", "-r", "--backing-format", "raw", "/i", "/m"]);
         assert!(config.read_only && !config.copy_on_read);
         assert_eq!(config.backing_format, Some(BackingFormat::Raw));
+        let config = mount(&["cordisk", "mount", "--user", "u:g", "--sandbox", "require", "--backing-root", "a", "--backing-root=/b", "/i", "/m"]);
+        assert_eq!((config.user.as_deref(), config.sandbox), (Some("u:g"), sandbox::Mode::Require));
+        assert!(config.backing_roots.len() == 2 && config.backing_roots.iter().all(|root| root.is_absolute()));
         assert_eq!(mount(&["cordisk", "mount", "--background-child", "/i", "/m"]).role, Role::Child);
         assert!(!mount(&["cordisk", "mount", "--no-copy-on-read", "/i", "/m"]).copy_on_read);
     }
@@ -362,6 +409,7 @@ mod tests {
             &["cordisk", "mount", "--speed", "1", "/i", "/m"],
             &["cordisk", "mount", "--stream", "--read-only", "/i", "/m"],
             &["cordisk", "mount", "--device", "0", "/i", "/m"],
+            &["cordisk", "mount", "--sandbox", "maybe", "/i", "/m"],
             &["cordisk", "create", "o", "-b", "base"],
             &["cordisk", "create", "o", "-b", "base", "-F", "vmdk"],
         ] {

@@ -10,7 +10,9 @@
 //!    shared ([`range_lock`]). Copy-on-read, allocating write, zero, discard and stream are then the same critical section.
 //! 4. One durability rule: data and refcounts ▸ barrier ▸ L2 ▸ barrier ▸ L1 ▸ barrier ▸ frees. It lives in one function, `image/write_back.rs`,
 //!    shared by all who flush at the same time.
-//! 5. What can be a pure function is one ([`mod@format`], conflicts of ranges, job tables, rate limit, QMP codec); the rest is a thin shell.
+//! 5. Two processes: the one that reads images and clients is in a [`sandbox`] and cannot mount, open or remove; a [`keeper`] that reads neither
+//!    does that.
+//! 6. What can be a pure function is one ([`mod@format`], conflicts of ranges, job tables, rate limit, QMP codec); the rest is a thin shell.
 //!
 //! # Rooms and floors
 //!
@@ -21,12 +23,14 @@
 //! | 0 | [`error`], [`sync`], [`mod@format`], [`range_lock`] | vocabulary; locks; bytes of qcow2; who may be where | files, threads |
 //! | 1 | [`storage`] | one host file, and QEMU's locks on it | qcow2 |
 //! | 1 | [`job`] | the life of a background job | disk, qcow2, JSON |
+//! | 1 | [`sandbox`] | what the serving process may do, and who it is | gives a right back |
 //! | 2 | [`image`] | one qcow2 file | backing files, sockets |
 //! | 3 | [`chain`] | what is below the overlay | writing anything |
 //! | 4 | [`disk`] | the guest's bytes | FUSE, JSON, jobs |
 //! | 5 | [`stream`], [`create`] | bring everything up, then cut the chain; a new overlay | sockets |
 //! | 6 | [`fuse`] | kernel request ⇄ `disk` call | jobs, QMP, the image |
 //! | 6 | [`qmp`] | JSON ⇄ jobs, `stream::start`, facts of the disk | FUSE, the image |
+//! | 7 | [`keeper`] | the second process: mounts, unmounts, removes | images, clients |
 //! | 7 | [`cli`] | what was typed, checked | the disk |
 //! | 8 | [`daemon`] | wiring and lifetime | logic that a test would want |
 //!
@@ -58,8 +62,10 @@ pub mod format;
 pub mod fuse;
 pub mod image;
 pub mod job;
+pub mod keeper;
 pub mod qmp;
 pub mod range_lock;
+pub mod sandbox;
 pub mod storage;
 pub mod stream;
 pub mod sync;

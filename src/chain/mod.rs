@@ -18,10 +18,12 @@ use crate::{Error, ErrorKind, Result};
 
 mod gate;
 mod layer;
+mod roots;
 #[cfg(test)]
 mod tests;
 
 pub use gate::Gate;
+pub use roots::Roots;
 use layer::{Answer, Layer};
 
 /// The longest chain that is opened. QEMU has no limit, cloud-hypervisor 10; longer ones are a loop or an accident.
