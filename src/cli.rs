@@ -383,7 +383,8 @@ mod tests {
         let config = mount(&["cordisk", "mount", "-r", "--backing-format", "raw", "/i", "/m"]);
         assert!(config.read_only && !config.copy_on_read);
         assert_eq!(config.backing_format, Some(BackingFormat::Raw));
-        let config = mount(&["cordisk", "mount", "--user", "u:g", "--sandbox", "require", "--backing-root", "a", "--backing-root=/b", "/i", "/m"]);
+        let config =
+            mount(&["cordisk", "mount", "--user", "u:g", "--sandbox", "require", "--backing-root", "a", "--backing-root=/b", "/i", "/m"]);
         assert_eq!((config.user.as_deref(), config.sandbox), (Some("u:g"), sandbox::Mode::Require));
         assert!(config.backing_roots.len() == 2 && config.backing_roots.iter().all(|root| root.is_absolute()));
         assert_eq!(mount(&["cordisk", "mount", "--background-child", "/i", "/m"]).role, Role::Child);

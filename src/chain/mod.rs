@@ -23,8 +23,8 @@ mod roots;
 mod tests;
 
 pub use gate::Gate;
-pub use roots::Roots;
 use layer::{Answer, Layer};
+pub use roots::Roots;
 
 /// The longest chain that is opened. QEMU has no limit, cloud-hypervisor 10; longer ones are a loop or an accident.
 pub const MAX_LAYERS: usize = 16;

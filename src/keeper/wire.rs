@@ -166,9 +166,8 @@ pub(super) fn receive<T: DeserializeOwned>(socket: impl AsFd) -> Result<Option<(
     let mut bytes = vec![0; LONGEST];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
-    let received = retry_on_intr(|| {
-        rustix::net::recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC)
-    });
+    let received =
+        retry_on_intr(|| rustix::net::recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC));
     let len = match received {
         // Reset: it has died with a message of ours unread.
         Err(Errno::CONNRESET) => 0,

@@ -76,7 +76,8 @@ impl FileStorage {
     /// stand for open files, and for anything else in /proc and /sys.
     pub fn open_backing(directory: impl AsFd, name: &Path, path: &Path) -> crate::Result<Self> {
         let context = || path.display().to_string();
-        let of_kernel = || Error::new(ErrorKind::InvalidArgument, format!("{}: what is in /proc or /sys is no backing file", path.display()));
+        let of_kernel =
+            || Error::new(ErrorKind::InvalidArgument, format!("{}: what is in /proc or /sys is no backing file", path.display()));
         let beneath = if directory.as_fd().as_raw_fd() == CWD.as_raw_fd() { ResolveFlags::empty() } else { ResolveFlags::BENEATH };
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
         let mut tries = 0;

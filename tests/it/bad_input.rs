@@ -18,7 +18,7 @@ use crate::support::{
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// How the command is run: directly, or by a shell that prepares a mount namespace first.
-fn attempt(scratch: &Scratch, prepare: Option<&str>, args: &[&str]) -> crate::support::Finished {
+pub(crate) fn attempt(scratch: &Scratch, prepare: Option<&str>, args: &[&str]) -> crate::support::Finished {
     let mut command = match prepare {
         None => Command::new(CORDISK),
         Some(script) => {
@@ -56,7 +56,7 @@ fn refused_in(scratch: &Scratch, prepare: Option<&str>, args: &[&str], words: &[
     }
 }
 
-fn refused(scratch: &Scratch, args: &[&str], words: &[&str]) {
+pub(crate) fn refused(scratch: &Scratch, args: &[&str], words: &[&str]) {
     refused_in(scratch, None, args, words);
 }
 

@@ -10,6 +10,7 @@ mod support;
 
 mod architecture;
 mod bad_input;
+mod confinement;
 mod ext4_real;
 mod fio_verify;
 mod full_host;
