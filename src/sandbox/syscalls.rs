@@ -2,8 +2,9 @@
 //!
 //! Three filters, of which the strictest answer counts:
 //!
-//! 1. *Looking at paths* (open, stat by path and the like) is answered `EACCES`. The C library does this of its own accord, to count processors
-//!    or to read the time zone, and knows what to do without. A disk is not to vanish for that; Landlock would refuse it as well.
+//! 1. *Looking at paths* (open, stat by path and the like) is answered `EACCES`. The C library does this of its own accord and knows what to do
+//!    without: the allocator of glibc 2.36, for one, counts processors in `/sys/devices/system/cpu/online` and `/proc/stat` when many threads
+//!    want memory. A disk is not to vanish for that. Landlock would refuse it as well.
 //! 2. `clone3` is answered `ENOSYS`: its arguments are behind a pointer, where no filter sees them. The C library takes `clone` then, which may
 //!    start threads and nothing else.
 //! 3. Everything that is not on the list ends the process with SIGSYS. The kernel logs it (`type=1326` in the audit or kernel log).

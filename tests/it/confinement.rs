@@ -244,6 +244,7 @@ fn others_get_at_nothing() {
     let connect = "use Socket; socket(my $s, AF_UNIX, SOCK_STREAM, 0) or die; connect($s, pack_sockaddr_un($ARGV[0])) or die qq($!\\n)";
     for options in [&[][..], &["--allow-other"]] {
         let disk = rig.mount().qmp().args(&["--pidfile", text(&pidfile)]).args(options).start();
+        wait_until("the pidfile is written", || fs::metadata(&pidfile).is_ok_and(|file| file.len() > 0));
         let pid = fs::read_to_string(&pidfile).expect("pidfile");
         let path = text(disk.path());
         for script in [
@@ -477,7 +478,7 @@ fn nothing_from_an_image_escapes_into_the_log() {
     // The name of a feature that we do not know: bit 60, incompatible.
     header::edit(&top, |h| {
         let mut entry = vec![0, 60];
-        entry.extend(evil.as_bytes());
+        entry.extend("a\n[2J\u{1b}[2J\u{202e}b".as_bytes());
         entry.resize(48, 0);
         h.extensions.retain(|(kind, _)| *kind != 0x6803_f857);
         h.extensions.push((0x6803_f857, entry));
@@ -496,6 +497,7 @@ fn nothing_from_an_image_escapes_into_the_log() {
     let dir = scratch.dir(&evil.replace('/', "-"));
     fs::rename(&top, dir.join("top.qcow2")).expect("move");
     let disk = Mount::new(&scratch, &dir.join("top.qcow2")).start();
+    wait_until("it says that it is mounted", || disk.log().contains("mounted "));
     let log = disk.log();
     let (_, log) = log.split_once('\n').expect("after the head line");
     assert!(says(log.as_bytes()) && !log.contains('\u{202e}'), "{log:?}");
@@ -531,7 +533,7 @@ fn a_kernel_without_sandboxes() {
             let args = ["--sandbox", "require", "--pidfile", text(&pidfile), text(&rig.overlay), "disk"];
             refused(&rig.scratch, &args, &[&format!("this kernel offers no {name}")]);
             let disk = rig.mount().start();
-            assert!(disk.log().contains(&format!("{name} not offered by this kernel")), "{}", disk.log());
+            wait_until("it says what is missing", || disk.log().contains(&format!("{name} not offered by this kernel")));
             assert_same("content", &disk.read_all(), &rig.content);
             disk.umount();
         });
