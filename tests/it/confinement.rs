@@ -18,7 +18,7 @@ use serde_json::json;
 use crate::bad_input::{attempt, refused};
 use crate::support::header;
 use crate::support::{
-    CLUSTER, Daemon, Finished, MIB, Mount, Pattern, Rig, Scratch, assert_same, errno, mounts, poll, qemu, run_within, wait_until,
+    CLUSTER, Daemon, Finished, MIB, Mount, Pattern, Rig, Scratch, assert_same, errno, mounts, qemu, run_within, wait_until,
 };
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -539,28 +539,4 @@ fn a_kernel_without_sandboxes() {
         });
     }
     rig.assert_overlay(&rig.content);
-}
-
-/// Protects: a call that is not on the list ends the process by a signal, the keeper with it, and no data is lost: a disk is not served by
-/// something that has begun to do what it never does. Made with a filter of the kernel's own, as nothing in the daemon makes such a call.
-#[test]
-fn a_killed_daemon_can_be_mounted_again() {
-    requires!("/dev/fuse", "qemu-img");
-    let rig = Rig::new(MIB);
-    let mut disk = rig.mount().start();
-    let mut guest = rig.guest(&disk);
-    guest.write(0..200_000);
-    guest.file.sync_all().expect("fsync");
-    disk.signal(Signal::SYS);
-    let status = disk.ended_within(LIMIT).expect("it ends");
-    assert_eq!(status.signal(), Some(libc::SIGSYS));
-    let want = std::mem::take(&mut guest.shadow);
-    drop(guest);
-    mounts::detach(disk.path());
-    drop(disk);
-    let disk = rig.mount().start();
-    assert_same("what was flushed", &disk.read_all(), &want);
-    disk.umount();
-    rig.assert_overlay(&want);
-    assert!(poll(Duration::ZERO, || mounts::at(&rig.scratch.join("drive0.disk"))).is_none());
 }
