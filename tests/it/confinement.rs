@@ -390,6 +390,7 @@ fn the_second_signal_detaches_from_inside_the_sandbox() {
     let status = disk.ended_within(LIMIT);
     assert_eq!(status.and_then(|status| status.code()), Some(0), "{}", disk.log());
     assert!(mounts::at(disk.path()).is_none() && !disk.path().exists());
+    assert!(!disk.log().contains("still hang"), "the session ends at once: {}", disk.log());
     assert_eq!(errno(guest.file.read_at(&mut [0], 0)), Errno::NOTCONN);
     rig.assert_overlay(&guest.shadow);
 }
