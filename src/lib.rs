@@ -45,6 +45,8 @@
 //! * A miss is not split between threads, and the queue of misses is not bounded by us but by the kernel (one request per blocked client thread
 //!   and `max_background`): a bounded queue would have to block a session thread when full, which is what it is there to prevent.
 //! * The range lock is striped from the start, so that no lock is taken exclusively by all requests.
+//! * Who mounts is a child of the process that serves, not its parent (`keeper`): the id, the signals and the exit status that a user or a
+//!   supervisor sees stay those of the disk.
 //! * Flushes share a pass by counting passes (`image/write_back.rs`) instead of asking a committer thread; the 1 s timer only calls the same.
 //! * The backing format extension of the header goes with the backing link only where both fit one atomic 512-byte write; otherwise it stays
 //!   without a name, which QEMU does not show either.

@@ -146,3 +146,81 @@ impl log::Log for Records {
 
     fn flush(&self) {}
 }
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::thread;
+
+    use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+    use super::super::Keeper;
+    use super::*;
+
+    /// Talks to a keeper that runs on a thread; returns what `talk` does, and how the keeper ended.
+    fn with_keeper<T>(mut kept: Kept, talk: impl FnOnce(Keeper) -> T) -> (T, Result<()>) {
+        let (ours, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let (sender, records) = crossbeam_channel::unbounded();
+        sender.send((2, "said before".to_string())).unwrap();
+        let keeper = thread::spawn(move || serve(&mut kept, &theirs, &records));
+        let talked = talk(Keeper { socket: ours, lost: Cell::new(false) });
+        (talked, keeper.join().unwrap())
+    }
+
+    fn identity(path: &Path) -> (u64, u64) {
+        let meta = path.symlink_metadata().unwrap();
+        (meta.dev(), meta.ino())
+    }
+
+    #[test]
+    fn files_go_when_they_are_let_go_and_still_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, replaced) = (dir.path().join("pid"), dir.path().join("socket"));
+        std::fs::write(&ours, "1").unwrap();
+        std::fs::write(&replaced, "1").unwrap();
+        let wrong = (identity(&replaced).0, identity(&replaced).1 + 1);
+        let (finished, ended) = with_keeper(Kept::default(), |keeper| {
+            let first = keeper.entrust(Leftover::Pidfile, &ours, identity(&ours)).unwrap();
+            let second = keeper.entrust(Leftover::Socket, &replaced, wrong).unwrap();
+            assert!(ours.exists());
+            drop((first, second));
+            assert!(!ours.exists() && replaced.exists());
+            keeper.finish()
+        });
+        assert!(finished.is_ok() && ended.is_ok());
+    }
+
+    #[test]
+    fn it_keeps_one_mount_and_takes_nothing_new_afterwards() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("precious");
+        std::fs::write(&path, "1").unwrap();
+        let sealed = Kept { sealed: true, ..Kept::default() };
+        let ((), ended) = with_keeper(sealed, |keeper| {
+            let error = keeper.entrust(Leftover::Pidfile, &path, identity(&path)).unwrap_err();
+            assert!(error.to_string().contains("keeps one mount"), "{error}");
+            // What it does not know it does not remove, unmount or detach.
+            for request in [Request::Remove(Leftover::Pidfile), Request::Release] {
+                keeper.ask(&request).unwrap();
+            }
+            for request in [Request::Unmount, Request::Detach] {
+                assert_eq!(keeper.ask(&request).unwrap_err().kind(), ErrorKind::InvalidArgument);
+            }
+            assert!(path.exists());
+        });
+        assert!(ended.is_ok());
+    }
+
+    #[test]
+    fn nonsense_ends_it() {
+        for nonsense in [&b"x"[..], b"\"Format\"", b"{\"Remove\":\"/etc/passwd\"}", b"[[[[", &[0xff; 70_000]] {
+            let (lost, ended) = with_keeper(Kept::default(), |keeper| {
+                rustix::net::send(&keeper.socket, nonsense, rustix::net::SendFlags::NOSIGNAL).unwrap();
+                let error = keeper.ask(&Request::Release).unwrap_err();
+                assert!(error.to_string().contains("mount keeper has died"), "{error}");
+                keeper.finish()
+            });
+            assert!(lost.is_err() && ended.is_err());
+        }
+    }
+}

@@ -18,7 +18,7 @@ use serde_json::json;
 use crate::bad_input::{attempt, refused};
 use crate::support::header;
 use crate::support::{
-    CLUSTER, Daemon, Finished, MIB, Mount, Pattern, Rig, Scratch, assert_same, errno, mounts, qemu, run_within, wait_until,
+    CLUSTER, CORDISK, Daemon, Finished, MIB, Mount, Pattern, Rig, Scratch, assert_same, errno, mounts, qemu, run_within, wait_until,
 };
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -228,10 +228,56 @@ fn users_who_cannot_be() {
         refused(&scratch, &["--user", user, "top.qcow2", "disk"], &[words]);
     }
     scratch.open_to_all();
-    let done =
-        as_user(NOBODY, NOBODY, crate::support::CORDISK, &["mount", "-f", "--user", "nobody", text(&scratch.join("top.qcow2")), "/tmp/x"]);
+    let program = program_for_all(&scratch);
+    let args = ["mount", "-f", "--user", "nobody", text(&scratch.join("top.qcow2")), text(&scratch.join("disk"))];
+    let done = as_user(NOBODY, NOBODY, &program, &args);
     assert_eq!(done.status.code(), Some(1), "{done:?}");
     assert!(done.stderr.contains("only root can become another user") && done.stderr.lines().count() == 1, "{done:?}");
+}
+
+/// The program where everybody can start it: the build directory may be private.
+fn program_for_all(scratch: &Scratch) -> String {
+    let program = scratch.join("cordisk");
+    fs::copy(CORDISK, &program).expect("copy of the program");
+    fs::set_permissions(&program, Permissions::from_mode(0o755)).expect("chmod");
+    text(&program).to_owned()
+}
+
+/// Protects: who is not root mounts, and unmounts, by fusermount3, which the keeper calls: the serving process, in its sandbox, could not even start it.
+/// In a mount namespace of its own, where everybody may open /dev/fuse, as on most systems.
+#[test]
+fn an_ordinary_user_has_the_same_sandbox() {
+    requires!("/dev/fuse", "qemu-img", "root", "unshare", "setpriv", "fusermount3", "mknod", "cmp");
+    let rig = Rig::new(MIB);
+    rig.scratch.open_to_all();
+    let program = program_for_all(&rig.scratch);
+    let dir = rig.scratch.dir("own");
+    fs::copy(&rig.base, dir.join("base.raw")).expect("copy");
+    fs::copy(&rig.overlay, dir.join("overlay.qcow2")).expect("copy");
+    for path in [dir.clone(), dir.join("base.raw"), dir.join("overlay.qcow2")] {
+        std::os::unix::fs::chown(path, Some(65534), Some(65534)).expect("chown");
+    }
+    // Mounted in the background; who reads what; unmounted by SIGTERM; and again, by fusermount3 itself.
+    let script = "mknod fuse c 10 229; chmod 666 fuse; mount --bind fuse /dev/fuse; cd own
+        user='setpriv --reuid=65534 --regid=65534 --clear-groups'
+        ended() { for i in $(seq 300); do test -e pid || return 0; sleep 0.1; done; echo \"$1: it does not end\"; return 1; }
+        for how in signal helper; do
+            $user \"$1\" mount --sandbox require --pidfile pid --qmp sock overlay.qcow2 disk
+            grep -qx 'Seccomp:	2' /proc/$(cat pid)/status
+            grep -q 'fuse.cordisk' /proc/self/mountinfo
+            $user cmp disk base.raw
+            if test $how = signal; then kill -TERM $(cat pid); else $user fusermount3 -u disk; fi
+            ended $how
+            test ! -e disk && test ! -e sock
+        done
+        echo well";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "private", "sh", "-ec", script, "sh", &program]).current_dir(rig.scratch.path());
+    let done = run_within(&mut command, Duration::from_secs(90));
+    assert!(done.status.success() && done.stdout == "well\n", "{done:?}");
+    rig.assert_overlay(&rig.content);
+    qemu::assert_clean(&dir.join("overlay.qcow2"));
+    assert_same("the user's overlay", &qemu::read_all(&dir.join("overlay.qcow2")), &rig.content);
 }
 
 /// Protects: another user of the machine gets nowhere: not to the disk, nor the socket, nor the pidfile, nor, after a kill, to the placeholder.
