@@ -229,8 +229,8 @@ fn users_who_cannot_be() {
     }
     scratch.open_to_all();
     let program = program_for_all(&scratch);
-    let args = ["mount", "-f", "--user", "nobody", text(&scratch.join("top.qcow2")), text(&scratch.join("disk"))];
-    let done = as_user(NOBODY, NOBODY, &program, &args);
+    let (image, disk) = (scratch.join("top.qcow2"), scratch.join("disk"));
+    let done = as_user(NOBODY, NOBODY, &program, &["mount", "-f", "--user", "nobody", text(&image), text(&disk)]);
     assert_eq!(done.status.code(), Some(1), "{done:?}");
     assert!(done.stderr.contains("only root can become another user") && done.stderr.lines().count() == 1, "{done:?}");
 }
