@@ -260,6 +260,7 @@ fn an_ordinary_user_has_the_same_sandbox() {
     // Mounted in the background; who reads what; unmounted by SIGTERM; and again, by fusermount3 itself.
     let script = "mknod fuse c 10 229; chmod 666 fuse; mount --bind fuse /dev/fuse; cd own
         user='setpriv --reuid=65534 --regid=65534 --clear-groups'
+        trap 'test ! -s pid || kill -KILL $(cat pid)' EXIT
         ended() { for i in $(seq 300); do test -e pid || return 0; sleep 0.1; done; echo \"$1: it does not end\"; return 1; }
         for how in signal helper; do
             $user \"$1\" mount --sandbox require --pidfile pid --qmp sock overlay.qcow2 disk
