@@ -12,6 +12,7 @@ use crate::check::{CheckOptions, Output, Repair};
 use crate::create::CreateOptions;
 use crate::error::Context;
 use crate::format::BackingFormat;
+use crate::sandbox;
 use crate::{Error, ErrorKind, Result};
 
 /// Device id, and job id of the stream it starts, where none is given: QEMU's name for the first drive.
@@ -51,6 +52,9 @@ enum Typed {
     /// opened. An image that is mounted cannot be checked. A read-write mount after a crash gives leaks back by itself.
     #[command(after_help = "Example: cordisk check --repair leaks overlay.qcow2")]
     Check(CheckArgs),
+    /// The process that `mount` starts to mount and unmount.
+    #[command(hide = true)]
+    KeepMount,
 }
 
 #[derive(Debug, clap::Args)]
@@ -131,12 +135,22 @@ struct MountArgs {
     /// Format of the first backing file, where the image does not say; it is never guessed
     #[arg(long, value_name = "FORMAT")]
     backing_format: Option<FormatArg>,
+    /// Open backing files below this directory only, whatever names the images have in them; may be given several times [default: anywhere]
+    #[arg(long = "backing-root", value_name = "DIR")]
+    backing_roots: Vec<PathBuf>,
     /// Before writing, count all references in the image and refuse it if its refcounts do not add up, for images you do not trust
     #[arg(long, conflicts_with = "read_only")]
     full_check: bool,
     /// Write the daemon's process id to this file; locked while it runs, removed at the end
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
+    /// As root: become this user once everything is open and mounted. The disk and the QMP socket are that user's; without GROUP, the user's own
+    #[arg(long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+    /// What the daemon may still do once it serves. `try`: with Landlock and seccomp, as far as the kernel has them, open, remove, execute and
+    /// connect to nothing. `require`: refuse to start without both. `off`: whatever its user may
+    #[arg(long, value_name = "MODE", default_value = "try")]
+    sandbox: SandboxArg,
     /// Set by `mount` when it starts itself again as the background process.
     #[arg(long, hide = true)]
     background_child: bool,
@@ -157,6 +171,23 @@ impl From<FormatArg> for BackingFormat {
     }
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum SandboxArg {
+    Try,
+    Require,
+    Off,
+}
+
+impl From<SandboxArg> for sandbox::Mode {
+    fn from(mode: SandboxArg) -> Self {
+        match mode {
+            SandboxArg::Try => sandbox::Mode::Try,
+            SandboxArg::Require => sandbox::Mode::Require,
+            SandboxArg::Off => sandbox::Mode::Off,
+        }
+    }
+}
+
 /// What the program is asked to do, checked.
 #[derive(Debug)]
 pub enum Command {
@@ -166,6 +197,8 @@ pub enum Command {
     Mount(MountConfig),
     /// `cordisk check`.
     Check(CheckOptions),
+    /// What `cordisk mount` runs as its mount keeper.
+    KeepMount,
 }
 
 /// Which of the processes of `cordisk mount` this one is.
@@ -208,6 +241,12 @@ pub struct MountConfig {
     pub full_check: bool,
     /// Where the process id goes.
     pub pidfile: Option<PathBuf>,
+    /// Directories that backing files must lie in, if there are any.
+    pub backing_roots: Vec<PathBuf>,
+    /// Who to become, as typed: looked up by the process that serves.
+    pub user: Option<String>,
+    /// How much of a sandbox there has to be.
+    pub sandbox: sandbox::Mode,
 }
 
 /// Parses the command line of this process. Prints help or usage errors itself and ends the process then.
@@ -254,6 +293,7 @@ impl Args {
                     OutputArg::Json => Output::Json,
                 },
             }),
+            Typed::KeepMount => Command::KeepMount,
         })
     }
 }
@@ -278,6 +318,9 @@ impl MountArgs {
             allow_other: self.allow_other,
             backing_format: self.backing_format.map(BackingFormat::from),
             pidfile: self.pidfile.as_deref().map(absolute).transpose()?,
+            backing_roots: self.backing_roots.iter().map(|root| absolute(root)).collect::<Result<_>>()?,
+            user: self.user,
+            sandbox: self.sandbox.into(),
         })
     }
 }
@@ -344,7 +387,7 @@ mod tests {
     fn mount(line: &[&str]) -> MountConfig {
         match command(line) {
             Command::Mount(config) => config,
-            Command::Create(_) | Command::Check(_) => panic!("not mount"),
+            Command::Create(_) | Command::Check(_) | Command::KeepMount => panic!("not mount"),
         }
     }
 
@@ -398,6 +441,7 @@ mod tests {
         assert_eq!(config.device, "drive0");
         assert!(config.copy_on_read && !config.read_only && !config.allow_other);
         assert_eq!((config.qmp, config.stream, config.backing_format, config.pidfile), (None, None, None, None));
+        assert_eq!((config.user, config.sandbox, config.backing_roots), (None, sandbox::Mode::Try, vec![]));
     }
 
     #[test]
@@ -408,6 +452,10 @@ mod tests {
         let config = mount(&["cordisk", "mount", "-r", "--backing-format", "raw", "/i", "/m"]);
         assert!(config.read_only && !config.copy_on_read);
         assert_eq!(config.backing_format, Some(BackingFormat::Raw));
+        let config =
+            mount(&["cordisk", "mount", "--user", "u:g", "--sandbox", "require", "--backing-root", "a", "--backing-root=/b", "/i", "/m"]);
+        assert_eq!((config.user.as_deref(), config.sandbox), (Some("u:g"), sandbox::Mode::Require));
+        assert!(config.backing_roots.len() == 2 && config.backing_roots.iter().all(|root| root.is_absolute()));
         assert_eq!(mount(&["cordisk", "mount", "--background-child", "/i", "/m"]).role, Role::Child);
         assert_eq!(config.reserve, None);
         assert_eq!(mount(&["cordisk", "mount", "--reserve", "2G", "/i", "/m"]).reserve, Some(2 << 30));
@@ -449,6 +497,7 @@ mod tests {
             &["cordisk", "mount", "--stream", "--read-only", "/i", "/m"],
             &["cordisk", "mount", "--device", "0", "/i", "/m"],
             &["cordisk", "mount", "--reserve", "5%", "/i", "/m"],
+            &["cordisk", "mount", "--sandbox", "maybe", "/i", "/m"],
             &["cordisk", "create", "o", "-b", "base"],
             &["cordisk", "create", "o", "-b", "base", "-F", "vmdk"],
         ] {

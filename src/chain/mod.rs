@@ -18,11 +18,13 @@ use crate::{Error, ErrorKind, Result};
 
 mod gate;
 mod layer;
+mod roots;
 #[cfg(test)]
 mod tests;
 
 pub use gate::Gate;
 use layer::{Answer, Layer};
+pub use roots::Roots;
 
 /// The longest chain that is opened. QEMU has no limit, cloud-hypervisor 10; longer ones are a loop or an accident.
 pub const MAX_LAYERS: usize = 16;

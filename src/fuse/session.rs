@@ -55,8 +55,9 @@ pub(super) fn start(handler: Arc<Handler>, device: OwnedFd) -> Result<Running> {
     let adapter = Adapter { handler, workers, buffers: ArrayQueue::new(SESSION_THREADS) };
     let mut config = fuser::Config::default();
     config.n_threads = Some(SESSION_THREADS);
-    // One descriptor per thread saves them a lock in the kernel.
-    config.clone_fd = true;
+    // All threads share the descriptor: one for each would save them a lock in the kernel, but fuser opens /dev/fuse for it by name, on a
+    // thread, when that is no longer allowed.
+    config.clone_fd = false;
     // Who may open the disk is the kernel's check (`allow_other`, `default_permissions`). fuser's own comes later and would fail the
     // close of a descriptor that was passed to another user.
     let session = Session::from_fd(adapter, device, SessionACL::All, config).context(|| "FUSE handshake")?;

@@ -2,11 +2,12 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use rustix::fs::{FallocateFlags, OFlags, XattrFlags};
+use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, ResolveFlags, XattrFlags};
 use rustix::io::{Errno, retry_on_intr};
 
 use super::{Holding, HostSpace, OpenMark, Storage, WriteKind, locks};
@@ -21,6 +22,11 @@ const NEW_FILE_MODE: u32 = 0o644;
 
 /// The extended attribute that is there while a program of ours writes the image, and after it was killed.
 const OPEN_MARK: &str = "user.cordisk.open";
+/// How often a walk that was disturbed by a rename is tried again.
+const OPEN_TRIES: u32 = 128;
+/// statfs(2) of /proc and /sys (linux/magic.h).
+const PROC_SUPER_MAGIC: u64 = 0x9fa0;
+const SYSFS_MAGIC: u64 = 0x6265_6572;
 
 /// How an image file is opened and what is locked against other programs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -65,6 +71,37 @@ impl FileStorage {
         Self::opened(path, access, &mut options)
     }
 
+    /// Opens, for reading and without a lock, a file whose name comes from an image: `name`, seen from `directory`. Where that is a directory and
+    /// not [`CWD`], the file lies beneath it, whatever `..` and symbolic links there are on the way. It counts as `path` afterwards.
+    ///
+    /// # Errors
+    /// As [`FileStorage::open_unlocked`]; EXDEV for a name that leads out of `directory`; [`ErrorKind::InvalidArgument`] for the links in /proc that
+    /// stand for open files, and for anything else in /proc and /sys.
+    pub fn open_backing(directory: impl AsFd, name: &Path, path: &Path) -> crate::Result<Self> {
+        let context = || path.display().to_string();
+        let of_kernel =
+            || Error::new(ErrorKind::InvalidArgument, format!("{}: what is in /proc or /sys is no backing file", path.display()));
+        let beneath = if directory.as_fd().as_raw_fd() == CWD.as_raw_fd() { ResolveFlags::empty() } else { ResolveFlags::BENEATH };
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let mut tries = 0;
+        let file = loop {
+            match rustix::fs::openat2(&directory, name, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS | beneath) {
+                Ok(file) => break File::from(file),
+                // Something was renamed while `..` was looked at; the kernel asks to be asked again.
+                Err(Errno::AGAIN) if tries < OPEN_TRIES => tries += 1,
+                Err(Errno::INTR) => {}
+                // For want of a word of their own: a magic link, or a loop of links.
+                Err(Errno::LOOP) if leads_into_proc(path) => return Err(of_kernel()),
+                Err(error) => return Err(Error::io(context(), error.into())),
+            }
+        };
+        let kind = rustix::fs::fstatfs(&file).map_err(io::Error::from).context(context)?;
+        if [PROC_SUPER_MAGIC, SYSFS_MAGIC].contains(&(kind.f_type as u64)) {
+            return Err(of_kernel());
+        }
+        Self::from_file(path, Access::ReadOnly, file)
+    }
+
     /// Creates a new file that must not exist, opened for reading and writing and locked.
     ///
     /// # Errors
@@ -81,7 +118,12 @@ impl FileStorage {
     fn opened(path: &Path, access: Access, options: &mut OpenOptions) -> crate::Result<Self> {
         let context = || path.display().to_string();
         let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-        let mut file = options.custom_flags(flags.bits().cast_signed()).open(path).context(context)?;
+        let file = options.custom_flags(flags.bits().cast_signed()).open(path).context(context)?;
+        Self::from_file(path, access, file)
+    }
+
+    fn from_file(path: &Path, access: Access, mut file: File) -> crate::Result<Self> {
+        let context = || path.display().to_string();
         let metadata = file.metadata().context(context)?;
         let kind = metadata.file_type();
         let size = if kind.is_block_device() {
@@ -151,6 +193,20 @@ impl FileStorage {
         }
         Errno::IO.into()
     }
+}
+
+/// Whether a walk along symbolic links comes to /proc: for the message.
+fn leads_into_proc(path: &Path) -> bool {
+    let mut path = path.to_path_buf();
+    for _ in 0..OPEN_TRIES {
+        let directory = path.parent().unwrap_or(Path::new("/")).to_path_buf();
+        if directory.canonicalize().is_ok_and(|real| real.starts_with("/proc")) {
+            return true;
+        }
+        let Ok(target) = std::fs::read_link(&path) else { break };
+        path = directory.join(target);
+    }
+    false
 }
 
 impl Drop for FileStorage {
