@@ -11,9 +11,15 @@
 //! **Locks:** one mutex per file in memory, which nothing else is taken under but the observer's own.
 //! **Invariants:** what a barrier covers is decided when it is called, not when it returns: the weakest disk that is still a disk.
 
+#[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
+mod cut;
 pub mod order;
 pub mod spec;
 pub mod start;
 mod storage;
+#[cfg(test)]
+mod workload;
 
 pub use storage::{Action, Failure, Fault, Hold, Observer, Operation, Recorded, SimStorage, Times};

@@ -196,8 +196,9 @@ impl OrderChecker {
         self.names().range((cluster, Slot::Header)..(cluster + 1, Slot::Header)).map(|(&(_, slot), &naming)| (slot, naming)).collect()
     }
 
-    /// The least and the greatest refcount of a cluster that may be on disk.
-    fn refcounts(&self, cluster: u64) -> (u64, u64) {
+    /// The least and the greatest refcount of a cluster that may be on disk; where this is about the block that entry `named_by` of the
+    /// refcount table names, while that entry is on disk.
+    fn refcounts(&self, cluster: u64, named_by: Option<u64>) -> (u64, u64) {
         let mut found: Vec<u64> = Vec::new();
         for header in self.headers() {
             let (index, entry) = (cluster / header.block_entries(), cluster % header.block_entries());
@@ -206,7 +207,13 @@ impl OrderChecker {
                 continue;
             }
             let at = header.refcount_table.0 + index * 8;
+            let other = named_by.map(|index| header.refcount_table.0 + index * 8).filter(|other| other / SECTOR == at / SECTOR);
             for version in self.versions(at / SECTOR) {
+                if let Some(other) = other
+                    && version.get((other % SECTOR) as usize..(other % SECTOR) as usize + 8).is_none_or(|raw| raw == [0; 8])
+                {
+                    continue;
+                }
                 let raw = version.get((at % SECTOR) as usize..(at % SECTOR) as usize + 8).unwrap_or(&[]);
                 let block = raw.iter().fold(0, |value, &byte| value << 8 | u64::from(byte));
                 if block == 0 {
@@ -343,7 +350,7 @@ impl OrderChecker {
                 }
             }
             let count = after.range((cluster, Slot::Header)..(cluster + 1, Slot::Header)).count() as u64;
-            let (least, most) = self.refcounts(cluster);
+            let (least, most) = self.refcounts(cluster, if let Slot::Block(index) = slot { Some(index) } else { None });
             assert!(
                 count <= least,
                 "R2: {kind:?}: {count} entries, one of them {slot:?}, name cluster {cluster}: its refcount may be {least}"
@@ -375,7 +382,7 @@ impl OrderChecker {
                 *copied |= naming.copied;
             }
             for (cluster, (count, copied)) in named {
-                let (least, most) = self.refcounts(cluster);
+                let (least, most) = self.refcounts(cluster, None);
                 assert!(count <= least, "R3: the refcount of cluster {cluster} becomes {least}, and {count} entries may still name it");
                 assert!(!copied || most == 1, "R9: the refcount of cluster {cluster} becomes {most}, and a COPIED entry may name it");
             }
@@ -389,10 +396,10 @@ impl Observer for OrderChecker {
         if let Some((_, data_may)) = self.header {
             assert!(is_data && data_may, "R11: {kind:?} at {at:#x}, and no barrier since the header was written");
         }
-        self.check_place(kind, at, data.len() as u64);
         if kind == WriteKind::Header {
             self.check_header_write(at, data);
         }
+        self.check_place(kind, at, data.len() as u64);
         let features = self.headers().pop().map(|header| (header.features, header.backing));
         self.names();
         self.apply(Some(kind), at, data);
