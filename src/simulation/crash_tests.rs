@@ -144,7 +144,7 @@ fn explore(name: &str) {
     let wanted = number("CORDISK_CRASH_STATES").map_or(STATES, |states| states as usize) / starts.len();
     let seed = number("CORDISK_SEED").unwrap_or(1);
     println!("CORDISK_SEED={seed}");
-    let mut tally = Tally::default();
+    let (mut tally, began) = (Tally::default(), std::time::Instant::now());
     let ops = alphabet(start);
     let pairs = ops.len() * ops.len();
     // Two thirds of the states are those of pairs, whose records are about 16 long; half of those states were seen in other pairs.
@@ -162,12 +162,13 @@ fn explore(name: &str) {
         one(start, &ops, limits, &mut tally);
     }
     println!(
-        "{name}: {} states, {} distinct, {} workloads, {} used again, {} shown to qemu-img",
+        "{name}: {} states, {} distinct, {} workloads, {} used again, {} shown to qemu-img, {:.1?}",
         tally.states,
         tally.distinct.len(),
         tally.workloads,
         tally.reopened,
-        tally.qemu
+        tally.qemu,
+        began.elapsed()
     );
     assert!(tally.qemu > 0 && tally.reopened > 0);
 }
@@ -227,5 +228,5 @@ fn failed_barriers_leave_the_file_whole() {
             }
         }
     }
-    println!("{} states, {} workloads", tally.states, tally.workloads);
+    println!("{} states, {} distinct, {} workloads", tally.states, tally.distinct.len(), tally.workloads);
 }

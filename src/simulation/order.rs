@@ -196,18 +196,24 @@ impl OrderChecker {
         self.names().range((cluster, Slot::Header)..(cluster + 1, Slot::Header)).map(|(&(_, slot), &naming)| (slot, naming)).collect()
     }
 
-    /// The least and the greatest refcount of a cluster that may be on disk; where this is about the block that entry `named_by` of the
-    /// refcount table names, while that entry is on disk.
-    fn refcounts(&self, cluster: u64, named_by: Option<u64>) -> (u64, u64) {
+    /// The least and the greatest refcount of a cluster that may be on disk while the slot names it.
+    fn refcounts(&self, cluster: u64, slot: Option<Slot>) -> (u64, u64) {
         let mut found: Vec<u64> = Vec::new();
         for header in self.headers() {
+            if !slot.is_none_or(|slot| self.header_names(&header, slot, cluster)) {
+                continue;
+            }
             let (index, entry) = (cluster / header.block_entries(), cluster % header.block_entries());
             if index >= header.refcount_table.1 * self.cluster_size() / 8 {
                 found.push(0);
                 continue;
             }
             let at = header.refcount_table.0 + index * 8;
-            let other = named_by.map(|index| header.refcount_table.0 + index * 8).filter(|other| other / SECTOR == at / SECTOR);
+            // A sector that does not name this block yet is not on disk when the block is named.
+            let other = match slot {
+                Some(Slot::Block(index)) => Some(header.refcount_table.0 + index * 8).filter(|other| other / SECTOR == at / SECTOR),
+                _ => None,
+            };
             for version in self.versions(at / SECTOR) {
                 if let Some(other) = other
                     && version.get((other % SECTOR) as usize..(other % SECTOR) as usize + 8).is_none_or(|raw| raw == [0; 8])
@@ -226,6 +232,24 @@ impl OrderChecker {
             }
         }
         (found.iter().min().copied().unwrap_or(0), found.iter().max().copied().unwrap_or(0))
+    }
+
+    /// Whether a cluster can be named by that slot at all while this is the header.
+    fn header_names(&self, header: &Layout, slot: Slot, cluster: u64) -> bool {
+        let among = |table: u64, bytes: u64| (table..table + bytes).contains(&(cluster << self.cluster_bits));
+        match slot {
+            Slot::Header | Slot::L2Table(_) | Slot::Guest(_) => true,
+            Slot::RefcountTable => among(header.refcount_table.0, header.refcount_table.1 << self.cluster_bits),
+            Slot::L1Table => among(header.l1.0, header.l1.1 * 8),
+            Slot::Block(index) => {
+                let mut named = index < header.refcount_table.1 * self.cluster_size() / 8;
+                if named {
+                    named = false;
+                    self.each_entry(header.refcount_table.0 + index * 8, 1, |_, raw| named |= raw >> self.cluster_bits == cluster);
+                }
+                named
+            }
+        }
     }
 
     /// All of the cluster was written and a barrier has covered that since.
@@ -350,7 +374,7 @@ impl OrderChecker {
                 }
             }
             let count = after.range((cluster, Slot::Header)..(cluster + 1, Slot::Header)).count() as u64;
-            let (least, most) = self.refcounts(cluster, if let Slot::Block(index) = slot { Some(index) } else { None });
+            let (least, most) = self.refcounts(cluster, Some(slot));
             assert!(
                 count <= least,
                 "R2: {kind:?}: {count} entries, one of them {slot:?}, name cluster {cluster}: its refcount may be {least}"
