@@ -197,10 +197,10 @@ impl OrderChecker {
     }
 
     /// The least and the greatest refcount of a cluster that may be on disk while the slot names it.
-    fn refcounts(&self, cluster: u64, slot: Option<Slot>) -> (u64, u64) {
+    fn refcounts(&self, cluster: u64, slot: Slot) -> (u64, u64) {
         let mut found: Vec<u64> = Vec::new();
         for header in self.headers() {
-            if !slot.is_none_or(|slot| self.header_names(&header, slot, cluster)) {
+            if !self.header_names(&header, slot, cluster) {
                 continue;
             }
             let (index, entry) = (cluster / header.block_entries(), cluster % header.block_entries());
@@ -211,7 +211,7 @@ impl OrderChecker {
             let at = header.refcount_table.0 + index * 8;
             // A sector that does not name this block yet is not on disk when the block is named.
             let other = match slot {
-                Some(Slot::Block(index)) => Some(header.refcount_table.0 + index * 8).filter(|other| other / SECTOR == at / SECTOR),
+                Slot::Block(index) => Some(header.refcount_table.0 + index * 8).filter(|other| other / SECTOR == at / SECTOR),
                 _ => None,
             };
             for version in self.versions(at / SECTOR) {
@@ -374,7 +374,7 @@ impl OrderChecker {
                 }
             }
             let count = after.range((cluster, Slot::Header)..(cluster + 1, Slot::Header)).count() as u64;
-            let (least, most) = self.refcounts(cluster, Some(slot));
+            let (least, most) = self.refcounts(cluster, slot);
             assert!(
                 count <= least,
                 "R2: {kind:?}: {count} entries, one of them {slot:?}, name cluster {cluster}: its refcount may be {least}"
@@ -399,16 +399,16 @@ impl OrderChecker {
             let Slot::Block(index) = slot else { continue };
             let start = at - (block << self.cluster_bits);
             let clusters = [start, start + len].map(|byte| index * layout.block_entries() + ((byte * 8) >> layout.refcount_order));
-            let mut named: BTreeMap<u64, (u64, bool)> = BTreeMap::new();
-            for (&(cluster, _), naming) in self.names().range((clusters[0], Slot::Header)..(clusters[1], Slot::Header)) {
-                let (count, copied) = named.entry(cluster).or_default();
-                *count += 1;
-                *copied |= naming.copied;
-            }
-            for (cluster, (count, copied)) in named {
-                let (least, most) = self.refcounts(cluster, None);
+            let named: Vec<_> =
+                self.names().range((clusters[0], Slot::Header)..(clusters[1], Slot::Header)).map(|(&at, &n)| (at, n)).collect();
+            for &((cluster, slot), naming) in &named {
+                let count = named.iter().filter(|((other, _), _)| *other == cluster).count() as u64;
+                let (least, most) = self.refcounts(cluster, slot);
                 assert!(count <= least, "R3: the refcount of cluster {cluster} becomes {least}, and {count} entries may still name it");
-                assert!(!copied || most == 1, "R9: the refcount of cluster {cluster} becomes {most}, and a COPIED entry may name it");
+                assert!(
+                    !naming.copied || most == 1,
+                    "R9: the refcount of cluster {cluster} becomes {most}, and a COPIED entry may name it"
+                );
             }
         }
     }
@@ -424,6 +424,10 @@ impl Observer for OrderChecker {
             self.check_header_write(at, data);
         }
         self.check_place(kind, at, data.len() as u64);
+        for header in self.headers() {
+            let [_, _, autoclear] = header.features;
+            assert!(kind == WriteKind::Header || autoclear == 0, "R11: {kind:?} at {at:#x} while autoclear bits may still be set");
+        }
         let features = self.headers().pop().map(|header| (header.features, header.backing));
         self.names();
         self.apply(Some(kind), at, data);

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::spec::{Held, Layout};
 use super::start::pattern;
-use super::storage::{Action, Failure, Fault, Recorded, SimStorage, Times};
+use super::storage::{Action, Failure, Fault, Operation, Recorded, SimStorage, Times};
 use crate::Result;
 use crate::chain::Chain;
 use crate::disk::Disk;
@@ -31,6 +31,8 @@ pub enum Op {
     Grow(u64),
     /// A flush, and another operation while its barrier of that number (from 1) is under way.
     During(u64, Box<Op>),
+    /// An operation whose write of that number (from 0), and all that follow in it, find no space; one sector of each is done.
+    Full(u64, Box<Op>),
 }
 
 impl fmt::Display for Op {
@@ -47,6 +49,7 @@ impl fmt::Display for Op {
             Op::Close => f.write_str("c"),
             Op::Grow(size) => write!(f, "g{size}"),
             Op::During(barrier, op) => write!(f, "b{barrier}:{op}"),
+            Op::Full(write, op) => write!(f, "x{write}:{op}"),
         }
     }
 }
@@ -66,6 +69,7 @@ impl Op {
             "t" => Op::Timer,
             "c" => Op::Close,
             "g" => Op::Grow(rest.parse().ok()?),
+            "x" => rest.split_once(':').and_then(|(write, op)| Some(Op::Full(write.parse().ok()?, Box::new(Op::parse(op)?))))?,
             "b" => rest.split_once(':').and_then(|(barrier, op)| Some(Op::During(barrier.parse().ok()?, Box::new(Op::parse(op)?))))?,
             _ => return None,
         })
@@ -159,7 +163,7 @@ pub fn play(files: &Files, ops: &[Op], failing_barrier: Option<u64>) -> Story {
     let values = now.as_chunks().0.iter().map(|sector| vec![(0, *sector)]).collect();
     storage.record();
     if let Some(after) = failing_barrier {
-        let matches = Box::new(|operation: &super::storage::Operation| operation.action == Action::Sync);
+        let matches = Box::new(|operation: &Operation| operation.action == Action::Sync);
         storage.inject(Fault { matches, after, failure: Failure::Errno(5), times: Times::Once });
     }
     let story = Story {
@@ -186,7 +190,7 @@ pub fn play(files: &Files, ops: &[Op], failing_barrier: Option<u64>) -> Story {
         teller.story.begun.push(position);
         teller.tell(op);
     }
-    let failed = teller.storage.failures() > 0;
+    let failed = failing_barrier.is_some() && teller.storage.failures() > 0;
     if failed {
         teller.has_latched();
     }
@@ -265,6 +269,7 @@ impl Teller {
                 }
             }
             Op::During(barrier, ref inner) => self.during(barrier, inner),
+            Op::Full(write, ref inner) => self.full(write, inner),
         }
     }
 
@@ -285,6 +290,35 @@ impl Teller {
         if self.went(flushed).is_some() {
             self.keeps(kept);
         }
+    }
+
+    /// An operation on a host without space, P5: each sector of the guest is as before or as after, now and from now on.
+    fn full(&mut self, write: u64, inner: &Op) {
+        let matches = Box::new(|operation: &Operation| matches!(operation.action, Action::Write(_)));
+        self.storage.inject(Fault { matches, after: write, failure: Failure::Short(512, 28), times: Times::ForEver });
+        let before = self.storage.failures();
+        self.may_fail = true;
+        self.tell(inner);
+        self.storage.heal();
+        self.may_fail = false;
+        if self.storage.failures() == before {
+            return;
+        }
+        let mut found = vec![0; self.disk.size() as usize];
+        self.disk.read(0, &mut found).expect("there is space again");
+        let position = self.position();
+        for (sector, value) in found.as_chunks::<512>().0.iter().enumerate() {
+            let values = &mut self.story.values[sector];
+            let (newest, before) = (values[values.len() - 1].1, values.len().checked_sub(2).map(|index| values[index].1));
+            assert!(
+                *value == newest || Some(*value) == before,
+                "P5: sector {sector} is neither as before nor as after a write that failed"
+            );
+            if *value != newest {
+                values.push((position, *value));
+            }
+        }
+        self.story.now = found;
     }
 
     fn is_detached(&self) -> bool {

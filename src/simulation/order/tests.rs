@@ -356,6 +356,13 @@ fn r11_metadata_before_the_barrier() {
 }
 
 #[test]
+#[should_panic(expected = "R11: NewCluster at 0xe00 while autoclear bits may still be set")]
+fn r11_autoclear_bits_that_still_stand() {
+    let start = Start { autoclear: 1 << 40, ..Start::new("by hand", 3, 9, 4, 64 << 10) };
+    OrderChecker::new(start.bytes()).write(WriteKind::NewCluster, 7 * 512, &[7; 512]);
+}
+
+#[test]
 #[should_panic(expected = "R12: the backing link changes while 1 sectors, the first at 0xa00")]
 fn r12_data_that_no_barrier_covers() {
     let mut hand = Hand::new();
