@@ -4,8 +4,10 @@
 //! workload ──▶ Disk ──▶ Image ──▶ SimStorage ── records ──▶ cut: every state that a loss of power could leave
 //!                                     ├── fails the n-th operation, once or for ever
 //!                                     ├── stops an operation until the test lets it go on
-//!                                     └── shows every operation to an observer (the order checker)
+//!                                     └── shows every operation to an observer: [`order`] knows the rules of order
 //! ```
+//! [`spec`] says whether what is left is an image, and what the guest would read from it; [`start`] lays out images to begin with. Both are
+//! written from the specification and use nothing of the engine. Any test gets the order of writes checked with [`SimStorage::checked`].
 //!
 //! **Touches:** everything below it, as a user. **Never:** is part of the program.
 //! **Locks:** one mutex per file in memory, which nothing else is taken under but the observer's own.

@@ -238,7 +238,7 @@ impl Walk<'_> {
             if block == 0 {
                 continue;
             }
-            if block % cluster != 0 || block + cluster > self.bytes.len() as u64 {
+            if !block.is_multiple_of(cluster) || block + cluster > self.bytes.len() as u64 {
                 self.errors.push(format!("refcount table, index {index}: block at {block:#x} is unaligned or outside the file"));
                 continue;
             }

@@ -33,6 +33,8 @@ pub struct Start {
     pub counted: u64,
     /// How many clusters stay free before the counted ones.
     pub free: u64,
+    /// Clusters of the refcount table.
+    pub table: u64,
     /// Autoclear feature bits.
     pub autoclear: u64,
 }
@@ -71,7 +73,7 @@ impl Start {
     /// An empty image without a backing file, everything as small as it can be.
     pub fn new(name: &'static str, version: u32, cluster_bits: u32, refcount_order: u32, size: u64) -> Start {
         let (clusters, counted, free) = (Vec::new(), 0, 0);
-        Start { name, version, cluster_bits, refcount_order, size, base: 0, clusters, counted, free, autoclear: 0 }
+        Start { name, version, cluster_bits, refcount_order, size, base: 0, clusters, counted, free, table: 1, autoclear: 0 }
     }
 
     /// The bytes of the file.
@@ -90,17 +92,17 @@ impl Start {
         let hosts = self.clusters.iter().filter(|(_, fill)| *fill != Fill::Zero).count() as u64;
         let mut blocks = 1;
         let used = loop {
-            let used = 2 + blocks + l1_clusters + tables.len() as u64 + hosts;
+            let used = 1 + self.table + blocks + l1_clusters + tables.len() as u64 + hosts;
             let needed = used.max(self.counted).div_ceil(block_entries);
             if needed <= blocks {
                 break used;
             }
             blocks = needed;
         };
-        assert!(blocks <= l2_entries, "one cluster of refcount table");
+        assert!(blocks <= l2_entries * self.table, "so many blocks do not fit the refcount table");
         let mut bytes = vec![0; used as usize * cluster];
         let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
-        let (block_at, l1_at) = (2, 2 + blocks);
+        let (block_at, l1_at) = (1 + self.table, 1 + self.table + blocks);
         let l2_at = l1_at + l1_clusters;
         let offset = |at: u64| at * cluster as u64;
 
@@ -111,7 +113,7 @@ impl Start {
         put(36, &(l1_entries as u32).to_be_bytes());
         put(40, &offset(l1_at).to_be_bytes());
         put(48, &offset(1).to_be_bytes());
-        put(56, &1u32.to_be_bytes());
+        put(56, &(self.table as u32).to_be_bytes());
         let mut end = 72;
         if self.version >= 3 {
             put(88, &self.autoclear.to_be_bytes());
