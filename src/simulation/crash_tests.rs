@@ -53,7 +53,8 @@ fn files(start: &Start) -> Files {
 /// One operation of every kind, at the places where they meet.
 fn alphabet(start: &Start) -> Vec<Op> {
     let cluster = 1 << start.cluster_bits;
-    let l2_span = (cluster * cluster / 8).min(start.size / 2);
+    let half = start.size / 2;
+    let l2_span = (cluster * cluster / 8).min(half - half % cluster);
     vec![
         Op::Write(3 * cluster, cluster),
         Op::Write(cluster / 2 + 100, cluster),

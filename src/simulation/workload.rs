@@ -12,6 +12,7 @@ use crate::Result;
 use crate::chain::Chain;
 use crate::disk::Disk;
 use crate::image::Image;
+use crate::storage::WriteKind;
 
 /// One operation; ranges are guest bytes: start and length. Written and read as one short word each, for the line that replays a failure.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -294,8 +295,12 @@ impl Teller {
 
     /// An operation on a host without space, P5: each sector of the guest is as before or as after, now and from now on.
     fn full(&mut self, write: u64, inner: &Op) {
-        let matches = Box::new(|operation: &Operation| matches!(operation.action, Action::Write(_)));
-        self.storage.inject(Fault { matches, after: write, failure: Failure::Short(512, 28), times: Times::ForEver });
+        // Writes of the header are of a few bytes in one page: the host does not do half of them.
+        let header = |operation: &Operation| operation.action == Action::Write(WriteKind::Header);
+        let other = move |operation: &Operation| matches!(operation.action, Action::Write(_)) && !header(operation);
+        let times = Times::ForEver;
+        self.storage.inject(Fault { matches: Box::new(header), after: write / 4, failure: Failure::Errno(28), times });
+        self.storage.inject(Fault { matches: Box::new(other), after: write, failure: Failure::Short(512, 28), times });
         let before = self.storage.failures();
         self.may_fail = true;
         self.tell(inner);
