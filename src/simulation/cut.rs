@@ -366,7 +366,8 @@ pub fn ended(story: &Story, label: &str) {
         assert!(found == *expected, "sector {sector} at the end\nCORDISK_CRASH='{label}'");
     }
     let (before, after) = (leaks(&story.files.overlay), leaks(&story.end));
-    assert!(after <= before, "{after} leaks, {before} before\nCORDISK_CRASH='{label}'");
+    // After a header write that failed nobody knows which of two L1 tables the header names: both stay.
+    assert!(after <= before || label.contains(":g"), "{after} leaks, {before} before\nCORDISK_CRASH='{label}'");
 }
 
 /// Clusters that are counted and not referenced, those beyond the end of the file too.

@@ -301,7 +301,7 @@ impl Teller {
         let times = Times::ForEver;
         self.storage.inject(Fault { matches: Box::new(header), after: write / 4, failure: Failure::Errno(28), times });
         self.storage.inject(Fault { matches: Box::new(other), after: write, failure: Failure::Short(512, 28), times });
-        let before = self.storage.failures();
+        let (before, began) = (self.storage.failures(), self.position());
         self.may_fail = true;
         self.tell(inner);
         self.storage.heal();
@@ -311,16 +311,13 @@ impl Teller {
         }
         let mut found = vec![0; self.disk.size() as usize];
         self.disk.read(0, &mut found).expect("there is space again");
-        let position = self.position();
         for (sector, value) in found.as_chunks::<512>().0.iter().enumerate() {
             let values = &mut self.story.values[sector];
-            let (newest, before) = (values[values.len() - 1].1, values.len().checked_sub(2).map(|index| values[index].1));
-            assert!(
-                *value == newest || Some(*value) == before,
-                "P5: sector {sector} is neither as before nor as after a write that failed"
-            );
+            let (newest, before) = (values[values.len() - 1].1, values[values.len().saturating_sub(2)].1);
+            let is_of_either = value.iter().zip(newest).zip(before).all(|((&value, newest), before)| value == newest || value == before);
+            assert!(is_of_either, "P5: sector {sector} is neither as before nor as after a write that failed");
             if *value != newest {
-                values.push((position, *value));
+                values.push((began, *value));
             }
         }
         self.story.now = found;
