@@ -30,7 +30,8 @@ fn starts() -> Vec<Start> {
     let full = |start: Start, counted, free| Start { counted, free, ..start };
     vec![
         start("v3-512", 3, 9, 4, 64 << 10, 48 << 10, &some),
-        // The last cluster is there to its end, the disk is not, and there is more below than the guest may see: to grow it is to hide that.
+        // The last cluster is there to its end, the disk is not, and there is more below than the guest may see: to grow it is to hide
+        // that.
         start("v3-4k", 3, 12, 4, (125 << 10) + 512, 150 << 10, &[&some[..], &[(31, Fill::Data(5))]].concat()),
         start("v2-512", 2, 9, 4, 64 << 10, 80 << 10, &plain),
         start("v2-alone", 2, 9, 4, 40 << 10, 0, &plain),
@@ -236,7 +237,8 @@ crash_tests! {
     power_cuts_large_clusters_of_eight_bits: "v3-4k-8bit",
 }
 
-/// P7: a barrier fails, whichever; what it should have covered is on disk or was thrown away. Nothing more is written, and the file is whole.
+/// P7: a barrier fails, whichever; what it should have covered is on disk or was thrown away. Nothing more is written, and the file is
+/// whole.
 #[test]
 fn failed_barriers_leave_the_file_whole() {
     let mut tally = Tally::default();

@@ -1,7 +1,7 @@
 //! Losing power: every state in which a workload could leave the file, and what must hold in each.
 //!
-//! At any moment, what no barrier has covered is on disk or not, sector by sector, in any combination; so are the new length of the file and
-//! holes. A sector holds one of the contents that the page cache held, never parts of two.
+//! At any moment, what no barrier has covered is on disk or not, sector by sector, in any combination; so are the new length of the file
+//! and holes. A sector holds one of the contents that the page cache held, never parts of two.
 
 use std::collections::{HashMap, HashSet};
 use std::process::Command;
@@ -356,7 +356,8 @@ fn use_again(files: &Files, place: &str, id: u64, tally: &mut Tally) {
     cut(&story, &label, Limits { per_prefix: 6, reopen: 0, qemu: 0 }, tally, None);
 }
 
-/// What the file must be when all is done and closed: without error, without a leak beyond those that it began with, and what the guest wrote.
+/// What the file must be when all is done and closed: without error, without a leak beyond those that it began with, and what the guest
+/// wrote.
 pub fn ended(story: &Story, label: &str) {
     let after = spec::check(&story.end);
     assert!(after.errors.is_empty(), "{}\nCORDISK_CRASH='{label}'", after.errors.join("; "));

@@ -1,5 +1,5 @@
-//! The order checker: it sees every write, punch and barrier of an image and panics at the moment a rule of order is broken, long before a loss
-//! of power would show it. The rules (numbers of the crate docs):
+//! The order checker: it sees every write, punch and barrier of an image and panics at the moment a rule of order is broken, long before a
+//! loss of power would show it. The rules (numbers of the crate docs):
 //!
 //! ```text
 //! R1  an entry shows a host cluster only when that was written whole and a barrier has covered it since
@@ -13,8 +13,8 @@
 //! R12 the backing link changes only when nothing that was written waits for a barrier
 //! R16 guest data never goes where metadata may be, nor metadata where it does not belong
 //! ```
-//! "May be on disk" is what was durable, and every version of a sector that was written since a barrier covered it. The engine's own parsers
-//! are not used. What an image holds when the checker is switched on counts as durable.
+//! "May be on disk" is what was durable, and every version of a sector that was written since a barrier covered it. The engine's own
+//! parsers are not used. What an image holds when the checker is switched on counts as durable.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -366,8 +366,8 @@ impl OrderChecker {
                 assert!(self.is_durable(cluster, kinds), "{rule}: {kind:?}: {slot:?} names cluster {cluster}, which is not durable whole");
             }
             if naming.reserved && !old.reserved {
-                // What was written before it was zero does not count when it is to be seen again. The last barrier but one, since the cluster
-                // may be filled again while the pass that makes it zero on disk is under way.
+                // What was written before it was zero does not count when it is to be seen again. The last barrier but one, since the
+                // cluster may be filled again while the pass that makes it zero on disk is under way.
                 let keep = self.barriers.iter().rev().nth(1).copied().unwrap_or(0);
                 if let Some(cover) = self.covers.get_mut(&cluster) {
                     cover.whole.retain(|&moment| moment > keep);

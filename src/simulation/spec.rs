@@ -1,6 +1,6 @@
-//! A checker and a reader of qcow2 images, written from the specification (docs/interop/qcow2.rst in QEMU's sources) and from nothing else: it
-//! shares no line with the engine, so that both cannot be wrong in the same way. Internal snapshots, external data files, extended L2 entries
-//! and the content of compressed clusters are left out; an image with one of the first three is an error here.
+//! A checker and a reader of qcow2 images, written from the specification (docs/interop/qcow2.rst in QEMU's sources) and from nothing
+//! else: it shares no line with the engine, so that both cannot be wrong in the same way. Internal snapshots, external data files,
+//! extended L2 entries and the content of compressed clusters are left out; an image with one of the first three is an error here.
 
 /// What a check found; words as in `qemu-img check`.
 #[derive(Clone, Debug, Default)]

@@ -1,5 +1,5 @@
-//! Images to begin with, laid out cluster by cluster: any version, any width of refcounts, and any table just before it must grow. Written from
-//! the specification like [`super::spec`].
+//! Images to begin with, laid out cluster by cluster: any version, any width of refcounts, and any table just before it must grow. Written
+//! from the specification like [`super::spec`].
 
 /// What a guest cluster holds at the start.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -29,7 +29,8 @@ pub struct Start {
     pub base: u64,
     /// Guest clusters that are there.
     pub clusters: Vec<(u64, Fill)>,
-    /// Clusters that are counted although nothing is in them, up to this one: as after many crashes. The next one is where something must grow.
+    /// Clusters that are counted although nothing is in them, up to this one: as after many crashes. The next one is where something must
+    /// grow.
     pub counted: u64,
     /// How many clusters stay free before the counted ones.
     pub free: u64,

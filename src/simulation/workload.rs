@@ -1,5 +1,5 @@
-//! What is done to a disk before its power goes: guest operations, the record of what they made of the file, and what every sector of the guest
-//! may hold at every moment of that record (P4).
+//! What is done to a disk before its power goes: guest operations, the record of what they made of the file, and what every sector of the
+//! guest may hold at every moment of that record (P4).
 
 use std::fmt;
 use std::sync::Arc;
@@ -155,8 +155,8 @@ struct Teller {
     may_fail: bool,
 }
 
-/// Runs a workload, with the order of writes checked. With `failing_barrier` the barrier of that number (from 0) fails: operations may fail from
-/// then on.
+/// Runs a workload, with the order of writes checked. With `failing_barrier` the barrier of that number (from 0) fails: operations may
+/// fail from then on.
 pub fn play(files: &Files, ops: &[Op], failing_barrier: Option<u64>) -> Story {
     let storage = SimStorage::checked(files.overlay.clone());
     let layout = Layout::of(&files.overlay).expect("a good image to begin with");
@@ -299,7 +299,7 @@ impl Teller {
         let header = |operation: &Operation| operation.action == Action::Write(WriteKind::Header);
         let other = move |operation: &Operation| matches!(operation.action, Action::Write(_)) && !header(operation);
         let times = Times::ForEver;
-        self.storage.inject(Fault { matches: Box::new(header), after: write / 4, failure: Failure::Errno(28), times });
+        self.storage.inject(Fault { matches: Box::new(header), after: (write + 1) / 4, failure: Failure::Errno(28), times });
         self.storage.inject(Fault { matches: Box::new(other), after: write, failure: Failure::Short(512, 28), times });
         let (before, began) = (self.storage.failures(), self.position());
         self.may_fail = true;
