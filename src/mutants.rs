@@ -26,6 +26,8 @@ mutants! {
     BarrierBeforeTableSwitch = "barrier-before-table-switch",
     /// R5: a new refcount block is durable before the table names it.
     BarrierBeforeRefcountEntry = "barrier-before-refcount-entry",
+    /// R2, R5: where several blocks are new, one that counts another is named first.
+    BarrierBetweenRefcountEntries = "barrier-between-refcount-entries",
     /// R1, R2: data and refcounts are durable before L2 entries name clusters.
     BarrierBeforeL2 = "barrier-before-l2",
     /// R4: an L2 table is durable before the L1 table names it.

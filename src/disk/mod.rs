@@ -199,6 +199,12 @@ impl Disk {
         self.in_flight.waiting()
     }
 
+    /// As [`Disk::for_tests`], and reads copy up.
+    #[cfg(test)]
+    pub(crate) fn for_tests_copying_up(image: Image, chain: Option<Chain>) -> Disk {
+        Disk { copy_on_read: true, ..Disk::for_tests(image, chain) }
+    }
+
     fn reader(&self) -> &ImageReader {
         self.overlay.reader()
     }

@@ -222,11 +222,12 @@ impl Image {
         self.barrier(Step::BarrierAfterHeader)
     }
 
-    /// Undoes what a failed write may have done to the header. The next barrier covers it.
+    /// Undoes what a failed write may have done to the header, durably (R11).
     fn put_header_back(&self, on_disk: &mut HeaderOnDisk) -> Result<()> {
         if let Some((at, bytes)) = &*on_disk {
             self.reader.storage.write_at(WriteKind::Header, *at, bytes).map_err(|error| Error::io("header", error))?;
             *on_disk = None;
+            self.barrier(Step::BarrierAfterHeader)?;
         }
         Ok(())
     }

@@ -9,7 +9,6 @@ use crate::simulation::{Action, Failure, Fault, Operation, SimStorage, Times};
 use crate::storage::{Holding, OpenMark};
 
 mod leaks;
-mod power_cut;
 mod refcount_growth;
 
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -42,48 +41,7 @@ struct MemoryState {
     fail_syncs: bool,
     /// The next barrier takes its time and fails; those that overlap it succeed, as on Linux.
     fail_one_sync: bool,
-    power: Option<Power>,
     open: bool,
-}
-
-/// What is needed to know how a file may look after a power cut.
-#[derive(Debug)]
-struct Power {
-    durable: Vec<u8>,
-    /// Since the last barrier, in order: any sectors of any of them may be lost.
-    unsynced: Vec<(usize, Vec<u8>)>,
-    /// The cut comes before so many more writes, punches and barriers.
-    cut_in: usize,
-    random: u64,
-    after_cut: Option<Vec<u8>>,
-}
-
-fn next_random(x: &mut u64) -> u64 {
-    *x ^= *x << 13;
-    *x ^= *x >> 7;
-    *x ^= *x << 17;
-    *x >> 11
-}
-
-impl Power {
-    fn tick(&mut self) {
-        if self.cut_in == 0 && self.after_cut.is_none() {
-            let mut bytes = self.durable.clone();
-            // None, all, or some of them.
-            let chance = [0, 4, 2, 1, 3][next_random(&mut self.random) as usize % 5];
-            for (at, data) in &self.unsynced {
-                for (sector, data) in data.chunks(512).enumerate() {
-                    if next_random(&mut self.random) % 4 < chance {
-                        let at = at + sector * 512;
-                        bytes.resize(bytes.len().max(at + data.len()), 0);
-                        bytes[at..at + data.len()].copy_from_slice(data);
-                    }
-                }
-            }
-            self.after_cut = Some(bytes);
-        }
-        self.cut_in = self.cut_in.saturating_sub(1);
-    }
 }
 
 impl Memory {
@@ -120,10 +78,6 @@ impl Storage for Memory {
             return Err(io::Error::from_raw_os_error(28));
         }
         state.writes_left = state.writes_left.map(|left| left - 1);
-        if let Some(power) = &mut state.power {
-            power.tick();
-            power.unsynced.push((offset as usize, data.to_vec()));
-        }
         let end = offset as usize + data.len();
         if state.bytes.len() < end {
             state.bytes.resize(end, 0);
@@ -135,10 +89,6 @@ impl Storage for Memory {
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
         let mut state = self.state.lock();
         let end = ((offset + len) as usize).min(state.bytes.len());
-        if let Some(power) = &mut state.power {
-            power.tick();
-            power.unsynced.push((offset as usize, vec![0; end.saturating_sub(offset as usize)]));
-        }
         state.bytes[(offset as usize).min(end)..end].fill(0);
         state.ops.push(Op::Punch { at: offset, len });
         Ok(())
@@ -154,13 +104,6 @@ impl Storage for Memory {
             return Err(io::Error::from_raw_os_error(5));
         }
         state.ops.push(Op::Sync);
-        if let Some(power) = &mut state.power {
-            power.tick();
-            for (at, data) in power.unsynced.drain(..) {
-                power.durable.resize(power.durable.len().max(at + data.len()), 0);
-                power.durable[at..at + data.len()].copy_from_slice(&data);
-            }
-        }
         Ok(())
     }
     fn open_mark(&self) -> io::Result<OpenMark> {

@@ -19,6 +19,9 @@ use crate::storage::WriteKind;
 use crate::sync::unranked::{Condvar, Mutex};
 use crate::{Error, ErrorKind, Result};
 
+/// What a disk writes whole or not at all, bytes.
+const SECTOR: u64 = 512;
+
 /// Concurrent flushes share a pass: each waits for one that began after it came.
 #[derive(Debug, Default)]
 pub(super) struct GroupCommit {
@@ -124,7 +127,14 @@ impl Image {
             } else if !refcounts.entries.is_empty() {
                 self.barrier(Step::BarrierBeforeRefcountEntry)?;
                 let entries: Vec<_> = refcounts.entries.iter().map(|(at, entry)| (*at, entry.to_be_bytes())).collect();
-                self.write_all(WriteKind::RefcountTable, &entries)?;
+                // A block may lie in a cluster that another new block counts, whose entry comes before its own: in the same sector, or in one that
+                // is durable first (R2).
+                for (index, sector) in entries.chunk_by(|(a, _), (b, _)| a / SECTOR == b / SECTOR).enumerate() {
+                    if index > 0 {
+                        self.barrier(Step::BarrierBetweenRefcountEntries)?;
+                    }
+                    self.write_all(WriteKind::RefcountTable, sector)?;
+                }
             }
             self.barrier(Step::BarrierBeforeL2)?;
             if tables.is_empty() {

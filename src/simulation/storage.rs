@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use super::order::OrderChecker;
 use crate::storage::{Holding, Storage, WriteKind};
 use crate::sync::unranked::{Condvar, Mutex, MutexGuard};
 
@@ -153,6 +154,16 @@ impl SimStorage {
     /// A file with these bytes.
     pub fn new(bytes: Vec<u8>) -> Arc<SimStorage> {
         Arc::new(SimStorage { state: Mutex::new(State { bytes, ..State::default() }), changed: Condvar::new() })
+    }
+
+    /// A file with these bytes, an image, that panics where a rule of order is broken.
+    ///
+    /// # Panics
+    /// If the bytes are no image.
+    pub fn checked(bytes: Vec<u8>) -> Arc<SimStorage> {
+        let file = SimStorage::new(bytes.clone());
+        file.observe(Box::new(OrderChecker::new(bytes)));
+        file
     }
 
     /// The bytes as a reader finds them now; what a killed process leaves.

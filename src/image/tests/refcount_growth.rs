@@ -1,6 +1,8 @@
 //! The refcount table in an image where everything is small: growing, moving, failing half-way.
 
 use super::*;
+use crate::simulation::SimStorage;
+use crate::simulation::start::Start;
 
 /// An empty image in which everything is small: 512-byte clusters, 64 refcounts a block, 64 blocks a table, 64 entries an L2 table.
 pub(super) fn small() -> Bench {
@@ -129,4 +131,22 @@ fn space_behind_the_last_refcount_block_is_used() {
     again.image.close().unwrap();
     assert_eq!(again.memory.size(), len as u64);
     reopen(again.memory.killed()).has_small(0..2000);
+}
+
+/// R2, R5: of several new blocks at once, one counts the cluster of the next; their table entries may lie in different sectors, which reach the
+/// disk in any order. (The second block was once named while the first, which counts it, might not be.)
+#[test]
+fn new_blocks_are_named_one_sector_of_the_table_after_the_other() {
+    let start = Start { counted: 63 * 64, table: 4, ..Start::new("blocks", 3, 9, 6, 64 << 10) };
+    let file = SimStorage::checked(start.bytes());
+    let image = Image::open(file.clone()).unwrap();
+    let lock = RangeLock::new(512);
+    // An L1 table of 96 clusters: two more blocks for it, on both sides of the first sector of the refcount table.
+    image.make_room(&lock.exclusive(0..u64::MAX), 192 << 20).unwrap();
+    image.close().unwrap();
+    let header = image.reader().header();
+    let mut table = vec![0; header.refcount_table_clusters as usize * 512];
+    file.read_at(header.refcount_table_offset, &mut table).unwrap();
+    let blocks = table.chunks_exact(8).filter(|entry| **entry != [0; 8]).count();
+    assert!(blocks > 64, "{blocks}");
 }
