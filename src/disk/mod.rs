@@ -176,9 +176,15 @@ impl Disk {
     }
 
     /// A writable disk above storages that were not opened by name. Reads do not copy up.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn for_tests(image: Image, chain: Option<Chain>) -> Disk {
         Disk::assemble("/overlay.qcow2".into(), Overlay::Writable(Box::new(image)), chain, false)
+    }
+
+    /// The same disk, but reads copy up.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn copying_up(self) -> Disk {
+        Disk { copy_on_read: true, ..self }
     }
 
     fn reader(&self) -> &ImageReader {

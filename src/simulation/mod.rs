@@ -11,6 +11,7 @@
 //! **Locks:** one mutex per file in memory, which nothing else is taken under but the observer's own.
 //! **Invariants:** what a barrier covers is decided when it is called, not when it returns: the weakest disk that is still a disk.
 
+pub mod hostile;
 mod storage;
 
 pub use storage::{Action, Failure, Fault, Hold, Observer, Operation, Recorded, SimStorage, Times};

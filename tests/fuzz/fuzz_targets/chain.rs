@@ -1,0 +1,5 @@
+//! DOC
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| cordisk::simulation::hostile::chain::any_bytes(data));
