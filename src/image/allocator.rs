@@ -3,6 +3,10 @@
 //! New clusters come from gaps first, then from the end of the file. A refcount is raised before anything points to the cluster; it is lowered
 //! only by the write-back pass, when the pointer's removal is durable (R3), and the cluster is handed out again only after its space was punched
 //! (R7). On disk refcounts may therefore be too high after a crash (leaks), never too low (I2).
+//!
+//! A cluster that may have held guest data since the image was opened is given to guest data only, never to a table. In a hostile image a second L2
+//! entry may name the same cluster, which nothing but a full check finds, and a guest writes through that entry whatever the cluster is by then: it
+//! must be the guest's own data (R16). So freed clusters are kept apart from those that were free all along.
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
@@ -18,6 +22,9 @@ use crate::{Error, ErrorKind, Result};
 /// Largest refcount table, bytes (V9; QEMU: QCOW_MAX_REFTABLE_SIZE).
 const MAX_TABLE_BYTES: u64 = 8 << 20;
 
+/// How many clusters are searched for gaps at a time.
+const SEARCHED_AT_ONCE: u64 = 1 << 16;
+
 /// The allocator of one writable image.
 #[derive(Debug)]
 pub(super) struct Allocator {
@@ -31,8 +38,10 @@ struct State {
     refcounts: RefcountTable,
     /// Clusters of header, tables and blocks: no guest data may be there (V24, V27, R16).
     metadata: HashSet<u64>,
-    /// Free clusters known so far, all below `searched`.
+    /// Free clusters known so far that were free when the image was opened, all below `searched`: for tables and data.
     gaps: Gaps,
+    /// Clusters that were freed since: for data only.
+    freed: Gaps,
     /// Clusters below this one have been searched for gaps.
     searched: u64,
     /// Nothing at or above this cluster is metadata or was handed out.
@@ -64,7 +73,8 @@ impl Allocator {
         // What no refcount block covers is free, however much of the file (or device) there is: nothing is searched there, and it is used next.
         let behind_metadata = metadata.iter().max().map_or(0, |last| last + 1);
         let end = storage.size().div_ceil(cluster_size).min(covered).max(behind_metadata);
-        let state = State { refcounts, metadata, gaps: Gaps::default(), searched: 1, end, pending: BTreeMap::new() };
+        let state =
+            State { refcounts, metadata, gaps: Gaps::default(), freed: Gaps::default(), searched: 1, end, pending: BTreeMap::new() };
         Ok(Allocator { storage, geometry, state: Mutex::new(state) })
     }
 
@@ -79,11 +89,6 @@ impl Allocator {
             )));
         }
         Ok(())
-    }
-
-    /// A cluster from [`Allocator::allocate`] now holds metadata.
-    pub fn became_l2_table(&self, cluster: HostCluster) {
-        self.state.lock().metadata.insert(cluster.0);
     }
 
     /// Whether an L2 entry may name this cluster: not metadata, referenced, and exactly once if it says so (V24, V27, R9).
@@ -115,38 +120,79 @@ impl Allocator {
         self.state.lock().refcounts.counted()
     }
 
-    /// Hands out up to `at_most` (> 0) contiguous clusters with their refcounts raised to one: the first, and how many.
+    /// Hands out up to `at_most` (> 0) contiguous clusters for data, with their refcounts raised to one: the first, and how many.
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`] when the refcount table cannot grow further; I/O while loading a block.
     pub fn allocate(&self, at_most: u64) -> Result<(HostCluster, u64)> {
         let mut state = self.state.lock();
         let state = &mut *state;
-        self.search_gaps(state)?;
-        let (start, len) = match state.gaps.take(at_most) {
+        let (start, len) = match state.freed.take(at_most) {
             Some(run) => run,
-            None => self.take_at_end(state, at_most)?,
+            None => self.take_unused(state, at_most)?,
         };
-        for cluster in start..start + len {
-            debug_assert_eq!(state.refcounts.get(cluster)?, 0);
-            state.refcounts.set(cluster, 1)?;
-        }
+        self.count(state, start..start + len)?;
         Ok((HostCluster(start), len))
     }
 
-    /// While no gap is known, searches the file further, a block at a time. A cluster that only the table says is free must not be metadata
-    /// either (V27).
+    /// Hands out one cluster for an L2 table, with its refcount raised to one.
+    ///
+    /// # Errors
+    /// As [`Allocator::allocate`].
+    pub fn allocate_l2_table(&self) -> Result<HostCluster> {
+        let mut state = self.state.lock();
+        let (cluster, _) = self.take_unused(&mut state, 1)?;
+        // At once: an entry that names it must be refused from now on.
+        state.metadata.insert(cluster);
+        self.count(&mut state, cluster..cluster + 1)?;
+        Ok(HostCluster(cluster))
+    }
+
+    /// Takes back a cluster that was handed out for an L2 table and did not become one.
+    pub fn give_back_l2_table(&self, cluster: HostCluster) {
+        let mut state = self.state.lock();
+        if let Err(error) = state.refcounts.set(cluster.0, 0) {
+            log::warn!("cluster {} stays leaked: {error}", cluster.0);
+            return;
+        }
+        state.metadata.remove(&cluster.0);
+        // Where the search has not been yet it will find it by itself.
+        if cluster.0 < state.searched {
+            state.gaps.add(cluster.0);
+        }
+    }
+
+    /// Clusters that nothing was in since the image was opened.
+    fn take_unused(&self, state: &mut State, at_most: u64) -> Result<(u64, u64)> {
+        self.search_gaps(state)?;
+        match state.gaps.take(at_most) {
+            Some(run) => Ok(run),
+            None => self.take_at_end(state, at_most),
+        }
+    }
+
+    /// Raises the refcounts of clusters that are handed out.
+    fn count(&self, state: &mut State, clusters: Range<u64>) -> Result<()> {
+        for cluster in clusters {
+            debug_assert_eq!(state.refcounts.get(cluster)?, 0);
+            state.refcounts.set(cluster, 1)?;
+        }
+        Ok(())
+    }
+
+    /// While no gap is known, searches the file further, a block at a time and no more than [`SEARCHED_AT_ONCE`]: what one block says is free can
+    /// be more than anybody wants to remember. A cluster that only the table says is free must not be metadata either (V27).
     fn search_gaps(&self, state: &mut State) -> Result<()> {
         while state.gaps.is_empty() && state.searched < state.end {
             let searched = state.searched;
             let (_, first) = state.refcounts.index_of(searched);
-            let stop = state.end.min(searched - first + self.geometry.refblock_entries());
+            let stop = state.end.min(searched - first + self.geometry.refblock_entries()).min(searched + SEARCHED_AT_ONCE);
             // Where there is no block nothing can be handed out without making one: left to the end of the file.
             let free = state.refcounts.free_in(searched..stop)?;
             state.searched = stop;
             for cluster in free {
-                if !state.metadata.contains(&cluster) {
-                    state.add_gap(cluster);
+                if !state.metadata.contains(&cluster) && !state.freed.contains(cluster) {
+                    state.gaps.add(cluster);
                 }
             }
         }
@@ -164,7 +210,7 @@ impl Allocator {
             let limit = at_most.min(self.geometry.refblock_entries() - first);
             let start = state.end;
             let mut len = 0;
-            while len < limit && !state.metadata.contains(&(start + len)) && state.refcounts.get(start + len)? == 0 {
+            while len < limit && !state.is_spoken_for(start + len) && state.refcounts.get(start + len)? == 0 {
                 len += 1;
             }
             // Counted or claimed although beyond the end of the file: left alone.
@@ -259,7 +305,7 @@ impl Allocator {
                 log::warn!("cluster {cluster} stays leaked: {error}");
                 continue;
             }
-            state.add_gap(cluster);
+            state.freed.add(cluster);
         }
     }
 
@@ -315,7 +361,7 @@ impl Allocator {
         for (start, len) in unreferenced {
             for cluster in start..start + len {
                 state.metadata.remove(&cluster);
-                state.add_gap(cluster);
+                state.freed.add(cluster);
             }
         }
         Ok(())
@@ -339,17 +385,15 @@ impl Allocator {
 }
 
 impl State {
-    /// A free cluster. Where the search has not been yet it will find it by itself.
-    fn add_gap(&mut self, cluster: u64) {
-        if cluster < self.searched {
-            self.gaps.add(cluster);
-        }
+    /// Whether a cluster that may not be counted is not to be handed out at the end of the file all the same.
+    fn is_spoken_for(&self, cluster: u64) -> bool {
+        self.metadata.contains(&cluster) || self.freed.contains(cluster)
     }
 
-    /// The last cluster of a range that is counted or metadata.
+    /// The last cluster of a range that is counted or spoken for.
     fn last_in_use(&mut self, clusters: Range<u64>) -> Result<Option<u64>> {
         for cluster in clusters.rev() {
-            if self.refcounts.get(cluster)? != 0 || self.metadata.contains(&cluster) {
+            if self.refcounts.get(cluster)? != 0 || self.is_spoken_for(cluster) {
                 return Ok(Some(cluster));
             }
         }

@@ -85,7 +85,11 @@ fn image(directory: &Path, index: u64, count: u64, straight: bool, input: &mut I
     let here = directory.display();
     let backing = if straight {
         let next = index + 1;
-        if next < count { Some((format!("{next}.qcow2").into_bytes(), Some(b"qcow2".to_vec()))) } else { Some((b"base.raw".to_vec(), Some(b"raw".to_vec()))) }
+        if next < count {
+            Some((format!("{next}.qcow2").into_bytes(), Some(b"qcow2".to_vec())))
+        } else {
+            Some((b"base.raw".to_vec(), Some(b"raw".to_vec())))
+        }
     } else {
         let other = input.below(count);
         let own = directory.file_name().map(|name| name.display().to_string()).unwrap_or_default();
@@ -122,15 +126,7 @@ fn image(directory: &Path, index: u64, count: u64, straight: bool, input: &mut I
         named.then(|| (name, format.map(<[u8]>::to_vec)))
     };
     let clusters = 1 + input.below(12);
-    let shape = Shape {
-        version: 3,
-        bits: 9,
-        order: 4,
-        zstd: false,
-        size: clusters * 512,
-        l1_slack: 0,
-        backing: backing.clone(),
-    };
+    let shape = Shape { version: 3, bits: 9, order: 4, zstd: false, size: clusters * 512, l1_slack: 0, backing: backing.clone() };
     let kinds: Vec<Kind> = (0..clusters)
         .map(|_| match input.byte() % 4 {
             0 => Kind::Data(input.byte()),
@@ -152,7 +148,12 @@ fn known(format: Option<&[u8]>) -> Result<Option<BackingFormat>, ()> {
 }
 
 /// What the rules make of the chain: the files with what is to be read from each of them on, top first; `None` where it must be refused.
-fn expected(images: &[Image], overlay: (u64, u64), first: (&str, Option<BackingFormat>), directory: &Path) -> Option<Vec<(PathBuf, Vec<u8>)>> {
+fn expected(
+    images: &[Image],
+    overlay: (u64, u64),
+    first: (&str, Option<BackingFormat>),
+    directory: &Path,
+) -> Option<Vec<(PathBuf, Vec<u8>)>> {
     let mut taken = vec![overlay];
     let mut files: Vec<(PathBuf, Vec<u8>)> = Vec::new();
     let mut next = Some((first.0.to_string(), first.1));

@@ -7,10 +7,10 @@
 use std::sync::Arc;
 
 use super::Input;
+use super::pattern;
 use super::spec::{Spec, Verdict};
 use super::template::{COMPRESSED, COPIED, Template, template};
 use super::watch::Watch;
-use super::pattern;
 use crate::chain::Chain;
 use crate::disk::{Disk, Seek};
 use crate::image::Image;
@@ -265,7 +265,9 @@ impl Case {
                 let mut buf = vec![0xa5; len as usize];
                 let result = disk.read(offset, &mut buf);
                 if let (Ok(()), Some(model)) = (&result, &self.model) {
-                    assert!(buf == model[offset as usize..range.end as usize], "read of {len} at {offset}");
+                    let model = &model[offset as usize..range.end as usize];
+                    let differs = buf.iter().zip(model).position(|(read, written)| read != written);
+                    assert!(differs.is_none(), "read of {len} at {offset}: byte {differs:?} differs");
                 }
                 result
             }

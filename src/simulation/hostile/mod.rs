@@ -20,6 +20,8 @@ mod template;
 mod watch;
 
 #[cfg(test)]
+mod findings;
+#[cfg(test)]
 mod tests;
 
 /// Bytes that decide what a case is. Zeros once they are used up, so that every sequence of bytes is a case.

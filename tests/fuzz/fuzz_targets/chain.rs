@@ -1,4 +1,4 @@
-//! DOC
+//! Images that name each other and other things as backing files. What must hold is said in `src/simulation/hostile/chain.rs`.
 
 #![no_main]
 

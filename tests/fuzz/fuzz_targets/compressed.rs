@@ -1,4 +1,4 @@
-//! DOC
+//! A compressed cluster of any bytes. What must hold is said in `src/simulation/hostile/compressed.rs`.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! DOC
+//! A first cluster of any bytes. What must hold is said in `src/simulation/hostile/header.rs`.
 
 #![no_main]
 

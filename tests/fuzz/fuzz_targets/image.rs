@@ -1,4 +1,4 @@
-//! DOC
+//! A damaged image, and what a guest does to it. What must hold is said in `src/simulation/hostile/image.rs`.
 
 #![no_main]
 
