@@ -363,7 +363,8 @@ impl Disk {
         self.seek_until(from, what, Instant::now() + SEEK_TIME)
     }
 
-    fn seek_until(&self, from: u64, what: Seek, deadline: Instant) -> Result<Option<u64>> {
+    /// As [`Disk::seek`], no longer than until `deadline`.
+    pub(crate) fn seek_until(&self, from: u64, what: Seek, deadline: Instant) -> Result<Option<u64>> {
         let size = self.size();
         self.check_range(&(from..from))?;
         let mut at = from;

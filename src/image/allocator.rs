@@ -94,6 +94,7 @@ impl Allocator {
     /// Whether an L2 entry may name this cluster: not metadata, referenced, and exactly once if it says so (V24, V27, R9).
     pub fn check_data(&self, cluster: HostCluster, in_place: bool) -> Result<()> {
         let mut state = self.state.lock();
+        state.refcounts.evict();
         let offset = self.geometry.host_offset(cluster);
         if state.metadata.contains(&cluster.0) {
             return Err(corrupt(format!("cluster at {offset} is metadata")));
@@ -107,7 +108,9 @@ impl Allocator {
 
     /// The refcount of a cluster; zero where no block covers it.
     pub fn refcount(&self, cluster: HostCluster) -> Result<u64> {
-        self.state.lock().refcounts.get(cluster.0)
+        let mut state = self.state.lock();
+        state.refcounts.evict();
+        state.refcounts.get(cluster.0)
     }
 
     /// The clusters of all refcount blocks.
@@ -127,6 +130,7 @@ impl Allocator {
     pub fn allocate(&self, at_most: u64) -> Result<(HostCluster, u64)> {
         let mut state = self.state.lock();
         let state = &mut *state;
+        state.refcounts.evict();
         let (start, len) = match state.freed.take(at_most) {
             Some(run) => run,
             None => self.take_unused(state, at_most)?,
@@ -184,6 +188,7 @@ impl Allocator {
     /// be more than anybody wants to remember. A cluster that only the table says is free must not be metadata either (V27).
     fn search_gaps(&self, state: &mut State) -> Result<()> {
         while state.gaps.is_empty() && state.searched < state.end {
+            state.refcounts.evict();
             let searched = state.searched;
             let (_, first) = state.refcounts.index_of(searched);
             let stop = state.end.min(searched - first + self.geometry.refblock_entries()).min(searched + SEARCHED_AT_ONCE);
@@ -292,6 +297,7 @@ impl Allocator {
     /// Contiguous clusters at the end of the file, counted, for a table that must be in one piece.
     pub fn allocate_contiguous(&self, clusters: u64) -> Result<HostCluster> {
         let mut state = self.state.lock();
+        state.refcounts.evict();
         let start = self.extend(&mut state, clusters)?;
         state.metadata.extend(start..start + clusters);
         Ok(HostCluster(start))
@@ -330,9 +336,10 @@ impl Allocator {
         }
     }
 
-    /// Step 10: the removals are durable. Gives the space of clusters that nothing refers to any more back to the host, then lowers refcounts;
+    /// Step 10: all that the pass took is on disk, and the removals are durable. Gives the space of clusters that nothing refers to any more back to the host, then lowers refcounts;
     /// only then may they be handed out again (R7c, R8).
     pub fn release(&self, pending: &BTreeMap<u64, u64>) -> Result<()> {
+        self.state.lock().refcounts.written();
         let mut unreferenced: Vec<(u64, u64)> = Vec::new();
         for (&cluster, &references) in pending {
             let refcount = self.refcount(HostCluster(cluster))?;
@@ -365,6 +372,16 @@ impl Allocator {
             }
         }
         Ok(())
+    }
+
+    #[cfg(test)]
+    pub fn limit_memory(&self, bytes: usize) {
+        self.state.lock().refcounts.limit_memory(bytes);
+    }
+
+    #[cfg(test)]
+    pub fn resident_blocks(&self) -> usize {
+        self.state.lock().refcounts.resident()
     }
 
     /// For the write-back pass, step 4: marks clean and copies.

@@ -1,6 +1,7 @@
 //! What the fuzz targets and their authors found, one by one.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::spec::Spec;
 use super::template::{COPIED, Kind, Shape, build};
@@ -114,4 +115,18 @@ fn growing_shows_nothing_that_was_left_beyond_the_end() {
         let verdict = Spec::new(&bytes).unwrap().verdict();
         assert!(verdict.corruptions.is_empty() && verdict.leaks == 0, "{verdict:?}");
     }
+}
+
+/// A seek through a million runs, each of which costs the loading of tables, does not go on for ever: it says what is right if not the best.
+#[test]
+fn a_seek_has_an_end() {
+    let kinds: Vec<Kind> = (0..100).map(|index| if index % 2 == 0 { Kind::Zero } else { Kind::Unallocated }).collect();
+    let (_file, disk) = open(build(&shape(100 * CLUSTER), &kinds, [0, 0]));
+    let over = Instant::now();
+    assert_eq!(disk.seek_until(0, Seek::Data, over).unwrap(), Some(CLUSTER));
+    assert_eq!(disk.seek_until(99 * CLUSTER, Seek::Data, over).unwrap(), None);
+    assert_eq!(disk.seek_until(0, Seek::Hole, over).unwrap(), Some(0));
+    assert_eq!(disk.seek(0, Seek::Data).unwrap(), None);
+    let (_file, disk) = open(build(&shape(2 * SPAN), &[Kind::Data(1); 128], [0, 0]));
+    assert_eq!(disk.seek_until(0, Seek::Hole, over).unwrap(), Some(2 * SPAN));
 }
