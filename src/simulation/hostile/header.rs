@@ -8,7 +8,7 @@ use crate::simulation::SimStorage;
 use crate::storage::Storage;
 
 /// How long the file is that the bytes are the begin of.
-const SIZES: [u64; 6] = [0, 512, 4096, 65536, 1 << 20, 4 << 20];
+const SIZES: [u64; 8] = [0, 512, 512, 4096, 4096, 65536, 65536, 3 << 20];
 
 /// The fuzz target: the first two bytes say what the others are.
 ///

@@ -23,6 +23,8 @@ use crate::{Error, ErrorKind, Result};
 const LARGEST: u64 = 4 << 20;
 /// Files that claim more than this are opened and not written: the file in memory has no holes.
 const LARGEST_FILE: u64 = 64 << 20;
+/// Bytes of one operation.
+const LONGEST: u64 = 128 << 10;
 /// Operations of one case.
 const MOST_OPERATIONS: usize = 40;
 
@@ -316,9 +318,9 @@ impl Case {
             0 => input.below(cluster),
             1 => cluster * input.below(4),
             2 => input.below(8 * cluster),
-            _ => input.below(300 << 10),
+            _ => input.below(LONGEST),
         };
-        (offset, len.min(300 << 10).max(1).min(size - offset))
+        (offset, len.min(LONGEST).max(1).min(size - offset))
     }
 
     fn change(&mut self, offset: u64, data: &[u8]) {

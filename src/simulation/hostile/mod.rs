@@ -71,5 +71,9 @@ fn pattern(seed: u8, len: usize) -> Vec<u8> {
     if seed.is_multiple_of(4) {
         return vec![0; len];
     }
-    (0..len).map(|at| seed.wrapping_add((at / 61) as u8).wrapping_mul(31) | 1).collect()
+    let mut bytes = vec![0; len];
+    for (index, part) in bytes.chunks_mut(61).enumerate() {
+        part.fill(seed.wrapping_add(index as u8).wrapping_mul(31) | 1);
+    }
+    bytes
 }
