@@ -1,6 +1,7 @@
 //! A first cluster of any bytes: refused, or within all bounds of data-safety 3.1, and nothing read that the file is too short for.
 
 use super::Input;
+use super::image::FIELDS;
 use super::template::{Kind, Shape, build};
 use crate::format::Header;
 use crate::image::{Image, ImageReader};
@@ -39,8 +40,11 @@ fn edited(input: &mut Input<'_>) -> Vec<u8> {
     let shape = if shape.version == 2 { Shape { zstd: false, ..shape } } else { shape };
     let mut bytes = build(&shape, &[Kind::Data(1)], [0, 0]);
     while !input.is_over() {
-        let at = input.below(200) as usize;
-        let len = input.pick(&[1, 4, 8]);
+        let (at, len) = match input.byte() % 4 {
+            0 => (input.below(200), input.pick(&[1, 4, 8])),
+            _ => input.pick(&FIELDS),
+        };
+        let at = at as usize;
         let value = match input.byte() % 8 {
             0 => 0,
             1 => u64::MAX >> (input.byte() % 64),

@@ -79,7 +79,7 @@ impl Places {
 }
 
 /// Header fields: where, and how many bytes.
-const FIELDS: [(u64, usize); 19] = [
+pub(super) const FIELDS: [(u64, usize); 19] = [
     (4, 4),   // version
     (8, 8),   // backing file offset
     (16, 4),  // backing file size
