@@ -64,7 +64,8 @@ pub fn any_bytes(data: &[u8]) {
     let gate_format = input.pick(&[None, Some(BackingFormat::Raw), Some(BackingFormat::Qcow2)]);
     let overlay = directory.0.join("0.qcow2");
     let identity = fs::metadata(&overlay).map(|found| (found.dev(), found.ino())).expect("it was written");
-    let gate = Gate { backing_format: gate_format, taken: vec![identity], ..Gate::default() };
+    let mut gate = Gate { backing_format: gate_format, ..Gate::default() };
+    gate.taken.push(identity);
     let Some((name, format)) = images[0].backing.clone() else { return };
     let (Ok(name), Ok(format)) = (String::from_utf8(name), known(format.as_deref())) else { return };
     let expected = expected(&images, identity, (&name, format.or(gate_format)), &directory.0);
@@ -185,8 +186,9 @@ fn expected(
         if next.is_none() {
             // From the bottom up: each image above what lies below it.
             let mut below: Option<Vec<u8>> = None;
-            for (index, (_, bytes)) in files.iter_mut().enumerate().rev() {
-                let is_raw = below.is_none() && last_is_raw(index, format);
+            for (_, bytes) in files.iter_mut().rev() {
+                // Only the last layer can be raw, and its format is the one looked at last.
+                let is_raw = below.is_none() && format == Some(BackingFormat::Raw);
                 let content = if is_raw { bytes.clone() } else { Spec::new(bytes)?.content(below.as_deref())? };
                 *bytes = content.clone();
                 below = Some(content);
@@ -196,11 +198,6 @@ fn expected(
     Some(files)
 }
 
-/// Only the last layer can be raw, and its format is the one looked at last.
-fn last_is_raw(_index: usize, format: Option<BackingFormat>) -> bool {
-    format == Some(BackingFormat::Raw)
-}
-
 fn read(chain: &Chain, expected: &[(PathBuf, Vec<u8>)]) {
     let layers = chain.layers();
     assert!(layers.len() == expected.len() && layers.len() <= MAX_LAYERS, "{} layers instead of {}", layers.len(), expected.len());
@@ -208,8 +205,8 @@ fn read(chain: &Chain, expected: &[(PathBuf, Vec<u8>)]) {
         assert_eq!(layer.path.canonicalize().ok(), path.canonicalize().ok());
         assert_eq!(layer.size, content.len() as u64, "{}", path.display());
     }
-    for depth in 0..expected.len() {
-        let (rest, content) = (chain.below(depth).expect("so many layers"), &expected[depth].1);
+    for (depth, (_, content)) in expected.iter().enumerate() {
+        let rest = chain.below(depth).expect("so many layers");
         let mut buf = vec![0xee; content.len() + 700];
         rest.read(0, &mut buf).unwrap_or_else(|error| panic!("{error}"));
         assert!(buf[..content.len()] == content[..], "layer {depth} reads as something else");

@@ -138,8 +138,8 @@ fn interesting(before: u64, places: &Places, input: &mut Input<'_>) -> u64 {
         5 => before.wrapping_add(1),
         6 => before.wrapping_sub(1),
         7 => end - 1 + input.below(3),
-        8 => end - places.cluster * input.below(2) | COPIED,
-        9 => COMPRESSED | end - input.below(1024),
+        8 => (end - places.cluster * input.below(2)) | COPIED,
+        9 => COMPRESSED | (end - input.below(1024)),
         10 => COMPRESSED | input.number(8),
         11 => u64::MAX >> (input.byte() % 64),
         12 => 1 << (input.byte() % 64),
@@ -147,7 +147,7 @@ fn interesting(before: u64, places: &Places, input: &mut Input<'_>) -> u64 {
         14 => places.l2.get(input.below(4) as usize).copied().unwrap_or(places.cluster) | input.pick(&[0, COPIED]),
         15 => places.blocks.get(input.below(4) as usize).copied().unwrap_or(places.cluster) | input.pick(&[0, COPIED]),
         16 | 17 if !places.entries.is_empty() => input.pick(&places.entries),
-        18 => input.below(end / places.cluster + 2) * places.cluster | input.pick(&[0, COPIED]),
+        18 => (input.below(end / places.cluster + 2) * places.cluster) | input.pick(&[0, COPIED]),
         _ => input.number(8),
     }
 }
@@ -321,7 +321,7 @@ impl Case {
             2 => input.below(8 * cluster),
             _ => input.below(LONGEST),
         };
-        (offset, len.min(LONGEST).max(1).min(size - offset))
+        (offset, len.clamp(1, LONGEST).min(size - offset))
     }
 
     fn change(&mut self, offset: u64, data: &[u8]) {

@@ -144,7 +144,7 @@ pub(super) fn build(shape: &Shape, kinds: &[Kind], unused: [u64; 2]) -> Vec<u8> 
         }
         let at = file.take(1);
         file.put(at * cluster, &words(&entries));
-        file.put(l1_at * cluster + table * 8, &(at * cluster | COPIED).to_be_bytes());
+        file.put(l1_at * cluster + table * 8, &((at * cluster) | COPIED).to_be_bytes());
     }
     file.refcounts(shape, table_at);
     let header = header(shape, (table_at * cluster, l1_at * cluster), l1_entries);
