@@ -135,7 +135,7 @@ impl<'a> Spec<'a> {
         }
         let file = self.bytes.len() as u64;
         for (table, at) in self.blocks() {
-            if at % self.cluster() != 0 || at.saturating_add(self.cluster()) > file {
+            if !at.is_multiple_of(self.cluster()) || at.saturating_add(self.cluster()) > file {
                 verdict.corruptions.push(format!("refcount block {table} at {at:#x}"));
             }
         }
@@ -150,7 +150,7 @@ impl<'a> Spec<'a> {
         }
         let mut copied = Vec::new();
         for (index, table, is_copied) in self.l2_tables() {
-            if table % self.cluster() != 0 || table.saturating_add(self.cluster()) > file {
+            if !table.is_multiple_of(self.cluster()) || table.saturating_add(self.cluster()) > file {
                 verdict.corruptions.push(format!("L2 table {index} at {table:#x}"));
             }
             if is_copied {
@@ -212,7 +212,7 @@ impl<'a> Spec<'a> {
             return Ok(Some((at >> self.bits, (at + len - 1) >> self.bits)));
         }
         let at = raw & OFFSET;
-        if raw & 0x3f00_0000_0000_01fe != 0 || at % self.cluster() != 0 || (at != 0 && at >= file) {
+        if raw & 0x3f00_0000_0000_01fe != 0 || !at.is_multiple_of(self.cluster()) || (at != 0 && at >= file) {
             return Err("is bad");
         }
         if (at == 0 && raw & COPIED != 0) || (raw & 1 != 0 && self.version < 3) {

@@ -224,7 +224,7 @@ impl File {
         }
         let fits =
             |file: &File| *packed >> self.bits < file.counts.len() as u64 && file.counts[(*packed >> self.bits) as usize] < file.most;
-        let inside = *packed % (1 << self.bits) != 0;
+        let inside = !packed.is_multiple_of(1 << self.bits);
         let continued = inside && fits(self) && {
             let left = (1 << self.bits) - *packed % (1 << self.bits);
             payload.len() as u64 <= left || *packed >> self.bits == self.counts.len() as u64 - 1
