@@ -4,7 +4,6 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::spec::Spec;
 use super::template::{Kind, Shape, build};
@@ -26,10 +25,9 @@ struct Directory(PathBuf);
 
 impl Directory {
     fn new() -> Directory {
-        static COUNT: AtomicU64 = AtomicU64::new(0);
-        let name = format!("cordisk-chain-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let path = std::env::temp_dir().join(name);
-        fs::create_dir_all(path.join("sub")).expect("a directory for the images");
+        let numbered = |number| std::env::temp_dir().join(format!("cordisk-chain-{}-{number}", std::process::id()));
+        let path = (0..1000).map(numbered).find(|path| fs::create_dir(path).is_ok()).expect("a directory for the images");
+        fs::create_dir(path.join("sub")).expect("a directory in it");
         Directory(path)
     }
 }
