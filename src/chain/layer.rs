@@ -62,7 +62,7 @@ impl Layer {
     }
 
     /// A raw layer that was not opened by name.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn of_raw(storage: Arc<dyn Storage>) -> Layer {
         let reference = BackingReference { name: "base.raw".into(), format: Some(BackingFormat::Raw) };
         Layer { reference, path: "/base.raw".into(), size: storage.size(), allocated_size: 0, body: Body::Raw(storage) }

@@ -113,7 +113,7 @@ impl Chain {
     }
 
     /// A chain of one raw layer, whatever that is made of.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn of_raw(storage: Arc<dyn crate::storage::Storage>) -> Chain {
         Chain { layers: vec![Arc::new(Layer::of_raw(storage))] }
     }

@@ -19,6 +19,7 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::chain::{Chain, Content, Gate, LayerInfo};
 use crate::error::Context;
@@ -47,6 +48,9 @@ use stats::Stats;
 
 /// Runs that one seek looks at, at most: an image can be made of more of them than anybody can count (I8).
 const SEEK_RUNS: u32 = 1 << 20;
+/// And no longer than this: each run may cost the loading of a table in every layer, and the tables of a hostile chain can be one and the same,
+/// named a million times by a small file.
+const SEEK_TIME: Duration = Duration::from_secs(1);
 
 /// How a disk is opened.
 #[derive(Clone, Debug)]
@@ -175,7 +179,7 @@ impl Disk {
     }
 
     /// A writable disk above storages that were not opened by name. Reads do not copy up.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn for_tests(image: Image, chain: Option<Chain>) -> Disk {
         Disk::for_tests_with(image, chain, false)
     }
@@ -203,6 +207,12 @@ impl Disk {
     #[cfg(test)]
     pub(crate) fn for_tests_copying_up(image: Image, chain: Option<Chain>) -> Disk {
         Disk { copy_on_read: true, ..Disk::for_tests(image, chain) }
+    }
+
+    /// The same disk, but reads copy up.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn copying_up(self) -> Disk {
+        Disk { copy_on_read: true, ..self }
     }
 
     fn reader(&self) -> &ImageReader {
@@ -325,7 +335,15 @@ impl Disk {
             }
             let shown = self.chain().map_or(0, |chain| chain.size()).min(size);
             let shown = if without(Step::HideBelowBeforeGrow) { before } else { shown };
-            self.hide_below(image, &drained, self.aligned(&(before.next_multiple_of(self.cluster_size())..shown)))?;
+            let beyond = self.aligned(&(before.next_multiple_of(self.cluster_size())..size));
+            self.hide(image, &drained, self.aligned(&(beyond.start..shown)))?;
+            // What another program left beyond the end must not come into sight either.
+            let mut rest = self.clusters(&(beyond.start.max(self.aligned(&(0..shown)).end)..beyond.end));
+            while let Some(mapped) = image.first_mapped(rest.clone())? {
+                let bits = self.geometry().cluster_bits();
+                self.hide(image, &drained, mapped.start.0 << bits..mapped.end.0 << bits)?;
+                rest.start = mapped.end;
+            }
         }
         image.set_size(&drained, size)
     }
@@ -348,8 +366,8 @@ impl Disk {
         self.store(image, drained, self.geometry().guest_cluster(GuestOffset(start)), &cluster)
     }
 
-    /// Makes whole clusters beyond the end of the disk read as zero, which are unallocated up to now.
-    fn hide_below(&self, image: &Image, drained: &Exclusive<'_>, aligned: Range<u64>) -> Result<()> {
+    /// Makes whole clusters beyond the end of the disk read as zero.
+    fn hide(&self, image: &Image, drained: &Exclusive<'_>, aligned: Range<u64>) -> Result<()> {
         if self.geometry().version() >= 3 {
             return image.discard(drained, self.clusters(&aligned));
         }
@@ -369,6 +387,11 @@ impl Disk {
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] beyond the end; I/O, corruption.
     pub fn seek(&self, from: u64, what: Seek) -> Result<Option<u64>> {
+        self.seek_until(from, what, Instant::now() + SEEK_TIME)
+    }
+
+    /// As [`Disk::seek`], no longer than until `deadline`.
+    pub(crate) fn seek_until(&self, from: u64, what: Seek, deadline: Instant) -> Result<Option<u64>> {
         let size = self.size();
         self.check_range(&(from..from))?;
         let mut at = from;
@@ -389,9 +412,15 @@ impl Disk {
                 return Ok(Some(at));
             }
             at += len;
+            if Instant::now() >= deadline {
+                break;
+            }
         }
         // Further on is further than one request may take; both answers are right, if not the best.
-        Ok(Some(if what == Seek::Data { at } else { size }))
+        Ok(match what {
+            Seek::Data => (at < size).then_some(at),
+            Seek::Hole => Some(size),
+        })
     }
 
     /// How long a stream of the first `depth` backing layers is, in bytes: the virtual size, or 0 where there is nothing to copy.

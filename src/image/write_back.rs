@@ -161,9 +161,9 @@ impl Image {
                         *frees.entry(cluster).or_default() += 1;
                     }
                 }
-                let released = self.allocator.release(&frees);
+                let released = self.allocator.release(&mut frees);
                 if released.is_err() {
-                    // A refcount block could not be read: nothing was lowered, and what is durably unreferenced is not forgotten.
+                    // A refcount block could not be read: what was not lowered, though durably unreferenced, is not forgotten.
                     self.allocator.requeue(frees);
                 }
                 self.watch(released)

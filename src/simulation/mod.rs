@@ -23,6 +23,7 @@ mod cut;
 mod faults;
 #[cfg(test)]
 mod hazards;
+pub mod hostile;
 #[cfg(test)]
 mod judge;
 pub mod order;

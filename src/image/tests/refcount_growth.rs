@@ -150,3 +150,30 @@ fn new_blocks_are_named_one_sector_of_the_table_after_the_other() {
     let blocks = table.chunks_exact(8).filter(|entry| **entry != [0; 8]).count();
     assert!(blocks > 64, "{blocks}");
 }
+
+/// Blocks beyond the memory limit are dropped when clean, and come back with what was written to them.
+#[test]
+fn refcount_blocks_are_dropped_and_come_back() {
+    let bench = small();
+    // The rest of the larger table.
+    let leaks = |memory: &Memory| {
+        let report = check::check(memory).unwrap();
+        (report.corruptions, report.leaks)
+    };
+    let leaked = leaks(&bench.memory);
+    bench.image.allocator.limit_memory(4 * 512);
+    for round in 0..8u64 {
+        bench.store_small(round * 400..(round + 1) * 400).unwrap();
+        // What is given back lies under blocks of which some have been dropped.
+        let held = bench.lock.exclusive(0..u64::MAX);
+        bench.image.discard(&held, GuestCluster(round * 400 + 100)..GuestCluster(round * 400 + 300)).unwrap();
+        bench.image.discard(&held, GuestCluster(round * 97)..GuestCluster(round * 97 + 31)).unwrap();
+        drop(held);
+        bench.image.flush().unwrap();
+    }
+    bench.image.close().unwrap();
+    assert!(bench.image.allocator.resident_blocks() <= 4, "{} blocks in memory", bench.image.allocator.resident_blocks());
+    let again = reopen(bench.memory.killed());
+    assert_eq!(leaks(&again.memory), leaked);
+    again.has_small(3100..3200);
+}
