@@ -134,6 +134,11 @@ impl Chain {
         self.layers.iter().map(|layer| layer.info()).collect()
     }
 
+    /// What the files were like when they were opened, top first, each in brackets: changes with every change of any of them.
+    pub fn versions(&self) -> String {
+        self.layers.iter().map(|layer| format!("[{}]", layer.version())).collect()
+    }
+
     /// The chain that is left when the first `depth` layers go; `None` where nothing is left. The files stay open as they are.
     pub fn below(&self, depth: usize) -> Option<Chain> {
         let rest = self.layers.get(depth..).filter(|rest| !rest.is_empty())?;

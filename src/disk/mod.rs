@@ -161,6 +161,9 @@ impl Disk {
                 let (clusters, bytes) = (leaks.clusters(), leaks.clusters() * disk.cluster_size());
                 log::info!("{}: {clusters} leaked clusters ({bytes} bytes) were given back", what());
             }
+            if let Some(chain) = disk.chain() {
+                warn_of_changed_base(&disk.path, &**image.reader().storage(), &chain).context(what)?;
+            }
         }
         Ok(disk)
     }
@@ -526,6 +529,24 @@ fn find_leaks(image: &Image, full_check: bool) -> Result<Option<Leaks>> {
             Ok(None)
         }
         found => found.map(Some),
+    }
+}
+
+/// P10: what was copied up and what is still read from below must be of one piece. The first mount notes what the backing files are like; a later one
+/// warns if they have changed. (Fewer of them, after a stream to a base, is no change of those that are left.)
+fn warn_of_changed_base(path: &Path, storage: &dyn Storage, chain: &Chain) -> std::io::Result<()> {
+    let now = chain.versions();
+    match storage.base_note()? {
+        None => storage.set_base_note(&now),
+        Some(noted) if noted.ends_with(&now) => Ok(()),
+        Some(_) => {
+            let path = path.display();
+            log::warn!(
+                "{path}: a backing file was changed or exchanged since this image was first mounted; what was copied up before may not fit \
+                 what is read from below now (if that is as it should be: setfattr -x user.cordisk.base {path})"
+            );
+            Ok(())
+        }
     }
 }
 

@@ -22,6 +22,9 @@ const NEW_FILE_MODE: u32 = 0o644;
 
 /// The extended attribute that is there while a program of ours writes the image, and after it was killed.
 const OPEN_MARK: &str = "user.cordisk.open";
+/// The extended attribute that says what the backing files were like, and more bytes than it ever has.
+const BASE_NOTE: &str = "user.cordisk.base";
+const LONGEST_NOTE: usize = 2048;
 /// How often a walk that was disturbed by a rename is tried again.
 const OPEN_TRIES: u32 = 128;
 /// statfs(2) of /proc and /sys (linux/magic.h).
@@ -171,6 +174,15 @@ impl FileStorage {
         &self.path
     }
 
+    /// Size in bytes and time of the last change, as text: who changes the file changes this.
+    ///
+    /// # Errors
+    /// Those of fstat(2).
+    pub fn version(&self) -> io::Result<String> {
+        let file = self.file.metadata()?;
+        Ok(format!("{}@{}.{:09}", file.size(), file.mtime(), file.mtime_nsec()))
+    }
+
     /// (device, inode): what a file is, whatever its name.
     pub fn identity(&self) -> (u64, u64) {
         self.identity
@@ -277,6 +289,22 @@ impl Storage for FileStorage {
         let bytes = |blocks: u64| blocks.saturating_mul(host.f_frsize);
         // Some file systems say zero of everything for "don't know".
         Ok((host.f_blocks > 0).then(|| HostSpace { free: bytes(host.f_bavail), total: bytes(host.f_blocks) }))
+    }
+
+    fn base_note(&self) -> io::Result<Option<String>> {
+        let mut note = [0; LONGEST_NOTE];
+        match retry_on_intr(|| rustix::fs::fgetxattr(&self.file, BASE_NOTE, &mut note)) {
+            Ok(len) => Ok(Some(String::from_utf8_lossy(&note[..len]).into_owned())),
+            Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS | Errno::RANGE) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn set_base_note(&self, note: &str) -> io::Result<()> {
+        match retry_on_intr(|| rustix::fs::fsetxattr(&self.file, BASE_NOTE, note.as_bytes(), XattrFlags::empty())) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS | Errno::NOSPC | Errno::DQUOT | Errno::ACCESS) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn open_mark(&self) -> io::Result<OpenMark> {

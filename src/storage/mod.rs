@@ -116,6 +116,22 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
         Ok(None)
     }
 
+    /// What [`Storage::set_base_note`] has left beside the bytes; `None` where it was never called or the file cannot have any.
+    ///
+    /// # Errors
+    /// Those of fgetxattr(2).
+    fn base_note(&self) -> io::Result<Option<String>> {
+        Ok(None)
+    }
+
+    /// Leaves a note beside the bytes. Where the file cannot have one, or has no room for it, nothing happens.
+    ///
+    /// # Errors
+    /// Those of fsetxattr(2).
+    fn set_base_note(&self, _note: &str) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Whether [`Storage::set_open_mark`] was called without [`Storage::remove_open_mark`] after it. A storage that does not outlive its user
     /// has none.
     ///

@@ -288,3 +288,26 @@ fn a_flush_that_failed_is_final() {
     qemu::assert_not_corrupt(bad.served.below());
     assert_same("in the end", &qemu::read_all(bad.served.below()), &bad.want);
 }
+
+/// Protects: P10: the first mount notes what the base is like; when it has changed since, the next mount says so, and only then.
+#[test]
+fn a_base_that_changed_between_two_mounts_is_warned_of() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    // The daemons of one scratch directory share a log.
+    let warnings_after_a_mount = || {
+        let disk = rig.mount().start();
+        assert_same("whatever the base is like", &disk.read_all(), &rig.content);
+        let warnings = disk.log().matches("a backing file was changed or exchanged").count();
+        disk.umount();
+        warnings
+    };
+    assert_eq!(warnings_after_a_mount(), 0, "nothing was noted yet");
+    assert_eq!(warnings_after_a_mount(), 0, "nothing has changed");
+    File::options().write(true).open(&rig.base).expect("base").set_modified(std::time::UNIX_EPOCH).expect("another time");
+    assert_eq!(warnings_after_a_mount(), 1, "the base has changed");
+    assert_eq!(warnings_after_a_mount(), 2, "and nobody has said that it may");
+    rustix::fs::removexattr(&rig.overlay, "user.cordisk.base").expect("accepted");
+    assert_eq!(warnings_after_a_mount(), 2, "noted anew");
+    rig.assert_overlay(&rig.content);
+}
