@@ -19,6 +19,8 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, never};
 use std::time::{Duration, Instant};
 
 use crate::chain::{Chain, Content, Gate, LayerInfo};
@@ -308,6 +310,14 @@ impl Disk {
         match &self.overlay {
             Overlay::Writable(image) => image.flush_if_dirty(),
             Overlay::ReadOnly(_) => Ok(()),
+        }
+    }
+
+    /// Yields when so much waits to be committed that [`Disk::flush_if_dirty`] should be called before its time.
+    pub fn commit_wanted(&self) -> Receiver<()> {
+        match &self.overlay {
+            Overlay::Writable(image) => image.commit_wanted(),
+            Overlay::ReadOnly(_) => never(),
         }
     }
 

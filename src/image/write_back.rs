@@ -16,6 +16,7 @@ use super::Image;
 use crate::format::patch;
 use crate::mutants::{Step, without};
 use crate::storage::WriteKind;
+use crate::sync::atomic::Ordering;
 use crate::sync::unranked::{Condvar, Mutex};
 use crate::{Error, ErrorKind, Result};
 
@@ -104,6 +105,7 @@ impl Image {
         self.check_usable()?;
         // Before a table is written that only the old header leads to, and before what only the new one would lead to is freed.
         self.put_header_back(&mut self.header_change.lock())?;
+        self.uncommitted.store(0, Ordering::Relaxed);
         let mut frees = self.allocator.take_pending();
         let early = without(Step::TablesBeforeRefcounts).then(|| self.allocator.take_dirty());
         let tables = self.reader.tables.take_dirty();
