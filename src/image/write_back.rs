@@ -88,12 +88,13 @@ impl Image {
     /// # Errors
     /// As [`Image::flush`].
     pub fn close(&self) -> Result<()> {
-        self.allocator.give_up_reserved()?;
+        // What was acknowledged is written back whether the rest can be given up or not.
+        let given_up = self.allocator.give_up_reserved();
         self.flush()?;
         while self.is_dirty() {
             self.flush()?;
         }
-        Ok(())
+        given_up
     }
 
     pub(super) fn is_dirty(&self) -> bool {
@@ -103,10 +104,14 @@ impl Image {
     fn write_back_pass(&self) -> Result<()> {
         let _one_at_a_time = (!without(Step::OnePassAtATime)).then(|| self.write_back.lock());
         self.check_usable()?;
-        // Before a table is written that only the old header leads to, and before what only the new one would lead to is freed.
-        self.put_header_back(&mut self.header_change.lock())?;
         self.uncommitted.store(0, Ordering::Relaxed);
+        // The frees first: what a header write that fails from now on would have led to is not among them. Then the header, before a table is
+        // written that only the old one leads to, and before what only the new one would lead to is freed.
         let mut frees = self.allocator.take_pending();
+        if let Err(error) = self.put_header_back(&mut self.header_change.lock()) {
+            self.allocator.requeue(frees);
+            return Err(error);
+        }
         let early = without(Step::TablesBeforeRefcounts).then(|| self.allocator.take_dirty());
         let tables = self.reader.tables.take_dirty();
         let mut refcounts = early.unwrap_or_else(|| self.allocator.take_dirty());

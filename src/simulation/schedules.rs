@@ -396,3 +396,38 @@ fn schedules_of_version_2() {
 fn schedules_of_a_failing_host() {
     explore(2, || together(&Shape { faulty: true, ..Shape::small() }.build(), &[guest, guest, writer_who_flushes]));
 }
+
+/// R11: a header write that is done and fails, while somebody flushes: the new L1 table must not be given away before the old header is back.
+#[test]
+fn schedules_of_a_failed_switch_of_the_l1_table() {
+    explore(8, || {
+        let geometry = Geometry::new(3, 9, 4, 64 * 64 * CLUSTER).unwrap();
+        let overlay = SimStorage::new(Vec::new());
+        for (at, piece) in (NewImage { geometry, backing: None }).layout().unwrap() {
+            crate::storage::Storage::write_at(&*overlay, WriteKind::Header, at, &piece).unwrap();
+        }
+        let disk = Arc::new(Disk::for_tests(Image::open(overlay.clone()).unwrap(), None));
+        disk.write(0, &[7; CLUSTER as usize]).unwrap();
+        disk.flush().unwrap();
+        overlay.inject(Fault {
+            matches: Box::new(|operation| operation.action == Action::Write(WriteKind::Header)),
+            after: 0,
+            failure: Failure::ShortBy(0, 28),
+            times: Times::Once,
+        });
+        let grower = {
+            let disk = Arc::clone(&disk);
+            thread::spawn(move || drop(disk.grow(65 * 64 * CLUSTER).unwrap_err()))
+        };
+        let flusher = {
+            let disk = Arc::clone(&disk);
+            thread::spawn(move || {
+                disk.flush().unwrap();
+            })
+        };
+        grower.join().unwrap();
+        flusher.join().unwrap();
+        let judged = judge(&overlay.bytes(), &[]).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(judged.guest[0], 7, "killed now: what was flushed is gone");
+    });
+}

@@ -152,7 +152,8 @@ impl FileStorage {
     /// [`ErrorKind::Busy`] where another program holds the file; those of fcntl(2).
     pub fn lock(&self) -> crate::Result<()> {
         match locks::take(&self.file, self.access) {
-            Ok(()) => Ok(()),
+            // Whoever held it until now may have made the file longer since it was opened.
+            Ok(()) => self.look_at_size(),
             Err(locks::Failure::Held(what)) => Err(Error::new(
                 ErrorKind::Busy,
                 format!("{}: in use by another process (its \"{what}\" lock is held); stop it first", self.path.display()),
@@ -167,6 +168,14 @@ impl FileStorage {
             }
             Err(locks::Failure::Io(error)) => Err(Error::io(format!("{}: locking", self.path.display()), error)),
         }
+    }
+
+    fn look_at_size(&self) -> crate::Result<()> {
+        let metadata = self.file.metadata().context(|| self.path.display().to_string())?;
+        if metadata.is_file() {
+            self.size.store(metadata.size(), Ordering::Release);
+        }
+        Ok(())
     }
 
     /// The path it was opened by.
