@@ -122,6 +122,8 @@ pub struct Image {
     barriers: Mutex<{ rank::BARRIER }, ()>,
     /// Bytes of new clusters since the last pass began.
     uncommitted: AtomicU64,
+    /// The last pass could not lower the refcounts of what it had freed.
+    unreleased: AtomicBool,
     /// Told when a commit should not wait for the timer.
     commit_wanted: (Sender<()>, Receiver<()>),
     /// Latched by a failed barrier (P7) and by corruption (P11): nothing is written any more.
@@ -147,6 +149,7 @@ impl Image {
             header_change: Mutex::new(None),
             barriers: Mutex::new(()),
             uncommitted: AtomicU64::new(0),
+            unreleased: AtomicBool::new(false),
             commit_wanted: bounded(1),
             failed: AtomicBool::new(false),
         })

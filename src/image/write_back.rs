@@ -92,6 +92,9 @@ impl Image {
         let given_up = self.allocator.give_up_reserved();
         self.flush()?;
         while self.is_dirty() {
+            if self.unreleased.load(Ordering::Relaxed) {
+                return Err(Error::new(ErrorKind::Io, "a refcount block cannot be read: what was freed stays leaked until the next open"));
+            }
             self.flush()?;
         }
         given_up
@@ -169,11 +172,21 @@ impl Image {
                     }
                 }
                 let released = self.allocator.release(&mut frees);
-                if released.is_err() {
-                    // A refcount block could not be read: what was not lowered, though durably unreferenced, is not forgotten.
-                    self.allocator.requeue(frees);
+                // What was not lowered, though durably unreferenced, is not forgotten.
+                self.allocator.requeue(frees);
+                match self.watch(released) {
+                    // A refcount block could not be read. Everything is durable all the same, so the guest's flush has gone well (P6).
+                    Err(error) if error.kind() != ErrorKind::Corrupt => {
+                        if !self.unreleased.swap(true, Ordering::Relaxed) {
+                            log::warn!("freed clusters cannot be reused for now: {error}");
+                        }
+                        Ok(())
+                    }
+                    released => {
+                        self.unreleased.store(false, Ordering::Relaxed);
+                        released
+                    }
                 }
-                self.watch(released)
             }
             Err(error) => {
                 self.reader.tables.not_written(&tables);

@@ -91,7 +91,11 @@ impl Run<'_> {
                     Step::Zero(_) | Step::Discard(_) => {}
                     Step::Open => self.opened(),
                 }
-                let swallowed = struck.iter().find(|operation| !is_hint(operation) && !matches!(step, Step::Read(_)));
+                // A pass that cannot read the refcount block of what it has freed has made everything durable all the same.
+                let flushes = matches!(step, Step::Flush | Step::Grow(_) | Step::Stream { .. });
+                let cluster = self.files.shape.cluster();
+                let is_release = |operation: &&Operation| flushes && operation.action == Action::Read && operation.len == cluster;
+                let swallowed = struck.iter().find(|op| !is_hint(op) && !is_release(op) && !matches!(step, Step::Read(_)));
                 assert!(swallowed.is_none(), "{step:?} went well although this failed: {swallowed:?}");
                 if let Some(change) = step.change() {
                     self.model.done(&change);
