@@ -24,8 +24,6 @@ mod faults;
 #[cfg(test)]
 mod hazards;
 pub mod hostile;
-#[cfg(test)]
-mod judge;
 pub mod order;
 #[cfg(all(test, feature = "schedules"))]
 mod schedules;
