@@ -95,8 +95,8 @@ const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 fn words(bytes: &[u8], at: u64, count: u64) -> impl Iterator<Item = (u64, u64)> {
     let start = bytes.len().min(usize::try_from(at).unwrap_or(usize::MAX));
     let len = usize::try_from(count.saturating_mul(8)).unwrap_or(usize::MAX).min(bytes.len() - start);
-    let words = bytes[start..start + len].chunks_exact(8).map(|word| number(word, 0, 8));
-    (0..).zip(words).filter(|(_, word)| *word != 0)
+    let words = bytes[start..start + len].as_chunks::<8>().0;
+    (0..).zip(words).filter(|(_, word)| **word != [0; 8]).map(|(index, word)| (index, u64::from_be_bytes(*word)))
 }
 
 impl Layout {
@@ -302,7 +302,8 @@ impl Layout {
                     part[..data.len()].copy_from_slice(data);
                 }
                 Held::Compressed(at, len) => {
-                    let cluster = self.decompressed(file(at, at + len)).ok_or_else(|| format!("guest cluster {guest} cannot be inflated"))?;
+                    let cluster =
+                        self.decompressed(file(at, at + len)).ok_or_else(|| format!("guest cluster {guest} cannot be inflated"))?;
                     part.copy_from_slice(&cluster[..part.len()]);
                 }
             }
