@@ -262,7 +262,7 @@ impl File {
 }
 
 /// The largest refcount of a width.
-pub(super) fn most_of(order: u32) -> u64 {
+fn most_of(order: u32) -> u64 {
     if order == 6 { u64::MAX } else { (1 << (1u32 << order)) - 1 }
 }
 
