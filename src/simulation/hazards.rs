@@ -77,7 +77,7 @@ impl Rig {
     /// Reads copy up.
     fn new() -> Rig {
         let rig = Rig::without_copy_on_read();
-        Rig { disk: rig.disk.with_copy_on_read(), ..rig }
+        Rig { disk: rig.disk.copying_up(true), ..rig }
     }
 
     fn without_copy_on_read() -> Rig {

@@ -137,7 +137,7 @@ impl Shape {
         let mut image = Image::open(overlay.clone()).unwrap();
         image.limit_table_memory(self.tables);
         let chain = self.based.then(|| Chain::of_raw(SimStorage::new(base.clone())));
-        let disk = Disk::for_tests(image, chain).with_copy_on_read();
+        let disk = Disk::for_tests(image, chain).copying_up(true);
         if window.start > 0 {
             disk.discard(0..window.start).unwrap();
             disk.close().unwrap();

@@ -143,7 +143,7 @@ impl Rig {
             },
         };
         image.begin_writing()?;
-        self.disk = Some(Arc::new(Disk::for_tests_with(image, chain, self.copy_on_read)));
+        self.disk = Some(Arc::new(Disk::for_tests(image, chain).copying_up(self.copy_on_read)));
         Ok(())
     }
 

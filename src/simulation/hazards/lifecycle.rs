@@ -78,7 +78,7 @@ fn h17_a_discard_before_the_cut_hides_the_base_for_good() {
 fn h18_a_resize_waits_for_the_copy_and_hides_the_longer_base() {
     let (before, after) = (8 * CLUSTER - 512, 12 * CLUSTER);
     let rig = Rig::build(12, before, CLUSTERS, usize::MAX);
-    let rig = Rig { disk: rig.disk.with_copy_on_read(), ..rig };
+    let rig = Rig { disk: rig.disk.copying_up(true), ..rig };
     thread::scope(|scope| {
         let held = hold_base(&rig, 7);
         let reader = scope.spawn(|| {

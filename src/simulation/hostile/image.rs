@@ -250,8 +250,7 @@ impl Case {
         let image = Image::open(self.file.clone())?;
         image.begin_writing()?;
         let chain = image.reader().backing().map(|_| Chain::of_raw(SimStorage::new(self.backing.clone().unwrap_or_default())));
-        let disk = Disk::for_tests(image, chain);
-        Ok(if self.copies_up { disk.copying_up() } else { disk })
+        Ok(Disk::for_tests(image, chain).copying_up(self.copies_up))
     }
 
     /// Does what the input says; whether the disk is to be opened again.
