@@ -7,26 +7,11 @@ use std::collections::{HashMap, HashSet};
 use std::process::Command;
 use std::sync::Arc;
 
+use super::random::{Random, mix};
 use super::spec::{self, Layout};
 use super::storage::{Recorded, SimStorage};
 use super::workload::{Fact, Files, Op, Story, play, written};
 use crate::storage::WriteKind;
-
-/// xorshift64*.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-}
 
 /// How much is looked at.
 #[derive(Clone, Copy, Debug)]
@@ -66,11 +51,6 @@ enum Change {
     Length(u64),
     /// Number, content and its hash.
     Sector(usize, Box<[u8; 512]>, u64),
-}
-
-fn mix(value: u64) -> u64 {
-    let value = (value ^ value >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
-    (value ^ value >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93) ^ value >> 29
 }
 
 /// Of a sector and its place; a sector of zeros is nothing.
@@ -211,7 +191,7 @@ impl Cutter<'_> {
             more.push(chosen(&|piece| piece < one));
             more.push(chosen(&|piece| piece >= one));
         }
-        let mut random = Random(mix(hash(prefix, &label_block(self.label))) | 1);
+        let mut random = Random(hash(prefix, &label_block(self.label)));
         let room = self.limits.per_prefix.saturating_sub(choices.len());
         let systematic = if more.len() <= room { more.len() } else { room - room / 4 };
         while more.len() > systematic {
@@ -342,7 +322,7 @@ fn use_again(files: &Files, place: &str, id: u64, tally: &mut Tally) {
     let mut found = vec![0; whole.len()];
     image.read(0, &mut found).unwrap_or_else(|error| panic!("{error}\nCORDISK_CRASH='{place}'"));
     assert!(found == whole, "the engine reads something else\nCORDISK_CRASH='{place}'");
-    let mut random = Random(id | 1);
+    let mut random = Random(id);
     let mut ops = Vec::new();
     for _ in 0..2 {
         let at = random.below(layout.size - 1);

@@ -25,6 +25,8 @@ mod faults;
 mod hazards;
 pub mod hostile;
 pub mod order;
+#[cfg(test)]
+mod random;
 #[cfg(all(test, feature = "schedules"))]
 mod schedules;
 pub mod spec;

@@ -127,7 +127,7 @@ fn operations(scenario: &Scenario, files: &Files, side: Side) -> u64 {
 }
 
 fn is_sampled(cell: &Cell, share: u64) -> bool {
-    scramble(cell.to_string().bytes().fold(0, |hash, byte| scramble(hash ^ u64::from(byte)))).is_multiple_of(share)
+    mix(cell.to_string().bytes().fold(0, |hash, byte| mix(hash ^ u64::from(byte)))).is_multiple_of(share)
 }
 
 /// Runs `work` on a thread of its own; a hang is a failure after a time that nothing takes.
@@ -203,7 +203,7 @@ fn a_second_failure_while_the_first_is_dealt_with() {
             let files = scenario.files();
             let last = operations(&scenario, &files, Side::Overlay);
             for round in 0..if is_full() { 400 } else { 16 } {
-                let random = |what: u64, below: u64| scramble(seed << 48 ^ (index as u64) << 32 ^ round << 8 ^ what) % below;
+                let random = |what: u64, below: u64| mix(seed << 48 ^ (index as u64) << 32 ^ round << 8 ^ what) % below;
                 if last == 0 {
                     break;
                 }
