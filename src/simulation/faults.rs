@@ -5,8 +5,8 @@
 //!     a cell: open, prepare; from here on the n-th operation fails; requests ──▶ the host is well again ──▶ judgement
 //! ```
 //! Every cell is judged alike ([`judge`]): errors are those of the host and of nobody else; every byte is as the [`model`] has it, old or new
-//! where a request failed; what is left on disk is without error, and after a clean close without a leak, as [`spec`](super::spec) finds without the engine;
-//! a failed barrier is for ever; everything else is done when it is tried again.
+//! where a request failed; what is left on disk is without error, and after a clean close without a leak, as
+//! [`spec`](super::spec) finds without the engine; a failed barrier is for ever; everything else is done when it is tried again.
 //!
 //! **Touches:** the disk and everything below, jobs. **Never:** `crate::format`, which is judged here.
 //! **Locks:** none but a list of what failed. **Invariants:** a cell is determined by its name: the same name fails the same way.
