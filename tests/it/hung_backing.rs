@@ -19,11 +19,11 @@ const HUNG_READERS: u64 = 48;
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// A stopped process, which goes on when this is dropped: nothing that waits for it can hang the clean-up.
-struct Stopped(Pid);
+pub(crate) struct Stopped(Pid);
 
 impl Stopped {
     /// Returns when every thread has stopped: one that is inside a system call comes to it a little later.
-    fn stop(pid: Pid) -> Stopped {
+    pub(crate) fn stop(pid: Pid) -> Stopped {
         kill_process(pid, Signal::STOP).expect("SIGSTOP");
         let stopped = Stopped(pid);
         let tasks = format!("/proc/{}/task", pid.as_raw_nonzero());
@@ -245,4 +245,36 @@ fn local_clusters_beside_a_hung_copy_are_read() {
         drop((file, client));
         pair.finish();
     }
+}
+
+/// Protects: a daemon ends although a read hangs below and a `block_resize` waits behind it; the image keeps the size it had and what was written.
+#[test]
+fn a_resize_behind_a_hung_base_does_not_keep_the_daemon() {
+    requires!("/dev/fuse", "qemu-img");
+    let mut pair = Pair::new();
+    let file = pair.upper.open();
+    file.write_all_at(b"written", 8 * MIB).expect("write");
+    file.sync_all().expect("fsync");
+    let (mut client, hand) = (pair.upper.client(), pair.upper.client());
+    let stopped = Stopped::stop(pair.lower.pid());
+    let (sender, hung) = channel();
+    std::thread::spawn(move || {
+        let _ = sender.send(file.read_at(&mut [0; 512], 0));
+    });
+    std::thread::sleep(Duration::from_millis(500)); // until the read waits for the base
+    client.send_raw("{\"execute\": \"block_resize\", \"arguments\": {\"device\": \"drive0\", \"size\": 33554432}}\n");
+    client.listen(Duration::from_millis(500)); // until the resize waits for the read
+    assert!(hung.try_recv().is_err(), "the read waits for the base");
+    pair.upper.signal(Signal::TERM);
+    wait_until("it is busy", || pair.upper.log().contains("is in use: all is written back"));
+    pair.upper.signal(Signal::TERM);
+    let status = pair.upper.ended_within(PATIENCE * 2);
+    assert_eq!(status.and_then(|status| status.code()), Some(0), "{}", pair.upper.log());
+    assert!(pair.upper.log().contains("leaving without them"), "{}", pair.upper.log());
+    assert!(hung.recv_timeout(PATIENCE).expect("the read ends").is_err());
+    drop((stopped, client, hand));
+    qemu::assert_not_corrupt(&pair.overlay);
+    let mut want = pair.content.clone();
+    want[at(8 * MIB)..at(8 * MIB) + 7].copy_from_slice(b"written");
+    assert_same("overlay, as large as before", &qemu::read_all(&pair.overlay), &want);
 }
