@@ -59,7 +59,8 @@ pub fn main() -> ExitCode {
     match cli::parse().and_then(run) {
         Ok(status) => status,
         Err(error) => {
-            eprintln!("cordisk: {}", one_line(&error.to_string()));
+            // Not eprintln, which panics where nobody reads any more.
+            let _ = writeln!(std::io::stderr(), "cordisk: {}", one_line(&error.to_string()));
             ExitCode::FAILURE
         }
     }
