@@ -141,7 +141,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     let disk = Arc::new(Disk::open(&config.image, &options)?);
     // The socket before the mount: one that cannot be bound should not make a disk appear and vanish.
     let mut socket = config.qmp.as_deref().map(Socket::listen).transpose()?;
-    let _socket = match &mut socket {
+    let socket_file = match &mut socket {
         Some(socket) => {
             let entrusted = keeper.entrust(Leftover::Socket, socket.path(), socket.identity())?;
             socket.entrust();
@@ -193,6 +193,8 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
         log::warn!("requests or jobs still hang; leaving without them");
         disk.flush().context(|| format!("closing {}", config.image.display()))
     };
+    // The file while the socket still listens: nothing else can have its inode number yet, and be taken for it.
+    drop(socket_file);
     control.close(&closed);
     first_of(served, closed)
 }

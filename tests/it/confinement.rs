@@ -349,6 +349,20 @@ fn files_that_replaced_ours_stay() {
     }
 }
 
+/// Protects: the file of the socket goes while the socket still listens, so that nothing else can have its inode number by then and be removed in
+/// its place. Whoever asked to quit is answered after that.
+#[test]
+fn the_socket_is_removed_before_it_is_closed() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    for _ in 0..5 {
+        let mut disk = rig.mount().qmp().start();
+        disk.client().ok("quit", json!({}));
+        assert!(!disk.socket().exists(), "the last answer has come, and the file is still there");
+        disk.assert_clean_end();
+    }
+}
+
 /// Protects: the keeper is out of the terminal's reach, holds nothing open (least of all the connection), and cannot be talked out of its duty.
 #[test]
 fn the_keeper_stands_apart() {
