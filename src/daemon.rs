@@ -29,7 +29,7 @@ use crate::cli::{self, Command, MountConfig, Role};
 use crate::disk::{Disk, DiskOptions};
 use crate::error::{Context, one_line};
 use crate::fuse::{self, Finished, MountOptions, Mounted, Unmounted};
-use crate::keeper::{self, Keeper, KeptMount, Leftover, Messages};
+use crate::keeper::{self, EntrustedMark, Keeper, KeptMount, Leftover, Messages};
 use crate::qmp::Socket;
 use crate::sandbox::{self, Identity};
 use crate::{Error, Result};
@@ -152,6 +152,10 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
         }
         None => None,
     };
+    // That user may perhaps not touch the attributes of the overlay.
+    let mark = user.map(|_| disk.entrust_open_mark()).transpose()?.flatten();
+    let mark = mark.map(|(image, name)| keeper.entrust_mark(&image, name)).transpose()?;
+    let close = || close(&disk, config, mark.as_ref());
     let ready = (config.role == Role::Child).then(background::Ready::prepare).transpose()?;
     let owner = user.unwrap_or_else(Identity::current);
     let (mountpoint, allow_other) = (config.mountpoint.clone(), config.allow_other);
@@ -159,12 +163,12 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     let (mount, device) = match keeper.mount(prepared.plan()) {
         Ok(mounted) => mounted,
         // Nothing has been served: closing has nothing to wait for.
-        Err(error) => return first_of(Err(error), close(&disk, config)),
+        Err(error) => return first_of(Err(error), close()),
     };
     let confined = user.map_or(Ok(()), Identity::become_it).and_then(|()| sandbox::enter(config.sandbox));
     if let Err(error) = confined {
         drop((mount, device));
-        return first_of(Err(error), close(&disk, config));
+        return first_of(Err(error), close());
     }
 
     // From here on there are threads.
@@ -174,7 +178,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
         Ok(started) => started,
         Err(error) => {
             drop((mount, device));
-            return first_of(Err(error), close(&disk, config));
+            return first_of(Err(error), close());
         }
     };
     let (served, requests) = match prepared.serve(device) {
@@ -187,7 +191,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     // No request comes any more: the jobs, then the disk, then the socket.
     let jobs = control.stop_jobs(&config.device);
     let closed = if (requests, jobs) == (Finished::Quiet, Finished::Quiet) {
-        close(&disk, config)
+        close()
     } else {
         // Closing would have to wait for them, perhaps for ever: a backing file hangs. What was acknowledged is made durable all the same.
         log::warn!("requests or jobs still hang; leaving without them");
@@ -199,8 +203,15 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     first_of(served, closed)
 }
 
-fn close(disk: &Disk, config: &MountConfig) -> Result<()> {
-    disk.close().context(|| format!("closing {}", config.image.display()))
+/// Closes the disk, and has the mark of an open image removed, where that was left to the keeper.
+fn close(disk: &Disk, config: &MountConfig, mark: Option<&EntrustedMark<'_>>) -> Result<()> {
+    disk.close().context(|| format!("closing {}", config.image.display()))?;
+    if let Some(mark) = mark.filter(|_| disk.is_usable())
+        && let Err(error) = mark.remove()
+    {
+        log::warn!("{}: {error}", config.image.display());
+    }
+    Ok(())
 }
 
 /// The first error is the one to report, the other goes to the log.

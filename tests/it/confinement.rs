@@ -15,6 +15,7 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use serde_json::json;
 
+use crate::after_death::is_marked;
 use crate::bad_input::{attempt, refused};
 use crate::support::header;
 use crate::support::{
@@ -162,7 +163,9 @@ fn another_user_serves_and_owns_the_disk() {
     rig.scratch.open_to_all();
     fs::set_permissions(&rig.base, Permissions::from_mode(0o644)).expect("chmod");
     let pidfile = rig.scratch.join("pid");
+    fs::set_permissions(&rig.overlay, Permissions::from_mode(0o600)).expect("chmod");
     let disk = rig.mount().qmp().args(&["--user", USER, "--pidfile", text(&pidfile)]).start();
+    assert!(is_marked(&rig.overlay), "while it is mounted");
     let mut client = disk.client();
     client.ok("query-block", json!({}));
     for thread in threads_of(disk.pid()) {
@@ -196,6 +199,10 @@ fn another_user_serves_and_owns_the_disk() {
     for gone in [&path, &socket, &pidfile] {
         assert!(!gone.exists(), "{} must be gone", gone.display());
     }
+    // That user may not even read the overlay, and it is closed all the same.
+    assert!(!is_marked(&rig.overlay), "the mark of an open image stays");
+    let log = fs::read_to_string(rig.scratch.join("drive0.log")).expect("log");
+    assert!(!log.contains("WARN") && !log.contains("ERROR"), "{log}");
     let mut want = rig.content.clone();
     want[..7].copy_from_slice(b"written");
     rig.assert_overlay(&want);

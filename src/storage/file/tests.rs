@@ -334,6 +334,7 @@ fn a_file_without_attributes_says_so() {
         identity: (0, 0),
         size: AtomicU64::new(0),
         shrinking_reported: AtomicBool::new(false),
+        mark_entrusted: AtomicBool::new(false),
     };
     assert_eq!(storage.open_mark().unwrap(), OpenMark::Unsupported);
     storage.set_open_mark().unwrap();
