@@ -6,13 +6,16 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::support::{CLUSTER, Daemon, MIB, Mount, Pattern, QmpClient, Scratch, assert_same, poll, qemu, read_at, wait_until, within};
+use crate::support::{
+    CLUSTER, Daemon, MIB, Mount, Pattern, QmpClient, Scratch, assert_same, poll, qemu, read_at, run_ok, wait_until, within,
+};
 
 /// Far more than the miss workers can be: if hung reads could use up what serves the others, they do.
 const HUNG_READERS: u64 = 48;
@@ -143,6 +146,14 @@ impl Pair {
         Pair { upper, lower, overlay, content, scratch }
     }
 
+    /// Until the upper daemon is a zombie, and so has done its part. What may be left is the kernel's: it flushes the base before it closes it, and
+    /// that hangs in the lower disk as well.
+    fn wait_until_upper_has_left(&self) {
+        let stat = format!("/proc/{}/stat", self.upper.pid().as_raw_nonzero());
+        let is_zombie = || fs::read_to_string(&stat).is_ok_and(|stat| stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" Z")));
+        assert!(poll(PATIENCE * 2, || is_zombie().then_some(())).is_some(), "it never ends\n{}", self.upper.log());
+    }
+
     /// After a stream: the overlay does not need the lower disk any more, and has let go of it.
     fn finish(self) {
         assert_same("everything", &self.upper.read_all(), &self.content);
@@ -268,10 +279,7 @@ fn a_resize_behind_a_hung_base_does_not_keep_the_daemon() {
     pair.upper.signal(Signal::TERM);
     wait_until("it is busy", || pair.upper.log().contains("is in use: all is written back"));
     pair.upper.signal(Signal::TERM);
-    // A zombie has done its part. What is left is the kernel's: it flushes the base before it closes it, and that hangs in the lower disk as well.
-    let stat = format!("/proc/{}/stat", pair.upper.pid().as_raw_nonzero());
-    let is_zombie = || fs::read_to_string(&stat).is_ok_and(|stat| stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" Z")));
-    assert!(poll(PATIENCE * 2, || is_zombie().then_some(())).is_some(), "it never ends\n{}", pair.upper.log());
+    pair.wait_until_upper_has_left();
     assert!(pair.upper.log().contains("leaving without them"), "{}", pair.upper.log());
     assert!(hung.recv_timeout(PATIENCE).expect("the read ends").is_err());
     drop((stopped, client, hand));
@@ -281,4 +289,40 @@ fn a_resize_behind_a_hung_base_does_not_keep_the_daemon() {
     let mut want = pair.content.clone();
     want[at(8 * MIB)..at(8 * MIB) + 7].copy_from_slice(b"written");
     assert_same("overlay, as large as before", &qemu::read_all(&pair.overlay), &want);
+}
+
+/// Protects: the end of a daemon whose requests hang leaves alone what was mounted in its place meanwhile, although the kernel gives the new mount the
+/// device number of the old one.
+#[test]
+fn the_end_of_a_hung_daemon_leaves_the_next_mount_alone() {
+    requires!("/dev/fuse", "qemu-img", "root");
+    let mut pair = Pair::new();
+    let content = Pattern::new(42, 1).bytes(0, MIB);
+    let other = pair.scratch.join("other.qcow2");
+    qemu::create_full(&other, MIB, "", Pattern::new(42, 1));
+    let file = pair.upper.open();
+    let stopped = Stopped::stop(pair.lower.pid());
+    let (sender, hung) = channel();
+    std::thread::spawn(move || {
+        let result = file.read_at(&mut [0; 512], 0);
+        drop(file);
+        let _ = sender.send(result);
+    });
+    std::thread::sleep(Duration::from_millis(500)); // until the read waits for the base
+    assert!(hung.try_recv().is_err(), "the read waits for the base");
+    run_ok(Command::new("umount").args(["-f", "-l"]).arg(pair.upper.path()));
+    assert!(hung.recv_timeout(PATIENCE).expect("the read ends").is_err());
+    // While the old daemon still waits for its request.
+    let next = Mount::named(&pair.scratch, &other, "upper").start();
+    assert!(!pair.upper.log().contains("leaving without them"), "too late: nothing is tested\n{}", pair.upper.log());
+    pair.wait_until_upper_has_left();
+    assert!(pair.upper.log().contains("leaving without them"), "{}", pair.upper.log());
+    assert!(next.is_mounted(), "the old daemon has detached it\n{}", next.log());
+    assert_same("the next disk", &next.read_all(), &content);
+    drop(stopped);
+    let status = pair.upper.ended_within(PATIENCE);
+    assert_eq!(status.and_then(|status| status.code()), Some(0), "{}", pair.upper.log());
+    assert_same("the next disk", &next.read_all(), &content);
+    next.umount();
+    qemu::assert_not_corrupt(&pair.overlay);
 }
