@@ -288,6 +288,44 @@ fn an_ordinary_user_has_the_same_sandbox() {
     assert_same("the user's overlay", &qemu::read_all(&dir.join("overlay.qcow2")), &rig.content);
 }
 
+/// Protects: whatever an image is called, fusermount3 and the kernel's list of mounts give back the name by which the mount is known as ours: without
+/// that it is neither made nor, at the end, removed.
+#[test]
+fn an_ordinary_user_mounts_images_of_any_name() {
+    requires!("/dev/fuse", "qemu-img", "root", "unshare", "setpriv", "fusermount3", "mknod", "cmp");
+    let rig = Rig::new(MIB);
+    rig.scratch.open_to_all();
+    let program = program_for_all(&rig.scratch);
+    let dir = rig.scratch.dir("own");
+    let names =
+        ["a,b, c.qcow2", "number #1.qcow2", "back\\slash\\.qcow2", "\\040\\,#, .qcow2", "tab\tand\nline.qcow2", "-o,ro.qcow2", "ü.qcow2"];
+    fs::copy(&rig.base, dir.join("base.raw")).expect("copy");
+    for name in names {
+        fs::copy(&rig.overlay, dir.join(name)).expect("copy");
+    }
+    for path in fs::read_dir(&dir).expect("directory").map(|entry| entry.expect("entry").path()).chain([dir.clone()]) {
+        std::os::unix::fs::chown(path, Some(65534), Some(65534)).expect("chown");
+    }
+    let script = "mknod fuse c 10 229; chmod 666 fuse; mount --bind fuse /dev/fuse; cd own
+        program=\"$1\"; shift
+        trap 'test ! -s pid || kill -KILL $(cat pid)' EXIT
+        for name; do
+            setpriv --reuid=65534 --regid=65534 --clear-groups \"$program\" mount --pidfile pid -- \"$PWD/$name\" disk
+            setpriv --reuid=65534 --regid=65534 --clear-groups cmp disk base.raw
+            kill -TERM $(cat pid)
+            for i in $(seq 300); do test -e pid || break; sleep 0.1; done
+            if test -e pid || test -e disk || grep -q \"$PWD/disk \" /proc/self/mountinfo; then echo \"not unmounted: $name\"; exit 1; fi
+        done
+        echo well";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "private", "sh", "-ec", script, "sh", &program]).args(names);
+    let done = run_within(command.current_dir(rig.scratch.path()), Duration::from_secs(90));
+    assert!(done.status.success() && done.stdout == "well\n", "{done:?}");
+    for name in names {
+        qemu::assert_clean(&dir.join(name));
+    }
+}
+
 /// Protects: another user of the machine gets nowhere: not to the disk, nor the socket, nor the pidfile, nor, after a kill, to the placeholder.
 #[test]
 fn others_get_at_nothing() {
