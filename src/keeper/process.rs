@@ -260,6 +260,32 @@ mod tests {
         }
     }
 
+    /// Only when it is told so: without that the image was not closed.
+    #[test]
+    fn the_mark_goes_when_the_keeper_is_told_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, "1").unwrap();
+        let image = || OwnedFd::from(std::fs::File::open(&path).unwrap());
+        let name = "user.cordisk.open";
+        let marked = || rustix::fs::fgetxattr(image(), name, &mut [0u8; 8]);
+        if rustix::fs::fsetxattr(image(), name, b"1", rustix::fs::XattrFlags::empty()).is_err() {
+            return;
+        }
+        for told in [false, true] {
+            let (finished, ended) = with_keeper(Kept::default(), |keeper| {
+                let mark = keeper.entrust_mark(&image(), name).unwrap();
+                if told {
+                    mark.remove().unwrap();
+                }
+                drop(mark);
+                keeper.finish()
+            });
+            assert!(finished.is_ok() && ended.is_ok());
+            assert_eq!(marked().err(), told.then_some(Errno::NODATA), "told: {told}");
+        }
+    }
+
     #[test]
     fn it_keeps_one_mount_and_takes_nothing_new_afterwards() {
         let dir = tempfile::tempdir().unwrap();
