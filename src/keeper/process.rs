@@ -278,7 +278,6 @@ mod tests {
                 if told {
                     mark.remove().unwrap();
                 }
-                drop(mark);
                 keeper.finish()
             });
             assert!(finished.is_ok() && ended.is_ok());
