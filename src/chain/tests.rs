@@ -272,3 +272,52 @@ fn content_of_the_whole_chain_and_of_its_top() {
     ];
     assert_eq!(runs(&chain, 1, 4 * MIB), one, "past the end of the top layer, with layers below");
 }
+
+/// A raw file that counts how often its file system is asked what it holds.
+#[derive(Debug)]
+struct Asked(FileStorage, std::sync::atomic::AtomicU64);
+
+impl crate::storage::Storage for Asked {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+    fn allocated_size(&self) -> std::io::Result<u64> {
+        self.0.allocated_size()
+    }
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.0.read_at(offset, buf)
+    }
+    fn write_at(&self, _: crate::storage::WriteKind, _: u64, _: &[u8]) -> std::io::Result<()> {
+        unreachable!("backing files are not written")
+    }
+    fn punch_hole(&self, _: u64, _: u64) -> std::io::Result<()> {
+        unreachable!("backing files are not written")
+    }
+    fn sync(&self) -> std::io::Result<()> {
+        unreachable!("backing files are not written")
+    }
+    fn holding(&self, offset: u64, max: u64) -> std::io::Result<(crate::storage::Holding, u64)> {
+        self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.0.holding(offset, max)
+    }
+}
+
+/// Protects: a stream's many small questions about one run of data reach the file system once, holes stay holes, and no answer goes beyond what was asked.
+#[test]
+fn a_run_of_data_is_looked_up_once() {
+    let scratch = Scratch::new();
+    let file = fs::File::create(scratch.path("base")).unwrap();
+    file.set_len(4 << 20).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &vec![7; 1 << 20], 1 << 20).unwrap();
+    let storage = Arc::new(Asked(FileStorage::open(&scratch.path("base"), Access::ReadOnly).unwrap(), Default::default()));
+    let chain = Chain::of_raw(storage.clone());
+    let ask = |at: u64| chain.content(1, at, 65536).unwrap();
+    for round in 0..2 {
+        for step in 0..64 {
+            let data = (16..32).contains(&step);
+            assert_eq!(ask(step * 65536), (if data { Content::Data } else { Content::Zero }, 65536), "round {round}, step {step}");
+        }
+    }
+    assert_eq!(ask((2 << 20) - 4096), (Content::Data, 4096), "not beyond its end");
+    assert_eq!(storage.1.load(std::sync::atomic::Ordering::Relaxed), 2 * 48 + 1);
+}

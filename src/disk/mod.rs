@@ -33,6 +33,8 @@ use crate::storage::{Access, FileStorage, Storage};
 use crate::sync::{RwLock, rank};
 use crate::{Error, ErrorKind, Result};
 
+mod ahead;
+mod bounce;
 mod populate;
 mod read;
 mod reserve;
@@ -42,9 +44,11 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub use ahead::Ahead;
 pub use populate::Populated;
 pub use stats::{DiskStats, RequestCount};
 
+use bounce::Bounces;
 use populate::FillHealth;
 use stats::Stats;
 
@@ -127,6 +131,7 @@ pub struct Disk {
     in_flight: RangeLock,
     copy_on_read: bool,
     fills: FillHealth,
+    bounces: Bounces,
     stats: Stats,
 }
 
@@ -179,6 +184,7 @@ impl Disk {
             in_flight: RangeLock::new(cluster_size),
             copy_on_read,
             fills: FillHealth::new(reserve),
+            bounces: Bounces::new(),
             stats: Stats::new(),
         }
     }
