@@ -321,3 +321,34 @@ fn a_run_of_data_is_looked_up_once() {
     assert_eq!(ask((2 << 20) - 4096), (Content::Data, 4096), "not beyond its end");
     assert_eq!(storage.1.load(std::sync::atomic::Ordering::Relaxed), 2 * 48 + 1);
 }
+
+/// Protects: small reads of one compressed cluster read and decompress it once, with the right bytes from each of them, and others push it out.
+#[test]
+fn a_compressed_cluster_is_decompressed_once_for_many_small_reads() {
+    let scratch = Scratch::new();
+    let content: Vec<u8> = (0..40 * 65536_u32).map(|at| (at / 512 * 31 + at / 65536) as u8).collect();
+    scratch.raw("flat", &content);
+    for compression in ["zlib", "zstd"] {
+        let option = format!("compression_type={compression}");
+        scratch.run("qemu-img", &["convert", "-c", "-O", "qcow2", "-o", &option, "flat", "packed"]);
+        let file = crate::simulation::SimStorage::new(fs::read(scratch.path("packed")).unwrap());
+        let chain = Chain::of_two(file.clone(), crate::simulation::SimStorage::new(vec![])).unwrap();
+        assert_eq!(read(&chain, 0, 65536), content[..65536], "loads the L2 table");
+        let cluster_3 = |chain: &Chain| {
+            for at in (3 * 65536..4 * 65536).step_by(4096) {
+                assert_eq!(read(chain, at as u64, 4096), content[at..at + 4096], "{compression}");
+            }
+        };
+        let before = file.operations();
+        cluster_3(&chain);
+        assert_eq!(file.operations() - before, 1, "{compression}");
+        assert_eq!(read(&chain, 3 * 65536 + 100, 2 * 65536), content[3 * 65536 + 100..][..2 * 65536]);
+        assert_eq!(file.operations() - before, 3, "{compression}: one of three was there");
+        for cluster in 6..40 {
+            assert_eq!(read(&chain, cluster * 65536 + 5, 9), content[cluster as usize * 65536 + 5..][..9]);
+        }
+        let before = file.operations();
+        cluster_3(&chain);
+        assert_eq!(file.operations() - before, 1, "{compression}: it was pushed out");
+    }
+}

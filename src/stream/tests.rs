@@ -407,7 +407,7 @@ fn chunks_are_read_together_and_nobody_waits_for_them() {
     drop(held);
     jobs.settle("job0", PATIENCE);
     let job = jobs.last().unwrap();
-    assert_eq!((job.error, job.work.copied), (None, 8 * STREAM_CHUNK - (3 * 64 << 10)));
+    assert_eq!((job.error, job.work.copied), (None, 8 * STREAM_CHUNK - 3 * (64 << 10)));
     assert!(disk.info().unwrap().backing.is_empty());
     let mut read = vec![0; content.len()];
     disk.read(0, &mut read).unwrap();
