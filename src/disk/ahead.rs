@@ -8,8 +8,31 @@ use std::ops::Range;
 
 use super::Disk;
 use super::bounce::Bounce;
+use crate::chain::Chain;
 use crate::format::Mapping;
 use crate::{Error, Result};
+
+/// What has to be read before a range can be copied up.
+#[derive(Debug, Default)]
+pub struct ToRead {
+    /// Whole clusters (the last run may end with the disk), in order.
+    runs: Vec<Range<u64>>,
+    /// From where on it could not be found out, up to where, and why.
+    unknown: Option<(Range<u64>, Error)>,
+}
+
+impl ToRead {
+    /// Whether there is nothing to read.
+    pub fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+
+    /// Where that ends which was looked at and has to be read, or could not be looked at; `None` where there is no such thing.
+    pub fn end(&self) -> Option<u64> {
+        let last = self.runs.last().map(|run| run.end);
+        self.unknown.as_ref().map(|(range, _)| range.end).or(last)
+    }
+}
 
 /// Bytes from below, read ahead.
 #[derive(Debug, Default)]
@@ -24,51 +47,65 @@ struct Run {
 }
 
 impl Ahead {
-    /// The bytes of these clusters, if they are here. That they could not be read is said once: whoever tries again then reads again.
-    pub(super) fn take(&mut self, range: &Range<u64>, cluster_size: u64) -> Option<Result<&[u8]>> {
-        let index = self.0.iter().position(|run| run.range.start <= range.start && range.end <= run.range.end)?;
-        if self.0[index].bytes.is_err() {
-            return self.0.swap_remove(index).bytes.err().map(Err);
+    /// The error of reading any of these clusters, which are still missing. It is told once: whoever tries again then reads again.
+    pub(super) fn check(&mut self, missing: &Range<u64>) -> Result<()> {
+        let failed = |run: &Run| run.bytes.is_err() && run.range.start < missing.end && missing.start < run.range.end;
+        match self.0.iter().position(failed) {
+            Some(index) => self.0.swap_remove(index).bytes.map(drop),
+            None => Ok(()),
         }
-        let run = &self.0[index];
+    }
+
+    /// The bytes of these clusters, if they are here.
+    pub(super) fn get(&self, range: &Range<u64>, cluster_size: u64) -> Option<&[u8]> {
+        let run = self.0.iter().find(|run| run.bytes.is_ok() && run.range.start <= range.start && range.end <= run.range.end)?;
         let start = (range.start - run.range.start) as usize;
         let len = (range.end - range.start).next_multiple_of(cluster_size) as usize;
-        run.bytes.as_ref().ok().map(|bytes| Ok(&bytes[start..start + len]))
+        run.bytes.as_ref().ok().map(|bytes| &bytes[start..start + len])
     }
 }
 
 impl Disk {
-    /// What a [`Disk::populate`] of the same arguments would have to read: runs of whole clusters, in order. A hint: it may be copied up meanwhile.
-    ///
-    /// # Errors
-    /// I/O, corruption.
-    pub fn to_read(&self, range: Range<u64>, depth: usize) -> Result<Vec<Range<u64>>> {
-        self.check_range(&range)?;
-        let mut runs = Vec::new();
-        let Some(chain) = self.chain() else { return Ok(runs) };
+    /// What a [`Disk::populate`] of the same arguments would have to read. A hint: it may be copied up meanwhile.
+    pub fn to_read(&self, range: Range<u64>, depth: usize) -> ToRead {
+        let mut to_read = ToRead::default();
+        let Some(chain) = self.chain() else { return to_read };
         let aligned = self.aligned(&range);
         let end = aligned.end.min(self.size());
         let mut at = aligned.start;
         while at < end {
-            let extent = self.map(at, end - at)?;
-            let mut len = extent.len;
-            if extent.mapping == Mapping::Unallocated {
-                let (reads, run) = self.how_to_copy(&chain, depth, at, extent.len)?;
-                len = run;
-                if reads.must_be_read(self.geometry().version()) {
-                    runs.push(at..at + len);
+            match self.next_to_read(&chain, depth, at..end) {
+                Ok((must_be_read, len)) => {
+                    if must_be_read {
+                        to_read.runs.push(at..at + len);
+                    }
+                    at += len;
+                }
+                Err(error) => {
+                    to_read.unknown = Some((at..end, error));
+                    break;
                 }
             }
-            at += len;
         }
-        Ok(runs)
+        to_read
     }
 
-    /// Reads these runs of whole clusters from below, for [`Disk::populate_read`]. Changes nothing and holds nothing.
-    pub fn read_ahead(&self, runs: Vec<Range<u64>>) -> Ahead {
+    /// Whether the clusters at the start of `range` have to be read, and for how many bytes that is so.
+    fn next_to_read(&self, chain: &Chain, depth: usize, range: Range<u64>) -> Result<(bool, u64)> {
+        let extent = self.map(range.start, range.end - range.start)?;
+        if extent.mapping != Mapping::Unallocated {
+            return Ok((false, extent.len));
+        }
+        let (content, len) = self.how_to_copy(chain, depth, range.start, extent.len)?;
+        Ok((content.must_be_read(self.geometry().version()), len))
+    }
+
+    /// Reads from below, for [`Disk::populate_read`]. Changes nothing and holds nothing.
+    pub fn read_ahead(&self, to_read: ToRead) -> Ahead {
         let Some(chain) = self.chain() else { return Ahead::default() };
         let read = |range: Range<u64>| Run { bytes: self.read_clusters(&chain, range.clone()), range };
-        Ahead(runs.into_iter().map(read).collect())
+        let unknown = to_read.unknown.map(|(range, error)| Run { range, bytes: Err(error) });
+        Ahead(to_read.runs.into_iter().map(read).chain(unknown).collect())
     }
 }
 
@@ -79,7 +116,6 @@ mod tests {
 
     use super::*;
     use crate::ErrorKind;
-    use crate::chain::Chain;
     use crate::disk::Populated;
     use crate::format::{BackingFormat, BackingReference, Geometry, NewImage};
     use crate::image::Image;
@@ -114,8 +150,8 @@ mod tests {
     fn what_a_guest_wrote_since_stays() {
         let (disk, base, mut content) = disk();
         let size = disk.size();
-        assert_eq!(disk.to_read(100..size, 1).unwrap(), [0..size]);
-        let ahead = disk.read_ahead(vec![0..size]);
+        assert_eq!(disk.to_read(100..size, 1).runs, [0..size]);
+        let ahead = disk.read_ahead(disk.to_read(0..size, 1));
         disk.write(3 * CLUSTER, &[0xee; 2 * CLUSTER as usize]).unwrap();
         content[3 * CLUSTER as usize..][..2 * CLUSTER as usize].fill(0xee);
         reads_fail(&base);
@@ -125,7 +161,7 @@ mod tests {
         let mut read = vec![0; size as usize];
         disk.read(0, &mut read).unwrap();
         assert!(read == content);
-        assert_eq!(disk.to_read(0..size, 1).unwrap(), []);
+        assert_eq!(disk.to_read(0..size, 1).runs, []);
         disk.detach_backing(1, None).unwrap();
         disk.close().unwrap();
     }
@@ -137,15 +173,15 @@ mod tests {
         let (disk, base, content) = disk();
         let size = disk.size();
         reads_fail(&base);
-        let ahead = disk.read_ahead(vec![0..9 * CLUSTER]);
+        let ahead = disk.read_ahead(disk.to_read(0..9 * CLUSTER, 1));
         base.heal();
         let error = disk.populate_read(0..9 * CLUSTER, 1, ahead).unwrap_err();
         assert_eq!((error.kind(), error.errno()), (ErrorKind::Io, Some(5)));
-        assert_eq!(disk.to_read(0..size, 1).unwrap(), [0..size]);
+        assert_eq!(disk.to_read(0..size, 1).runs, [0..size]);
         disk.populate(0..8 * CLUSTER, 1).unwrap();
 
         reads_fail(&base);
-        let ahead = disk.read_ahead(vec![8 * CLUSTER..9 * CLUSTER]);
+        let ahead = disk.read_ahead(disk.to_read(8 * CLUSTER..9 * CLUSTER, 1));
         disk.write(8 * CLUSTER, &content[8 * CLUSTER as usize..][..CLUSTER as usize]).unwrap();
         disk.populate_read(8 * CLUSTER..9 * CLUSTER, 1, ahead).unwrap();
         base.heal();

@@ -44,7 +44,7 @@ mod write;
 #[cfg(test)]
 mod tests;
 
-pub use ahead::Ahead;
+pub use ahead::{Ahead, ToRead};
 pub use populate::Populated;
 pub use stats::{DiskStats, RequestCount};
 

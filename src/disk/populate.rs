@@ -122,6 +122,7 @@ impl Disk {
                 at += extent.len;
                 continue;
             };
+            ahead.check(&(at..at + extent.len))?;
             let (content, len) = self.how_to_copy(&chain, depth, at, extent.len)?;
             match content {
                 Content::Unallocated => populated.skipped += len,
@@ -132,8 +133,8 @@ impl Disk {
                 // Version 2 has no zero flag: zeros are copied like any data.
                 Content::Zero | Content::Data => {
                     let run = at..at + len;
-                    populated += match ahead.take(&run, self.cluster_size()) {
-                        Some(clusters) => self.fill(image, held, at, clusters?)?,
+                    populated += match ahead.get(&run, self.cluster_size()) {
+                        Some(clusters) => self.fill(image, held, at, clusters)?,
                         None => self.fill(image, held, at, &self.read_clusters(&chain, run)?)?,
                     };
                 }

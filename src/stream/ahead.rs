@@ -7,7 +7,7 @@ use std::thread;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use super::STREAM_CHUNK;
-use crate::disk::{Ahead, Disk};
+use crate::disk::{Ahead, Disk, ToRead};
 
 /// Threads that read. One is enough where reading is copying; several decompress at the same time, and keep a slow host busy.
 const READERS: usize = 3;
@@ -17,7 +17,7 @@ const CHUNKS_AHEAD: usize = 4;
 /// A chunk to be read, and where the bytes are wanted.
 struct Request {
     disk: Arc<Disk>,
-    runs: Vec<std::ops::Range<u64>>,
+    to_read: ToRead,
     answer: Sender<Ahead>,
 }
 
@@ -48,7 +48,7 @@ impl ReadAhead {
     }
 
     /// What was read of the chunk that starts at `start`; waits for it if it is being read. Chunks are taken in order. For one that is taken
-    /// again, or that could not be looked at, there is nothing: it is read, and its error told, when it is copied up.
+    /// again there is nothing: it is read when it is copied up.
     pub(super) fn take(&mut self, start: u64) -> Ahead {
         while self.next < self.len && self.chunks.len() <= CHUNKS_AHEAD {
             let end = self.len.min(self.next + STREAM_CHUNK);
@@ -68,11 +68,16 @@ impl ReadAhead {
         if rest.is_empty() {
             return None;
         }
-        let runs = self.disk.to_read(rest, self.depth).unwrap_or_default();
-        self.asked_to = self.asked_to.max(runs.last()?.end);
-        let readers = self.readers.get_or_insert_with(start_readers);
+        let to_read = self.disk.to_read(rest, self.depth);
+        self.asked_to = self.asked_to.max(to_read.end()?);
         let (answer, bytes) = bounded(1);
-        readers.send(Request { disk: Arc::clone(&self.disk), runs, answer }).ok()?;
+        if to_read.is_empty() {
+            // Why nobody knows what to read is told in its turn.
+            answer.send(self.disk.read_ahead(to_read)).ok()?;
+        } else {
+            let readers = self.readers.get_or_insert_with(start_readers);
+            readers.send(Request { disk: Arc::clone(&self.disk), to_read, answer }).ok()?;
+        }
         Some(bytes)
     }
 }
@@ -83,8 +88,8 @@ fn start_readers() -> Sender<Request> {
     for _ in 0..READERS {
         let requests = requests.clone();
         let started = thread::Builder::new().name("stream-read".into()).spawn(move || {
-            for Request { disk, runs, answer } in requests {
-                let bytes = disk.read_ahead(runs);
+            for Request { disk, to_read, answer } in requests {
+                let bytes = disk.read_ahead(to_read);
                 // Before the answer: a job that has all its answers is the last to use the disk.
                 drop(disk);
                 // Nobody waits any more: the job has ended.
