@@ -1,8 +1,15 @@
 //! The one job we have: bring everything up, then cut the chain.
 //!
+//! ```text
+//! job's thread   checkpoint ─► ask for chunks n+1 … n+4 ─► take chunk n ─► copy it up ─► advance ─► checkpoint …
+//! readers                        read them from below, decompress; nothing is held meanwhile
+//! ```
+//! Several chunks are read at the same time, and copied up one after the other: host clusters are handed out in guest order, and where a job
+//! stands, what it does about an error and when it obeys are those of a job that does one chunk at a time.
+//!
 //! **Touches:** `disk`, `job`. **Never:** sockets, the image directly. **Locks:** none of its own.
 //! **Invariants:** guest order, steps of [`STREAM_CHUNK`]; the chain is cut only after every byte was dealt with, and only if nothing was
-//! skipped by an error (R12, QEMU `stream_prepare`).
+//! skipped by an error (R12, QEMU `stream_prepare`). A job that ends waits for no reader: one may hang in a read that never returns.
 
 use std::sync::Arc;
 use std::thread;
@@ -10,7 +17,9 @@ use std::thread;
 use crate::disk::{Disk, Populated};
 use crate::job::{Control, ErrorAction, Failure, JobSpec, Jobs, Next, OnError, Outcome, Work};
 use crate::{Error, ErrorKind, Result};
+use ahead::ReadAhead;
 
+mod ahead;
 #[cfg(test)]
 mod tests;
 
@@ -90,7 +99,8 @@ pub fn start(disk: &Arc<Disk>, jobs: &Jobs, options: StreamOptions) -> Result<()
 }
 
 /// Walks the `len` bytes of the disk once.
-fn copy_up(disk: &Disk, control: &Control, depth: usize, len: u64) -> Outcome {
+fn copy_up(disk: &Arc<Disk>, control: &Control, depth: usize, len: u64) -> Outcome {
+    let mut ahead = ReadAhead::new(disk, depth, len);
     let mut offset = 0;
     let mut ignored = None;
     while offset < len {
@@ -98,7 +108,7 @@ fn copy_up(disk: &Disk, control: &Control, depth: usize, len: u64) -> Outcome {
             return Outcome::Cancelled;
         }
         let end = len.min(offset + STREAM_CHUNK);
-        match disk.populate(offset..end, depth) {
+        match disk.populate_read(offset..end, depth, ahead.take(offset)) {
             Ok(Populated { copied, zeroed, .. }) => control.advance(end - offset, Work { copied, zeroed, failed: 0 }),
             Err(error) => {
                 log::warn!("stream: bytes {offset}..{end}: {error}");

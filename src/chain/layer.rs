@@ -1,5 +1,6 @@
 //! One layer of the chain.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,6 +9,7 @@ use crate::error::Context;
 use crate::format::{BackingFormat, BackingReference, GuestOffset, Mapping, feature};
 use crate::image::{Extent, ImageReader};
 use crate::storage::{FileStorage, Holding, Storage};
+use crate::sync::{Mutex, rank};
 use crate::{Error, ErrorKind, Result};
 
 /// The kinds of layers: a closed set. Neither can be written by type or, opened read-only, at all.
@@ -31,6 +33,9 @@ pub(super) struct Layer {
     allocated_size: u64,
     /// Of the file, when it was opened.
     version: String,
+    /// The run of data of a raw file that was found last. To find the end of one can take a file system as long as the run has pages (tmpfs), and
+    /// a stream asks every few of them.
+    data: Mutex<{ rank::LEAF }, Range<u64>>,
     body: Body,
 }
 
@@ -61,7 +66,7 @@ impl Layer {
         if size > i64::MAX as u64 {
             return Err(Error::new(ErrorKind::InvalidImage, format!("{}: {size} bytes are too many", path.display())));
         }
-        Ok(Layer { reference: reference.clone(), path, size, allocated_size, version, body })
+        Ok(Layer { reference: reference.clone(), path, size, allocated_size, version, data: Mutex::default(), body })
     }
 
     /// A raw layer that was not opened by name.
@@ -74,6 +79,7 @@ impl Layer {
             size: storage.size(),
             allocated_size: 0,
             version: String::new(),
+            data: Mutex::default(),
             body: Body::Raw(storage),
         }
     }
@@ -85,7 +91,7 @@ impl Layer {
         let reader = ImageReader::open(storage)?;
         let size = reader.geometry().size();
         let body = Body::Qcow2(Box::new(reader));
-        Ok(Layer { reference, path: "/middle.qcow2".into(), size, allocated_size: 0, version: String::new(), body })
+        Ok(Layer { reference, path: "/middle.qcow2".into(), size, allocated_size: 0, version: String::new(), data: Mutex::default(), body })
     }
 
     /// Virtual size in bytes.
@@ -159,12 +165,20 @@ impl Layer {
     pub(super) fn content(&self, at: u64, max: u64) -> Result<Answer<(Content, u64)>> {
         match &self.body {
             Body::Raw(storage) => {
-                let (holding, len) = storage.holding(at, max).context(|| self.path.display().to_string())?;
+                // That it is data is never wrong: reading decides.
+                let known = self.data.lock().clone();
+                if known.contains(&at) {
+                    return Ok(Answer::Here((Content::Data, max.min(known.end - at))));
+                }
+                let (holding, len) = storage.holding(at, self.size - at).context(|| self.path.display().to_string())?;
                 let content = match holding {
-                    Holding::Data => Content::Data,
+                    Holding::Data => {
+                        *self.data.lock() = at..at + len;
+                        Content::Data
+                    }
                     Holding::Hole => Content::Zero,
                 };
-                Ok(Answer::Here((content, len)))
+                Ok(Answer::Here((content, len.min(max))))
             }
             Body::Qcow2(reader) => {
                 let extent = run(reader, GuestOffset(at), max).context(|| self.path.display().to_string())?;

@@ -7,7 +7,7 @@
 //! A layer that is shorter than the disk reads as zeros past its end, and what lies below it there is *not* seen.
 //!
 //! **Touches:** `image::ImageReader`, `storage`. **Never:** writes anything; guesses a format; opens a file but through the [`Gate`].
-//! **Locks:** none of ours (host file locks are taken by `storage`). **Invariants:** the list of layers does not change after
+//! **Locks:** a leaf for each layer, never across I/O (host file locks are taken by `storage`). **Invariants:** the list of layers does not change after
 //! [`Chain::open`]; no file is in it twice; at most [`MAX_LAYERS`]; walks are loops, so depth costs no stack.
 
 use std::path::{Path, PathBuf};
@@ -41,6 +41,17 @@ pub enum Content {
     Zero,
     /// No layer that was looked at holds anything: the layer below those decides, or it is zeros where there is none.
     Unallocated,
+}
+
+impl Content {
+    /// Whether an overlay of this qcow2 version can hold it only as bytes: version 2 has no zero flag.
+    pub fn must_be_read(self, version: u32) -> bool {
+        match self {
+            Content::Data => true,
+            Content::Zero => version < 3,
+            Content::Unallocated => false,
+        }
+    }
 }
 
 /// Facts of one layer, for people and for QMP.

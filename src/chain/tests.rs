@@ -272,3 +272,83 @@ fn content_of_the_whole_chain_and_of_its_top() {
     ];
     assert_eq!(runs(&chain, 1, 4 * MIB), one, "past the end of the top layer, with layers below");
 }
+
+/// A raw file that counts how often its file system is asked what it holds.
+#[derive(Debug)]
+struct Asked(FileStorage, std::sync::atomic::AtomicU64);
+
+impl crate::storage::Storage for Asked {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+    fn allocated_size(&self) -> std::io::Result<u64> {
+        self.0.allocated_size()
+    }
+    fn read_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        self.0.read_at(offset, buf)
+    }
+    fn write_at(&self, _: crate::storage::WriteKind, _: u64, _: &[u8]) -> std::io::Result<()> {
+        unreachable!("backing files are not written")
+    }
+    fn punch_hole(&self, _: u64, _: u64) -> std::io::Result<()> {
+        unreachable!("backing files are not written")
+    }
+    fn sync(&self) -> std::io::Result<()> {
+        unreachable!("backing files are not written")
+    }
+    fn holding(&self, offset: u64, max: u64) -> std::io::Result<(crate::storage::Holding, u64)> {
+        self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        self.0.holding(offset, max)
+    }
+}
+
+/// Protects: a stream's many small questions about one run of data reach the file system once, holes stay holes, and no answer goes beyond what was asked.
+#[test]
+fn a_run_of_data_is_looked_up_once() {
+    let scratch = Scratch::new();
+    let file = fs::File::create(scratch.path("base")).unwrap();
+    file.set_len(4 << 20).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &vec![7; 1 << 20], 1 << 20).unwrap();
+    let storage = Arc::new(Asked(FileStorage::open(&scratch.path("base"), Access::ReadOnly).unwrap(), Default::default()));
+    let chain = Chain::of_raw(storage.clone());
+    let ask = |at: u64| chain.content(1, at, 65536).unwrap();
+    for round in 0..2 {
+        for step in 0..64 {
+            let data = (16..32).contains(&step);
+            assert_eq!(ask(step * 65536), (if data { Content::Data } else { Content::Zero }, 65536), "round {round}, step {step}");
+        }
+    }
+    assert_eq!(ask((2 << 20) - 4096), (Content::Data, 4096), "not beyond its end");
+    assert_eq!(storage.1.load(std::sync::atomic::Ordering::Relaxed), 2 * 48 + 1);
+}
+
+/// Protects: small reads of one compressed cluster read and decompress it once, with the right bytes from each of them, and others push it out.
+#[test]
+fn a_compressed_cluster_is_decompressed_once_for_many_small_reads() {
+    let scratch = Scratch::new();
+    let content: Vec<u8> = (0..40 * 65536_u32).map(|at| (at / 512 * 31 + at / 65536) as u8).collect();
+    scratch.raw("flat", &content);
+    for compression in ["zlib", "zstd"] {
+        let option = format!("compression_type={compression}");
+        scratch.run("qemu-img", &["convert", "-c", "-O", "qcow2", "-o", &option, "flat", "packed"]);
+        let file = crate::simulation::SimStorage::new(fs::read(scratch.path("packed")).unwrap());
+        let chain = Chain::of_two(file.clone(), crate::simulation::SimStorage::new(vec![])).unwrap();
+        assert_eq!(read(&chain, 0, 65536), content[..65536], "loads the L2 table");
+        let cluster_3 = |chain: &Chain| {
+            for at in (3 * 65536..4 * 65536).step_by(4096) {
+                assert_eq!(read(chain, at as u64, 4096), content[at..at + 4096], "{compression}");
+            }
+        };
+        let before = file.operations();
+        cluster_3(&chain);
+        assert_eq!(file.operations() - before, 1, "{compression}");
+        assert_eq!(read(&chain, 3 * 65536 + 100, 2 * 65536), content[3 * 65536 + 100..][..2 * 65536]);
+        assert_eq!(file.operations() - before, 3, "{compression}: one of three was there");
+        for cluster in 6..40 {
+            assert_eq!(read(&chain, cluster * 65536 + 5, 9), content[cluster as usize * 65536 + 5..][..9]);
+        }
+        let before = file.operations();
+        cluster_3(&chain);
+        assert_eq!(file.operations() - before, 1, "{compression}: it was pushed out");
+    }
+}

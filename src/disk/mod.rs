@@ -34,6 +34,8 @@ use crate::storage::{Access, FileStorage, Storage};
 use crate::sync::{RwLock, rank};
 use crate::{Error, ErrorKind, Result};
 
+mod ahead;
+mod bounce;
 mod populate;
 mod read;
 mod reserve;
@@ -43,9 +45,11 @@ mod write;
 #[cfg(test)]
 mod tests;
 
+pub use ahead::{Ahead, ToRead};
 pub use populate::Populated;
 pub use stats::{DiskStats, RequestCount};
 
+use bounce::Bounces;
 use populate::FillHealth;
 use stats::Stats;
 
@@ -128,6 +132,7 @@ pub struct Disk {
     in_flight: RangeLock,
     copy_on_read: bool,
     fills: FillHealth,
+    bounces: Bounces,
     stats: Stats,
 }
 
@@ -180,6 +185,7 @@ impl Disk {
             in_flight: RangeLock::new(cluster_size),
             copy_on_read,
             fills: FillHealth::new(reserve),
+            bounces: Bounces::new(),
             stats: Stats::new(),
         }
     }

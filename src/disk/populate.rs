@@ -4,8 +4,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::Disk;
+use super::bounce::Bounce;
 use super::reserve::Reserve;
+use super::{Ahead, Disk};
 use crate::Result;
 use crate::chain::{Chain, Content};
 use crate::format::{GuestCluster, GuestOffset, Mapping};
@@ -76,6 +77,14 @@ impl Disk {
     /// # Errors
     /// I/O on either side, [`crate::ErrorKind::NoSpace`], corruption. What was copied before stays.
     pub fn populate(&self, range: Range<u64>, depth: usize) -> Result<Populated> {
+        self.populate_read(range, depth, Ahead::default())
+    }
+
+    /// As [`Disk::populate`], but what was read ahead is not read again.
+    ///
+    /// # Errors
+    /// As [`Disk::populate`]; those of reading ahead, where what could not be read is still missing.
+    pub fn populate_read(&self, range: Range<u64>, depth: usize, mut ahead: Ahead) -> Result<Populated> {
         self.check_range(&range)?;
         let mut populated = Populated::default();
         let aligned = self.aligned(&range);
@@ -87,7 +96,7 @@ impl Disk {
             if extent.mapping == Mapping::Unallocated && self.chain().is_some() {
                 let run = at..at + extent.len;
                 let held = self.in_flight.exclusive(self.aligned(&run));
-                populated += self.populate_held(&held, run, depth)?;
+                populated += self.populate_held(&held, run, depth, &mut ahead)?;
             } else {
                 populated.skipped += extent.len;
             }
@@ -96,8 +105,8 @@ impl Disk {
         Ok(populated)
     }
 
-    /// As [`Disk::populate`] for a range that is held.
-    pub(super) fn populate_held(&self, held: &Exclusive<'_>, range: Range<u64>, depth: usize) -> Result<Populated> {
+    /// As [`Disk::populate_read`] for a range that is held.
+    fn populate_held(&self, held: &Exclusive<'_>, range: Range<u64>, depth: usize, ahead: &mut Ahead) -> Result<Populated> {
         let image = self.image()?;
         let mut populated = Populated::default();
         let size = self.size();
@@ -113,15 +122,8 @@ impl Disk {
                 at += extent.len;
                 continue;
             };
-            let (content, known) = chain.content(depth, at, extent.len)?;
-            let cluster_size = self.cluster_size();
-            // Whole clusters (the last one may end with the disk). What is only partly known to be zero or absent is read.
-            let whole = if at + known == size { known } else { known - known % cluster_size };
-            let (content, len) = match content {
-                Content::Data => (Content::Data, known.next_multiple_of(cluster_size).min(extent.len)),
-                other if whole > 0 => (other, whole),
-                _ => (Content::Data, cluster_size.min(extent.len)),
-            };
+            ahead.check(&(at..at + extent.len))?;
+            let (content, len) = self.how_to_copy(&chain, depth, at, extent.len)?;
             match content {
                 Content::Unallocated => populated.skipped += len,
                 Content::Zero if self.geometry().version() >= 3 => {
@@ -130,8 +132,11 @@ impl Disk {
                 }
                 // Version 2 has no zero flag: zeros are copied like any data.
                 Content::Zero | Content::Data => {
-                    let bounce = self.read_clusters(&chain, at..at + len)?;
-                    populated += self.fill(image, held, at, &bounce)?;
+                    let run = at..at + len;
+                    populated += match ahead.get(&run, self.cluster_size()) {
+                        Some(clusters) => self.fill(image, held, at, clusters)?,
+                        None => self.fill(image, held, at, &self.read_clusters(&chain, run)?)?,
+                    };
                 }
             }
             at += len;
@@ -139,8 +144,21 @@ impl Disk {
         Ok(populated)
     }
 
+    /// How the clusters from `at` on, which the overlay does not hold, are to be copied up, and for how many bytes of `missing` that is so.
+    pub(super) fn how_to_copy(&self, chain: &Chain, depth: usize, at: u64, missing: u64) -> Result<(Content, u64)> {
+        let (content, known) = chain.content(depth, at, missing)?;
+        let cluster_size = self.cluster_size();
+        // Whole clusters (the last one may end with the disk). What is only partly known to be zero or absent is read.
+        let whole = if at + known == self.size() { known } else { known - known % cluster_size };
+        Ok(match content {
+            Content::Data => (Content::Data, known.next_multiple_of(cluster_size).min(missing)),
+            other if whole > 0 => (other, whole),
+            _ => (Content::Data, cluster_size.min(missing)),
+        })
+    }
+
     /// The read of a miss: every run that is missing is read from below once, answers the guest and fills the overlay from the same buffer
-    /// (guest memory may change meanwhile, ours does not: H15).
+    /// (guest memory may change meanwhile, ours does not, and `buf` is ours until it is answered: H15).
     pub(super) fn read_and_populate(&self, held: &Exclusive<'_>, offset: u64, buf: &mut [u8]) -> Result<()> {
         let image = self.image()?;
         let mut done = 0;
@@ -151,23 +169,19 @@ impl Disk {
             match self.chain_below(at) {
                 Some(chain) if extent.mapping == Mapping::Unallocated || without(Step::LookAgainBeforeFill) => {
                     let aligned = self.aligned(&(at..at + extent.len));
-                    match self.read_clusters(&chain, aligned.start..aligned.end.min(self.size())) {
-                        Ok(bounce) => {
-                            let start = (at - aligned.start) as usize;
-                            part.copy_from_slice(&bounce[start..start + part.len()]);
-                            // P5: the data is in hand, whatever becomes of the copy.
-                            match self.fill(image, held, aligned.start, &bounce) {
-                                Ok(filled) => self.fills.reserve.copied(filled.copied),
-                                Err(error) => {
-                                    self.fills.failed(&error);
-                                    if without(Step::CopyUpNeverFailsTheRead) {
-                                        return Err(error);
-                                    }
-                                }
+                    if aligned == (at..at + extent.len) {
+                        self.read_below(&chain, at, part)?;
+                        self.fill_if_it_can(image, held, at, part)?;
+                    } else {
+                        match self.read_clusters(&chain, aligned.start..aligned.end.min(self.size())) {
+                            Ok(bounce) => {
+                                let start = (at - aligned.start) as usize;
+                                part.copy_from_slice(&bounce[start..start + part.len()]);
+                                self.fill_if_it_can(image, held, aligned.start, &bounce)?;
                             }
+                            // P8: the bad place may lie in what only the copy needs.
+                            Err(_) => self.read_below(&chain, at, part)?,
                         }
-                        // P8: the bad place may lie in what only the copy needs.
-                        Err(_) => self.read_below(&chain, at, part)?,
                     }
                 }
                 _ => image.read_extent(GuestOffset(at), &extent, part)?,
@@ -177,11 +191,27 @@ impl Disk {
         Ok(())
     }
 
+    /// Stores what a reader has in hand already. P5: whatever becomes of the copy, the read is good.
+    fn fill_if_it_can(&self, image: &Image, held: &Exclusive<'_>, at: u64, data: &[u8]) -> Result<()> {
+        match self.fill(image, held, at, data) {
+            Ok(filled) => self.fills.reserve.copied(filled.copied),
+            Err(error) => {
+                self.fills.failed(&error);
+                if without(Step::CopyUpNeverFailsTheRead) {
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Reads whole clusters from below; `range` starts on a cluster and may end with the disk, the rest of the last cluster is zeros (H19).
-    fn read_clusters(&self, chain: &Chain, range: Range<u64>) -> Result<Vec<u8>> {
+    pub(super) fn read_clusters(&self, chain: &Chain, range: Range<u64>) -> Result<Bounce> {
         let len = range.end - range.start;
-        let mut clusters = vec![0; len.next_multiple_of(self.cluster_size()) as usize];
-        self.read_below(chain, range.start, &mut clusters[..len as usize])?;
+        let mut clusters = self.bounces.take(len.next_multiple_of(self.cluster_size()) as usize);
+        let (inside, beyond) = clusters.split_at_mut(len as usize);
+        beyond.fill(0);
+        self.read_below(chain, range.start, inside)?;
         Ok(clusters)
     }
 

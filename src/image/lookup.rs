@@ -2,7 +2,7 @@
 
 use super::ImageReader;
 use super::l2_table::L2Table;
-use crate::format::{Geometry, GuestCluster, GuestOffset, Mapping, decompress};
+use crate::format::{Geometry, GuestCluster, GuestOffset, HostOffset, Mapping, decompress};
 use crate::sync::atomic::Ordering;
 use crate::{Error, Result};
 
@@ -62,16 +62,30 @@ impl ImageReader {
                 self.storage().read_at(offset, buf).map_err(|error| Error::io(format!("data at {offset:#x}"), error))
             }
             Mapping::Compressed { at: host, len } => {
-                let mut packed = vec![0; len as usize];
-                self.storage().read_at(host.0, &mut packed).map_err(|error| Error::io(format!("compressed data at {host}"), error))?;
-                let mut cluster = vec![0; geometry.cluster_size() as usize];
-                decompress(self.header.read().compression, &packed, &mut cluster)
-                    .map_err(|error| Error::from(error).context(format!("compressed data at {host}")))?;
                 let start = geometry.in_cluster(at) as usize;
+                if let Some(cluster) = self.inflated.get((host, len)) {
+                    buf.copy_from_slice(&cluster[start..start + buf.len()]);
+                    return Ok(());
+                }
+                // Who takes a whole cluster, a stream above all, has no use for it again.
+                if buf.len() as u64 == geometry.cluster_size() {
+                    return self.inflate(host, len, buf);
+                }
+                let mut cluster = vec![0; geometry.cluster_size() as usize];
+                self.inflate(host, len, &mut cluster)?;
                 buf.copy_from_slice(&cluster[start..start + buf.len()]);
+                self.inflated.put((host, len), cluster.into());
                 Ok(())
             }
         }
+    }
+
+    /// Reads and decompresses one cluster. What it holds after an error is undefined.
+    fn inflate(&self, host: HostOffset, len: u32, cluster: &mut [u8]) -> Result<()> {
+        let mut packed = vec![0; len as usize];
+        self.storage().read_at(host.0, &mut packed).map_err(|error| Error::io(format!("compressed data at {host}"), error))?;
+        let compression = self.header.read().compression;
+        decompress(compression, &packed, cluster).map_err(|error| Error::from(error).context(format!("compressed data at {host}")))
     }
 }
 

@@ -28,6 +28,7 @@ mod allocator;
 mod check;
 mod gaps;
 mod grow;
+mod inflated;
 mod l2_table;
 mod lookup;
 mod publish;
@@ -43,6 +44,7 @@ pub use lookup::Extent;
 pub use publish::{Allocation, Filled};
 
 use allocator::Allocator;
+use inflated::Inflated;
 use tables::Tables;
 use write_back::GroupCommit;
 
@@ -63,6 +65,7 @@ pub struct ImageReader {
     storage: Arc<dyn Storage>,
     header: RwLock<{ rank::LEAF }, Header>,
     tables: Tables,
+    inflated: Inflated,
 }
 
 impl ImageReader {
@@ -73,7 +76,7 @@ impl ImageReader {
     pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
         let header = read_header(&*storage)?;
         let tables = Tables::open(storage.clone(), &header, None, BACKING_TABLE_MEMORY)?;
-        Ok(ImageReader { storage, header: RwLock::new(header), tables })
+        Ok(ImageReader { storage, header: RwLock::new(header), tables, inflated: Inflated::default() })
     }
 
     /// Cluster size, widths and virtual size.
@@ -141,7 +144,7 @@ impl Image {
         header.check_writable()?;
         let allocator = Arc::new(Allocator::open(storage.clone(), &header)?);
         let tables = Tables::open(storage.clone(), &header, Some(allocator.clone()), OVERLAY_TABLE_MEMORY)?;
-        let reader = ImageReader { storage, header: RwLock::new(header), tables };
+        let reader = ImageReader { storage, header: RwLock::new(header), tables, inflated: Inflated::default() };
         Ok(Image {
             reader,
             allocator,

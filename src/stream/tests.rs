@@ -17,6 +17,7 @@ use crate::chain::Chain;
 use crate::format::{BackingFormat, BackingReference, Geometry, Header, NewImage};
 use crate::image::Image;
 use crate::job::{Batch, IoStatus, JobEvent, JobInfo, Progress, Status};
+use crate::simulation::{Action, SimStorage};
 use crate::storage::{Holding, Storage, WriteKind};
 
 /// Longer than anything here takes.
@@ -362,4 +363,95 @@ fn full_host_fails_the_job() {
         bench.assert_backing_kept();
         bench.assert_next_stream_completes();
     }
+}
+
+/// Waits for what another thread does.
+fn wait_until(what: &str, done: impl Fn() -> bool) {
+    let give_up = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < give_up, "{what}");
+        std::thread::yield_now();
+    }
+}
+
+/// A disk above a base in memory, and what the guest reads.
+fn simulated(bits: u32, chunks: u64) -> (Arc<Disk>, Arc<SimStorage>, Vec<u8>) {
+    let size = chunks * STREAM_CHUNK;
+    let content: Vec<u8> = (0..size).map(|at| (at / 4096 % 251 + 1) as u8).collect();
+    let base = SimStorage::new(content.clone());
+    let backing = BackingReference { name: "base.raw".into(), format: Some(BackingFormat::Raw) };
+    let new = NewImage { geometry: Geometry::new(3, bits, 4, size).unwrap(), backing: Some(backing) };
+    let overlay = SimStorage::new(Vec::new());
+    for (at, bytes) in new.layout().unwrap() {
+        overlay.write_at(WriteKind::Header, at, &bytes).unwrap();
+    }
+    let overlay = SimStorage::checked(overlay.bytes());
+    (Arc::new(Disk::for_tests(Image::open(overlay).unwrap(), Some(Chain::of_raw(base.clone())))), base, content)
+}
+
+/// Protects: several chunks are read at the same time; while the base does not answer a guest writes into them as if there were no stream, and what it
+/// wrote stays; host clusters are handed out in guest order all the same.
+#[test]
+fn chunks_are_read_together_and_nobody_waits_for_them() {
+    let (disk, base, mut content) = simulated(16, 8);
+    let held = base.hold(|operation| operation.action == Action::Read);
+    let jobs = Jobs::new();
+    start(&disk, &jobs, StreamOptions::new("job0")).unwrap();
+    wait_until("three chunks are read at the same time", || held.stopped() == 3);
+    for chunk in 0..3 {
+        let at = chunk * STREAM_CHUNK + (128 << 10);
+        disk.write(at, &[0xee; 64 << 10]).unwrap();
+        content[at as usize..][..64 << 10].fill(0xee);
+    }
+    assert_eq!((held.stopped(), jobs.query()[0].progress.offset), (3, 0));
+    drop(held);
+    jobs.settle("job0", PATIENCE);
+    let job = jobs.last().unwrap();
+    assert_eq!((job.error, job.work.copied), (None, 8 * STREAM_CHUNK - 3 * (64 << 10)));
+    assert!(disk.info().unwrap().backing.is_empty());
+    let mut read = vec![0; content.len()];
+    disk.read(0, &mut read).unwrap();
+    assert!(read == content);
+    disk.close().unwrap();
+}
+
+/// Protects: a job that is slow or paused reads little beyond where it stands, and reading ahead does not move it.
+#[test]
+fn a_slow_job_reads_only_a_little_ahead() {
+    let (disk, base, _) = simulated(16, 64);
+    let jobs = Jobs::new();
+    start(&disk, &jobs, StreamOptions { speed: 1, ..StreamOptions::new("job0") }).unwrap();
+    wait_until("the first chunk is free", || jobs.query()[0].progress.offset == STREAM_CHUNK);
+    wait_until("the next four are read", || base.operations() == 5);
+    jobs.pause("job0").unwrap();
+    assert_eq!((base.operations(), jobs.query()[0].progress.offset), (5, STREAM_CHUNK));
+    assert_eq!(disk.stats().backing_reads.bytes, 5 * STREAM_CHUNK);
+    jobs.cancel("job0", crate::job::Force::Yes).unwrap();
+    jobs.settle("job0", PATIENCE);
+    assert_eq!((jobs.last().unwrap().cancelled, base.operations()), (true, 5));
+}
+
+/// Protects: a cancelled job ends although its readers hang, and a job whose clusters are larger than its chunks reads each once.
+#[test]
+fn hung_readers_do_not_keep_a_job_and_large_clusters_are_read_once() {
+    let (disk, base, content) = simulated(21, 16);
+    let jobs = Jobs::new();
+    let beyond = 4 * STREAM_CHUNK;
+    let held = base.hold(move |operation| operation.action == Action::Read && operation.at >= beyond);
+    start(&disk, &jobs, StreamOptions { speed: 1, ..StreamOptions::new("job0") }).unwrap();
+    wait_until("the second cluster is being read", || held.stopped() == 1);
+    wait_until("the first is copied", || jobs.query()[0].progress.offset == STREAM_CHUNK);
+    jobs.cancel("job0", crate::job::Force::Yes).unwrap();
+    jobs.settle("job0", PATIENCE);
+    assert!(jobs.last().is_some_and(|job| job.cancelled), "it waits for no reader");
+    assert_eq!(held.stopped(), 1, "which hangs still");
+    drop(held);
+    wait_until("the reader has gone", || Arc::strong_count(&disk) == 1);
+    let before = base.operations();
+    start(&disk, &jobs, StreamOptions::new("job1")).unwrap();
+    jobs.settle("job1", PATIENCE);
+    assert_eq!((jobs.last().unwrap().error, base.operations() - before), (None, 3), "three clusters were missing");
+    let mut read = vec![0; content.len()];
+    disk.read(0, &mut read).unwrap();
+    assert!(read == content);
 }
