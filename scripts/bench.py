@@ -56,12 +56,17 @@ def options_of(words):
 
 
 def names(known):
+    """Some of these, separated by commas; `qemu` means both of QEMU's."""
+
+    def matching(word):
+        return [one for one in known if one == word or one.startswith(word + "-")]
+
     def parse(words):
         chosen = words.split(",")
         for one in chosen:
-            if one not in known:
+            if not matching(one):
                 raise argparse.ArgumentTypeError('no "%s"; there are: %s' % (one, ", ".join(known)))
-        return [one for one in known if one in chosen]
+        return [one for one in known if any(one in matching(word) for word in chosen)]
 
     return parse
 

@@ -189,7 +189,8 @@ class Bench:
         return side["iops"], side["bw_bytes"], side["io_bytes"], cpu
 
     def timed(self):
-        return "--time_based", "--runtime=%s" % self.options.seconds
+        # In milliseconds: fio takes a fraction of a second for none at all, and ends after one pass.
+        return "--time_based", "--runtime=%dms" % (self.options.seconds * 1000)
 
 
 def write_content(path, size):
