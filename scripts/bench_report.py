@@ -8,7 +8,7 @@ COLUMNS = (  # key, heading, colour in the chart
     ("plain", "plain file", "#9aa3ad"),
     ("cp", "cp", "#9aa3ad"),
     ("ceiling", "ceiling", "#c9ced4"),
-    ("convert", "qemu-img convert", "#c9ced4"),
+    ("convert", "img convert", "#c9ced4"),
     ("nbdkit", "nbdkit cow", "#cc79a7"),
     ("qemu", "QEMU", "#e69f00"),
     ("cordisk-dev", "cordisk dev", "#56b4e9"),
