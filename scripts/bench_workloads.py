@@ -395,12 +395,13 @@ def latencies_during(bench, disk, session, kind, target):
         threading.Thread(target=kill_if_stuck, args=(disk, found, over), daemon=True).start()
         try:
             measure_until(bench, over, reader, kind, chance, found)
-        except OSError:
+        except OSError as error:
             over.wait(HANG_SECONDS)
-            if target.key.startswith("cordisk") or not found:
-                raise
+            if target.key.startswith("cordisk"):
+                raise Broken("%s: a %s under its stream: %s" % (target.label, kind, error.strerror)) from None
             # What was answered before counts: QEMU 10.0 at times answers nothing more at the end of a stream.
-            bench.note("%s hung in a %s under its stream; what it had answered before counts" % (target.label, kind))
+            bench.note("%s hung in a %s under its stream; what it had answered before counts"
+                       % (target.label, kind))
             return found, True
     waiter.join()
     if failed:
