@@ -222,7 +222,7 @@ release_with_dev_dependencies() {
 scripts_parse() {
     local file
     for file in scripts/*.sh .ci/run; do bash -n "$file"; done
-    python3 - scripts/qmp.py tests/qmp_client.py <<'END'
+    python3 - scripts/*.py tests/qmp_client.py <<'END'
 import ast, sys
 for name in sys.argv[1:]:
     ast.parse(open(name).read(), name)

@@ -1,0 +1,171 @@
+//! `passthrough FILE MOUNTPOINT`: shows FILE at MOUNTPOINT, both regular files, over /dev/fuse, and does nothing else.
+//!
+//! The ceiling of `scripts/bench.sh`: what the transport alone costs, with one pread or pwrite behind every request and no disk logic. It asks the
+//! kernel for what `cordisk` asks for: two threads, direct I/O, requests of up to 1 MiB, parallel direct writes. Ends when it is unmounted.
+
+use std::cell::RefCell;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption,
+    OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyOpen, ReplyWrite, ReplyXattr, Request, Session, WriteFlags,
+};
+
+const THREADS: usize = 2;
+const MAX_IO: usize = 1 << 20;
+const MAX_BACKGROUND: u16 = 64;
+const ATTR_TTL: Duration = Duration::from_secs(1);
+
+thread_local! {
+    /// One buffer for each session thread, so that a read allocates nothing.
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; MAX_IO]);
+}
+
+struct Passthrough {
+    file: File,
+}
+
+impl Passthrough {
+    fn attributes(&self) -> io::Result<FileAttr> {
+        let host = self.file.metadata()?;
+        let now = SystemTime::now();
+        Ok(FileAttr {
+            ino: INodeNo::ROOT,
+            size: host.size(),
+            blocks: host.blocks(),
+            atime: now,
+            mtime: now,
+            ctime: now,
+            crtime: now,
+            kind: FileType::RegularFile,
+            perm: 0o600,
+            nlink: 1,
+            uid: host.uid(),
+            gid: host.gid(),
+            rdev: 0,
+            blksize: 4096,
+            flags: 0,
+        })
+    }
+}
+
+/// Reads until `buffer` is full or the file ends.
+fn read_full(file: &File, mut offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match file.read_at(&mut buffer[done..], offset) {
+            Ok(0) => break,
+            Ok(read) => {
+                done += read;
+                offset += read as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
+impl Filesystem for Passthrough {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let _ = config.set_max_write(MAX_IO as u32);
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+        Ok(())
+    }
+
+    fn getattr(&self, _req: &Request, _ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        match self.attributes() {
+            Ok(attributes) => reply.attr(&ATTR_TTL, &attributes),
+            Err(error) => reply.error(error.into()),
+        }
+    }
+
+    fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES);
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        BUFFER.with_borrow_mut(|buffer| {
+            let len = (size as usize).min(MAX_IO);
+            match read_full(&self.file, offset, &mut buffer[..len]) {
+                Ok(len) => reply.data(&buffer[..len]),
+                Err(error) => reply.error(error.into()),
+            }
+        });
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        match self.file.write_all_at(data, offset) {
+            // A request is at most MAX_IO long.
+            Ok(()) => reply.written(data.len() as u32),
+            Err(error) => reply.error(error.into()),
+        }
+    }
+
+    fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn fsync(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        match self.file.sync_data() {
+            Ok(()) => reply.ok(),
+            Err(error) => reply.error(error.into()),
+        }
+    }
+
+    // The kernel asks before every write, until it has been told that there is no such call.
+    fn getxattr(&self, _req: &Request, _ino: INodeNo, _name: &std::ffi::OsStr, _size: u32, reply: ReplyXattr) {
+        reply.error(Errno::ENOSYS);
+    }
+}
+
+fn serve(file: &Path, mountpoint: &Path) -> io::Result<()> {
+    let file = OpenOptions::new().read(true).write(true).open(file)?;
+    let mut config = Config::default();
+    config.mount_options = vec![MountOption::FSName("passthrough".to_string()), MountOption::DefaultPermissions];
+    config.n_threads = Some(THREADS);
+    config.clone_fd = true;
+    Session::new(Passthrough { file }, mountpoint, &config)?.run()
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    let [file, mountpoint] = &arguments[..] else {
+        eprintln!("usage: passthrough FILE MOUNTPOINT");
+        return ExitCode::from(2);
+    };
+    match serve(Path::new(file), Path::new(mountpoint)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("passthrough: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
