@@ -7,8 +7,9 @@
 //! A layer that is shorter than the disk reads as zeros past its end, and what lies below it there is *not* seen.
 //!
 //! **Touches:** `image::ImageReader`, `storage`. **Never:** writes anything; guesses a format; opens a file but through the [`Gate`].
-//! **Locks:** a leaf for each layer, never across I/O (host file locks are taken by `storage`). **Invariants:** the list of layers does not change after
-//! [`Chain::open`]; no file is in it twice; at most [`MAX_LAYERS`]; walks are loops, so depth costs no stack.
+//! **Locks:** a leaf for each layer, never across I/O (host file locks are taken by `storage`).
+//! **Invariants:** the list of layers does not change after [`Chain::open`]; no file is in it twice; at most
+//! [`MAX_LAYERS`]; walks are loops, so depth costs no stack.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
