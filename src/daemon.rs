@@ -135,7 +135,7 @@ fn serve_disk(
     control: &Control,
     events: &Receiver<Event>,
 ) -> (Result<()>, Finished) {
-    let options = MountOptions { mountpoint: config.mountpoint.clone(), allow_other: config.allow_other };
+    let options = MountOptions { mountpoint: config.mountpoint.clone(), allow_other: config.allow_other, transport: config.transport };
     let mounted = match fuse::mount(disk, &options) {
         Ok(mounted) => mounted,
         Err(error) => return (Err(error), Finished::Quiet),

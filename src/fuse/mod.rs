@@ -23,7 +23,9 @@ mod handler;
 mod log_limit;
 mod mountinfo;
 mod mountpoint;
+mod ring;
 mod session;
+mod wire;
 mod workers;
 
 use std::io;
@@ -47,9 +49,23 @@ use crate::error::Context;
 /// a backing file that hangs must not keep the process for ever.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How requests come from the kernel.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Transport {
+    /// io_uring where the kernel offers it, /dev/fuse otherwise.
+    #[default]
+    Auto,
+    /// /dev/fuse.
+    Dev,
+    /// io_uring, or not at all.
+    Uring,
+}
+
 /// How to mount.
 #[derive(Clone, Debug)]
 pub struct MountOptions {
+    /// How requests come from the kernel.
+    pub transport: Transport,
     /// A regular file, or a name that does not exist.
     pub mountpoint: PathBuf,
     /// Other users may open the disk, as far as its mode and owner allow.
@@ -103,7 +119,7 @@ pub fn mount(disk: &Arc<Disk>, options: &MountOptions) -> Result<Mounted> {
     let how = attach::Options { source: &info.path, read_only: info.read_only, allow_other: options.allow_other };
     let (device, attachment) = attach::attach(device, &mountpoint, &how)?;
     mountpoint.hide();
-    let running = session::start(handler, device)?;
+    let running = session::start(handler, device, options.transport)?;
     Ok(Mounted { session: running.session, workers: running.workers, notifier: running.notifier, attachment, mountpoint })
 }
 
