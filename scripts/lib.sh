@@ -36,6 +36,7 @@ package_of() {
         mkfs.ext4 | e2fsck | debugfs) echo e2fsprogs ;;
         mount | umount | losetup) echo mount ;;
         findmnt | fallocate | setpriv | setsid) echo util-linux ;;
+        mkfs.xfs | xfs_io) echo xfsprogs ;;
         nbdfuse) echo libnbd-bin ;;
         setfattr | getfattr) echo attr ;;
         *) echo "$1" ;;

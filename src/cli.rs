@@ -1,16 +1,19 @@
 //! The command line, in two steps: what was typed ([`Args`], by clap) and what it means ([`Command`], checked).
 //!
-//! **Touches:** `format` and `create` for their option types, the current directory (paths are made absolute here, because the daemon
-//! moves to `/`). **Never:** opens a file. Wrong usage is reported by clap and ends with exit status 2.
+//! **Touches:** `format`, `create` and `check` for their option types, the current directory (paths are made absolute here, because the daemon
+//! moves to `/`). **Never:** opens a file. Wrong usage is reported by clap and ends with exit status 2 (1 for `check`).
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand, ValueEnum};
 
+use crate::check::{CheckOptions, Output, Repair};
 use crate::create::CreateOptions;
 use crate::error::Context;
 use crate::format::BackingFormat;
 use crate::fuse::Transport;
+use crate::sandbox;
 use crate::{Error, ErrorKind, Result};
 
 /// Device id, and job id of the stream it starts, where none is given: QEMU's name for the first drive.
@@ -38,7 +41,44 @@ enum Typed {
     /// accepts), and a daemon stays in the background until the file is unmounted: `umount MOUNTPOINT`, or `fusermount3 -u MOUNTPOINT`
     /// for whoever is not root. SIGTERM unmounts as well; while the file is in use the daemon writes everything back and goes on serving,
     /// until a second SIGTERM.
+    ///
+    /// After a daemon was killed, the same command mounts again: it replaces the dead mount of this image at MOUNTPOINT, and gives back the
+    /// clusters that were leaked.
+    #[command(after_help = "Example: cordisk mount --qmp qmp.sock overlay.qcow2 disk")]
     Mount(MountArgs),
+    /// Check a qcow2 image, and give back what a crash has leaked in it
+    ///
+    /// Counts all references inside the image and holds its refcounts against them, with the output and the exit status of qemu-img check:
+    /// 0 all is well, 1 the check could not be done, 2 there are corruptions, 3 clusters are leaked and nothing else. Backing files are not
+    /// opened. An image that is mounted cannot be checked. A read-write mount after a crash gives leaks back by itself.
+    #[command(after_help = "Example: cordisk check --repair leaks overlay.qcow2")]
+    Check(CheckArgs),
+    /// The process that `mount` starts to mount and unmount.
+    #[command(hide = true)]
+    KeepMount,
+}
+
+#[derive(Debug, clap::Args)]
+struct CheckArgs {
+    /// The qcow2 image
+    image: PathBuf,
+    /// Repair what is wrong: "leaks" lowers the refcounts of leaked clusters, if there are no corruptions; nothing else is repaired
+    #[arg(short, long, value_name = "WHAT")]
+    repair: Option<RepairArg>,
+    /// For people, or as one JSON object with the members of qemu-img check
+    #[arg(long, value_name = "FORMAT", default_value = "human")]
+    output: OutputArg,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum RepairArg {
+    Leaks,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OutputArg {
+    Human,
+    Json,
 }
 
 #[derive(Debug, clap::Args)]
@@ -86,6 +126,10 @@ struct MountArgs {
     /// Do not copy up what is read from the backing file
     #[arg(long)]
     no_copy_on_read: bool,
+    /// Do not copy up what is read while less than this is free where IMAGE lies; 0 is no limit. Writes and --stream are not affected
+    /// [default: the smaller of 1G and 5 % of the file system]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    reserve: Option<u64>,
     /// Let other users open the disk, as far as its mode and owner allow (/etc/fuse.conf must permit it for whoever is not root)
     #[arg(long)]
     allow_other: bool,
@@ -95,12 +139,22 @@ struct MountArgs {
     /// Format of the first backing file, where the image does not say; it is never guessed
     #[arg(long, value_name = "FORMAT")]
     backing_format: Option<FormatArg>,
+    /// Open backing files below this directory only, whatever names the images have in them; may be given several times [default: anywhere]
+    #[arg(long = "backing-root", value_name = "DIR")]
+    backing_roots: Vec<PathBuf>,
     /// Before writing, count all references in the image and refuse it if its refcounts do not add up, for images you do not trust
     #[arg(long, conflicts_with = "read_only")]
     full_check: bool,
     /// Write the daemon's process id to this file; locked while it runs, removed at the end
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
+    /// As root: become this user once everything is open and mounted. The disk and the QMP socket are that user's; without GROUP, the user's own
+    #[arg(long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+    /// What the daemon may still do once it serves. `try`: with Landlock and seccomp, as far as the kernel has them, open, remove, execute and
+    /// connect to nothing. `require`: refuse to start without both. `off`: whatever its user may
+    #[arg(long, value_name = "MODE", default_value = "try")]
+    sandbox: SandboxArg,
     /// Set by `mount` when it starts itself again as the background process.
     #[arg(long, hide = true)]
     background_child: bool,
@@ -141,6 +195,23 @@ impl From<FormatArg> for BackingFormat {
     }
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum SandboxArg {
+    Try,
+    Require,
+    Off,
+}
+
+impl From<SandboxArg> for sandbox::Mode {
+    fn from(mode: SandboxArg) -> Self {
+        match mode {
+            SandboxArg::Try => sandbox::Mode::Try,
+            SandboxArg::Require => sandbox::Mode::Require,
+            SandboxArg::Off => sandbox::Mode::Off,
+        }
+    }
+}
+
 /// What the program is asked to do, checked.
 #[derive(Debug)]
 pub enum Command {
@@ -148,6 +219,10 @@ pub enum Command {
     Create(CreateOptions),
     /// `cordisk mount`.
     Mount(MountConfig),
+    /// `cordisk check`.
+    Check(CheckOptions),
+    /// What `cordisk mount` runs as its mount keeper.
+    KeepMount,
 }
 
 /// Which of the processes of `cordisk mount` this one is.
@@ -180,6 +255,8 @@ pub struct MountConfig {
     pub read_only: bool,
     /// Reads copy up.
     pub copy_on_read: bool,
+    /// Free bytes of the overlay's file system below which reads do not copy up, where given.
+    pub reserve: Option<u64>,
     /// Other users may open the disk.
     pub allow_other: bool,
     /// How requests come from the kernel.
@@ -190,6 +267,12 @@ pub struct MountConfig {
     pub full_check: bool,
     /// Where the process id goes.
     pub pidfile: Option<PathBuf>,
+    /// Directories that backing files must lie in, if there are any.
+    pub backing_roots: Vec<PathBuf>,
+    /// Who to become, as typed: looked up by the process that serves.
+    pub user: Option<String>,
+    /// How much of a sandbox there has to be.
+    pub sandbox: sandbox::Mode,
 }
 
 /// Parses the command line of this process. Prints help or usage errors itself and ends the process then.
@@ -197,7 +280,23 @@ pub struct MountConfig {
 /// # Errors
 /// The current directory, to which relative paths refer, is gone.
 pub fn parse() -> Result<Command> {
-    Args::parse().check()
+    match Args::try_parse() {
+        Ok(args) => args.check(),
+        Err(error) => {
+            // Where this fails nobody listens.
+            let _ = error.print();
+            std::process::exit(usage_status(&error, std::env::args_os().nth(1).as_deref()));
+        }
+    }
+}
+
+/// The exit status of help and of wrong usage. That of `check` must not be taken for corruptions, so there it is 1, as with qemu-img.
+fn usage_status(error: &clap::Error, command: Option<&OsStr>) -> i32 {
+    match error.exit_code() {
+        0 => 0,
+        _ if command == Some(OsStr::new("check")) => 1,
+        status => status,
+    }
 }
 
 impl Args {
@@ -212,6 +311,15 @@ impl Args {
                 cluster_size: args.cluster_size,
             }),
             Typed::Mount(args) => Command::Mount(args.check()?),
+            Typed::Check(args) => Command::Check(CheckOptions {
+                image: args.image,
+                repair: args.repair.map(|RepairArg::Leaks| Repair::Leaks),
+                output: match args.output {
+                    OutputArg::Human => Output::Human,
+                    OutputArg::Json => Output::Json,
+                },
+            }),
+            Typed::KeepMount => Command::KeepMount,
         })
     }
 }
@@ -232,10 +340,14 @@ impl MountArgs {
             copy_on_read: !self.no_copy_on_read && !self.read_only,
             read_only: self.read_only,
             full_check: self.full_check,
+            reserve: self.reserve,
             allow_other: self.allow_other,
             transport: self.transport.into(),
             backing_format: self.backing_format.map(BackingFormat::from),
             pidfile: self.pidfile.as_deref().map(absolute).transpose()?,
+            backing_roots: self.backing_roots.iter().map(|root| absolute(root)).collect::<Result<_>>()?,
+            user: self.user,
+            sandbox: self.sandbox.into(),
         })
     }
 }
@@ -302,7 +414,7 @@ mod tests {
     fn mount(line: &[&str]) -> MountConfig {
         match command(line) {
             Command::Mount(config) => config,
-            Command::Create(_) => panic!("not mount"),
+            Command::Create(_) | Command::Check(_) | Command::KeepMount => panic!("not mount"),
         }
     }
 
@@ -356,6 +468,7 @@ mod tests {
         assert_eq!(config.device, "drive0");
         assert!(config.copy_on_read && !config.read_only && !config.allow_other);
         assert_eq!((config.qmp, config.stream, config.backing_format, config.pidfile), (None, None, None, None));
+        assert_eq!((config.user, config.sandbox, config.backing_roots), (None, sandbox::Mode::Try, vec![]));
     }
 
     #[test]
@@ -366,7 +479,13 @@ mod tests {
         let config = mount(&["cordisk", "mount", "-r", "--backing-format", "raw", "/i", "/m"]);
         assert!(config.read_only && !config.copy_on_read);
         assert_eq!(config.backing_format, Some(BackingFormat::Raw));
+        let config =
+            mount(&["cordisk", "mount", "--user", "u:g", "--sandbox", "require", "--backing-root", "a", "--backing-root=/b", "/i", "/m"]);
+        assert_eq!((config.user.as_deref(), config.sandbox), (Some("u:g"), sandbox::Mode::Require));
+        assert!(config.backing_roots.len() == 2 && config.backing_roots.iter().all(|root| root.is_absolute()));
         assert_eq!(mount(&["cordisk", "mount", "--background-child", "/i", "/m"]).role, Role::Child);
+        assert_eq!(config.reserve, None);
+        assert_eq!(mount(&["cordisk", "mount", "--reserve", "2G", "/i", "/m"]).reserve, Some(2 << 30));
         assert!(!mount(&["cordisk", "mount", "--no-copy-on-read", "/i", "/m"]).copy_on_read);
     }
 
@@ -382,6 +501,21 @@ mod tests {
     }
 
     #[test]
+    fn check_takes_what_qemu_img_takes() {
+        let Command::Check(options) = command(&["cordisk", "check", "--repair", "leaks", "--output", "json", "i"]) else {
+            panic!("not check")
+        };
+        assert_eq!((options.image.as_path(), options.repair, options.output), (Path::new("i"), Some(Repair::Leaks), Output::Json));
+        let Command::Check(options) = command(&["cordisk", "check", "i"]) else { panic!("not check") };
+        assert_eq!((options.repair, options.output), (None, Output::Human));
+        let error = Args::try_parse_from(["cordisk", "check", "--repair", "all", "i"]).unwrap_err();
+        assert_eq!(usage_status(&error, Some(OsStr::new("check"))), 1, "2 means corruptions");
+        assert_eq!(usage_status(&error, Some(OsStr::new("mount"))), 2);
+        let help = Args::try_parse_from(["cordisk", "check", "--help"]).unwrap_err();
+        assert_eq!(usage_status(&help, Some(OsStr::new("check"))), 0);
+    }
+
+    #[test]
     fn wrong_usage_is_status_2() {
         for line in [
             &["cordisk"][..],
@@ -389,6 +523,8 @@ mod tests {
             &["cordisk", "mount", "--speed", "1", "/i", "/m"],
             &["cordisk", "mount", "--stream", "--read-only", "/i", "/m"],
             &["cordisk", "mount", "--device", "0", "/i", "/m"],
+            &["cordisk", "mount", "--reserve", "5%", "/i", "/m"],
+            &["cordisk", "mount", "--sandbox", "maybe", "/i", "/m"],
             &["cordisk", "create", "o", "-b", "base"],
             &["cordisk", "create", "o", "-b", "base", "-F", "vmdk"],
         ] {

@@ -1,18 +1,21 @@
 //! The program's life: composition root, wiring, orderly shutdown. No logic that a test would want.
 //!
-//! Start: lock the pidfile, open the disk, QMP, mount, stream, say "ready". Shutdown, whatever the reason, strictly in this order:
-//! unmount, stop jobs, close the disk, close QMP. After that point every acknowledged write is durable or the exit status says otherwise.
+//! Start: the mount keeper, lock the pidfile, open the disk, bind the QMP socket, mount, become `--user`, enter the sandbox; only then threads:
+//! signals, QMP, the session, the stream; say "ready". Shutdown, whatever the reason, strictly in this order: unmount, stop jobs, close the
+//! disk, close QMP, let the keeper go. After that point every acknowledged write is durable or the exit status says otherwise.
 //!
-//! **Touches:** everything once. **Never:** leaves a mount, placeholder, socket or pidfile behind, on any path but a kill.
+//! **Touches:** everything once. **Never:** leaves a mount, placeholder, socket or pidfile behind, on any path but a kill; starts a thread or
+//! answers anybody before the sandbox is entered.
 //! **Locks:** none; events come over one channel to the one thread that decides (`serve`).
 //! **Invariants:** after the mount no path is looked up that could lead through our own mountpoint: the current directory is `/`, all
-//! paths are absolute, files are open already (H29).
+//! paths are absolute, files are open already (H29). In the sandbox none can be looked up at all.
 
 mod background;
 mod control;
 mod pidfile;
 mod signals;
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
@@ -21,11 +24,14 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select, unbounded};
 use rustix::fs::Mode;
 
-use crate::chain::Gate;
+use crate::chain::{Gate, Roots};
 use crate::cli::{self, Command, MountConfig, Role};
 use crate::disk::{Disk, DiskOptions};
-use crate::error::Context;
+use crate::error::{Context, one_line};
 use crate::fuse::{self, Finished, MountOptions, Mounted, Unmounted};
+use crate::keeper::{self, Keeper, KeptMount, Leftover, Messages};
+use crate::qmp::Socket;
+use crate::sandbox::{self, Identity};
 use crate::{Error, Result};
 
 use control::Control;
@@ -47,13 +53,13 @@ enum Event {
     Quit,
 }
 
-/// Parses the command line, runs the command, returns the exit status: 0, or 1 after one line on standard error.
-/// Wrong usage ends the process with 2 inside the parser.
+/// Parses the command line, runs the command, returns the exit status: 0, or 1 after one line on standard error; `check` has others as well.
+/// Wrong usage ends the process inside the parser.
 pub fn main() -> ExitCode {
     match cli::parse().and_then(run) {
         Ok(status) => status,
         Err(error) => {
-            eprintln!("cordisk: {error}");
+            eprintln!("cordisk: {}", one_line(&error.to_string()));
             ExitCode::FAILURE
         }
     }
@@ -65,6 +71,11 @@ fn run(command: Command) -> Result<ExitCode> {
             start_log(log::LevelFilter::Warn);
             crate::create::create(&options).map(|()| ExitCode::SUCCESS)
         }
+        Command::Check(options) => {
+            start_log(log::LevelFilter::Warn);
+            crate::check::run(&options)
+        }
+        Command::KeepMount => keeper::run().map(|()| ExitCode::SUCCESS),
         Command::Mount(config) => match config.role {
             Role::Parent => background::start(),
             Role::Foreground => {
@@ -81,99 +92,177 @@ fn run(command: Command) -> Result<ExitCode> {
 }
 
 /// Log lines go to standard error; `RUST_LOG` overrides. fuser is silent by default: it calls it an error when a client was killed
-/// while it waited, and what ends a session it returns to us as well.
+/// while it waited, and what ends a session it returns to us as well. Whatever an image or a client has put into a message, a line
+/// stays one line (data-safety 6.7).
 fn start_log(level: log::LevelFilter) {
-    env_logger::Builder::new().filter_level(level).filter_module("fuser", log::LevelFilter::Off).parse_default_env().init();
+    let mut builder = env_logger::Builder::new();
+    builder.filter_level(level).filter_module("fuser", log::LevelFilter::Off).parse_default_env();
+    builder.format(|out, record| {
+        let (level, style) = (record.level(), out.default_level_style(record.level()));
+        let text = one_line(&record.args().to_string());
+        writeln!(out, "[{} {style}{level:<5}{style:#} {}] {text}", out.timestamp(), record.target())
+    });
+    builder.init();
 }
 
 /// From here to the end of the process: everything that `cordisk mount` does in the process that serves.
 fn serve(config: &MountConfig) -> Result<()> {
     rustix::process::umask(Mode::from_raw_mode(0o077));
-    let (sender, events) = unbounded();
-    let _signals = signals::start(sender)?;
-    let pidfile = config.pidfile.as_deref().map(Pidfile::acquire).transpose()?;
+    let user = config.user.as_deref().map(Identity::find).transpose()?;
+    sandbox::check(config.sandbox)?;
+    // In the background somebody waits for the end of our standard error.
+    let keeper = Keeper::start(if config.role == Role::Child { Messages::Dropped } else { Messages::Inherited })?;
+    let served = serve_kept(config, user, &keeper);
+    first_of(served, keeper.finish())
+}
+
+/// As [`serve`], with a keeper: what was entrusted to it has been removed afterwards.
+fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> Result<()> {
+    let signals = signals::register()?;
+    let mut pidfile = config.pidfile.as_deref().map(Pidfile::acquire).transpose()?;
+    let _pidfile = match &mut pidfile {
+        Some(pidfile) => {
+            let entrusted = keeper.entrust(Leftover::Pidfile, pidfile.path(), pidfile.identity()?)?;
+            pidfile.entrust();
+            Some(entrusted)
+        }
+        None => None,
+    };
     rustix::process::chdir("/").map_err(std::io::Error::from).context(|| "chdir to /")?;
 
     let options = DiskOptions {
         read_only: config.read_only,
         copy_on_read: config.copy_on_read,
-        gate: Gate { backing_format: config.backing_format, ..Gate::default() },
+        gate: Gate { backing_format: config.backing_format, roots: Roots::open(&config.backing_roots)?, ..Gate::default() },
         full_check: config.full_check,
+        reserve: config.reserve,
     };
     let disk = Arc::new(Disk::open(&config.image, &options)?);
-    // QMP before the mount: a socket that cannot be bound should not make a disk appear and vanish.
-    let control = Control::start(config, &disk)?;
-    let (served, requests) = serve_disk(config, &disk, pidfile.as_ref(), &control, &events);
+    // The socket before the mount: one that cannot be bound should not make a disk appear and vanish.
+    let mut socket = config.qmp.as_deref().map(Socket::listen).transpose()?;
+    let _socket = match &mut socket {
+        Some(socket) => {
+            let entrusted = keeper.entrust(Leftover::Socket, socket.path(), socket.identity())?;
+            socket.entrust();
+            if let Some(user) = user {
+                socket.give_to(user.uid, user.gid)?;
+            }
+            Some(entrusted)
+        }
+        None => None,
+    };
+    let ready = (config.role == Role::Child).then(background::Ready::prepare).transpose()?;
+    let owner = user.unwrap_or_else(Identity::current);
+    let (mountpoint, allow_other) = (config.mountpoint.clone(), config.allow_other);
+    let prepared =
+        fuse::prepare(&disk, MountOptions { mountpoint, allow_other, uid: owner.uid, gid: owner.gid, transport: config.transport })?;
+    let (mount, device) = match keeper.mount(prepared.plan()) {
+        Ok(mounted) => mounted,
+        // Nothing has been served: closing has nothing to wait for.
+        Err(error) => return first_of(Err(error), close(&disk, config)),
+    };
+    let confined = user.map_or(Ok(()), Identity::become_it).and_then(|()| sandbox::enter(config.sandbox));
+    if let Err(error) = confined {
+        drop((mount, device));
+        return first_of(Err(error), close(&disk, config));
+    }
+
+    // From here on there are threads.
+    let (sender, events) = unbounded();
+    let started = signals.start(sender).and_then(|signals| Ok((signals, Control::start(socket, config, &disk)?)));
+    let (_signals, control) = match started {
+        Ok(started) => started,
+        Err(error) => {
+            drop((mount, device));
+            return first_of(Err(error), close(&disk, config));
+        }
+    };
+    let (served, requests) = match prepared.serve(device) {
+        Ok(mounted) => serve_disk(config, &disk, Announcement { pidfile: pidfile.as_ref(), ready }, &control, &events, mount, mounted),
+        Err(error) => {
+            drop(mount);
+            (Err(error), Finished::Quiet)
+        }
+    };
     // No request comes any more: the jobs, then the disk, then the socket.
     let jobs = control.stop_jobs(&config.device);
     let closed = if (requests, jobs) == (Finished::Quiet, Finished::Quiet) {
-        disk.close()
+        close(&disk, config)
     } else {
         // Closing would have to wait for them, perhaps for ever: a backing file hangs. What was acknowledged is made durable all the same.
         log::warn!("requests or jobs still hang; leaving without them");
-        disk.flush()
+        disk.flush().context(|| format!("closing {}", config.image.display()))
     };
-    let closed = closed.context(|| format!("closing {}", config.image.display()));
     control.close(&closed);
-    // The first error is the one to report, the other goes to the log.
-    match (served, closed) {
-        (Err(error), closed) => {
-            if let Err(closing) = closed {
-                log::error!("{closing}");
+    first_of(served, closed)
+}
+
+fn close(disk: &Disk, config: &MountConfig) -> Result<()> {
+    disk.close().context(|| format!("closing {}", config.image.display()))
+}
+
+/// The first error is the one to report, the other goes to the log.
+fn first_of(first: Result<()>, second: Result<()>) -> Result<()> {
+    match (first, second) {
+        (Err(error), second) => {
+            if let Err(second) = second {
+                log::error!("{second}");
             }
             Err(error)
         }
-        (Ok(()), closed) => closed,
+        (Ok(()), second) => second,
     }
+}
+
+/// Who is told that the disk is there.
+struct Announcement<'a> {
+    pidfile: Option<&'a Pidfile>,
+    ready: Option<background::Ready>,
 }
 
 /// Everything between the open disk and its close: mounted, served, unmounted. Also tells whether requests are still running.
 fn serve_disk(
     config: &MountConfig,
     disk: &Arc<Disk>,
-    pidfile: Option<&Pidfile>,
+    announcement: Announcement<'_>,
     control: &Control,
     events: &Receiver<Event>,
+    mount: KeptMount<'_>,
+    mounted: Mounted,
 ) -> (Result<()>, Finished) {
-    let options = MountOptions { mountpoint: config.mountpoint.clone(), allow_other: config.allow_other, transport: config.transport };
-    let mounted = match fuse::mount(disk, &options) {
-        Ok(mounted) => mounted,
-        Err(error) => return (Err(error), Finished::Quiet),
-    };
     control.mounted(mounted.size_notice());
-    let announced = announce(config, disk, control, pidfile, &mounted);
+    let announced = announce(config, disk, control, announcement, &mount);
     let timer = CommitTimer::start(Arc::clone(disk));
-    let ended = announced.and_then(|()| wait_for_end(&mounted, disk, events, control));
+    let ended = announced.and_then(|()| wait_for_end(&mount, &mounted, disk, events, control));
     if ended.is_err()
-        && let Err(error) = mounted.detach()
+        && let Err(error) = mount.detach()
     {
         log::error!("{error}");
     }
     let finished = mounted.finish();
+    // With the placeholder.
+    drop(mount);
     drop(timer);
     (ended, finished)
 }
 
 /// The stream, the pidfile, and the news that the disk is there.
-fn announce(config: &MountConfig, disk: &Arc<Disk>, control: &Control, pidfile: Option<&Pidfile>, mounted: &Mounted) -> Result<()> {
+fn announce(config: &MountConfig, disk: &Arc<Disk>, control: &Control, told: Announcement<'_>, mount: &KeptMount<'_>) -> Result<()> {
     if let Some(speed) = config.stream {
         control.start_stream(disk, &config.device, speed)?;
     }
-    if let Some(pidfile) = pidfile {
+    if let Some(pidfile) = told.pidfile {
         pidfile.write()?;
     }
-    log::info!("mounted {} on {}", config.image.display(), mounted.path().display());
-    if config.role == Role::Child {
-        background::ready()?;
-    }
-    Ok(())
+    log::info!("mounted {} on {}", config.image.display(), mount.path().display());
+    told.ready.map_or(Ok(()), background::Ready::say)
 }
 
 /// Serves until the session has ended, unmounting it when asked to.
 ///
 /// # Errors
 /// The session broke, or could not be taken from the kernel.
-fn wait_for_end(mounted: &Mounted, disk: &Disk, events: &Receiver<Event>, control: &Control) -> Result<()> {
+fn wait_for_end(mount: &KeptMount<'_>, mounted: &Mounted, disk: &Disk, events: &Receiver<Event>, control: &Control) -> Result<()> {
     let mut asked = None;
     loop {
         let event = select! {
@@ -188,11 +277,11 @@ fn wait_for_end(mounted: &Mounted, disk: &Disk, events: &Receiver<Event>, contro
         if let Err(error) = disk.flush() {
             log::error!("flush: {error}");
         }
-        let unmounted = mounted.unmount().inspect_err(|error| log::error!("{error}"));
+        let unmounted = mount.unmount().inspect_err(|error| log::error!("{error}"));
         let first = asked.replace(event).is_none();
         if event == Event::Terminate && first {
             if let Ok(Unmounted::Busy) = unmounted {
-                log::warn!("{} is in use: all is written back, serving on; the next signal detaches it", mounted.path().display());
+                log::warn!("{} is in use: all is written back, serving on; the next signal detaches it", mount.path().display());
             }
             continue;
         }
@@ -200,9 +289,9 @@ fn wait_for_end(mounted: &Mounted, disk: &Disk, events: &Receiver<Event>, contro
         if matches!(unmounted, Ok(Unmounted::Done)) && mounted.ends_within(UNMOUNT_TIMEOUT) {
             continue;
         }
-        log::warn!("{} is in use: detaching it", mounted.path().display());
+        log::warn!("{} is in use: detaching it", mount.path().display());
         control.announce_shutdown(Some(event));
-        return mounted.detach();
+        return mount.detach();
     }
 }
 

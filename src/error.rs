@@ -5,12 +5,13 @@ use std::fmt::{self, Write};
 use std::io;
 
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 /// Shorthand for results of the engine.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What kind of failure an [`Error`] is; callers branch on this, never on text.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Deserialize, Eq, PartialEq, Serialize)]
 pub enum ErrorKind {
     /// The bytes are not a qcow2 image, or break a bound of the format at open.
     InvalidImage,
@@ -120,14 +121,33 @@ struct OneLine<'a, 'b>(&'a mut fmt::Formatter<'b>);
 
 impl fmt::Write for OneLine<'_, '_> {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        for piece in text.split_inclusive(char::is_control) {
-            match piece.chars().next_back().filter(|last| last.is_control()) {
+        for piece in text.split_inclusive(is_dangerous) {
+            match piece.chars().next_back().filter(|&last| is_dangerous(last)) {
                 Some(last) => write!(self.0, "{}{}", &piece[..piece.len() - last.len_utf8()], last.escape_default())?,
                 None => self.0.write_str(piece)?,
             }
         }
         Ok(())
     }
+}
+
+/// Longest line of a log or of standard error, in characters: names from an image are at most 1023 bytes, paths 4096.
+const LONGEST_LINE: usize = 8192;
+
+/// `text` as it may stand in a log and on a terminal, whoever has chosen it: one line, nothing that moves a cursor, changes a colour or the
+/// direction of writing, at most 8192 characters.
+pub fn one_line(text: &str) -> String {
+    let mut line = String::with_capacity(text.len());
+    for c in text.chars().take(LONGEST_LINE) {
+        if is_dangerous(c) { line.extend(c.escape_default()) } else { line.push(c) }
+    }
+    line
+}
+
+/// Control characters, line and paragraph separators, and those that change the direction of writing or are not to be seen.
+fn is_dangerous(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
 }
 
 impl std::error::Error for Error {
@@ -177,6 +197,14 @@ mod tests {
         assert_eq!(error.errno(), Some(5));
         assert_eq!(error.kind(), ErrorKind::Io);
         assert_eq!(Error::io("x", io::Error::from_raw_os_error(28)).kind(), ErrorKind::NoSpace);
+    }
+
+    #[test]
+    fn a_line_of_the_log_is_one_line() {
+        assert_eq!(one_line("a\nb\r\u{1b}[31m\u{202e}\u{2028}\u{9b}1m"), "a\\nb\\r\\u{1b}[31m\\u{202e}\\u{2028}\\u{9b}1m");
+        assert_eq!(one_line("\u{e9} \"x\" \\ 100%"), "\u{e9} \"x\" \\ 100%");
+        assert_eq!(one_line(&one_line("\u{1b}")), "\\u{1b}", "once is enough");
+        assert_eq!(one_line(&"x".repeat(LONGEST_LINE + 1)).len(), LONGEST_LINE);
     }
 
     #[test]

@@ -10,7 +10,9 @@
 //!    shared ([`range_lock`]). Copy-on-read, allocating write, zero, discard and stream are then the same critical section.
 //! 4. One durability rule: data and refcounts ▸ barrier ▸ L2 ▸ barrier ▸ L1 ▸ barrier ▸ frees. It lives in one function, `image/write_back.rs`,
 //!    shared by all who flush at the same time.
-//! 5. What can be a pure function is one ([`mod@format`], conflicts of ranges, job tables, rate limit, QMP codec); the rest is a thin shell.
+//! 5. Two processes: the one that reads images and clients is in a [`sandbox`] and cannot mount, open or remove; a [`keeper`] that reads neither
+//!    does that.
+//! 6. What can be a pure function is one ([`mod@format`], conflicts of ranges, job tables, rate limit, QMP codec); the rest is a thin shell.
 //!
 //! # Rooms and floors
 //!
@@ -21,12 +23,14 @@
 //! | 0 | [`error`], [`sync`], [`mod@format`], [`range_lock`] | vocabulary; locks; bytes of qcow2; who may be where | files, threads |
 //! | 1 | [`storage`] | one host file, and QEMU's locks on it | qcow2 |
 //! | 1 | [`job`] | the life of a background job | disk, qcow2, JSON |
+//! | 1 | [`sandbox`] | what the serving process may do, and who it is | gives a right back |
 //! | 2 | [`image`] | one qcow2 file | backing files, sockets |
 //! | 3 | [`chain`] | what is below the overlay | writing anything |
 //! | 4 | [`disk`] | the guest's bytes | FUSE, JSON, jobs |
-//! | 5 | [`stream`], [`create`] | bring everything up, then cut the chain; a new overlay | sockets |
+//! | 5 | [`stream`], [`create`], [`check`] | bring everything up, then cut the chain; a new overlay; what is wrong with an image | sockets |
 //! | 6 | [`fuse`] | kernel request ⇄ `disk` call | jobs, QMP, the image |
 //! | 6 | [`qmp`] | JSON ⇄ jobs, `stream::start`, facts of the disk | FUSE, the image |
+//! | 7 | [`keeper`] | the second process: mounts, unmounts, removes | images, clients |
 //! | 7 | [`cli`] | what was typed, checked | the disk |
 //! | 8 | [`daemon`] | wiring and lifetime | logic that a test would want |
 //!
@@ -35,12 +39,20 @@
 //! Taken in the order of [`sync::rank`], at most one of a rank; debug builds check it. The range guard is held across I/O, the write-back and
 //! header locks too; the allocator only to load a refcount block; leaves never. Nothing waits for a guest's request while it holds any of them.
 //!
+//! # After a death
+//!
+//! A killed daemon leaves a dead mount, an image whose refcounts may be too high, and an attribute on the file that says so ([`storage::OpenMark`]).
+//! The next read-write open looks for the leaks and gives them back ([`image::Image::find_leaks`]); the next mount at the same place removes the
+//! dead one (`fuse/stale.rs`). [`check`] is the same walk for people.
+//!
 //! # Where we left the first plan, and why
 //!
 //! * `storage` has no `zero_range`: zeros are zero clusters in version 3, and written in version 2, which both need no help of the host.
 //! * A miss is not split between threads, and the queue of misses is not bounded by us but by the kernel (one request per blocked client thread
 //!   and `max_background`): a bounded queue would have to block a session thread when full, which is what it is there to prevent.
 //! * The range lock is striped from the start, so that no lock is taken exclusively by all requests.
+//! * Who mounts is a child of the process that serves, not its parent (`keeper`): the id, the signals and the exit status that a user or a
+//!   supervisor sees stay those of the disk.
 //! * Flushes share a pass by counting passes (`image/write_back.rs`) instead of asking a committer thread; the 1 s timer only calls the same.
 //! * The backing format extension of the header goes with the backing link only where both fit one atomic 512-byte write; otherwise it stays
 //!   without a name, which QEMU does not show either.
@@ -49,6 +61,7 @@
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 pub mod chain;
+pub mod check;
 pub mod cli;
 pub mod create;
 pub mod daemon;
@@ -58,9 +71,11 @@ pub mod format;
 pub mod fuse;
 pub mod image;
 pub mod job;
+pub mod keeper;
 mod mutants;
 pub mod qmp;
 pub mod range_lock;
+pub mod sandbox;
 #[cfg(any(test, fuzzing))]
 pub mod simulation;
 pub mod storage;

@@ -26,12 +26,16 @@ mutants! {
     BarrierBeforeTableSwitch = "barrier-before-table-switch",
     /// R5: a new refcount block is durable before the table names it.
     BarrierBeforeRefcountEntry = "barrier-before-refcount-entry",
+    /// R2, R5: where several blocks are new, one that counts another is named first.
+    BarrierBetweenRefcountEntries = "barrier-between-refcount-entries",
     /// R1, R2: data and refcounts are durable before L2 entries name clusters.
     BarrierBeforeL2 = "barrier-before-l2",
     /// R4: an L2 table is durable before the L1 table names it.
     BarrierBeforeL1 = "barrier-before-l1",
     /// R3: the new mapping is durable before a refcount is lowered, and before a flush returns (P1).
     BarrierBeforeFrees = "barrier-before-frees",
+    /// R7: what a killed process wrote is durable before what it leaked is handed out.
+    BarrierBeforeGiveBack = "barrier-before-give-back",
     /// R11, R12: a change of the header is durable before anything relies on it.
     BarrierAfterHeader = "barrier-after-header",
     /// R12: everything is durable before the backing file is cut off.

@@ -12,9 +12,8 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use parking_lot::{Condvar, Mutex};
-
 use crate::mutants::{Step, without};
+use crate::sync::unranked::{Condvar, Mutex};
 use crate::sync::{Held, rank};
 
 /// A power of two that fits the bits of a `u64` mask.
@@ -128,6 +127,12 @@ impl RangeLock {
         Some(Shared { _registration: registration })
     }
 
+    /// How many stand in a queue and wait.
+    #[cfg(test)]
+    pub(crate) fn waiting(&self) -> usize {
+        self.stripes.iter().map(|stripe| stripe.queue.lock().waiting).sum()
+    }
+
     fn wait(&self, range: Range<u64>, mode: Mode) -> Registration<'_> {
         let mut registration = self.begin(range, mode);
         for stripe in bits(self.stripes_of(&registration.range)) {
@@ -223,12 +228,8 @@ mod tests {
     use std::thread;
     use std::time::Duration;
 
-    fn waiting(lock: &RangeLock) -> usize {
-        lock.stripes.iter().map(|stripe| stripe.queue.lock().waiting).sum()
-    }
-
     fn until_waiting(lock: &RangeLock, n: usize) {
-        while waiting(lock) < n {
+        while lock.waiting() < n {
             thread::yield_now();
         }
     }

@@ -2,9 +2,32 @@
 //!
 //! A lock's rank is part of its type; a thread that holds rank n may take only ranks above n. The list is in the crate docs.
 //! The check costs nothing in release builds.
+//!
+//! The engine takes every lock, condition and atomic through which its threads meet from here: the ranked ones, [`unranked`] for locks that a
+//! rank has no place for, [`atomic`]. These are parking_lot's and the standard library's own types, re-exported. Only the library's tests under
+//! the feature `schedules` get a scheduler's instead, which then decides who goes on at each of them (`simulation::schedules`).
 
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
+
+#[cfg(all(test, feature = "schedules"))]
+mod scheduled;
+
+/// Locks without a rank: what is done under them is a few instructions, or one condition that is waited for.
+pub mod unranked {
+    #[cfg(all(test, feature = "schedules"))]
+    pub use super::scheduled::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+    #[cfg(not(all(test, feature = "schedules")))]
+    pub use parking_lot::{Condvar, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+}
+
+/// Atomics by which threads tell each other something. (Counters that nobody decides by are the standard library's.)
+pub mod atomic {
+    #[cfg(all(test, feature = "schedules"))]
+    pub use shuttle::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+    #[cfg(not(all(test, feature = "schedules")))]
+    pub use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+}
 
 /// Ranks, ascending in the order of acquisition.
 pub mod rank {
@@ -33,6 +56,10 @@ pub mod rank {
 #[cfg(debug_assertions)]
 mod held {
     use std::cell::Cell;
+
+    // All tasks of a scheduler run on one thread of the system: theirs are its own.
+    #[cfg(all(test, feature = "schedules"))]
+    use shuttle::thread_local;
 
     thread_local! {
         /// Bit n: this thread holds a lock of rank n.
@@ -102,50 +129,50 @@ impl<G: DerefMut> DerefMut for Guard<G> {
 
 /// A mutex of a rank.
 #[derive(Debug, Default)]
-pub struct Mutex<const RANK: u8, T>(parking_lot::Mutex<T>);
+pub struct Mutex<const RANK: u8, T>(unranked::Mutex<T>);
 
 impl<const RANK: u8, T> Mutex<RANK, T> {
     /// A mutex around `value`.
     pub const fn new(value: T) -> Self {
-        Mutex(parking_lot::Mutex::new(value))
+        Mutex(unranked::Mutex::new(value))
     }
 
     /// Waits for the lock.
-    pub fn lock(&self) -> Guard<parking_lot::MutexGuard<'_, T>> {
+    pub fn lock(&self) -> Guard<unranked::MutexGuard<'_, T>> {
         let held = Held::take(RANK);
         Guard { guard: self.0.lock(), _held: held, _thread: PhantomData }
     }
 
     /// The lock if nobody holds it. Never waits, so it may be asked for in any order; what is then done under it must not wait either.
-    pub fn try_lock(&self) -> Option<parking_lot::MutexGuard<'_, T>> {
+    pub fn try_lock(&self) -> Option<unranked::MutexGuard<'_, T>> {
         self.0.try_lock()
     }
 }
 
 /// A reader-writer lock of a rank.
 #[derive(Debug, Default)]
-pub struct RwLock<const RANK: u8, T>(parking_lot::RwLock<T>);
+pub struct RwLock<const RANK: u8, T>(unranked::RwLock<T>);
 
 impl<const RANK: u8, T> RwLock<RANK, T> {
     /// A lock around `value`.
     pub const fn new(value: T) -> Self {
-        RwLock(parking_lot::RwLock::new(value))
+        RwLock(unranked::RwLock::new(value))
     }
 
     /// Waits for shared access.
-    pub fn read(&self) -> Guard<parking_lot::RwLockReadGuard<'_, T>> {
+    pub fn read(&self) -> Guard<unranked::RwLockReadGuard<'_, T>> {
         let held = Held::take(RANK);
         Guard { guard: self.0.read(), _held: held, _thread: PhantomData }
     }
 
     /// Waits for exclusive access.
-    pub fn write(&self) -> Guard<parking_lot::RwLockWriteGuard<'_, T>> {
+    pub fn write(&self) -> Guard<unranked::RwLockWriteGuard<'_, T>> {
         let held = Held::take(RANK);
         Guard { guard: self.0.write(), _held: held, _thread: PhantomData }
     }
 
     /// Exclusive access if nobody has any. Never waits.
-    pub fn try_write(&self) -> Option<parking_lot::RwLockWriteGuard<'_, T>> {
+    pub fn try_write(&self) -> Option<unranked::RwLockWriteGuard<'_, T>> {
         self.0.try_write()
     }
 }

@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use crate::format::{BackingFormat, BackingReference, printable};
-use crate::storage::{Access, FileStorage};
+use crate::storage::FileStorage;
 use crate::{Error, ErrorKind, Result};
+
+use super::roots::Roots;
 
 /// What the user allowed of backing files, and what is open already.
 #[derive(Clone, Debug, Default)]
@@ -13,6 +15,8 @@ pub struct Gate {
     pub backing_format: Option<BackingFormat>,
     /// (device, inode) of files that must not appear in the chain: the overlay.
     pub taken: Vec<(u64, u64)>,
+    /// `--backing-root`: where backing files must lie.
+    pub roots: Roots,
 }
 
 impl Gate {
@@ -25,7 +29,7 @@ impl Gate {
             (Some(format), _) | (None, Some(format)) => format,
             (None, None) => return Err(missing_format(&reference.name)),
         };
-        let file = FileStorage::open_unlocked(&path, Access::ReadOnly)?;
+        let file = self.roots.open_backing(&reference.name, directory, &path)?;
         // Before the lock, which our own open overlay would refuse with a message about another process.
         if self.taken.contains(&file.identity()) {
             return Err(invalid(format!("{}: is part of this backing chain already, or the overlay itself", path.display())));

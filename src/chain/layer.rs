@@ -29,6 +29,8 @@ pub(super) struct Layer {
     /// Bytes it occupied on the host when it was opened. Nothing writes it, and asking again could hang with its file system, and with it
     /// whoever only wants to know what there is.
     allocated_size: u64,
+    /// Of the file, when it was opened.
+    version: String,
     body: Body,
 }
 
@@ -43,6 +45,7 @@ pub(super) enum Answer<T> {
 impl Layer {
     pub(super) fn open(reference: &BackingReference, file: FileStorage, format: BackingFormat) -> Result<Layer> {
         let path = file.path().to_path_buf();
+        let version = file.version().context(|| path.display().to_string())?;
         let storage: Arc<dyn Storage> = Arc::new(file);
         let allocated_size = storage.allocated_size().context(|| path.display().to_string())?;
         let (size, body) = match format {
@@ -58,19 +61,41 @@ impl Layer {
         if size > i64::MAX as u64 {
             return Err(Error::new(ErrorKind::InvalidImage, format!("{}: {size} bytes are too many", path.display())));
         }
-        Ok(Layer { reference: reference.clone(), path, size, allocated_size, body })
+        Ok(Layer { reference: reference.clone(), path, size, allocated_size, version, body })
     }
 
     /// A raw layer that was not opened by name.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn of_raw(storage: Arc<dyn Storage>) -> Layer {
         let reference = BackingReference { name: "base.raw".into(), format: Some(BackingFormat::Raw) };
-        Layer { reference, path: "/base.raw".into(), size: storage.size(), allocated_size: 0, body: Body::Raw(storage) }
+        Layer {
+            reference,
+            path: "/base.raw".into(),
+            size: storage.size(),
+            allocated_size: 0,
+            version: String::new(),
+            body: Body::Raw(storage),
+        }
+    }
+
+    /// A qcow2 layer that was not opened by name.
+    #[cfg(test)]
+    pub(super) fn of_qcow2(storage: Arc<dyn Storage>) -> Result<Layer> {
+        let reference = BackingReference { name: "middle.qcow2".into(), format: Some(BackingFormat::Qcow2) };
+        let reader = ImageReader::open(storage)?;
+        let size = reader.geometry().size();
+        let body = Body::Qcow2(Box::new(reader));
+        Ok(Layer { reference, path: "/middle.qcow2".into(), size, allocated_size: 0, version: String::new(), body })
     }
 
     /// Virtual size in bytes.
     pub(super) fn size(&self) -> u64 {
         self.size
+    }
+
+    /// What the file was like when it was opened: changes with every change of it.
+    pub(super) fn version(&self) -> &str {
+        &self.version
     }
 
     /// Size of its L1 table in bytes.

@@ -18,11 +18,13 @@ use crate::{Error, ErrorKind, Result};
 
 mod gate;
 mod layer;
+mod roots;
 #[cfg(test)]
 mod tests;
 
 pub use gate::Gate;
 use layer::{Answer, Layer};
+pub use roots::Roots;
 
 /// The longest chain that is opened. QEMU has no limit, cloud-hypervisor 10; longer ones are a loop or an accident.
 pub const MAX_LAYERS: usize = 16;
@@ -111,9 +113,15 @@ impl Chain {
     }
 
     /// A chain of one raw layer, whatever that is made of.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn of_raw(storage: Arc<dyn crate::storage::Storage>) -> Chain {
         Chain { layers: vec![Arc::new(Layer::of_raw(storage))] }
+    }
+
+    /// A chain of a qcow2 layer above a raw one.
+    #[cfg(test)]
+    pub(crate) fn of_two(qcow2: Arc<dyn crate::storage::Storage>, raw: Arc<dyn crate::storage::Storage>) -> Result<Chain> {
+        Ok(Chain { layers: vec![Arc::new(Layer::of_qcow2(qcow2)?), Arc::new(Layer::of_raw(raw))] })
     }
 
     /// Virtual size in bytes of the first layer.
@@ -124,6 +132,11 @@ impl Chain {
     /// The layers, top first.
     pub fn layers(&self) -> Vec<LayerInfo> {
         self.layers.iter().map(|layer| layer.info()).collect()
+    }
+
+    /// What the files were like when they were opened, top first, each in brackets: changes with every change of any of them.
+    pub fn versions(&self) -> String {
+        self.layers.iter().map(|layer| format!("[{}]", layer.version())).collect()
     }
 
     /// The chain that is left when the first `depth` layers go; `None` where nothing is left. The files stay open as they are.

@@ -11,6 +11,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::thread;
 
 use crate::error::Context;
+use crate::keeper;
 use crate::{Error, ErrorKind, Result};
 
 /// What the child says when the disk is mounted and QMP clients can connect.
@@ -67,31 +68,34 @@ pub(super) fn start() -> Result<ExitCode> {
 /// # Errors
 /// Those of setsid(2).
 pub(super) fn leave_terminal() -> Result<()> {
-    close_inherited();
+    keeper::close_inherited();
     let _ = rustix::thread::set_name(c"cordisk");
     rustix::process::setsid().map_err(io::Error::from).context(|| "setsid")?;
     Ok(())
 }
 
-/// Closes every descriptor but the standard ones.
-fn close_inherited() {
-    // Without /proc they stay open, which is no reason not to serve.
-    let Ok(open) = std::fs::read_dir("/proc/self/fd") else { return };
-    let open: Vec<i32> = open.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
-    for descriptor in open.into_iter().filter(|&descriptor| descriptor > 2) {
-        // The one by which the list was read is closed already.
-        let _ = nix::unistd::close(descriptor);
-    }
+/// What the child needs to let the parent go, opened while files can be opened.
+pub(super) struct Ready {
+    null: File,
 }
 
-/// The child, last of all: lets the parent go and gives up its pipes.
-///
-/// # Errors
-/// The parent is gone: nobody would know of this daemon.
-pub(super) fn ready() -> Result<()> {
-    let mut output = io::stdout().lock();
-    writeln!(output, "{READY}").and_then(|()| output.flush()).context(|| "the process that started the daemon is gone")?;
-    let null = File::options().read(true).write(true).open("/dev/null").context(|| "/dev/null")?;
-    let redirect = rustix::stdio::dup2_stdout(&null).and_then(|()| rustix::stdio::dup2_stderr(&null));
-    redirect.map_err(io::Error::from).context(|| "redirecting to /dev/null")
+impl Ready {
+    /// Opens /dev/null.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    pub(super) fn prepare() -> Result<Ready> {
+        Ok(Ready { null: File::options().read(true).write(true).open("/dev/null").context(|| "/dev/null")? })
+    }
+
+    /// The child, last of all: lets the parent go and gives up its pipes.
+    ///
+    /// # Errors
+    /// The parent is gone: nobody would know of this daemon.
+    pub(super) fn say(self) -> Result<()> {
+        let mut output = io::stdout().lock();
+        writeln!(output, "{READY}").and_then(|()| output.flush()).context(|| "the process that started the daemon is gone")?;
+        let redirect = rustix::stdio::dup2_stdout(&self.null).and_then(|()| rustix::stdio::dup2_stderr(&self.null));
+        redirect.map_err(io::Error::from).context(|| "redirecting to /dev/null")
+    }
 }

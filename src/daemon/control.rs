@@ -11,7 +11,7 @@ use crate::cli::MountConfig;
 use crate::disk::Disk;
 use crate::fuse::{Finished, SizeNotice};
 use crate::job::Jobs;
-use crate::qmp::{Server, ShutdownReason, Target};
+use crate::qmp::{Server, ShutdownReason, Socket, Target};
 use crate::stream::{self, StreamOptions};
 
 /// How long cancelled jobs may take to end: one step of a stream and a write-back. What they leave unfinished is only what they have not
@@ -29,11 +29,11 @@ pub(super) struct Control {
 }
 
 impl Control {
-    /// Starts the QMP server where the command line asks for one.
+    /// Starts to serve `socket`, if there is one.
     ///
     /// # Errors
-    /// The socket cannot be bound.
-    pub(super) fn start(config: &MountConfig, disk: &Arc<Disk>) -> Result<Control> {
+    /// No more threads.
+    pub(super) fn start(socket: Option<Socket>, config: &MountConfig, disk: &Arc<Disk>) -> Result<Control> {
         let jobs = Jobs::new();
         // Room for one: who asks does not wait, and a second request adds nothing.
         let (sender, quit) = crossbeam_channel::bounded(1);
@@ -43,11 +43,11 @@ impl Control {
             Arc::new(move |size| size_notice.get().into_iter().for_each(|notice| notice.send(size)))
         };
         let target = Target { disk: Arc::clone(disk), jobs: jobs.clone(), device: config.device.clone(), quit: sender, grown };
-        let server = config.qmp.as_deref().map(|path| Server::start(path, target)).transpose()?;
+        let server = socket.map(|socket| Server::start(socket, target)).transpose()?;
         Ok(Control { jobs, server, quit, size_notice })
     }
 
-    /// The disk is mounted: from now on the kernel is told when it grows.
+    /// The session runs: from now on the kernel is told when it grows.
     pub(super) fn mounted(&self, notice: SizeNotice) {
         let _ = self.size_notice.set(notice);
     }

@@ -14,11 +14,12 @@ use crate::{Error, ErrorKind, Result};
 /// Longest content that is taken for a process id; anything else is somebody's file and is left alone.
 const LONGEST: u64 = 32;
 
-/// A locked pidfile. Dropping it removes the file.
+/// A locked pidfile. Dropping it removes the file, unless that was left to somebody else.
 #[derive(Debug)]
 pub(super) struct Pidfile {
     path: PathBuf,
     file: File,
+    entrusted: bool,
 }
 
 impl Pidfile {
@@ -50,9 +51,28 @@ impl Pidfile {
             // Its owner may have removed it between our open and our lock; then the lock is on a file that nobody will find.
             if is_at(&file, path) {
                 file.set_len(0).context(what)?;
-                return Ok(Pidfile { path: path.to_path_buf(), file });
+                return Ok(Pidfile { path: path.to_path_buf(), file, entrusted: false });
             }
         }
+    }
+
+    /// Where it is.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its (device, inode).
+    ///
+    /// # Errors
+    /// Those of fstat(2).
+    pub(super) fn identity(&self) -> Result<(u64, u64)> {
+        let metadata = self.file.metadata().context(|| format!("pidfile {}", self.path.display()))?;
+        Ok((metadata.dev(), metadata.ino()))
+    }
+
+    /// From now on it is for somebody else to remove the file.
+    pub(super) fn entrust(&mut self) {
+        self.entrusted = true;
     }
 
     /// Writes the process id and a newline.
@@ -68,7 +88,8 @@ impl Pidfile {
 
 impl Drop for Pidfile {
     fn drop(&mut self) {
-        if is_at(&self.file, &self.path)
+        if !self.entrusted
+            && is_at(&self.file, &self.path)
             && let Err(error) = std::fs::remove_file(&self.path)
         {
             log::warn!("removing pidfile {}: {error}", self.path.display());

@@ -10,6 +10,9 @@ use super::Event;
 use crate::Result;
 use crate::error::Context;
 
+/// Handlers are in place: nothing kills the process any more. What arrives waits for [`Registered::start`].
+pub(super) struct Registered(Signals);
+
 /// Signals are received until this is dropped.
 pub(super) struct Receiving(Handle);
 
@@ -23,18 +26,28 @@ impl Drop for Receiving {
 /// fails with EFBIG, which is handled) are taken and ignored: their default is to kill. The standard library ignores SIGPIPE already.
 ///
 /// # Errors
-/// The system refuses handlers or threads.
-pub(super) fn start(events: Sender<Event>) -> Result<Receiving> {
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP, SIGXFSZ]).context(|| "signal handlers")?;
-    let handle = signals.handle();
-    let body = move || {
-        for signal in signals.forever() {
-            if matches!(signal, SIGTERM | SIGINT) {
-                log::info!("signal {signal}");
-                let _ = events.send(Event::Terminate);
+/// The system refuses handlers.
+pub(super) fn register() -> Result<Registered> {
+    Signals::new([SIGTERM, SIGINT, SIGHUP, SIGXFSZ]).context(|| "signal handlers").map(Registered)
+}
+
+impl Registered {
+    /// Passes on what has arrived and what arrives, on a thread: to be called inside the sandbox.
+    ///
+    /// # Errors
+    /// The system refuses threads.
+    pub(super) fn start(self, events: Sender<Event>) -> Result<Receiving> {
+        let mut signals = self.0;
+        let handle = signals.handle();
+        let body = move || {
+            for signal in signals.forever() {
+                if matches!(signal, SIGTERM | SIGINT) {
+                    log::info!("signal {signal}");
+                    let _ = events.send(Event::Terminate);
+                }
             }
-        }
-    };
-    thread::Builder::new().name("signals".to_string()).spawn(body).context(|| "starting the signal thread")?;
-    Ok(Receiving(handle))
+        };
+        thread::Builder::new().name("signals".to_string()).spawn(body).context(|| "starting the signal thread")?;
+        Ok(Receiving(handle))
+    }
 }

@@ -19,11 +19,12 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::chain::{Chain, Content, Gate, LayerInfo};
 use crate::error::Context;
 use crate::format::{BackingReference, Geometry, GuestCluster, GuestOffset, Mapping};
-use crate::image::{Image, ImageReader};
+use crate::image::{Image, ImageReader, Leaks};
 use crate::mutants::{Step, without};
 use crate::range_lock::{Exclusive, RangeLock};
 use crate::storage::{Access, FileStorage, Storage};
@@ -32,6 +33,7 @@ use crate::{Error, ErrorKind, Result};
 
 mod populate;
 mod read;
+mod reserve;
 mod stats;
 mod write;
 
@@ -46,6 +48,9 @@ use stats::Stats;
 
 /// Runs that one seek looks at, at most: an image can be made of more of them than anybody can count (I8).
 const SEEK_RUNS: u32 = 1 << 20;
+/// And no longer than this: each run may cost the loading of a table in every layer, and the tables of a hostile chain can be one and the same,
+/// named a million times by a small file.
+const SEEK_TIME: Duration = Duration::from_secs(1);
 
 /// How a disk is opened.
 #[derive(Clone, Debug)]
@@ -56,8 +61,12 @@ pub struct DiskOptions {
     pub copy_on_read: bool,
     /// What may be opened as backing file.
     pub gate: Gate,
-    /// Before anything is written all references are counted, and an image whose refcounts do not add up is refused (V28).
+    /// Before anything is written all references are counted, and an image whose refcounts do not add up is refused (V28). An image that was
+    /// not closed is looked at in any case, so that what was leaked is given back.
     pub full_check: bool,
+    /// Reads do not copy up while the file system of the overlay has less free space than so many bytes; `None` is the smaller of 1 GiB and
+    /// 5 % of the file system.
+    pub reserve: Option<u64>,
 }
 
 /// Whether an operation could be answered from the overlay without waiting.
@@ -142,28 +151,24 @@ impl Disk {
             Some(reference) => Some(Chain::open(&reference, path.parent().unwrap_or(Path::new("/")), &gate)?),
             None => None,
         };
-        let disk = Disk::assemble(path, overlay, chain, options.copy_on_read);
+        let disk = Disk::assemble(path, overlay, chain, options.copy_on_read, options.reserve);
         if let Overlay::Writable(image) = &disk.overlay {
-            if options.full_check {
-                let report = image.check().context(|| disk.path.display().to_string())?;
-                log::info!("{}: {} corruptions, {} leaked clusters", disk.path.display(), report.corruptions, report.leaks);
-                if report.corruptions > 0 {
-                    return Err(Error::new(
-                        ErrorKind::Corrupt,
-                        format!(
-                            "{}: {} corruptions: mount it with --read-only, or repair it with qemu-img check -r all",
-                            disk.path.display(),
-                            report.corruptions
-                        ),
-                    ));
-                }
+            let what = || disk.path.display().to_string();
+            let leaks = find_leaks(image, options.full_check).context(what)?;
+            image.begin_writing().context(what)?;
+            if let Some(leaks) = leaks.filter(|leaks| leaks.clusters() > 0) {
+                image.give_back(&leaks).context(what)?;
+                let (clusters, bytes) = (leaks.clusters(), leaks.clusters() * disk.cluster_size());
+                log::info!("{}: {clusters} leaked clusters ({bytes} bytes) were given back", what());
             }
-            image.begin_writing().context(|| disk.path.display().to_string())?;
+            if let Some(chain) = disk.chain() {
+                warn_of_changed_base(&disk.path, &**image.reader().storage(), &chain).context(what)?;
+            }
         }
         Ok(disk)
     }
 
-    fn assemble(path: PathBuf, overlay: Overlay, chain: Option<Chain>, copy_on_read: bool) -> Disk {
+    fn assemble(path: PathBuf, overlay: Overlay, chain: Option<Chain>, copy_on_read: bool, reserve: Option<u64>) -> Disk {
         let cluster_size = overlay.reader().geometry().cluster_size();
         Disk {
             path,
@@ -171,15 +176,46 @@ impl Disk {
             backing: RwLock::new(chain.map(Arc::new)),
             in_flight: RangeLock::new(cluster_size),
             copy_on_read,
-            fills: FillHealth::default(),
+            fills: FillHealth::new(reserve),
             stats: Stats::new(),
         }
     }
 
     /// A writable disk above storages that were not opened by name. Reads do not copy up.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn for_tests(image: Image, chain: Option<Chain>) -> Disk {
-        Disk::assemble("/overlay.qcow2".into(), Overlay::Writable(Box::new(image)), chain, false)
+        Disk::for_tests_with(image, chain, false)
+    }
+
+    /// As [`Disk::for_tests`]; says whether reads copy up.
+    #[cfg(test)]
+    pub(crate) fn for_tests_with(image: Image, chain: Option<Chain>, copy_on_read: bool) -> Disk {
+        Disk::assemble("/overlay.qcow2".into(), Overlay::Writable(Box::new(image)), chain, copy_on_read, None)
+    }
+
+    /// The same disk, but reads copy up.
+    #[cfg(test)]
+    pub(crate) fn with_copy_on_read(mut self) -> Disk {
+        self.copy_on_read = true;
+        self
+    }
+
+    /// How many requests wait for a range.
+    #[cfg(test)]
+    pub(crate) fn waiting(&self) -> usize {
+        self.in_flight.waiting()
+    }
+
+    /// As [`Disk::for_tests`], and reads copy up.
+    #[cfg(test)]
+    pub(crate) fn for_tests_copying_up(image: Image, chain: Option<Chain>) -> Disk {
+        Disk { copy_on_read: true, ..Disk::for_tests(image, chain) }
+    }
+
+    /// The same disk, but reads copy up.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn copying_up(self) -> Disk {
+        Disk { copy_on_read: true, ..self }
     }
 
     fn reader(&self) -> &ImageReader {
@@ -281,7 +317,7 @@ impl Disk {
     /// As [`Disk::flush`].
     pub fn close(&self) -> Result<()> {
         match &self.overlay {
-            Overlay::Writable(image) => image.close(),
+            Overlay::Writable(image) => image.close().map(|()| image.end_writing()),
             Overlay::ReadOnly(_) => Ok(()),
         }
     }
@@ -302,7 +338,15 @@ impl Disk {
             }
             let shown = self.chain().map_or(0, |chain| chain.size()).min(size);
             let shown = if without(Step::HideBelowBeforeGrow) { before } else { shown };
-            self.hide_below(image, &drained, self.aligned(&(before.next_multiple_of(self.cluster_size())..shown)))?;
+            let beyond = self.aligned(&(before.next_multiple_of(self.cluster_size())..size));
+            self.hide(image, &drained, self.aligned(&(beyond.start..shown)))?;
+            // What another program left beyond the end must not come into sight either.
+            let mut rest = self.clusters(&(beyond.start.max(self.aligned(&(0..shown)).end)..beyond.end));
+            while let Some(mapped) = image.first_mapped(rest.clone())? {
+                let bits = self.geometry().cluster_bits();
+                self.hide(image, &drained, mapped.start.0 << bits..mapped.end.0 << bits)?;
+                rest.start = mapped.end;
+            }
         }
         image.set_size(&drained, size)
     }
@@ -325,8 +369,8 @@ impl Disk {
         self.store(image, drained, self.geometry().guest_cluster(GuestOffset(start)), &cluster)
     }
 
-    /// Makes whole clusters beyond the end of the disk read as zero, which are unallocated up to now.
-    fn hide_below(&self, image: &Image, drained: &Exclusive<'_>, aligned: Range<u64>) -> Result<()> {
+    /// Makes whole clusters beyond the end of the disk read as zero.
+    fn hide(&self, image: &Image, drained: &Exclusive<'_>, aligned: Range<u64>) -> Result<()> {
         if self.geometry().version() >= 3 {
             return image.discard(drained, self.clusters(&aligned));
         }
@@ -346,6 +390,11 @@ impl Disk {
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] beyond the end; I/O, corruption.
     pub fn seek(&self, from: u64, what: Seek) -> Result<Option<u64>> {
+        self.seek_until(from, what, Instant::now() + SEEK_TIME)
+    }
+
+    /// As [`Disk::seek`], no longer than until `deadline`.
+    pub(crate) fn seek_until(&self, from: u64, what: Seek, deadline: Instant) -> Result<Option<u64>> {
         let size = self.size();
         self.check_range(&(from..from))?;
         let mut at = from;
@@ -366,9 +415,15 @@ impl Disk {
                 return Ok(Some(at));
             }
             at += len;
+            if Instant::now() >= deadline {
+                break;
+            }
         }
         // Further on is further than one request may take; both answers are right, if not the best.
-        Ok(Some(if what == Seek::Data { at } else { size }))
+        Ok(match what {
+            Seek::Data => (at < size).then_some(at),
+            Seek::Hole => Some(size),
+        })
     }
 
     /// How long a stream of the first `depth` backing layers is, in bytes: the virtual size, or 0 where there is nothing to copy.
@@ -459,6 +514,39 @@ impl Disk {
     fn clusters(&self, aligned: &Range<u64>) -> Range<GuestCluster> {
         let bits = self.geometry().cluster_bits();
         GuestCluster(aligned.start >> bits)..GuestCluster(aligned.end >> bits)
+    }
+}
+
+/// Leaks that a crash has left behind, if one may have, or if a full check is wanted.
+fn find_leaks(image: &Image, full_check: bool) -> Result<Option<Leaks>> {
+    if !full_check && !image.may_leak() {
+        return Ok(None);
+    }
+    match image.find_leaks() {
+        // Too large to be looked at: leaks stay what they are.
+        Err(error) if error.kind() == ErrorKind::UnsupportedFeature && !full_check => {
+            log::warn!("{error}; what a crash has leaked is not given back");
+            Ok(None)
+        }
+        found => found.map(Some),
+    }
+}
+
+/// P10: what was copied up and what is still read from below must be of one piece. The first mount notes what the backing files are like; a later one
+/// warns if they have changed. (Fewer of them, after a stream to a base, is no change of those that are left.)
+fn warn_of_changed_base(path: &Path, storage: &dyn Storage, chain: &Chain) -> std::io::Result<()> {
+    let now = chain.versions();
+    match storage.base_note()? {
+        None => storage.set_base_note(&now),
+        Some(noted) if noted.ends_with(&now) => Ok(()),
+        Some(_) => {
+            let path = path.display();
+            log::warn!(
+                "{path}: a backing file was changed or exchanged since this image was first mounted; what was copied up before may not fit \
+                 what is read from below now (if that is as it should be: setfattr -x user.cordisk.base {path})"
+            );
+            Ok(())
+        }
     }
 }
 

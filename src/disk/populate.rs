@@ -5,12 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Disk;
+use super::reserve::Reserve;
 use crate::Result;
 use crate::chain::{Chain, Content};
 use crate::format::{GuestCluster, GuestOffset, Mapping};
 use crate::image::Image;
 use crate::mutants::{Step, without};
 use crate::range_lock::Exclusive;
+use crate::storage::Storage;
 use crate::sync::{Mutex, rank};
 
 /// After a copy-up failed (no space, I/O error on the overlay) reads come straight from below for this long before one tries again (H14).
@@ -27,18 +29,25 @@ pub struct Populated {
     pub skipped: u64,
 }
 
-/// Whether copying up on reads works at present.
-#[derive(Debug, Default)]
+/// Whether copying up on reads works at present, and there is room for it.
+#[derive(Debug)]
 pub(super) struct FillHealth {
+    reserve: Reserve,
     failures: AtomicU64,
     paused_until: Mutex<{ rank::LEAF }, Option<Instant>>,
 }
 
 impl FillHealth {
+    /// See [`super::DiskOptions::reserve`].
+    pub fn new(reserve: Option<u64>) -> FillHealth {
+        FillHealth { reserve: Reserve::new(reserve), failures: AtomicU64::new(0), paused_until: Mutex::new(None) }
+    }
+
     /// Whether a read should copy up what it misses.
-    pub fn are_welcome(&self) -> bool {
+    pub fn are_welcome(&self, overlay: &dyn Storage) -> bool {
         // The common case without a lock: nothing ever failed.
-        self.failures.load(Ordering::Relaxed) == 0 || self.paused_until.lock().is_none_or(|until| Instant::now() >= until)
+        let healthy = self.failures.load(Ordering::Relaxed) == 0 || self.paused_until.lock().is_none_or(|until| Instant::now() >= until);
+        healthy && self.reserve.allows(overlay)
     }
 
     fn failed(&self, error: &crate::Error) {
@@ -147,10 +156,13 @@ impl Disk {
                             let start = (at - aligned.start) as usize;
                             part.copy_from_slice(&bounce[start..start + part.len()]);
                             // P5: the data is in hand, whatever becomes of the copy.
-                            if let Err(error) = self.fill(image, held, aligned.start, &bounce) {
-                                self.fills.failed(&error);
-                                if without(Step::CopyUpNeverFailsTheRead) {
-                                    return Err(error);
+                            match self.fill(image, held, aligned.start, &bounce) {
+                                Ok(filled) => self.fills.reserve.copied(filled.copied),
+                                Err(error) => {
+                                    self.fills.failed(&error);
+                                    if without(Step::CopyUpNeverFailsTheRead) {
+                                        return Err(error);
+                                    }
                                 }
                             }
                         }

@@ -34,7 +34,6 @@ impl Disk {
     fn read_waiting(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         let range = offset..offset.saturating_add(buf.len() as u64);
         self.check_range(&range)?;
-        let copies_up = self.copy_on_read && !self.is_read_only() && self.fills.are_welcome();
         let mut done = 0;
         while done < buf.len() {
             let at = offset + done as u64;
@@ -48,6 +47,7 @@ impl Disk {
                 at..at + self.map(at, range.end - at)?.len
             };
             let part = &mut buf[done..done + (missing.end - missing.start) as usize];
+            let copies_up = self.copy_on_read && !self.is_read_only() && self.fills.are_welcome(&**self.reader().storage());
             // Only what is missing is held while the backing file is read: who wants what is beside it does not wait.
             if copies_up {
                 let held = self.in_flight.exclusive(self.aligned(&missing));

@@ -70,6 +70,15 @@ pub enum CompressionType {
     Zstd,
 }
 
+/// What is asked of the places of the tables that a header names.
+#[derive(Clone, Copy, Debug)]
+enum Places {
+    /// Inside a file of so many bytes, none on top of another.
+    Inside(u64),
+    /// At cluster boundaries, nothing else.
+    Anywhere,
+}
+
 /// Feature bits (specification: "incompatible_features", "autoclear_features").
 pub mod feature {
     /// Incompatible bit 0: refcounts may be inaccurate.
@@ -177,6 +186,20 @@ impl Header {
     /// [`FormatError::NotQcow2`], [`FormatError::Invalid`] for a field out of bounds, [`FormatError::Unsupported`] for what can be
     /// neither read nor written correctly (data-safety 2.7).
     pub fn parse(first: &[u8], file_size: u64) -> Result<Header, FormatError> {
+        Header::parse_at(first, Places::Inside(file_size))
+    }
+
+    /// As [`Header::parse`], but does not ask whether the tables lie inside the file, behind the header and beside each other (V10, V12, V21),
+    /// nor whether there is a refcount table: for the check, which counts what is wrong with them. `first` is the first 2 MiB of the file,
+    /// filled up with zeros where it is shorter.
+    ///
+    /// # Errors
+    /// As [`Header::parse`] otherwise.
+    pub fn parse_to_check(first: &[u8]) -> Result<Header, FormatError> {
+        Header::parse_at(first, Places::Anywhere)
+    }
+
+    fn parse_at(first: &[u8], places: Places) -> Result<Header, FormatError> {
         if first.len() < 4 || be32(first, 0) != MAGIC {
             return Err(FormatError::NotQcow2("not a qcow2 image (no QFI magic in the first bytes)".into()));
         }
@@ -191,7 +214,11 @@ impl Header {
         let size = be64(first, 24);
         let geometry = Geometry::new(version, be32(first, 20), if v3 { be32(first, 96) } else { 4 }, size)?;
         let Some(cluster) = first.get(..geometry.cluster_size() as usize) else {
-            return invalid(format!("file of {file_size} bytes is shorter than its first cluster of {} bytes", geometry.cluster_size()));
+            return invalid(format!(
+                "file of {} bytes is shorter than its first cluster of {} bytes",
+                first.len(),
+                geometry.cluster_size()
+            ));
         };
         let length = header_length(cluster, v3)?;
         let [incompatible, compatible, autoclear] = if v3 { [72, 80, 88].map(|at| be64(cluster, at)) } else { [0; 3] };
@@ -224,7 +251,7 @@ impl Header {
             backing,
             area: Area(cluster[..extensions.end()].to_vec()),
         };
-        header.check_tables(size, be64(cluster, 64), extensions.bitmaps(cluster), file_size)?;
+        header.check_tables(size, be64(cluster, 64), extensions.bitmaps(cluster), places)?;
         Ok(header)
     }
 

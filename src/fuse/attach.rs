@@ -16,6 +16,7 @@ use rustix::io::{Errno, FdFlags};
 use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::net::{AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketFlags, SocketType};
 
+use super::host::MountPlan;
 use super::mountinfo;
 use super::mountpoint::Mountpoint;
 use crate::error::{Context, os_text};
@@ -32,17 +33,6 @@ const CONNECTIONS: &str = "/sys/fs/fuse/connections";
 
 /// The set-user-id helper of libfuse 3.
 const HELPER: &str = "fusermount3";
-
-/// How to mount.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Options<'a> {
-    /// What stands as source in the list of mounts: the image.
-    pub(super) source: &'a Path,
-    /// Mount `ro`.
-    pub(super) read_only: bool,
-    /// Other users may open the disk.
-    pub(super) allow_other: bool,
-}
 
 /// Whether an unmount has happened.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -79,7 +69,7 @@ pub(super) fn open_device() -> Result<OwnedFd> {
 ///
 /// # Errors
 /// What mount(2) or fusermount3 says. Nothing is mounted then.
-pub(super) fn attach(device: OwnedFd, target: &Mountpoint, options: &Options<'_>) -> Result<(OwnedFd, Attachment)> {
+pub(super) fn attach(device: OwnedFd, target: &Mountpoint, options: &MountPlan) -> Result<(OwnedFd, Attachment)> {
     let what = || format!("mounting on {}", target.path().display());
     let device = match mount_directly(&device, target, options) {
         Ok(()) => device,
@@ -95,24 +85,24 @@ pub(super) fn attach(device: OwnedFd, target: &Mountpoint, options: &Options<'_>
     }
 }
 
-fn mount_directly(device: &OwnedFd, target: &Mountpoint, options: &Options<'_>) -> Result<(), Errno> {
+fn mount_directly(device: &OwnedFd, target: &Mountpoint, options: &MountPlan) -> Result<(), Errno> {
     let data = format!(
         "fd={},rootmode={:o},user_id={},group_id={},default_permissions{}",
         device.as_raw_fd(),
         target.raw_mode(),
-        rustix::process::getuid().as_raw(),
-        rustix::process::getgid().as_raw(),
+        options.uid,
+        options.gid,
         if options.allow_other { ",allow_other" } else { "" },
     );
     let data = CString::new(data).map_err(|_| Errno::INVAL)?;
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     flags.set(MountFlags::RDONLY, options.read_only);
     // By descriptor: the file that was checked, not what its path means now.
-    rustix::mount::mount(options.source, target.reopen_path(), format!("fuse.{SUBTYPE}"), flags, data.as_c_str())
+    rustix::mount::mount(options.source.as_path(), target.reopen_path(), format!("fuse.{SUBTYPE}"), flags, data.as_c_str())
 }
 
 /// fusermount3 mounts and sends the open /dev/fuse over the socket whose number stands in `_FUSE_COMMFD`.
-fn mount_by_helper(path: &Path, options: &Options<'_>) -> Result<OwnedFd> {
+fn mount_by_helper(path: &Path, options: &MountPlan) -> Result<OwnedFd> {
     // Without CLOEXEC: `theirs` is inherited. No other process is started meanwhile.
     let (ours, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::empty(), None)
         .map_err(io::Error::from)
@@ -139,7 +129,7 @@ fn mount_by_helper(path: &Path, options: &Options<'_>) -> Result<OwnedFd> {
 }
 
 /// Options as fusermount3 takes them. A comma or backslash in the source is escaped with a backslash.
-fn helper_options(options: &Options<'_>) -> OsString {
+fn helper_options(options: &MountPlan) -> OsString {
     let mut text = b"fsname=".to_vec();
     for &byte in options.source.as_os_str().as_bytes() {
         if matches!(byte, b',' | b'\\') {
@@ -272,7 +262,15 @@ mod tests {
 
     #[test]
     fn the_source_is_escaped_for_the_helper() {
-        let options = Options { source: Path::new("/a,b\\c"), read_only: true, allow_other: true };
+        let options = MountPlan {
+            mountpoint: "/m".into(),
+            source: "/a,b\\c".into(),
+            taken: Vec::new(),
+            read_only: true,
+            allow_other: true,
+            uid: 0,
+            gid: 0,
+        };
         let text = helper_options(&options).into_string().unwrap();
         assert_eq!(text, "fsname=/a\\,b\\\\c,subtype=cordisk,nosuid,nodev,noexec,default_permissions,ro,allow_other");
     }

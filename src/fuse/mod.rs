@@ -10,6 +10,9 @@
 //! The files are opened for direct I/O: every write is acknowledged by us, nothing is cached in the kernel (shared mappings excepted,
 //! which Linux offers since 6.6). Writeback caching does not work with a file as mountpoint and is never asked for (data-safety 0.7).
 //!
+//! It has two sides, which run in two processes (see `keeper`): the *host side*, [`HostMount`], knows mountpoints and mounts and no disk; the
+//! *session*, [`Prepared`] and [`Mounted`], serves the disk and can mount nothing.
+//!
 //! **Touches:** /dev/fuse, mount(2), umount(2), fusermount3, the mountpoint, /proc/self/mountinfo; [`Disk`] for everything else.
 //! **Never:** knows jobs, QMP or qcow2; opens or stats its own mounted file (it would wait for itself, H29); waits on a session thread;
 //! answers ENOSYS to fsync or flush; leaves a mount or a placeholder behind, except when the process is killed.
@@ -20,15 +23,18 @@
 mod attach;
 mod attributes;
 mod handler;
+mod host;
 mod log_limit;
 mod mountinfo;
 mod mountpoint;
 mod ring;
 mod session;
+mod stale;
 mod wire;
 mod workers;
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -40,6 +46,7 @@ use rustix::fs::{Mode, OFlags};
 pub use attach::Unmounted;
 pub use attributes::{Changes, Owner, TimeChange, Times};
 pub use handler::{Answer, Durability, Handler, Stat, Truncate, errno};
+pub use host::{HostMount, MountPlan};
 
 use crate::Result;
 use crate::disk::{Disk, DiskInfo};
@@ -70,17 +77,26 @@ pub struct MountOptions {
     pub mountpoint: PathBuf,
     /// Other users may open the disk, as far as its mode and owner allow.
     pub allow_other: bool,
+    /// User id of the owner of the disk.
+    pub uid: u32,
+    /// Its group id.
+    pub gid: u32,
 }
 
-/// A mounted disk. Dropping it detaches the mount and removes the placeholder.
+/// A disk with all that is needed to serve it: after this no path is looked up any more.
+#[derive(Debug)]
+pub struct Prepared {
+    rings: Option<ring::Rings>,
+    handler: Arc<Handler>,
+    plan: MountPlan,
+}
+
+/// A mounted disk, being served. It ends when the disk is unmounted, whoever does that.
 #[derive(Debug)]
 pub struct Mounted {
     session: Receiver<io::Result<()>>,
     workers: workers::Ended,
     notifier: fuser::Notifier,
-    // Dropped in this order: first the mount, then the placeholder below it.
-    attachment: attach::Attachment,
-    mountpoint: mountpoint::Mountpoint,
 }
 
 /// Tells the kernel that the size of a mounted disk has changed.
@@ -107,28 +123,46 @@ pub enum Finished {
     StillRunning,
 }
 
-/// Mounts `disk` and starts to serve it.
+/// Looks up everything about `disk` that needs a path. Nothing is mounted yet: that is done with [`Prepared::plan`].
 ///
 /// # Errors
-/// Everything that is wrong with the mountpoint, /dev/fuse or the mount, on one line. Nothing stays mounted or created then.
-pub fn mount(disk: &Arc<Disk>, options: &MountOptions) -> Result<Mounted> {
+/// The overlay or a backing file is no longer where it was.
+pub fn prepare(disk: &Arc<Disk>, options: MountOptions) -> Result<Prepared> {
     let info = disk.info()?;
-    let device = attach::open_device()?;
-    let handler = Arc::new(new_handler(disk, &info, options.allow_other)?);
-    let mountpoint = mountpoint::Mountpoint::prepare(&options.mountpoint, &files_of(&info)?)?;
-    let how = attach::Options { source: &info.path, read_only: info.read_only, allow_other: options.allow_other };
-    let (device, attachment) = attach::attach(device, &mountpoint, &how)?;
-    mountpoint.hide();
-    let running = session::start(handler, device, options.transport)?;
-    Ok(Mounted { session: running.session, workers: running.workers, notifier: running.notifier, attachment, mountpoint })
+    let handler = Arc::new(new_handler(disk, &info, &options)?);
+    let rings = ring::Rings::wanted(options.transport)?;
+    let plan = MountPlan {
+        mountpoint: options.mountpoint,
+        taken: files_of(&info)?,
+        source: info.path,
+        read_only: info.read_only,
+        allow_other: options.allow_other,
+        uid: options.uid,
+        gid: options.gid,
+    };
+    Ok(Prepared { handler, plan, rings })
 }
 
-/// Everything that needs a path is looked up here, before the mount.
-fn new_handler(disk: &Arc<Disk>, info: &DiskInfo, allow_other: bool) -> Result<Handler> {
+impl Prepared {
+    /// What is to be mounted, and where, for [`HostMount::mount`].
+    pub fn plan(&self) -> &MountPlan {
+        &self.plan
+    }
+
+    /// Starts the threads that serve `device`, the open /dev/fuse of the mount.
+    ///
+    /// # Errors
+    /// The kernel speaks another protocol; no more threads.
+    pub fn serve(self, device: OwnedFd) -> Result<Mounted> {
+        let running = session::start(self.handler, device, self.rings)?;
+        Ok(Mounted { session: running.session, workers: running.workers, notifier: running.notifier })
+    }
+}
+
+fn new_handler(disk: &Arc<Disk>, info: &DiskInfo, options: &MountOptions) -> Result<Handler> {
     let what = || info.path.display().to_string();
     let modified = std::fs::metadata(&info.path).and_then(|file| file.modified()).unwrap_or_else(|_| SystemTime::now());
-    let (uid, gid) = (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw());
-    let attributes = attributes::Attributes::new(uid, gid, modified, allow_other, info.read_only);
+    let attributes = attributes::Attributes::new(options.uid, options.gid, modified, options.allow_other, info.read_only);
     let directory = info.path.parent().unwrap_or(Path::new("/"));
     let directory = rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(io::Error::from)
@@ -143,11 +177,6 @@ fn files_of(info: &DiskInfo) -> Result<Vec<(u64, u64)>> {
 }
 
 impl Mounted {
-    /// The mountpoint: absolute, without symbolic links.
-    pub fn path(&self) -> &Path {
-        self.mountpoint.path()
-    }
-
     /// For whoever changes the size of the disk.
     pub fn size_notice(&self) -> SizeNotice {
         SizeNotice { notifier: self.notifier.clone() }
@@ -166,23 +195,7 @@ impl Mounted {
         select.ready_timeout(timeout).is_ok()
     }
 
-    /// Unmounts unless somebody has the disk open. The session ends a moment later.
-    ///
-    /// # Errors
-    /// Neither done nor busy: it is still mounted and served.
-    pub fn unmount(&self) -> Result<Unmounted> {
-        self.attachment.unmount()
-    }
-
-    /// Takes the disk away from whoever has it open: their requests fail with ENOTCONN from now on, and the session ends.
-    ///
-    /// # Errors
-    /// It is still mounted.
-    pub fn detach(&self) -> Result<()> {
-        self.attachment.detach()
-    }
-
-    /// After the unmount: waits until no request is running, at most five seconds, and removes the placeholder.
+    /// After the unmount: waits until no request is running, at most five seconds.
     pub fn finish(self) -> Finished {
         let deadline = std::time::Instant::now() + FINISH_TIMEOUT;
         // Disconnected: the result of the session was taken from `ended` before.

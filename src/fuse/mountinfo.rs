@@ -19,6 +19,8 @@ pub(super) struct MountEntry {
     pub(super) mountpoint: PathBuf,
     /// File system type with its subtype, `fuse.cordisk`.
     pub(super) fs_type: String,
+    /// What is mounted: of ours, the path of the image.
+    pub(super) source: PathBuf,
 }
 
 /// What is mounted at `path` (absolute, without symbolic links), the topmost if there are several.
@@ -40,11 +42,14 @@ fn parse(line: &[u8]) -> Option<MountEntry> {
     let device = fields.nth(2)?;
     let mountpoint = fields.nth(1)?;
     // Any number of optional fields, then a hyphen.
-    let fs_type = fields.skip_while(|field| *field != b"-").nth(1)?;
+    let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
+    let fs_type = fields.next()?;
+    let source = fields.next()?;
     Some(MountEntry {
         device: String::from_utf8(device.to_vec()).ok()?,
         mountpoint: unescape(mountpoint),
         fs_type: OsStr::from_bytes(fs_type).to_string_lossy().into_owned(),
+        source: unescape(source),
     })
 }
 
@@ -80,6 +85,7 @@ mod tests {
     fn entries_are_found_by_their_unescaped_path() {
         let entry = topmost(SAMPLE, Path::new("/mnt/a b\\c")).unwrap();
         assert_eq!((entry.device.as_str(), entry.fs_type.as_str()), ("0:52", "fuse.cordisk"));
+        assert_eq!(entry.source, Path::new("/o.qcow2"));
         assert_eq!(topmost(SAMPLE, Path::new("/mnt")), None);
     }
 
@@ -90,7 +96,7 @@ mod tests {
 
     #[test]
     fn broken_lines_are_skipped() {
-        for line in [&b""[..], b"1 2 3", b"1 2 0:1 / /m rw", b"1 2 0:1 / /m rw -"] {
+        for line in [&b""[..], b"1 2 3", b"1 2 0:1 / /m rw", b"1 2 0:1 / /m rw -", b"1 2 0:1 / /m rw - fuse"] {
             assert_eq!(parse(line), None);
         }
         assert_eq!(unescape(b"\\04"), Path::new("\\04"));

@@ -4,10 +4,10 @@ use std::ffi::OsString;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
-use super::mountinfo;
+use super::{mountinfo, stale};
 use crate::error::{Context, os_text};
 use crate::{Error, ErrorKind, Result};
 
@@ -138,12 +138,12 @@ impl Drop for Mountpoint {
 /// Refuses a path where something is mounted.
 fn refuse_mounted(path: &Path) -> Result<()> {
     let Some(mounted) = mountinfo::mounted_at(path)? else { return Ok(()) };
-    // Asks the mounted file system, which may only be done to one that is not ours; a dead FUSE daemon's answers at once.
-    let answer = rustix::fs::statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW);
+    let dead = stale::is_dead(path);
     let path = path.display();
-    let text = match answer {
-        Err(Errno::NOTCONN) => format!("mountpoint {path}: the daemon that was mounted here is gone; clean up with: umount {path}"),
-        _ => format!("mountpoint {path}: already mounted ({}); unmount it first", mounted.fs_type),
+    let text = if dead {
+        format!("mountpoint {path}: the daemon that was mounted here is gone; clean up with: umount {path}")
+    } else {
+        format!("mountpoint {path}: already mounted ({}); unmount it first", mounted.fs_type)
     };
     Err(Error::new(ErrorKind::Busy, text))
 }

@@ -28,12 +28,13 @@ use rustix::event::EventfdFlags;
 use rustix::io::Errno;
 use rustix::thread::CpuSet;
 
+use super::Transport;
 use super::handler::{Answer, Durability, Handler};
 use super::session::{ATTR_TTL, MAX_IO, OPEN_FLAGS};
 use super::wire::{self, Operation};
 use super::workers::Workers;
-use crate::Result;
 use crate::error::Context;
+use crate::{Error, ErrorKind, Result};
 
 /// Whether the kernel's FUSE may use io_uring.
 const ENABLED: &str = "/sys/module/fuse/parameters/enable_uring";
@@ -65,12 +66,31 @@ type Ring = IoUring<squeue::Entry128, cqueue::Entry>;
 /// Rings that exist and that FUSE does not know of yet.
 pub(super) struct Rings(Vec<Ring>);
 
+impl std::fmt::Debug for Rings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Rings").field(&self.0.len()).finish()
+    }
+}
+
 impl Rings {
-    /// Makes what can fail before the kernel is told that requests go this way: once it is, it sends none any other way.
+    /// Rings, if requests are to come over them and can. To be called while the process may still look at files.
     ///
     /// # Errors
-    /// Why requests have to go over /dev/fuse, for the log.
-    pub(super) fn prepare() -> Result<Rings, String> {
+    /// They are to come over io_uring and over nothing else, and cannot.
+    pub(super) fn wanted(transport: Transport) -> Result<Option<Rings>> {
+        match (transport, (transport != Transport::Dev).then(Rings::prepare)) {
+            (_, None) => Ok(None),
+            (_, Some(Ok(rings))) => Ok(Some(rings)),
+            (Transport::Uring, Some(Err(reason))) => Err(Error::new(ErrorKind::UnsupportedFeature, format!("--transport uring: {reason}"))),
+            (_, Some(Err(reason))) => {
+                log::info!("requests come over /dev/fuse: {reason}");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Makes what can fail before the kernel is told that requests go this way: once it is, it sends none any other way.
+    fn prepare() -> Result<Rings, String> {
         let enabled = std::fs::read_to_string(ENABLED).map_err(|_| "this kernel has no FUSE over io_uring".to_string())?;
         if !enabled.trim_start().starts_with(['Y', '1']) {
             return Err(format!("it is off in the kernel (echo Y > {ENABLED})"));

@@ -18,13 +18,12 @@ use fuser::{
     SessionACL, TimeOrNow, WriteFlags,
 };
 
-use super::Transport;
 use super::attributes::{Changes, TimeChange};
 use super::handler::{Answer, Durability, Handler, Stat, Truncate};
 use super::ring::Rings;
 use super::workers::{Ended, Workers};
+use crate::Result;
 use crate::error::Context;
-use crate::{Error, ErrorKind, Result};
 
 /// Threads that read requests and answer hits. More than this many cost latency at depth 1 on two cores (performance.md).
 const SESSION_THREADS: usize = 2;
@@ -57,15 +56,8 @@ pub(super) struct Running {
 ///
 /// # Errors
 /// The kernel speaks another protocol; no more threads.
-pub(super) fn start(handler: Arc<Handler>, device: OwnedFd, transport: Transport) -> Result<Running> {
+pub(super) fn start(handler: Arc<Handler>, device: OwnedFd, rings: Option<Rings>) -> Result<Running> {
     let (workers, workers_ended) = Workers::start(&handler)?;
-    let rings = match transport {
-        Transport::Dev => None,
-        Transport::Uring => {
-            Some(Rings::prepare().map_err(|reason| Error::new(ErrorKind::InvalidArgument, format!("--transport uring: {reason}")))?)
-        }
-        Transport::Auto => Rings::prepare().inspect_err(|reason| log::info!("requests come over /dev/fuse: {reason}")).ok(),
-    };
     let over_rings = Arc::new(AtomicBool::new(rings.is_some()));
     let adapter = Adapter {
         handler: Arc::clone(&handler),
@@ -75,15 +67,14 @@ pub(super) fn start(handler: Arc<Handler>, device: OwnedFd, transport: Transport
     };
     let mut config = fuser::Config::default();
     config.n_threads = Some(SESSION_THREADS);
-    // One descriptor per thread saves them a lock in the kernel.
-    config.clone_fd = true;
+    // All threads share the descriptor: one for each would save them a lock in the kernel, but fuser opens /dev/fuse for it by name, on a
+    // thread, when that is no longer allowed.
+    config.clone_fd = false;
     // Who may open the disk is the kernel's check (`allow_other`, `default_permissions`). fuser's own comes later and would fail the
     // close of a descriptor that was passed to another user.
     let session = Session::from_fd(adapter, device, SessionACL::All, config).context(|| "FUSE handshake")?;
     if let Some(rings) = rings.filter(|_| over_rings.load(Ordering::Acquire)) {
         rings.serve(session.as_fd(), &handler, &workers)?;
-    } else if transport == Transport::Uring {
-        return Err(Error::new(ErrorKind::UnsupportedFeature, "--transport uring: this kernel does not offer FUSE over io_uring"));
     }
     let notifier = session.notifier();
     let (ended, session_ended) = crossbeam_channel::bounded(1);

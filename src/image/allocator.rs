@@ -7,11 +7,16 @@
 //!
 //! A refcount is raised before anything points to the cluster; it is lowered only by the write-back pass, when the pointer's removal is durable (R3), and the cluster is handed out again only after its space was punched
 //! (R7). On disk refcounts may therefore be too high after a crash (leaks), never too low (I2).
+//!
+//! A cluster that may have held guest data since the image was opened is given to guest data only, never to a table. In a hostile image a second L2
+//! entry may name the same cluster, which nothing but a full check finds, and a guest writes through that entry whatever the cluster is by then: it
+//! must be the guest's own data (R16). So freed clusters are kept apart from those that were free all along.
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::check::Leak;
 use super::gaps::Gaps;
 use super::refcounts::{RefcountTable, RefcountWrites};
 use crate::format::{Geometry, Header, HostCluster};
@@ -25,6 +30,8 @@ const MAX_TABLE_BYTES: u64 = 8 << 20;
 
 /// Clusters at the end of the file are reserved so many bytes ahead, as far as one refcount block covers them.
 const RESERVE_AHEAD: u64 = 64 << 20;
+/// How many clusters are searched for gaps at a time.
+const SEARCHED_AT_ONCE: u64 = 1 << 16;
 
 /// The allocator of one writable image.
 #[derive(Debug)]
@@ -39,8 +46,10 @@ struct State {
     refcounts: RefcountTable,
     /// Clusters of header, tables and blocks: no guest data may be there (V24, V27, R16).
     metadata: HashSet<u64>,
-    /// Free clusters known so far, all below `searched`.
+    /// Free clusters known so far that were free when the image was opened, all below `searched`: for tables and data.
     gaps: Gaps,
+    /// Clusters that were freed since: for data only.
+    freed: Gaps,
     /// Clusters below this one have been searched for gaps.
     searched: u64,
     /// Nothing at or above this cluster is metadata or was handed out.
@@ -74,7 +83,16 @@ impl Allocator {
         // What no refcount block covers is free, however much of the file (or device) there is: nothing is searched there, and it is used next.
         let behind_metadata = metadata.iter().max().map_or(0, |last| last + 1);
         let end = storage.size().div_ceil(cluster_size).min(covered).max(behind_metadata);
-        let state = State { refcounts, metadata, gaps: Gaps::default(), searched: 1, end, reserved: 0..0, pending: BTreeMap::new() };
+        let state = State {
+            refcounts,
+            metadata,
+            gaps: Gaps::default(),
+            freed: Gaps::default(),
+            searched: 1,
+            end,
+            reserved: 0..0,
+            pending: BTreeMap::new(),
+        };
         Ok(Allocator { storage, geometry, state: Mutex::new(state) })
     }
 
@@ -91,14 +109,10 @@ impl Allocator {
         Ok(())
     }
 
-    /// A cluster from [`Allocator::allocate`] now holds metadata.
-    pub fn became_l2_table(&self, cluster: HostCluster) {
-        self.state.lock().metadata.insert(cluster.0);
-    }
-
     /// Whether an L2 entry may name this cluster: not metadata, referenced, and exactly once if it says so (V24, V27, R9).
     pub fn check_data(&self, cluster: HostCluster, in_place: bool) -> Result<()> {
         let mut state = self.state.lock();
+        state.refcounts.evict();
         let offset = self.geometry.host_offset(cluster);
         if state.metadata.contains(&cluster.0) && !without(Step::DataIsNoMetadata) {
             return Err(corrupt(format!("cluster at {offset} is metadata")));
@@ -112,30 +126,58 @@ impl Allocator {
 
     /// The refcount of a cluster; zero where no block covers it.
     pub fn refcount(&self, cluster: HostCluster) -> Result<u64> {
-        self.state.lock().refcounts.get(cluster.0)
+        let mut state = self.state.lock();
+        state.refcounts.evict();
+        state.refcounts.get(cluster.0)
     }
 
-    /// The clusters of all refcount blocks.
-    pub fn blocks(&self) -> Vec<HostCluster> {
-        self.state.lock().refcounts.blocks().map(|(_, block)| block).collect()
-    }
-
-    /// All clusters whose refcount is not zero, for the full check.
-    pub fn counted(&self) -> Result<Vec<u64>> {
-        self.state.lock().refcounts.counted()
-    }
-
-    /// Hands out up to `at_most` (> 0) contiguous clusters with their refcounts raised to one: the first, and how many.
+    /// Hands out up to `at_most` (> 0) contiguous clusters for data, with their refcounts raised to one: the first, and how many.
     ///
     /// # Errors
     /// [`ErrorKind::NoSpace`] when the refcount table cannot grow further; I/O while loading a block.
     pub fn allocate(&self, at_most: u64) -> Result<(HostCluster, u64)> {
         let mut state = self.state.lock();
         let state = &mut *state;
+        state.refcounts.evict();
+        let (start, len) = match state.freed.take(at_most) {
+            Some((start, len)) => {
+                state.count(start..start + len)?;
+                (start, len)
+            }
+            None => self.take_unused(state, at_most)?,
+        };
+        Ok((HostCluster(start), len))
+    }
+
+    /// Hands out one cluster for an L2 table, with its refcount raised to one.
+    ///
+    /// # Errors
+    /// As [`Allocator::allocate`].
+    pub fn allocate_l2_table(&self) -> Result<HostCluster> {
+        let mut state = self.state.lock();
+        let (cluster, _) = self.take_unused(&mut state, 1)?;
+        // At once: an entry that names it must be refused from now on.
+        state.metadata.insert(cluster);
+        Ok(HostCluster(cluster))
+    }
+
+    /// Takes back a cluster that was handed out for an L2 table and did not become one.
+    pub fn give_back_l2_table(&self, cluster: HostCluster) {
+        let mut state = self.state.lock();
+        if let Err(error) = state.refcounts.set(cluster.0, 0) {
+            log::warn!("cluster {} stays leaked: {error}", cluster.0);
+            return;
+        }
+        state.metadata.remove(&cluster.0);
+        state.add_gap(cluster.0);
+    }
+
+    /// Clusters that nothing was in since the image was opened, counted.
+    fn take_unused(&self, state: &mut State, at_most: u64) -> Result<(u64, u64)> {
         self.search_gaps(state)?;
         if let Some((start, len)) = state.gaps.take(at_most) {
             state.count(start..start + len)?;
-            return Ok((HostCluster(start), len));
+            return Ok((start, len));
         }
         if state.reserved.is_empty() {
             let ahead = (RESERVE_AHEAD >> self.geometry.cluster_bits()).max(at_most);
@@ -146,22 +188,23 @@ impl Allocator {
         let start = state.reserved.start;
         let len = at_most.min(state.reserved.end - start);
         state.reserved.start += len;
-        Ok((HostCluster(start), len))
+        Ok((start, len))
     }
 
-    /// While no gap is known, searches the file further, a block at a time. A cluster that only the table says is free must not be metadata
-    /// either (V27).
+    /// While no gap is known, searches the file further, a block at a time and no more than [`SEARCHED_AT_ONCE`]: what one block says is free can
+    /// be more than anybody wants to remember. A cluster that only the table says is free must not be metadata either (V27).
     fn search_gaps(&self, state: &mut State) -> Result<()> {
         while state.gaps.is_empty() && state.searched < state.end {
+            state.refcounts.evict();
             let searched = state.searched;
             let (_, first) = state.refcounts.index_of(searched);
-            let stop = state.end.min(searched - first + self.geometry.refblock_entries());
+            let stop = state.end.min(searched - first + self.geometry.refblock_entries()).min(searched + SEARCHED_AT_ONCE);
             // Where there is no block nothing can be handed out without making one: left to the end of the file.
             let free = state.refcounts.free_in(searched..stop)?;
             state.searched = stop;
             for cluster in free {
-                if !state.metadata.contains(&cluster) {
-                    state.add_gap(cluster);
+                if !state.metadata.contains(&cluster) && !state.freed.contains(cluster) {
+                    state.gaps.add(cluster);
                 }
             }
         }
@@ -179,7 +222,7 @@ impl Allocator {
             let limit = at_most.min(self.geometry.refblock_entries() - first);
             let start = state.end;
             let mut len = 0;
-            while len < limit && !state.metadata.contains(&(start + len)) && state.refcounts.get(start + len)? == 0 {
+            while len < limit && !state.is_spoken_for(start + len) && state.refcounts.get(start + len)? == 0 {
                 len += 1;
             }
             // Counted or claimed although beyond the end of the file: left alone.
@@ -262,6 +305,7 @@ impl Allocator {
     /// Contiguous clusters at the end of the file, counted, for a table that must be in one piece.
     pub fn allocate_contiguous(&self, clusters: u64) -> Result<HostCluster> {
         let mut state = self.state.lock();
+        state.refcounts.evict();
         let start = self.extend(&mut state, clusters)?;
         state.metadata.extend(start..start + clusters);
         Ok(HostCluster(start))
@@ -275,14 +319,14 @@ impl Allocator {
                 log::warn!("cluster {cluster} stays leaked: {error}");
                 continue;
             }
-            state.add_gap(cluster);
+            state.freed.add(cluster);
         }
     }
 
     /// Gives back what is reserved and not handed out: for an orderly close.
     ///
     /// # Errors
-    /// None that an allocation could have: the blocks are in memory.
+    /// I/O while loading a block.
     pub fn give_up_reserved(&self) -> Result<()> {
         self.state.lock().give_up_reserved()
     }
@@ -292,10 +336,39 @@ impl Allocator {
         let mut state = self.state.lock();
         for cluster in start.0..start.0 + len {
             if without(Step::Quarantine) && matches!(state.refcounts.get(cluster), Ok(1)) && state.refcounts.set(cluster, 0).is_ok() {
-                state.add_gap(cluster);
+                state.freed.add(cluster);
                 continue;
             }
             *state.pending.entry(cluster).or_default() += 1;
+        }
+    }
+
+    /// At open, behind a barrier: lowers refcounts that are too high. What nothing refers to gives its space back to the host and can be handed
+    /// out.
+    pub fn give_back_leaks(&self, leaks: &[Leak]) -> Result<()> {
+        for leak in leaks.iter().filter(|leak| leak.references == 0) {
+            self.punch(leak.start, leak.len);
+        }
+        let mut state = self.state.lock();
+        for leak in leaks {
+            for cluster in leak.start..leak.start + leak.len {
+                if state.refcounts.get(cluster)? <= leak.references {
+                    return Err(corrupt(format!("the refcount of cluster {cluster} was changed by somebody else")));
+                }
+                state.refcounts.set(cluster, leak.references)?;
+                if leak.references == 0 {
+                    state.add_gap(cluster);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the space of clusters back to the host. A hint only: they are free in the image all the same.
+    fn punch(&self, start: u64, len: u64) {
+        let bits = self.geometry.cluster_bits();
+        if let Err(error) = self.storage.punch_hole(start << bits, len << bits) {
+            log::debug!("space of clusters {start}..{} was not given back: {error}", start + len);
         }
     }
 
@@ -312,11 +385,12 @@ impl Allocator {
         }
     }
 
-    /// Step 10: the removals are durable. Gives the space of clusters that nothing refers to any more back to the host, then lowers refcounts;
+    /// Step 10: all that the pass took is on disk, and the removals are durable. Gives the space of clusters that nothing refers to any more back to the host, then lowers refcounts;
     /// only then may they be handed out again (R7c, R8).
-    pub fn release(&self, pending: &BTreeMap<u64, u64>) -> Result<()> {
+    pub fn release(&self, pending: &mut BTreeMap<u64, u64>) -> Result<()> {
+        self.state.lock().refcounts.written();
         let mut unreferenced: Vec<(u64, u64)> = Vec::new();
-        for (&cluster, &references) in pending {
+        for (&cluster, &references) in &*pending {
             let refcount = self.refcount(HostCluster(cluster))?;
             if refcount < references && !without(Step::FreesAreCounted) {
                 return Err(corrupt(format!("cluster {cluster} has refcount {refcount} but {references} references were dropped")));
@@ -328,27 +402,20 @@ impl Allocator {
                 }
             }
         }
-        let bits = self.geometry.cluster_bits();
-        let punch = || {
-            for &(start, len) in &unreferenced {
-                if let Err(error) = self.storage.punch_hole(start << bits, len << bits) {
-                    // A hint only: the cluster is free in the image all the same.
-                    log::debug!("space of clusters {start}..{} was not given back: {error}", start + len);
-                }
-            }
-        };
+        let punch = || unreferenced.iter().for_each(|&(start, len)| self.punch(start, len));
         if !without(Step::PunchBeforeReuse) {
             punch();
         }
         let mut state = self.state.lock();
-        for (&cluster, &references) in pending {
+        // What was lowered leaves the map: after an error the rest waits for the next pass.
+        while let Some(free) = pending.first_entry() {
+            let (cluster, references) = (*free.key(), *free.get());
             let refcount = state.refcounts.get(cluster)?;
             state.refcounts.set(cluster, refcount - references)?;
-        }
-        for &(start, len) in &unreferenced {
-            for cluster in start..start + len {
+            free.remove();
+            if refcount == references {
                 state.metadata.remove(&cluster);
-                state.add_gap(cluster);
+                state.freed.add(cluster);
             }
         }
         if without(Step::PunchBeforeReuse) {
@@ -356,6 +423,16 @@ impl Allocator {
             punch();
         }
         Ok(())
+    }
+
+    #[cfg(test)]
+    pub fn limit_memory(&self, bytes: usize) {
+        self.state.lock().refcounts.limit_memory(bytes);
+    }
+
+    #[cfg(test)]
+    pub fn resident_blocks(&self) -> usize {
+        self.state.lock().refcounts.resident()
     }
 
     /// For the write-back pass, step 4: marks clean and copies.
@@ -378,8 +455,12 @@ impl Allocator {
 impl State {
     /// Raises the refcounts of free clusters to one.
     fn count(&mut self, clusters: Range<u64>) -> Result<()> {
+        // Brings the blocks into memory, so that nothing fails half-way.
+        for cluster in clusters.clone() {
+            let before = self.refcounts.get(cluster)?;
+            debug_assert_eq!(before, 0);
+        }
         for cluster in clusters {
-            debug_assert_eq!(self.refcounts.get(cluster)?, 0);
             if !without(Step::CountedBeforeHandedOut) {
                 self.refcounts.set(cluster, 1)?;
             }
@@ -389,11 +470,16 @@ impl State {
 
     /// Reserved clusters are free again. Nothing ever referred to them, so nothing has to become durable first.
     fn give_up_reserved(&mut self) -> Result<()> {
+        if self.reserved.is_empty() {
+            return Ok(());
+        }
+        // They are all counted by one block, which is in memory from here on.
+        self.refcounts.get(self.reserved.start)?;
         let reserved = std::mem::replace(&mut self.reserved, 0..0);
         for cluster in reserved.clone() {
             self.refcounts.set(cluster, 0)?;
         }
-        if !reserved.is_empty() && reserved.end == self.end {
+        if reserved.end == self.end {
             self.end = reserved.start;
             self.searched = self.searched.min(self.end);
         } else {
@@ -409,10 +495,15 @@ impl State {
         }
     }
 
-    /// The last cluster of a range that is counted or metadata.
+    /// Whether a cluster that may not be counted is not to be handed out at the end of the file all the same.
+    fn is_spoken_for(&self, cluster: u64) -> bool {
+        self.metadata.contains(&cluster) || self.freed.contains(cluster)
+    }
+
+    /// The last cluster of a range that is counted or spoken for.
     fn last_in_use(&mut self, clusters: Range<u64>) -> Result<Option<u64>> {
         for cluster in clusters.rev() {
-            if self.refcounts.get(cluster)? != 0 || self.metadata.contains(&cluster) {
+            if self.refcounts.get(cluster)? != 0 || self.is_spoken_for(cluster) {
                 return Ok(Some(cluster));
             }
         }

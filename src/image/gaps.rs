@@ -15,6 +15,11 @@ impl Gaps {
         self.0.is_empty()
     }
 
+    /// Whether a cluster is free.
+    pub fn contains(&self, cluster: u64) -> bool {
+        self.0.range(..=cluster).next_back().is_some_and(|(start, len)| cluster < start + len)
+    }
+
     /// Adds a cluster.
     ///
     /// # Panics
@@ -60,6 +65,8 @@ mod tests {
             gaps.add(cluster);
         }
         assert_eq!(gaps.0, BTreeMap::from([(10, 3), (20, 1), (30, 4)]));
+        let free: Vec<u64> = (0..40).filter(|&cluster| gaps.contains(cluster)).collect();
+        assert_eq!(free, [10, 11, 12, 20, 30, 31, 32, 33]);
         assert_eq!(gaps.take(4), Some((30, 4)));
         assert_eq!(gaps.take(2), Some((10, 2)));
         assert_eq!(gaps.take(9), Some((12, 1)), "none is large enough: the first");

@@ -1,8 +1,11 @@
 //! A larger virtual size: an L1 table with more entries, then the size, each switched by one small header write. Between the two the caller
 //! makes sure of what the new range reads as.
 
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
 use super::Image;
-use crate::format::{HostCluster, patch};
+use crate::format::{GuestCluster, HostCluster, Mapping, patch};
 use crate::range_lock::Exclusive;
 use crate::storage::WriteKind;
 use crate::{Error, ErrorKind, Result};
@@ -51,18 +54,57 @@ impl Image {
             return Err(error);
         }
         let old = self.reader.header();
-        self.change_header(|header| {
+        let changed = self.change_header(|header| {
             header.l1_size = entries as u32;
             header.l1_table_offset = offset;
             let (at, bytes) = patch::size_and_l1(header.geometry.size(), header.l1_size, offset);
             (at, bytes.to_vec())
-        })?;
+        });
+        if let Err(error) = changed {
+            // The pass that frees it has put the old header back before.
+            self.allocator.queue_free(start, clusters);
+            return Err(error);
+        }
         self.reader.tables.move_l1(entries as usize, offset);
         if old.l1_size > 0 {
             let clusters = (u64::from(old.l1_size) * 8).div_ceil(geometry.cluster_size());
             self.allocator.queue_free(HostCluster(old.l1_table_offset >> geometry.cluster_bits()), clusters);
         }
         Ok(())
+    }
+
+    /// The first run of clusters in a range beyond the end of the disk that an L2 table maps to anything but plain zero, inside one table. There
+    /// should be none, but another program may have left some, and no check calls that an error. The L1 table has room for the range.
+    ///
+    /// # Errors
+    /// Where an L2 table cannot be loaded.
+    pub fn first_mapped(&self, clusters: Range<GuestCluster>) -> Result<Option<Range<GuestCluster>>> {
+        let geometry = self.reader.geometry();
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let (l1_index, l2_index) = geometry.table_indexes(at);
+            let count = (clusters.end.0 - at.0).min(geometry.l2_entries() - l2_index as u64) as usize;
+            let found = self.watch(self.reader.tables.with(l1_index, |table| -> Result<_> {
+                let shows = |index: usize| -> Result<bool> {
+                    let mapping = Mapping::decode(table.entry(l2_index + index).load(Ordering::Acquire), &geometry)?;
+                    Ok(!matches!(mapping, Mapping::Unallocated | Mapping::Zero { reserved: None }))
+                };
+                let mut first = 0;
+                while first < count && !shows(first)? {
+                    first += 1;
+                }
+                let mut end = first;
+                while end < count && shows(end)? {
+                    end += 1;
+                }
+                Ok(first as u64..end as u64)
+            }))?;
+            match found.transpose()? {
+                Some(run) if !run.is_empty() => return Ok(Some(GuestCluster(at.0 + run.start)..GuestCluster(at.0 + run.end))),
+                _ => at.0 += count as u64,
+            }
+        }
+        Ok(None)
     }
 
     /// Makes `size` bytes the virtual size, durably and after everything that was published before.

@@ -1,8 +1,7 @@
 //! One L2 table in memory: entries that change one by one, and which pieces of it are not on disk yet.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
 use crate::format::HostCluster;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// An L2 table is written back in pieces of this many bytes: what one page of the host holds.
 const PIECE: usize = 4096;

@@ -1,10 +1,9 @@
 //! Where a guest offset is, and the bytes of one run.
 
-use std::sync::atomic::Ordering;
-
 use super::ImageReader;
 use super::l2_table::L2Table;
 use crate::format::{Geometry, GuestCluster, GuestOffset, Mapping, decompress};
+use crate::sync::atomic::Ordering;
 use crate::{Error, Result};
 
 /// One run of equal mapping.

@@ -13,11 +13,11 @@
 //! never below references; I3 a published cluster was filled first (only [`Image::fill`] makes a [`Filled`]).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::format::{BackingReference, Geometry, GuestOffset, Header, Mapping, feature, patch};
 use crate::mutants::{Step, without};
 use crate::storage::{Storage, WriteKind};
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::sync::{Mutex, RwLock, rank};
 use crate::{Error, ErrorKind, Result};
 
@@ -35,7 +35,7 @@ mod write_back;
 #[cfg(test)]
 mod tests;
 
-pub use check::CheckReport;
+pub use check::{CheckReport, Finding, Leaks, check};
 pub use lookup::Extent;
 pub use publish::{Allocation, Filled};
 
@@ -98,6 +98,11 @@ fn read_header(storage: &dyn Storage) -> Result<Header> {
     Ok(Header::parse(&first, size)?)
 }
 
+/// What a write to the header that failed may have replaced: offset in bytes, and the bytes as they were. After an error any part of a write may
+/// have been done (a header may name an L1 table that we do not write to), so they are put back before anything else is written that the
+/// header leads to.
+type HeaderOnDisk = Option<(u64, Vec<u8>)>;
+
 /// An image open for writing.
 #[derive(Debug)]
 pub struct Image {
@@ -106,7 +111,7 @@ pub struct Image {
     commit: GroupCommit,
     write_back: Mutex<{ rank::WRITE_BACK }, ()>,
     /// One change of the header at a time, from reading it in memory to both copies being new.
-    header_change: Mutex<{ rank::HEADER }, ()>,
+    header_change: Mutex<{ rank::HEADER }, HeaderOnDisk>,
     /// One fdatasync at a time: the kernel reports an error once per open file, and of two at the same time it would be the wrong one that
     /// succeeds. The next one finds the latch (P7, H21).
     barriers: Mutex<{ rank::BARRIER }, ()>,
@@ -130,18 +135,20 @@ impl Image {
             allocator,
             commit: GroupCommit::default(),
             write_back: Mutex::new(()),
-            header_change: Mutex::new(()),
+            header_change: Mutex::new(None),
             barriers: Mutex::new(()),
             failed: AtomicBool::new(false),
         })
     }
 
-    /// To be called once before the first change, when everything else that can go wrong at open has not: clears the autoclear bits that
-    /// we do not know, durably (R11; specification: "autoclear_features").
+    /// To be called once before the first change, when everything else that can go wrong at open has not: marks the file as open, so that the
+    /// next one who opens it knows if we were killed, and clears the autoclear bits that we do not know, both durably (R11; specification:
+    /// "autoclear_features").
     ///
     /// # Errors
     /// I/O.
     pub fn begin_writing(&self) -> Result<()> {
+        self.reader.storage.set_open_mark().map_err(|error| Error::io("marking the image as open", error))?;
         if self.reader.header().autoclear == 0 {
             return Ok(());
         }
@@ -150,6 +157,22 @@ impl Image {
             let (at, bytes) = patch::autoclear(0);
             (at, bytes.to_vec())
         })
+    }
+
+    /// The last thing: to be called after [`Image::close`] has gone well, when nothing is leaked. The mark goes; where it stays, the next open
+    /// looks for leaks in vain.
+    pub fn end_writing(&self) {
+        if self.check_usable().is_ok()
+            && let Err(error) = self.reader.storage.remove_open_mark()
+        {
+            log::warn!("the mark of an open image stays: {}", crate::error::os_text(&error));
+        }
+    }
+
+    /// L2 tables beyond so many bytes are dropped when they are clean.
+    #[cfg(test)]
+    pub(crate) fn limit_table_memory(&mut self, bytes: usize) {
+        self.reader.tables.limit_memory(bytes);
     }
 
     /// The reading half.
@@ -164,33 +187,49 @@ impl Image {
     /// [`ErrorKind::InvalidArgument`] where the name does not fit the first cluster; I/O. The old reference then still stands.
     pub fn set_backing(&self, backing: Option<&BackingReference>) -> Result<()> {
         self.check_usable()?;
-        let _one_at_a_time = self.header_change.lock();
+        let mut on_disk = self.header_change.lock();
         let change =
             self.reader.header().with_backing(backing).map_err(|error| Error::wrap(ErrorKind::InvalidArgument, "backing file", error))?;
         if let Some((at, bytes)) = &change.before {
-            self.write_header(*at, bytes)?;
+            self.write_header(&mut on_disk, *at, bytes)?;
         }
         let (at, bytes) = &change.patch;
-        self.write_header(*at, bytes)?;
+        self.write_header(&mut on_disk, *at, bytes)?;
         *self.reader.header.write() = change.header;
         Ok(())
     }
 
     /// Changes fields of the header, on disk and durably, then in memory: `change` makes the change and says which bytes are written where.
     fn change_header(&self, change: impl FnOnce(&mut Header) -> (u64, Vec<u8>)) -> Result<()> {
-        let _one_at_a_time = self.header_change.lock();
+        let mut on_disk = self.header_change.lock();
         let mut header = self.reader.header();
         let (at, bytes) = change(&mut header);
-        self.write_header(at, &bytes)?;
+        self.write_header(&mut on_disk, at, &bytes)?;
         *self.reader.header.write() = header;
         Ok(())
     }
 
     /// Writes inside the first cluster and makes it durable.
-    fn write_header(&self, at: u64, bytes: &[u8]) -> Result<()> {
+    fn write_header(&self, on_disk: &mut HeaderOnDisk, at: u64, bytes: &[u8]) -> Result<()> {
         assert!(at + bytes.len() as u64 <= self.reader.geometry().cluster_size(), "the header ends with the first cluster (R16)");
-        self.reader.storage.write_at(WriteKind::Header, at, bytes).map_err(|error| Error::io("header", error))?;
+        self.put_header_back(on_disk)?;
+        let mut before = vec![0; bytes.len()];
+        self.reader.storage.read_at(at, &mut before).map_err(|error| Error::io("header", error))?;
+        if let Err(error) = self.reader.storage.write_at(WriteKind::Header, at, bytes) {
+            *on_disk = Some((at, before));
+            return Err(Error::io("header", error));
+        }
         self.barrier(Step::BarrierAfterHeader)
+    }
+
+    /// Undoes what a failed write may have done to the header, durably (R11).
+    fn put_header_back(&self, on_disk: &mut HeaderOnDisk) -> Result<()> {
+        if let Some((at, bytes)) = &*on_disk {
+            self.reader.storage.write_at(WriteKind::Header, *at, bytes).map_err(|error| Error::io("header", error))?;
+            *on_disk = None;
+            self.barrier(Step::BarrierAfterHeader)?;
+        }
+        Ok(())
     }
 
     /// The barrier at this step. A failed one is never retried with success: what it covered may be lost although later ones succeed (P7).
@@ -210,7 +249,11 @@ impl Image {
     /// Fails once [`Image::failed`] is latched.
     fn check_usable(&self) -> Result<()> {
         if self.failed.load(Ordering::SeqCst) {
-            return Err(Error::new(ErrorKind::Io, "the overlay failed earlier and is not written any more: unmount and check it"));
+            // With the errno of what latched it: a job that ends by this says what QEMU's says.
+            return Err(Error::io(
+                "the overlay failed earlier and is not written any more, unmount and check it",
+                rustix::io::Errno::IO.into(),
+            ));
         }
         Ok(())
     }

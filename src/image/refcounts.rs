@@ -2,7 +2,7 @@
 //!
 //! Knows what is counted, not who may have it: that is the allocator's.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -12,6 +12,10 @@ use crate::{Error, ErrorKind, Result};
 
 /// A refcount block is written back in pieces of this many bytes.
 const PIECE: usize = 4096;
+
+/// Memory for refcount blocks, bytes; exceeded only while they are dirty, and by what one operation looks at. It counts the clusters of a file of
+/// 2 TiB at the usual sizes; without a limit a small sparse file could name gigabytes of blocks.
+const BLOCK_MEMORY: usize = 64 << 20;
 
 /// What the write-back pass has to write of the refcounts.
 #[derive(Debug, Default)]
@@ -51,8 +55,14 @@ pub(super) struct RefcountTable {
     old_tables: Vec<(HostCluster, u64)>,
     /// The table: cluster of each block, 0 for none.
     entries: Vec<u64>,
-    /// Blocks in memory. They stay: two bytes a cluster at the usual width.
+    /// Blocks in memory.
     blocks: Vec<Option<RefcountBlock>>,
+    /// Their indexes, oldest first.
+    resident: VecDeque<usize>,
+    /// How many bytes of them are kept.
+    memory: usize,
+    /// A write-back pass has copied blocks and not written them yet: one dropped now would be read back old.
+    writing_back: bool,
     /// Pieces of blocks to write: (block, piece).
     dirty: BTreeSet<(usize, usize)>,
     /// Blocks whose table entry is not on disk.
@@ -86,6 +96,9 @@ impl RefcountTable {
             table: (HostCluster(header.refcount_table_offset >> geometry.cluster_bits()), clusters),
             old_tables: Vec::new(),
             blocks: vec![None; entries.len()],
+            resident: VecDeque::new(),
+            memory: BLOCK_MEMORY,
+            writing_back: false,
             entries,
             dirty: BTreeSet::new(),
             new_blocks: BTreeSet::new(),
@@ -133,16 +146,31 @@ impl RefcountTable {
         })
     }
 
-    /// All clusters whose refcount is not zero.
-    pub fn counted(&mut self) -> Result<Vec<u64>> {
-        let entries = self.geometry.refblock_entries();
-        let mut counted = Vec::new();
-        for index in 0..self.capacity() {
-            if let Some(block) = self.block(index)? {
-                counted.extend((0..entries).filter(|&entry| block.get(entry as usize) != 0).map(|entry| index * entries + entry));
+    /// Drops the oldest clean blocks while there are too many in memory, looking at a bounded number of them. To be called where an operation begins:
+    /// what it has loaded stays until it ends, so that it cannot fail half-way.
+    pub fn evict(&mut self) {
+        let most = self.memory >> self.geometry.cluster_bits();
+        let mut tries = self.resident.len().min(1024);
+        while self.resident.len() > most && tries > 0 && !self.writing_back {
+            tries -= 1;
+            let Some(index) = self.resident.pop_front() else { return };
+            if self.new_blocks.contains(&index) || self.dirty.range((index, 0)..=(index, usize::MAX)).next().is_some() {
+                self.resident.push_back(index);
+            } else {
+                self.blocks[index] = None;
             }
         }
-        Ok(counted)
+    }
+
+    #[cfg(test)]
+    pub fn limit_memory(&mut self, bytes: usize) {
+        self.memory = bytes;
+    }
+
+    #[cfg(test)]
+    pub fn resident(&self) -> usize {
+        assert_eq!(self.resident.len(), self.blocks.iter().flatten().count());
+        self.resident.len()
     }
 
     /// The block at `index`, loaded where needed; `None` where the table has none.
@@ -157,6 +185,7 @@ impl RefcountTable {
             let offset = self.geometry.host_offset(HostCluster(self.entries[index]));
             self.storage.read_at(offset.0, &mut bytes).map_err(|error| Error::io(format!("refcount block at {offset}"), error))?;
             *slot = Some(RefcountBlock::from_bytes(bytes, &self.geometry));
+            self.resident.push_back(index);
         }
         Ok(slot.as_mut())
     }
@@ -185,6 +214,7 @@ impl RefcountTable {
         let index = index as usize;
         self.entries[index] = at;
         self.blocks[index] = Some(RefcountBlock::new(&self.geometry));
+        self.resident.push_back(index);
         self.new_blocks.insert(index);
         for piece in 0..(self.geometry.cluster_size() as usize).div_ceil(PIECE) {
             self.dirty.insert((index, piece));
@@ -203,8 +233,9 @@ impl RefcountTable {
         self.old_tables.push(left);
     }
 
-    /// For the write-back pass, step 4: marks clean and copies.
+    /// For the write-back pass, step 4: marks clean and copies. Nothing is evicted until [`RefcountTable::written`].
     pub fn take_dirty(&mut self) -> RefcountWrites {
+        self.writing_back = true;
         let mut writes = RefcountWrites {
             dirty: std::mem::take(&mut self.dirty),
             new_blocks: std::mem::take(&mut self.new_blocks),
@@ -235,8 +266,15 @@ impl RefcountTable {
         writes
     }
 
+    /// The pass is over, and everything that [`RefcountTable::take_dirty`] gave out is on disk.
+    pub fn written(&mut self) {
+        self.writing_back = false;
+        self.evict();
+    }
+
     /// The pass failed before all of `writes` was durable: it is dirty again.
     pub fn not_written(&mut self, writes: RefcountWrites) {
+        self.writing_back = false;
         self.dirty.extend(writes.dirty);
         self.new_blocks.extend(writes.new_blocks);
         if let Some(table) = writes.table {

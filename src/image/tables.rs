@@ -2,13 +2,13 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 use super::allocator::Allocator;
 use super::l2_table::L2Table;
 use crate::format::{Geometry, Header, HostCluster, L1Entry, Mapping};
 use crate::mutants::{Step, without};
 use crate::storage::Storage;
+use crate::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crate::sync::{Mutex, RwLock, rank};
 use crate::{Error, ErrorKind, Result};
 
@@ -142,8 +142,7 @@ impl Tables {
         }
         let geometry = self.geometry();
         let _loader = self.loaders[l1_index % LOADERS].lock();
-        let (host, run) = allocator.allocate(1)?;
-        debug_assert_eq!(run, 1);
+        let host = allocator.allocate_l2_table()?;
         let slots = self.slots.read();
         let slot = &slots[l1_index];
         let mut resident = slot.table.write();
@@ -152,7 +151,7 @@ impl Tables {
                 // Somebody was faster.
                 drop(resident);
                 drop(slots);
-                allocator.give_back(host, 1);
+                allocator.give_back_l2_table(host);
                 return Ok(());
             }
             Some(shared) => {
@@ -165,7 +164,6 @@ impl Tables {
                 self.queue(shared, l1_index);
                 drop(resident);
                 drop(slots);
-                allocator.became_l2_table(host);
                 allocator.queue_free(old, 1);
             }
             None if slot.l1_entry.load(Ordering::Acquire) == 0 => {
@@ -179,13 +177,12 @@ impl Tables {
                 *resident = Some(table);
                 drop(resident);
                 drop(slots);
-                allocator.became_l2_table(host);
             }
             // Evicted meanwhile; the caller comes again.
             None => {
                 drop(resident);
                 drop(slots);
-                allocator.give_back(host, 1);
+                allocator.give_back_l2_table(host);
             }
         }
         Ok(())
@@ -376,11 +373,6 @@ impl Tables {
     #[cfg(test)]
     pub fn resident(&self) -> usize {
         self.resident.lock().len()
-    }
-
-    /// The raw L1 entry at an index.
-    pub fn l1_entry(&self, l1_index: usize) -> u64 {
-        self.slots.read()[l1_index].l1_entry.load(Ordering::Acquire)
     }
 
     /// Number of L1 entries.

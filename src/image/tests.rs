@@ -5,16 +5,25 @@ use std::io;
 use super::*;
 use crate::format::{GuestCluster, NewImage};
 use crate::range_lock::RangeLock;
-use crate::storage::Holding;
+use crate::simulation::{Action, Failure, Fault, Operation, SimStorage, Times};
+use crate::storage::{Holding, OpenMark};
 
-mod power_cut;
+mod leaks;
 mod refcount_growth;
 
 #[derive(Clone, Debug, Eq, PartialEq)]
 enum Op {
-    Write { at: u64, len: usize },
-    Punch { at: u64, len: u64 },
+    Write {
+        at: u64,
+        len: usize,
+    },
+    Punch {
+        at: u64,
+        len: u64,
+    },
     Sync,
+    /// The mark of an open image is set, durably.
+    Mark,
 }
 
 #[derive(Debug, Default)]
@@ -32,47 +41,7 @@ struct MemoryState {
     fail_syncs: bool,
     /// The next barrier takes its time and fails; those that overlap it succeed, as on Linux.
     fail_one_sync: bool,
-    power: Option<Power>,
-}
-
-/// What is needed to know how a file may look after a power cut.
-#[derive(Debug)]
-struct Power {
-    durable: Vec<u8>,
-    /// Since the last barrier, in order: any sectors of any of them may be lost.
-    unsynced: Vec<(usize, Vec<u8>)>,
-    /// The cut comes before so many more writes, punches and barriers.
-    cut_in: usize,
-    random: u64,
-    after_cut: Option<Vec<u8>>,
-}
-
-fn next_random(x: &mut u64) -> u64 {
-    *x ^= *x << 13;
-    *x ^= *x >> 7;
-    *x ^= *x << 17;
-    *x >> 11
-}
-
-impl Power {
-    fn tick(&mut self) {
-        if self.cut_in == 0 && self.after_cut.is_none() {
-            let mut bytes = self.durable.clone();
-            // None, all, or some of them.
-            let chance = [0, 4, 2, 1, 3][next_random(&mut self.random) as usize % 5];
-            for (at, data) in &self.unsynced {
-                for (sector, data) in data.chunks(512).enumerate() {
-                    if next_random(&mut self.random) % 4 < chance {
-                        let at = at + sector * 512;
-                        bytes.resize(bytes.len().max(at + data.len()), 0);
-                        bytes[at..at + data.len()].copy_from_slice(data);
-                    }
-                }
-            }
-            self.after_cut = Some(bytes);
-        }
-        self.cut_in = self.cut_in.saturating_sub(1);
-    }
+    open: bool,
 }
 
 impl Memory {
@@ -82,8 +51,9 @@ impl Memory {
 
     /// What a reader would find if we were killed now.
     fn killed(&self) -> Arc<Memory> {
-        let bytes = self.state.lock().bytes.clone();
-        Arc::new(Memory { state: parking_lot::Mutex::new(MemoryState { bytes, ..MemoryState::default() }) })
+        let state = self.state.lock();
+        let (bytes, open) = (state.bytes.clone(), state.open);
+        Arc::new(Memory { state: parking_lot::Mutex::new(MemoryState { bytes, open, ..MemoryState::default() }) })
     }
 }
 
@@ -96,9 +66,10 @@ impl Storage for Memory {
     }
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let state = self.state.lock();
-        for (index, byte) in buf.iter_mut().enumerate() {
-            *byte = state.bytes.get(offset as usize + index).copied().unwrap_or(0);
-        }
+        buf.fill(0);
+        let there = state.bytes.get(offset as usize..).unwrap_or_default();
+        let len = there.len().min(buf.len());
+        buf[..len].copy_from_slice(&there[..len]);
         Ok(())
     }
     fn write_at(&self, _kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()> {
@@ -107,10 +78,6 @@ impl Storage for Memory {
             return Err(io::Error::from_raw_os_error(28));
         }
         state.writes_left = state.writes_left.map(|left| left - 1);
-        if let Some(power) = &mut state.power {
-            power.tick();
-            power.unsynced.push((offset as usize, data.to_vec()));
-        }
         let end = offset as usize + data.len();
         if state.bytes.len() < end {
             state.bytes.resize(end, 0);
@@ -122,11 +89,7 @@ impl Storage for Memory {
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
         let mut state = self.state.lock();
         let end = ((offset + len) as usize).min(state.bytes.len());
-        if let Some(power) = &mut state.power {
-            power.tick();
-            power.unsynced.push((offset as usize, vec![0; end.saturating_sub(offset as usize)]));
-        }
-        state.bytes[offset as usize..end].fill(0);
+        state.bytes[(offset as usize).min(end)..end].fill(0);
         state.ops.push(Op::Punch { at: offset, len });
         Ok(())
     }
@@ -141,13 +104,19 @@ impl Storage for Memory {
             return Err(io::Error::from_raw_os_error(5));
         }
         state.ops.push(Op::Sync);
-        if let Some(power) = &mut state.power {
-            power.tick();
-            for (at, data) in power.unsynced.drain(..) {
-                power.durable.resize(power.durable.len().max(at + data.len()), 0);
-                power.durable[at..at + data.len()].copy_from_slice(&data);
-            }
-        }
+        Ok(())
+    }
+    fn open_mark(&self) -> io::Result<OpenMark> {
+        Ok(if self.state.lock().open { OpenMark::Present } else { OpenMark::Absent })
+    }
+    fn set_open_mark(&self) -> io::Result<()> {
+        let mut state = self.state.lock();
+        state.open = true;
+        state.ops.push(Op::Mark);
+        Ok(())
+    }
+    fn remove_open_mark(&self) -> io::Result<()> {
+        self.state.lock().open = false;
         Ok(())
     }
     fn holding(&self, _offset: u64, max: u64) -> io::Result<(Holding, u64)> {
@@ -173,9 +142,14 @@ fn bench() -> Bench {
     reopen(memory)
 }
 
+/// Opens for writing as a disk does.
 fn reopen(memory: Arc<Memory>) -> Bench {
     let image = Image::open(memory.clone()).unwrap();
+    let leaks = image.may_leak().then(|| image.find_leaks().unwrap());
     image.begin_writing().unwrap();
+    if let Some(leaks) = leaks {
+        image.give_back(&leaks).unwrap();
+    }
     memory.ops();
     Bench { memory, image, lock: RangeLock::new(CLUSTER) }
 }
@@ -254,10 +228,10 @@ fn refcounts_are_raised_ahead() {
     let counted = bench.host(1999).unwrap();
     let refcounts = |ops: &[Op]| ops.iter().filter(|op| matches!(op, Op::Write { at, .. } if *at / CLUSTER == 2)).count();
     assert_eq!(refcounts(&bench.memory.ops()), 0, "no refcount block was written");
-    let killed = reopen(bench.memory.killed());
-    assert!(killed.image.allocator.refcount(crate::format::HostCluster(counted + 20)).unwrap() == 1, "a kill leaves the reservation");
+    let killed = Image::open(bench.memory.killed()).unwrap();
+    assert!(killed.allocator.refcount(crate::format::HostCluster(counted + 20)).unwrap() == 1, "a kill leaves the reservation");
     bench.image.close().unwrap();
-    let report = bench.image.check().unwrap();
+    let report = super::check::check(&*bench.memory).unwrap();
     assert_eq!((report.corruptions, report.leaks), (0, 0));
 }
 
@@ -350,11 +324,14 @@ fn dropped_allocation_gives_itself_back() {
     let first = bench.image.allocate(4).unwrap();
     assert_eq!(first.clusters(), 4);
     drop(first);
-    bench.store(0, 7).unwrap();
-    let host = bench.host(0).unwrap();
+    for cluster in 0..4 {
+        bench.store(cluster, 7).unwrap();
+    }
+    let hosts: Vec<u64> = (0..4).map(|cluster| bench.host(cluster).unwrap()).collect();
+    assert_eq!(hosts, (hosts[0]..hosts[0] + 4).collect::<Vec<_>>());
     bench.image.close().unwrap();
     let end = bench.memory.size().div_ceil(CLUSTER);
-    assert!(host < end && end <= host + 2, "four clusters were not left behind: {host} {end}");
+    assert!(end <= hosts[3] + 2, "four clusters were not left behind: {hosts:?} {end}");
 }
 
 /// Specification, autoclear_features: bits that we do not know are cleared before anything else is written.
@@ -365,7 +342,7 @@ fn unknown_autoclear_bits_are_cleared_first() {
     let image = Image::open(bench.memory.clone()).unwrap();
     bench.memory.ops();
     image.begin_writing().unwrap();
-    assert_eq!(bench.memory.ops(), [Op::Write { at: 88, len: 8 }, Op::Sync]);
+    assert_eq!(bench.memory.ops(), [Op::Mark, Op::Write { at: 88, len: 8 }, Op::Sync]);
     assert_eq!(Image::open(bench.memory.clone()).unwrap().reader().header().autoclear, 0);
 }
 
@@ -376,6 +353,7 @@ fn corruption_latches_and_marks_the_image() {
     bench.store(0, 7).unwrap();
     bench.store(9000, 8).unwrap();
     bench.image.close().unwrap();
+    bench.image.end_writing();
     let l1 = bench.image.reader().header().l1_table_offset;
     let mut entry = [0; 8];
     bench.memory.read_at(l1, &mut entry).unwrap();
@@ -445,4 +423,66 @@ fn a_change_returns_only_when_its_table_is_on_the_list() {
     });
     bench.image.flush().unwrap();
     assert_eq!(reopen(bench.memory.killed()).reads(2), 8);
+}
+
+/// The bytes of a memory, in a file that fails in ways of its own.
+fn simulated(memory: &Memory) -> Arc<SimStorage> {
+    SimStorage::new(memory.state.lock().bytes.clone())
+}
+
+/// Corruptions and leaks that a full check finds.
+fn checked(file: &SimStorage) -> (u64, u64) {
+    let report = super::check::check(file).unwrap();
+    (report.corruptions, report.leaks)
+}
+
+/// R11: after an error any part of a write may have been done. A header that names the larger L1 table, while we go on with the old one, would lose
+/// what is written next.
+#[test]
+fn header_write_that_failed_is_undone_before_the_next_pass() {
+    let file = simulated(&bench().memory);
+    let image = Image::open(file.clone()).unwrap();
+    let lock = RangeLock::new(CLUSTER);
+    let matches = |operation: &Operation| operation.action == Action::Write(WriteKind::Header);
+    file.inject(Fault { matches: Box::new(matches), after: 0, failure: Failure::Short(512, 5), times: Times::Once });
+    let before = file.bytes()[..512].to_vec();
+    assert_eq!(image.make_room(&lock.exclusive(0..u64::MAX), 20 << 30).unwrap_err().errno(), Some(5));
+    assert_ne!(file.bytes()[..512], before, "it was done nevertheless");
+    assert!(image.is_dirty(), "the timer looks after it");
+
+    let held = lock.exclusive(9000 * CLUSTER..9001 * CLUSTER);
+    let filled = image.fill(image.allocate(1).unwrap(), &[8; CLUSTER as usize]).unwrap();
+    image.publish(&held, GuestCluster(9000), filled).unwrap();
+    image.flush().unwrap();
+    assert_eq!(file.bytes()[..512], before);
+    let again = Image::open(SimStorage::new(file.bytes())).unwrap();
+    assert!(
+        matches!(again.map(GuestOffset(9000 * CLUSTER), 1).unwrap().mapping, Mapping::Data { in_place: true, .. }),
+        "the write is lost"
+    );
+    image.close().unwrap();
+    assert_eq!(checked(&file), (0, 0), "the larger table is given back");
+}
+
+/// R14: what is no longer referred to is not forgotten because the block that counts it could not be read.
+#[test]
+fn frees_wait_where_their_refcount_block_cannot_be_read() {
+    let bench = refcount_growth::small();
+    bench.store_small(0..200).unwrap();
+    bench.image.close().unwrap();
+    let file = simulated(&bench.memory);
+    let before = checked(&file);
+    let image = Image::open(file.clone()).unwrap();
+    let lock = RangeLock::new(512);
+    let mut first_block = [0; 8];
+    file.read_at(image.reader().header().refcount_table_offset, &mut first_block).unwrap();
+    let first_block = u64::from_be_bytes(first_block);
+    let matches = move |operation: &Operation| operation.action == Action::Read && operation.at == first_block;
+    file.inject(Fault { matches: Box::new(matches), after: 0, failure: Failure::Errno(5), times: Times::ForEver });
+    // The old L1 table is counted in the first block.
+    image.make_room(&lock.exclusive(0..u64::MAX), 64 << 20).unwrap();
+    assert_eq!(image.flush().unwrap_err().errno(), Some(5));
+    file.heal();
+    image.close().unwrap();
+    assert_eq!(checked(&file), before);
 }

@@ -12,18 +12,20 @@
 //! 2 before 3: an entry is changed before its free is queued, so the copied table no longer holds what (2) frees.
 //! A crash at any point leaves leaks at worst. A torn table write is harmless: entries are eight aligned bytes, old or new, both legal.
 
-use parking_lot::Condvar;
-
 use super::Image;
 use crate::format::patch;
 use crate::mutants::{Step, without};
 use crate::storage::WriteKind;
+use crate::sync::unranked::{Condvar, Mutex};
 use crate::{Error, ErrorKind, Result};
+
+/// What a disk writes whole or not at all, bytes.
+const SECTOR: u64 = 512;
 
 /// Concurrent flushes share a pass: each waits for one that began after it came.
 #[derive(Debug, Default)]
 pub(super) struct GroupCommit {
-    state: parking_lot::Mutex<Passes>,
+    state: Mutex<Passes>,
     ended: Condvar,
 }
 
@@ -61,7 +63,9 @@ impl Image {
             passes.begun += 1;
             passes.running = true;
             let this = passes.begun;
-            let result = parking_lot::MutexGuard::unlocked(&mut passes, || self.write_back_pass());
+            drop(passes);
+            let result = self.write_back_pass();
+            passes = self.commit.state.lock();
             passes.running = false;
             passes.ended = this;
             passes.failure = result.as_ref().err().map(|error| (error.kind(), error.errno(), format!("flush: {error}")));
@@ -91,13 +95,15 @@ impl Image {
         Ok(())
     }
 
-    fn is_dirty(&self) -> bool {
-        self.reader.tables.is_dirty() || self.allocator.is_dirty()
+    pub(super) fn is_dirty(&self) -> bool {
+        self.reader.tables.is_dirty() || self.allocator.is_dirty() || self.header_change.lock().is_some()
     }
 
     fn write_back_pass(&self) -> Result<()> {
         let _one_at_a_time = (!without(Step::OnePassAtATime)).then(|| self.write_back.lock());
         self.check_usable()?;
+        // Before a table is written that only the old header leads to, and before what only the new one would lead to is freed.
+        self.put_header_back(&mut self.header_change.lock())?;
         let mut frees = self.allocator.take_pending();
         let early = without(Step::TablesBeforeRefcounts).then(|| self.allocator.take_dirty());
         let tables = self.reader.tables.take_dirty();
@@ -121,7 +127,14 @@ impl Image {
             } else if !refcounts.entries.is_empty() {
                 self.barrier(Step::BarrierBeforeRefcountEntry)?;
                 let entries: Vec<_> = refcounts.entries.iter().map(|(at, entry)| (*at, entry.to_be_bytes())).collect();
-                self.write_all(WriteKind::RefcountTable, &entries)?;
+                // A block may lie in a cluster that another new block counts, whose entry comes before its own: in the same sector, or in one that
+                // is durable first (R2).
+                for (index, sector) in entries.chunk_by(|(a, _), (b, _)| a / SECTOR == b / SECTOR).enumerate() {
+                    if index > 0 {
+                        self.barrier(Step::BarrierBetweenRefcountEntries)?;
+                    }
+                    self.write_all(WriteKind::RefcountTable, sector)?;
+                }
             }
             self.barrier(Step::BarrierBeforeL2)?;
             if tables.is_empty() {
@@ -148,7 +161,12 @@ impl Image {
                         *frees.entry(cluster).or_default() += 1;
                     }
                 }
-                self.watch(self.allocator.release(&frees))
+                let released = self.allocator.release(&mut frees);
+                if released.is_err() {
+                    // A refcount block could not be read: what was not lowered, though durably unreferenced, is not forgotten.
+                    self.allocator.requeue(frees);
+                }
+                self.watch(released)
             }
             Err(error) => {
                 self.reader.tables.not_written(&tables);

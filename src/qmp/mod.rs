@@ -49,3 +49,4 @@ mod unicode;
 pub use call::Target;
 pub use fanout::ShutdownReason;
 pub use server::Server;
+pub use socket::{Socket, remove_socket};

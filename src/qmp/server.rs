@@ -63,18 +63,18 @@ impl std::fmt::Debug for Core {
 }
 
 impl Server {
-    /// Makes the socket and serves it.
+    /// Serves the socket.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::Busy`] if another process listens to it; [`crate::ErrorKind::InvalidArgument`] if something else has its name; I/O.
-    pub fn start(path: &Path, target: Target) -> Result<Server> {
-        Self::with_backend(path, target.into())
+    /// No more threads.
+    pub fn start(socket: Socket, target: Target) -> Result<Server> {
+        Self::with_backend(socket, target.into())
     }
 
-    pub(super) fn with_backend(path: &Path, backend: Backend) -> Result<Server> {
+    pub(super) fn with_backend(socket: Socket, backend: Backend) -> Result<Server> {
         let events = backend.jobs.subscribe();
         let core = Arc::new(Core {
-            socket: Socket::listen(path)?,
+            socket,
             fanout: Fanout::new(events.clone()),
             backend,
             stopping: AtomicBool::new(false),

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, fchmod};
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid, fchmod};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::error::Context;
@@ -24,11 +24,13 @@ const DIRECTORY_LOCK: Duration = Duration::from_secs(1);
 
 /// A listening socket and its file, which is removed on drop if it is still ours.
 #[derive(Debug)]
-pub(super) struct Socket {
+pub struct Socket {
     path: PathBuf,
     /// (device, inode) of the file.
     identity: (u64, u64),
     listener: UnixListener,
+    /// Somebody else removes the file.
+    entrusted: bool,
 }
 
 impl Socket {
@@ -55,7 +57,7 @@ impl Socket {
             Ok(identity)
         });
         match listening {
-            Ok(identity) => Ok(Socket { path: path.into(), identity, listener: socket.into() }),
+            Ok(identity) => Ok(Socket { path: path.into(), identity, listener: socket.into(), entrusted: false }),
             Err(error) => {
                 let _ = fs::remove_file(path);
                 Err(Error::io("listen", error))
@@ -63,8 +65,35 @@ impl Socket {
         }
     }
 
+    /// (device, inode) of its file.
+    pub fn identity(&self) -> (u64, u64) {
+        self.identity
+    }
+
+    /// Gives the file to another user, who is served from then on (and root): to be called before becoming that user.
+    ///
+    /// # Errors
+    /// Those of chown(2); the file is no longer ours.
+    pub fn give_to(&self, uid: u32, gid: u32) -> Result<()> {
+        let what = || format!("QMP socket {}", self.path.display());
+        // Never through a link, and not to a file that has replaced ours meanwhile.
+        let file = rustix::fs::open(&self.path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
+        let file = file.map_err(io::Error::from).context(what)?;
+        let stat = rustix::fs::fstat(&file).map_err(io::Error::from).context(what)?;
+        if (stat.st_dev, stat.st_ino) != self.identity {
+            return Err(Error::new(ErrorKind::Busy, format!("{}: was replaced by another file", what())));
+        }
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+        rustix::fs::chownat(&file, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH).map_err(io::Error::from).context(what)
+    }
+
+    /// From now on it is for somebody else to remove the file, with [`remove_socket`].
+    pub fn entrust(&mut self) {
+        self.entrusted = true;
+    }
+
     /// The socket, for whoever accepts connections.
-    pub fn listener(&self) -> &UnixListener {
+    pub(super) fn listener(&self) -> &UnixListener {
         &self.listener
     }
 
@@ -74,19 +103,29 @@ impl Socket {
     }
 
     /// Lets nobody connect any more, and ends an `accept` that waits, with an error.
-    pub fn stop_accepting(&self) {
+    pub(super) fn stop_accepting(&self) {
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
 }
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        let _lock = lock_directory(&self.path);
-        let ours = fs::symlink_metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == self.identity);
-        if ours && let Err(error) = fs::remove_file(&self.path) {
+        if !self.entrusted
+            && let Err(error) = remove_socket(&self.path, self.identity)
+        {
             log::warn!("QMP socket {}: {error}", self.path.display());
         }
     }
+}
+
+/// Removes the file of a socket, if it is still the one of `identity` (device, inode).
+///
+/// # Errors
+/// Those of unlink(2).
+pub fn remove_socket(path: &Path, identity: (u64, u64)) -> io::Result<()> {
+    let _lock = lock_directory(path);
+    let ours = fs::symlink_metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == identity);
+    if ours { fs::remove_file(path) } else { Ok(()) }
 }
 
 /// Gives the file its mode, if it has another one, and says which file it is.

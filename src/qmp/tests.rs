@@ -129,7 +129,7 @@ impl Fixture {
             ),
             start_stream,
         };
-        let server = Some(Server::with_backend(&path, backend).unwrap());
+        let server = Some(Server::with_backend(super::socket::Socket::listen(&path).unwrap(), backend).unwrap());
         Fixture { server, jobs, quit, failures, path, _dir: dir }
     }
 

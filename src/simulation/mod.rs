@@ -4,13 +4,35 @@
 //! workload ──▶ Disk ──▶ Image ──▶ SimStorage ── records ──▶ cut: every state that a loss of power could leave
 //!                                     ├── fails the n-th operation, once or for ever
 //!                                     ├── stops an operation until the test lets it go on
-//!                                     └── shows every operation to an observer (the order checker)
+//!                                     └── shows every operation to an observer: [`order`] knows the rules of order
 //! ```
+//! [`spec`] says whether what is left is an image, and what the guest would read from it; [`start`] lays out images to begin with. Both are
+//! written from the specification and use nothing of the engine. Any test gets the order of writes checked with [`SimStorage::checked`].
+//!
+//! `hazards` forces the known races one by one with stopped operations; `schedules` (feature of that name) lets a scheduler look for unknown ones.
 //!
 //! **Touches:** everything below it, as a user. **Never:** is part of the program.
 //! **Locks:** one mutex per file in memory, which nothing else is taken under but the observer's own.
 //! **Invariants:** what a barrier covers is decided when it is called, not when it returns: the weakest disk that is still a disk.
 
+#[cfg(test)]
+mod crash_tests;
+#[cfg(test)]
+mod cut;
+#[cfg(test)]
+mod faults;
+#[cfg(test)]
+mod hazards;
+pub mod hostile;
+#[cfg(test)]
+mod judge;
+pub mod order;
+#[cfg(all(test, feature = "schedules"))]
+mod schedules;
+pub mod spec;
+pub mod start;
 mod storage;
+#[cfg(test)]
+mod workload;
 
 pub use storage::{Action, Failure, Fault, Hold, Observer, Operation, Recorded, SimStorage, Times};

@@ -3,9 +3,9 @@
 use std::io;
 use std::sync::Arc;
 
-use parking_lot::{Condvar, Mutex, MutexGuard};
-
+use super::order::OrderChecker;
 use crate::storage::{Holding, Storage, WriteKind};
+use crate::sync::unranked::{Condvar, Mutex, MutexGuard};
 
 /// What an operation does.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -76,6 +76,24 @@ pub enum Failure {
     Errno(i32),
     /// So many bytes of a write are done, then this errno. As [`Failure::Errno`] for anything else.
     Short(u64, i32),
+    /// All bytes of a write but so many are done, then this errno. As [`Failure::Errno`] for anything else.
+    ShortBy(u64, i32),
+}
+
+impl Failure {
+    fn error(self) -> io::Error {
+        let (Failure::Errno(errno) | Failure::Short(_, errno) | Failure::ShortBy(_, errno)) = self;
+        io::Error::from_raw_os_error(errno)
+    }
+
+    /// How much of a write of `len` bytes is done.
+    fn done(self, len: usize) -> usize {
+        match self {
+            Failure::Errno(_) => 0,
+            Failure::Short(done, _) => len.min(done as usize),
+            Failure::ShortBy(missing, _) => len.saturating_sub(missing as usize),
+        }
+    }
 }
 
 /// How often.
@@ -136,6 +154,16 @@ impl SimStorage {
     /// A file with these bytes.
     pub fn new(bytes: Vec<u8>) -> Arc<SimStorage> {
         Arc::new(SimStorage { state: Mutex::new(State { bytes, ..State::default() }), changed: Condvar::new() })
+    }
+
+    /// A file with these bytes, an image, that panics where a rule of order is broken.
+    ///
+    /// # Panics
+    /// If the bytes are no image.
+    pub fn checked(bytes: Vec<u8>) -> Arc<SimStorage> {
+        let file = SimStorage::new(bytes.clone());
+        file.observe(Box::new(OrderChecker::new(bytes)));
+        file
     }
 
     /// The bytes as a reader finds them now; what a killed process leaves.
@@ -272,8 +300,8 @@ impl Storage for SimStorage {
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let (state, failure) = self.begin(&Operation { action: Action::Read, at: offset, len: buf.len() as u64 });
-        if let Some(Failure::Errno(errno) | Failure::Short(_, errno)) = failure {
-            return Err(io::Error::from_raw_os_error(errno));
+        if let Some(failure) = failure {
+            return Err(failure.error());
         }
         let start = state.bytes.len().min(offset as usize);
         let here = buf.len().min(state.bytes.len() - start);
@@ -289,18 +317,20 @@ impl Storage for SimStorage {
                 state.write(kind, offset, data);
                 Ok(())
             }
-            Some(Failure::Errno(errno)) => Err(io::Error::from_raw_os_error(errno)),
-            Some(Failure::Short(done, errno)) => {
-                state.write(kind, offset, &data[..data.len().min(done as usize)]);
-                Err(io::Error::from_raw_os_error(errno))
+            Some(failure) => {
+                let done = failure.done(data.len());
+                if done > 0 {
+                    state.write(kind, offset, &data[..done]);
+                }
+                Err(failure.error())
             }
         }
     }
 
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
         let (mut state, failure) = self.begin(&Operation { action: Action::Punch, at: offset, len });
-        if let Some(Failure::Errno(errno) | Failure::Short(_, errno)) = failure {
-            return Err(io::Error::from_raw_os_error(errno));
+        if let Some(failure) = failure {
+            return Err(failure.error());
         }
         if let Some(observer) = &mut state.observer {
             observer.punch(offset, len);
@@ -321,8 +351,8 @@ impl Storage for SimStorage {
             (covers, state.observer.as_mut().map(|observer| observer.sync_began()))
         };
         let (mut state, failure) = self.begin(&Operation { action: Action::Sync, at: 0, len: 0 });
-        if let Some(Failure::Errno(errno) | Failure::Short(_, errno)) = failure {
-            return Err(io::Error::from_raw_os_error(errno));
+        if let Some(failure) = failure {
+            return Err(failure.error());
         }
         if let (Some(observer), Some(number)) = (&mut state.observer, number) {
             observer.sync_ended(number);

@@ -2,14 +2,15 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use rustix::fs::{FallocateFlags, OFlags};
+use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, ResolveFlags, XattrFlags};
 use rustix::io::{Errno, retry_on_intr};
 
-use super::{Holding, Storage, WriteKind, locks};
+use super::{Holding, HostSpace, OpenMark, Storage, WriteKind, locks};
 use crate::error::Context;
 use crate::mutants::{Step, without};
 use crate::{Error, ErrorKind};
@@ -18,6 +19,17 @@ use crate::{Error, ErrorKind};
 const STAT_BLOCK: u64 = 512;
 /// Mode of a new image before umask: as qemu-img, not writable by others.
 const NEW_FILE_MODE: u32 = 0o644;
+
+/// The extended attribute that is there while a program of ours writes the image, and after it was killed.
+const OPEN_MARK: &str = "user.cordisk.open";
+/// The extended attribute that says what the backing files were like, and more bytes than it ever has.
+const BASE_NOTE: &str = "user.cordisk.base";
+const LONGEST_NOTE: usize = 2048;
+/// How often a walk that was disturbed by a rename is tried again.
+const OPEN_TRIES: u32 = 128;
+/// statfs(2) of /proc and /sys (linux/magic.h).
+const PROC_SUPER_MAGIC: u64 = 0x9fa0;
+const SYSFS_MAGIC: u64 = 0x6265_6572;
 
 /// How an image file is opened and what is locked against other programs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -62,6 +74,37 @@ impl FileStorage {
         Self::opened(path, access, &mut options)
     }
 
+    /// Opens, for reading and without a lock, a file whose name comes from an image: `name`, seen from `directory`. Where that is a directory and
+    /// not [`CWD`], the file lies beneath it, whatever `..` and symbolic links there are on the way. It counts as `path` afterwards.
+    ///
+    /// # Errors
+    /// As [`FileStorage::open_unlocked`]; EXDEV for a name that leads out of `directory`; [`ErrorKind::InvalidArgument`] for the links in /proc that
+    /// stand for open files, and for anything else in /proc and /sys.
+    pub fn open_backing(directory: impl AsFd, name: &Path, path: &Path) -> crate::Result<Self> {
+        let context = || path.display().to_string();
+        let of_kernel =
+            || Error::new(ErrorKind::InvalidArgument, format!("{}: what is in /proc or /sys is no backing file", path.display()));
+        let beneath = if directory.as_fd().as_raw_fd() == CWD.as_raw_fd() { ResolveFlags::empty() } else { ResolveFlags::BENEATH };
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let mut tries = 0;
+        let file = loop {
+            match rustix::fs::openat2(&directory, name, flags, Mode::empty(), ResolveFlags::NO_MAGICLINKS | beneath) {
+                Ok(file) => break File::from(file),
+                // Something was renamed while `..` was looked at; the kernel asks to be asked again.
+                Err(Errno::AGAIN) if tries < OPEN_TRIES => tries += 1,
+                Err(Errno::INTR) => {}
+                // For want of a word of their own: a magic link, or a loop of links.
+                Err(Errno::LOOP) if leads_into_proc(path) => return Err(of_kernel()),
+                Err(error) => return Err(Error::io(context(), error.into())),
+            }
+        };
+        let kind = rustix::fs::fstatfs(&file).map_err(io::Error::from).context(context)?;
+        if [PROC_SUPER_MAGIC, SYSFS_MAGIC].contains(&(kind.f_type as u64)) {
+            return Err(of_kernel());
+        }
+        Self::from_file(path, Access::ReadOnly, file)
+    }
+
     /// Creates a new file that must not exist, opened for reading and writing and locked.
     ///
     /// # Errors
@@ -78,7 +121,12 @@ impl FileStorage {
     fn opened(path: &Path, access: Access, options: &mut OpenOptions) -> crate::Result<Self> {
         let context = || path.display().to_string();
         let flags = OFlags::NONBLOCK | OFlags::NOCTTY;
-        let mut file = options.custom_flags(flags.bits().cast_signed()).open(path).context(context)?;
+        let file = options.custom_flags(flags.bits().cast_signed()).open(path).context(context)?;
+        Self::from_file(path, access, file)
+    }
+
+    fn from_file(path: &Path, access: Access, mut file: File) -> crate::Result<Self> {
+        let context = || path.display().to_string();
         let metadata = file.metadata().context(context)?;
         let kind = metadata.file_type();
         let size = if kind.is_block_device() {
@@ -126,6 +174,15 @@ impl FileStorage {
         &self.path
     }
 
+    /// Size in bytes and time of the last change, as text: who changes the file changes this.
+    ///
+    /// # Errors
+    /// Those of fstat(2).
+    pub fn version(&self) -> io::Result<String> {
+        let file = self.file.metadata()?;
+        Ok(format!("{}@{}.{:09}", file.size(), file.mtime(), file.mtime_nsec()))
+    }
+
     /// (device, inode): what a file is, whatever its name.
     pub fn identity(&self) -> (u64, u64) {
         self.identity
@@ -148,6 +205,20 @@ impl FileStorage {
         }
         Errno::IO.into()
     }
+}
+
+/// Whether a walk along symbolic links comes to /proc: for the message.
+fn leads_into_proc(path: &Path) -> bool {
+    let mut path = path.to_path_buf();
+    for _ in 0..OPEN_TRIES {
+        let directory = path.parent().unwrap_or(Path::new("/")).to_path_buf();
+        if directory.canonicalize().is_ok_and(|real| real.starts_with("/proc")) {
+            return true;
+        }
+        let Ok(target) = std::fs::read_link(&path) else { break };
+        path = directory.join(target);
+    }
+    false
 }
 
 impl Drop for FileStorage {
@@ -208,6 +279,67 @@ impl Storage for FileStorage {
 
     fn sync(&self) -> io::Result<()> {
         Ok(retry_on_intr(|| rustix::fs::fdatasync(&self.file))?)
+    }
+
+    fn space(&self) -> io::Result<Option<HostSpace>> {
+        if self.file.metadata()?.file_type().is_block_device() {
+            return Ok(None);
+        }
+        let host = retry_on_intr(|| rustix::fs::fstatvfs(&self.file))?;
+        let bytes = |blocks: u64| blocks.saturating_mul(host.f_frsize);
+        // Some file systems say zero of everything for "don't know".
+        Ok((host.f_blocks > 0).then(|| HostSpace { free: bytes(host.f_bavail), total: bytes(host.f_blocks) }))
+    }
+
+    fn base_note(&self) -> io::Result<Option<String>> {
+        let mut note = [0; LONGEST_NOTE];
+        match retry_on_intr(|| rustix::fs::fgetxattr(&self.file, BASE_NOTE, &mut note)) {
+            Ok(len) => Ok(Some(String::from_utf8_lossy(&note[..len]).into_owned())),
+            Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS | Errno::RANGE) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn set_base_note(&self, note: &str) -> io::Result<()> {
+        match retry_on_intr(|| rustix::fs::fsetxattr(&self.file, BASE_NOTE, note.as_bytes(), XattrFlags::empty())) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS | Errno::NOSPC | Errno::DQUOT | Errno::ACCESS) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn open_mark(&self) -> io::Result<OpenMark> {
+        // Devices never have attributes of users, and do not say so when they are read.
+        if !self.file.metadata()?.is_file() {
+            return Ok(OpenMark::Unsupported);
+        }
+        match retry_on_intr(|| rustix::fs::fgetxattr(&self.file, OPEN_MARK, &mut [0u8; 16])) {
+            Ok(_) | Err(Errno::RANGE) => Ok(OpenMark::Present),
+            Err(Errno::NODATA) => Ok(OpenMark::Absent),
+            Err(Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS) => Ok(OpenMark::Unsupported),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn set_open_mark(&self) -> io::Result<()> {
+        match retry_on_intr(|| rustix::fs::fsetxattr(&self.file, OPEN_MARK, b"1", XattrFlags::empty())) {
+            Ok(()) => {}
+            Err(Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS) => return Ok(()),
+            Err(error @ (Errno::NOSPC | Errno::DQUOT | Errno::ACCESS)) => {
+                let why = crate::error::os_text(&error.into());
+                log::warn!("{}: cannot be marked as open ({why}): what a crash leaks will not be given back", self.path.display());
+                return Ok(());
+            }
+            Err(error) => return Err(error.into()),
+        }
+        // fdatasync(2) need not write attributes.
+        Ok(retry_on_intr(|| rustix::fs::fsync(&self.file))?)
+    }
+
+    fn remove_open_mark(&self) -> io::Result<()> {
+        match retry_on_intr(|| rustix::fs::fremovexattr(&self.file, OPEN_MARK)) {
+            Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn holding(&self, offset: u64, max: u64) -> io::Result<(Holding, u64)> {

@@ -51,6 +51,26 @@ impl fmt::Display for WriteKind {
     }
 }
 
+/// The space of the file system that a file lies on, in bytes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct HostSpace {
+    /// What whoever is not root may still use.
+    pub free: u64,
+    /// All of it.
+    pub total: u64,
+}
+
+/// What a file says of how the last program of ours that wrote it has ended. It says so beside its bytes, so the format knows nothing of it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum OpenMark {
+    /// It has closed it, or there was none.
+    Absent,
+    /// It was killed, or the power went.
+    Present,
+    /// This file cannot say.
+    Unsupported,
+}
+
 /// The seam between the engine and the host: the file in `src`, memory and faulty ones in tests.
 ///
 /// Offsets and lengths are bytes. Errors are the operating system's.
@@ -87,6 +107,55 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// Those of fdatasync(2). After an error nothing written before may be trusted (P7).
     fn sync(&self) -> io::Result<()>;
+
+    /// The space where the file lies; `None` where nobody knows or it does not matter: memory, block devices, file systems that do not say.
+    ///
+    /// # Errors
+    /// Those of fstatvfs(3).
+    fn space(&self) -> io::Result<Option<HostSpace>> {
+        Ok(None)
+    }
+
+    /// What [`Storage::set_base_note`] has left beside the bytes; `None` where it was never called or the file cannot have any.
+    ///
+    /// # Errors
+    /// Those of fgetxattr(2).
+    fn base_note(&self) -> io::Result<Option<String>> {
+        Ok(None)
+    }
+
+    /// Leaves a note beside the bytes. Where the file cannot have one, or has no room for it, nothing happens.
+    ///
+    /// # Errors
+    /// Those of fsetxattr(2).
+    fn set_base_note(&self, _note: &str) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Whether [`Storage::set_open_mark`] was called without [`Storage::remove_open_mark`] after it. A storage that does not outlive its user
+    /// has none.
+    ///
+    /// # Errors
+    /// Those of fgetxattr(2).
+    fn open_mark(&self) -> io::Result<OpenMark> {
+        Ok(OpenMark::Absent)
+    }
+
+    /// Sets the mark, durably. Where the file cannot have one, or has no room for it, nothing happens.
+    ///
+    /// # Errors
+    /// Those of fsetxattr(2) and fsync(2). After one of fsync nothing written before may be trusted (P7).
+    fn set_open_mark(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Removes the mark; a loss of power may bring it back.
+    ///
+    /// # Errors
+    /// Those of fremovexattr(2).
+    fn remove_open_mark(&self) -> io::Result<()> {
+        Ok(())
+    }
 
     /// What the file holds at `offset`, and for how many bytes, at most `max` (> 0). A hint without I/O.
     ///

@@ -25,13 +25,16 @@ const ROOMS: &[Room] = &[
     Room { name: "range_lock", floor: 0, never: &[] },
     Room { name: "storage", floor: 1, never: &["format", "range_lock"] }, // one file, whatever it holds
     Room { name: "job", floor: 1, never: &["format", "range_lock"] },     // a job, whatever it does
-    Room { name: "image", floor: 2, never: &["job"] },
-    Room { name: "chain", floor: 3, never: &["job", "range_lock"] },
-    Room { name: "disk", floor: 4, never: &["job"] },
-    Room { name: "create", floor: 5, never: &["job"] },
-    Room { name: "stream", floor: 5, never: &["image", "storage"] }, // the disk's public face is enough
-    Room { name: "fuse", floor: 6, never: &["job", "stream", "create", "image", "storage"] },
-    Room { name: "qmp", floor: 6, never: &["create", "image", "storage"] },
+    Room { name: "sandbox", floor: 1, never: &["format", "range_lock"] }, // rights of the process, not its work
+    Room { name: "image", floor: 2, never: &["job", "sandbox"] },
+    Room { name: "chain", floor: 3, never: &["job", "range_lock", "sandbox"] },
+    Room { name: "disk", floor: 4, never: &["job", "sandbox"] },
+    Room { name: "create", floor: 5, never: &["job", "sandbox"] },
+    Room { name: "check", floor: 5, never: &["job", "chain", "disk", "sandbox"] }, // the image alone, never what lies below
+    Room { name: "stream", floor: 5, never: &["image", "storage", "sandbox"] },    // the disk's public face is enough
+    Room { name: "fuse", floor: 6, never: &["job", "stream", "create", "image", "storage", "sandbox"] },
+    Room { name: "qmp", floor: 6, never: &["create", "image", "storage", "sandbox"] },
+    Room { name: "keeper", floor: 7, never: &["disk", "chain", "image", "storage", "job", "stream", "create"] }, // reads no image
     Room { name: "cli", floor: 7, never: &["image", "storage"] },
     Room { name: "daemon", floor: 8, never: &[] },
     Room { name: "simulation", floor: 9, never: &["fuse", "qmp", "daemon", "cli"] }, // for tests and fuzzing only

@@ -18,7 +18,7 @@ use crate::support::{
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// How the command is run: directly, or by a shell that prepares a mount namespace first.
-fn attempt(scratch: &Scratch, prepare: Option<&str>, args: &[&str]) -> crate::support::Finished {
+pub(crate) fn attempt(scratch: &Scratch, prepare: Option<&str>, args: &[&str]) -> crate::support::Finished {
     let mut command = match prepare {
         None => Command::new(CORDISK),
         Some(script) => {
@@ -39,7 +39,7 @@ fn refused_in(scratch: &Scratch, prepare: Option<&str>, args: &[&str], words: &[
         all.extend(foreground.then_some("-f"));
         all.extend(args);
         let before = Snapshot::of(scratch.path());
-        let mounted = mounts::table().len();
+        let before_mounted = mounted_below(scratch);
         let done = attempt(scratch, prepare, &all);
         let what = format!("{all:?}: {done:?}");
         assert_eq!(done.status.code(), Some(1), "exit status of {what}");
@@ -49,14 +49,16 @@ fn refused_in(scratch: &Scratch, prepare: Option<&str>, args: &[&str], words: &[
         let line = done.stderr.to_lowercase();
         assert!(words.is_empty() || words.iter().any(|word| line.contains(&word.to_lowercase())), "one of {words:?} in {what}");
         assert!(!done.stderr.contains("panicked"), "{what}");
-        let left: Vec<PathBuf> =
-            mounts::table().into_iter().map(|entry| entry.mountpoint).filter(|path| path.starts_with(scratch.path())).collect();
-        assert!(mounts::table().len() <= mounted || left.is_empty(), "{left:?} is mounted after {what}");
+        assert_eq!(mounted_below(scratch), before_mounted, "mounted after {what}");
         assert_eq!(before.changes(&Snapshot::of(scratch.path())), Vec::<String>::new(), "{what}");
     }
 }
 
-fn refused(scratch: &Scratch, args: &[&str], words: &[&str]) {
+fn mounted_below(scratch: &Scratch) -> Vec<PathBuf> {
+    mounts::table().into_iter().map(|entry| entry.mountpoint).filter(|path| path.starts_with(scratch.path())).collect()
+}
+
+pub(crate) fn refused(scratch: &Scratch, args: &[&str], words: &[&str]) {
     refused_in(scratch, None, args, words);
 }
 

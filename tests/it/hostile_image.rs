@@ -141,7 +141,7 @@ fn damaged_images_never_panic_or_explode() {
             let begun = Instant::now();
             let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 let read_only = random.below(4) == 0;
-                let options = DiskOptions { read_only, copy_on_read: true, gate: Gate::default(), full_check: false };
+                let options = DiskOptions { read_only, copy_on_read: true, gate: Gate::default(), full_check: false, reserve: None };
                 match Disk::open(&victim, &options) {
                     Ok(disk) => {
                         exercise(&disk, &mut random);

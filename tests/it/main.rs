@@ -8,16 +8,24 @@
 #[macro_use]
 mod support;
 
+mod after_death;
 mod architecture;
+mod bad_disk;
 mod bad_input;
+mod check_command;
+mod check_differential;
+mod confinement;
 mod ext4_real;
 mod fio_verify;
+mod full_file_system;
 mod full_host;
 mod fuse_end_to_end;
+mod hazards;
 mod hostile_image;
 mod hung_backing;
 mod image_interop;
 mod kill_restart;
+mod lower_power_cut;
 mod qmp_client;
 mod qmp_error_policy;
 mod qmp_facts;
@@ -28,3 +36,4 @@ mod readme;
 mod release_log;
 mod second_reader;
 mod stream_qmp;
+mod torture;

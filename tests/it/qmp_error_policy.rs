@@ -1,15 +1,15 @@
 //! What a job does about errors (4.6), with errors that are real: a base that fails to be read at one place while a flag file exists
-//! (`nbdfuse` over `nbdkit eval`), and an overlay on a file system that is full.
+//! (`support/nbd.rs`), and an overlay on a file system that is full.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, KIB, MIB, Mount, Pattern, QmpClient, Scratch, assert_same, mounts, poll, qemu, read_at, run_ok, wait_until};
+use crate::support::nbd::{Fault, NbdFile};
+use crate::support::{Daemon, KIB, MIB, Mount, Pattern, QmpClient, Scratch, assert_same, mounts, qemu, read_at, run_ok, wait_until};
 
 const SIZE: u64 = 4 * MIB;
 /// The step of a stream.
@@ -18,61 +18,11 @@ const CHUNK: u64 = 512 * KIB;
 const BAD: u64 = 3 * CHUNK + 200 * KIB;
 const BAD_CHUNK: u64 = 3 * CHUNK;
 
-/// A raw file that is served by `nbdkit`, and cannot be read at [`BAD`] while the flag file exists.
-struct BadBase {
-    flag: PathBuf,
-    file: PathBuf,
-    server: Child,
-}
-
-impl BadBase {
-    fn serve(scratch: &Scratch) -> BadBase {
-        let (flag, file) = (scratch.join("flag"), scratch.write("base.raw", b""));
-        let content = scratch.raw("content", SIZE, Pattern::new(70, 1));
-        let (flag_name, content) = (flag.display(), content.display());
-        // `$3` is the count and `$4` the offset of a read.
-        let pread = format!(
-            "if [ -f {flag_name} ] && [ $4 -lt {} ] && [ $(( $4 + $3 )) -gt {BAD} ]; then echo EIO bad >&2; exit 1; fi; \
-             dd if={content} skip=$4 count=$3 iflag=skip_bytes,count_bytes,fullblock bs=64k status=none",
-            BAD + 512
-        );
-        let mut command = Command::new("nbdfuse");
-        command.args(["-r".as_ref(), file.as_os_str()]);
-        command.args(["[", "nbdkit", "eval", &format!("get_size=echo {SIZE}"), &format!("pread={pread}"), "]"]);
-        let server = command.stdin(Stdio::null()).spawn().expect("nbdfuse");
-        let base = BadBase { flag, file, server };
-        let served = || fs::metadata(&base.file).is_ok_and(|meta| meta.len() == SIZE).then_some(());
-        assert!(poll(Duration::from_secs(20), served).is_some(), "nbdfuse does not serve");
-        base
-    }
-
-    fn break_it(&self) {
-        fs::write(&self.flag, b"").expect("flag");
-    }
-
-    fn repair(&self) {
-        fs::remove_file(&self.flag).expect("flag");
-    }
-}
-
-impl Drop for BadBase {
-    fn drop(&mut self) {
-        if mounts::at(&self.file).is_some() {
-            mounts::detach(&self.file);
-        }
-        // It ends by itself once its mount is gone, and takes nbdkit along.
-        if poll(Duration::from_secs(10), || self.server.try_wait().ok().flatten()).is_none() {
-            let _ = self.server.kill();
-            let _ = self.server.wait();
-        }
-    }
-}
-
 /// A disk over a base that has gone bad.
 struct BadDisk {
     // Dropped in this order.
     disk: Daemon,
-    base: BadBase,
+    base: NbdFile,
     overlay: PathBuf,
     content: Vec<u8>,
     _scratch: Scratch,
@@ -81,12 +31,13 @@ struct BadDisk {
 impl BadDisk {
     fn new() -> BadDisk {
         let scratch = Scratch::new();
-        let base = BadBase::serve(&scratch);
+        let content = Pattern::new(70, 1).bytes(0, SIZE);
+        let base = NbdFile::serve(&scratch, "base.raw", &content, &(BAD..BAD + 512));
         let overlay = scratch.join("overlay.qcow2");
         qemu::create(&overlay, None, "", Some(("base.raw", "raw")));
         let disk = Mount::new(&scratch, &overlay).args(&["--no-copy-on-read"]).qmp().start();
-        base.break_it();
-        BadDisk { disk, base, overlay, content: Pattern::new(70, 1).bytes(0, SIZE), _scratch: scratch }
+        base.fail(Fault::Read);
+        BadDisk { disk, base, overlay, content, _scratch: scratch }
     }
 
     /// What lies around the bad place is still read, the bad place is an error.
@@ -153,7 +104,7 @@ fn report_fails_at_the_start_of_the_chunk() {
         assert_eq!(backing_name(&bad.overlay), Some(json!("base.raw")), "{arguments}");
     }
     bad.assert_guest_reads_around();
-    bad.base.repair();
+    bad.base.repair(Fault::Read);
     drop(client);
     bad.assert_a_new_job_finishes();
 }
@@ -177,7 +128,7 @@ fn ignore_goes_on_and_keeps_the_link() {
     let after = crate::support::header::Header::load(&bad.overlay);
     assert_eq!((&after.backing, &after.extensions), (&before.backing, &before.extensions), "the link must stay");
     bad.assert_guest_reads_around();
-    bad.base.repair();
+    bad.base.repair(Fault::Read);
     drop(client);
     bad.assert_a_new_job_finishes();
 }
@@ -202,7 +153,7 @@ fn stop_tries_the_same_chunk_again() {
             client.wait_status("running");
         }
     }
-    bad.base.repair();
+    bad.base.repair(Fault::Read);
     client.ok("job-resume", json!({"id": "drive0"}));
     client.wait_status("running");
     let data = client.wait_completed();

@@ -9,7 +9,7 @@ const README: &str = include_str!("../../README.md");
 
 #[test]
 fn the_readme_has_the_options_of_help_and_no_others() {
-    for command in ["create", "mount"] {
+    for command in ["create", "mount", "check"] {
         let help = run_ok(Command::new(CORDISK).args([command, "--help"]));
         let lines = help.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
         // Before the gap stands the option, after it what it means.
@@ -52,4 +52,29 @@ fn options(text: &str) -> BTreeSet<&str> {
             (dashes == 1 && name.len() == 1 || dashes == 2 && name.len() > 1) && name.starts_with(|c: char| c.is_ascii_alphabetic())
         })
         .collect()
+}
+
+/// Every test that the README names as the proof of a promise is there: in the test programs, or in the library.
+#[test]
+fn the_tests_of_the_promises_exist() {
+    let start = README.find("## What is promised").expect("the section of the promises");
+    let table = &README[start..start + README[start..].find("\nThe figures").expect("the figures behind the table")];
+    let promises = table.lines().filter(|line| line.starts_with("| P")).count();
+    assert_eq!(promises, 16);
+    let names: Vec<&str> = table.split('`').skip(1).step_by(2).filter(|name| name.contains("::")).collect();
+    assert!(names.len() > 30, "{names:?}");
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    for name in names {
+        let parts: Vec<&str> = name.split("::").collect();
+        let found = [root.join("tests/it"), root.join("src")].iter().any(|top| {
+            // A module, or a function in one: `a::b::f` is `fn f` in a/b.rs or a/b/mod.rs.
+            let module = |path: &std::path::Path| [path.with_extension("rs"), path.join("mod.rs")].into_iter().find(|file| file.is_file());
+            let (last, above) = parts.split_last().expect("a name");
+            let path = |parts: &[&str]| parts.iter().fold(top.clone(), |path, part| path.join(part));
+            module(&path(&parts)).is_some()
+                || module(&path(above))
+                    .is_some_and(|file| std::fs::read_to_string(file).is_ok_and(|source| source.contains(&format!("fn {last}()"))))
+        });
+        assert!(found, "the README names {name}, which does not exist");
+    }
 }

@@ -346,7 +346,8 @@ fn create_over(overlay: &Path, base: &Path, format: BackingFormat, size: Option<
 }
 
 fn open_disk(overlay: &Path) -> Disk {
-    Disk::open(overlay, &DiskOptions { read_only: false, copy_on_read: true, gate: Gate::default(), full_check: false }).unwrap()
+    Disk::open(overlay, &DiskOptions { read_only: false, copy_on_read: true, gate: Gate::default(), full_check: false, reserve: None })
+        .unwrap()
 }
 
 /// Closes, and lets go of the file and its locks, so that QEMU may open it.

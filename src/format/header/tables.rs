@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::extensions::check_bitmaps;
-use super::{FormatError, Header, feature, invalid};
+use super::{FormatError, Header, Places, feature, invalid};
 
 /// V9, QEMU's QCOW_MAX_REFTABLE_SIZE, bytes.
 pub(super) const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
@@ -16,16 +16,20 @@ const MIN_SNAPSHOT_ENTRY: u64 = 40;
 
 impl Header {
     /// V9 to V14, V18, V21: the tables that the header names. `size` is the virtual size before rounding.
-    pub(super) fn check_tables(&self, size: u64, snapshots_offset: u64, bitmaps: Option<&[u8]>, file_size: u64) -> Result<(), FormatError> {
+    pub(super) fn check_tables(&self, size: u64, snapshots_offset: u64, bitmaps: Option<&[u8]>, places: Places) -> Result<(), FormatError> {
         let cluster_size = self.geometry.cluster_size();
-        let file_end = file_size.checked_next_multiple_of(cluster_size).filter(|&end| end <= i64::MAX as u64);
-        let Some(file_end) = file_end else {
-            return invalid(format!("file of {file_size} bytes is too large"));
+        let bounds = match places {
+            Places::Inside(file_size) => match file_size.checked_next_multiple_of(cluster_size).filter(|&end| end <= i64::MAX as u64) {
+                Some(file_end) => cluster_size..file_end,
+                None => return invalid(format!("file of {file_size} bytes is too large")),
+            },
+            Places::Anywhere => 0..i64::MAX as u64,
         };
-        let table = |name: &'static str, offset: u64, len: u64| Table::checked(name, offset, len, cluster_size, file_end);
+        let anywhere = matches!(places, Places::Anywhere);
+        let table = |name: &'static str, offset: u64, len: u64| Table::checked(name, offset, len, cluster_size, &bounds);
         let mut tables = vec![Table { name: "header", range: 0..cluster_size }];
 
-        if self.refcount_table_clusters == 0 {
+        if self.refcount_table_clusters == 0 && !anywhere {
             return invalid("refcount_table_clusters is 0".into());
         }
         let len = u64::from(self.refcount_table_clusters) * cluster_size;
@@ -60,7 +64,7 @@ impl Header {
             let directory = check_bitmaps(payload)?;
             tables.push(table("bitmap directory", directory.start, directory.end - directory.start)?);
         }
-        check_overlaps(&tables)
+        if anywhere { Ok(()) } else { check_overlaps(&tables) }
     }
 }
 
@@ -72,13 +76,13 @@ struct Table {
 
 impl Table {
     /// V10, V12: aligned, not in front of everything, inside the file.
-    fn checked(name: &'static str, offset: u64, len: u64, cluster_size: u64, file_end: u64) -> Result<Table, FormatError> {
-        if offset == 0 || !offset.is_multiple_of(cluster_size) {
+    fn checked(name: &'static str, offset: u64, len: u64, cluster_size: u64, bounds: &Range<u64>) -> Result<Table, FormatError> {
+        if offset < bounds.start || !offset.is_multiple_of(cluster_size) {
             return invalid(format!("{name} at {offset:#x} is not at a cluster boundary behind the header"));
         }
         let end = offset.checked_add(len).and_then(|end| end.checked_next_multiple_of(cluster_size));
         match end {
-            Some(end) if end <= file_end => Ok(Table { name, range: offset..end }),
+            Some(end) if end <= bounds.end => Ok(Table { name, range: offset..end }),
             _ => invalid(format!("{name} at {offset:#x} ({len} bytes) is not inside the file")),
         }
     }

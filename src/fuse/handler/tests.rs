@@ -26,7 +26,7 @@ struct Rig {
 }
 
 fn open_handler(directory: &Path, read_only: bool) -> Handler {
-    let options = DiskOptions { read_only, copy_on_read: !read_only, gate: Gate::default(), full_check: false };
+    let options = DiskOptions { read_only, copy_on_read: !read_only, gate: Gate::default(), full_check: false, reserve: None };
     let disk = Arc::new(Disk::open(&directory.join("overlay"), &options).unwrap());
     let attributes = Attributes::new(7, 8, SystemTime::UNIX_EPOCH + Duration::from_secs(99), false, read_only);
     let directory = rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();

@@ -1,6 +1,8 @@
 //! The refcount table in an image where everything is small: growing, moving, failing half-way.
 
 use super::*;
+use crate::simulation::SimStorage;
+use crate::simulation::start::Start;
 
 /// An empty image in which everything is small: 512-byte clusters, 64 refcounts a block, 64 blocks a table, 64 entries an L2 table.
 pub(super) fn small() -> Bench {
@@ -129,4 +131,49 @@ fn space_behind_the_last_refcount_block_is_used() {
     again.image.close().unwrap();
     assert_eq!(again.memory.size(), len as u64);
     reopen(again.memory.killed()).has_small(0..2000);
+}
+
+/// R2, R5: of several new blocks at once, one counts the cluster of the next; their table entries may lie in different sectors, which reach the
+/// disk in any order. (The second block was once named while the first, which counts it, might not be.)
+#[test]
+fn new_blocks_are_named_one_sector_of_the_table_after_the_other() {
+    let start = Start { counted: 63 * 64, table: 4, ..Start::new("blocks", 3, 9, 6, 64 << 10) };
+    let file = SimStorage::checked(start.bytes());
+    let image = Image::open(file.clone()).unwrap();
+    let lock = RangeLock::new(512);
+    // An L1 table of 96 clusters: two more blocks for it, on both sides of the first sector of the refcount table.
+    image.make_room(&lock.exclusive(0..u64::MAX), 192 << 20).unwrap();
+    image.close().unwrap();
+    let header = image.reader().header();
+    let mut table = vec![0; header.refcount_table_clusters as usize * 512];
+    file.read_at(header.refcount_table_offset, &mut table).unwrap();
+    let blocks = table.chunks_exact(8).filter(|entry| **entry != [0; 8]).count();
+    assert!(blocks > 64, "{blocks}");
+}
+
+/// Blocks beyond the memory limit are dropped when clean, and come back with what was written to them.
+#[test]
+fn refcount_blocks_are_dropped_and_come_back() {
+    let bench = small();
+    // The rest of the larger table.
+    let leaks = |memory: &Memory| {
+        let report = check::check(memory).unwrap();
+        (report.corruptions, report.leaks)
+    };
+    let leaked = leaks(&bench.memory);
+    bench.image.allocator.limit_memory(4 * 512);
+    for round in 0..8u64 {
+        bench.store_small(round * 400..(round + 1) * 400).unwrap();
+        // What is given back lies under blocks of which some have been dropped.
+        let held = bench.lock.exclusive(0..u64::MAX);
+        bench.image.discard(&held, GuestCluster(round * 400 + 100)..GuestCluster(round * 400 + 300)).unwrap();
+        bench.image.discard(&held, GuestCluster(round * 97)..GuestCluster(round * 97 + 31)).unwrap();
+        drop(held);
+        bench.image.flush().unwrap();
+    }
+    bench.image.close().unwrap();
+    assert!(bench.image.allocator.resident_blocks() <= 4, "{} blocks in memory", bench.image.allocator.resident_blocks());
+    let again = reopen(bench.memory.killed());
+    assert_eq!(leaks(&again.memory), leaked);
+    again.has_small(3100..3200);
 }

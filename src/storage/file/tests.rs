@@ -298,3 +298,44 @@ fn many_threads_read_what_they_wrote() {
     file.file.read_exact_at(&mut byte, 799_999).unwrap();
     assert_eq!(byte, [4]);
 }
+
+#[test]
+fn the_mark_of_an_open_image_stays_until_it_is_removed() {
+    let (_dir, path) = scratch(1 << 20);
+    let file = FileStorage::open(&path, Access::ReadWrite).unwrap();
+    if file.open_mark().unwrap() == OpenMark::Unsupported {
+        println!("skipped: no extended attributes here");
+        return;
+    }
+    assert_eq!(file.open_mark().unwrap(), OpenMark::Absent);
+    file.remove_open_mark().unwrap();
+    file.set_open_mark().unwrap();
+    file.set_open_mark().unwrap();
+    assert_eq!(file.open_mark().unwrap(), OpenMark::Present);
+    drop(file);
+    let file = FileStorage::open(&path, Access::ReadOnly).unwrap();
+    assert_eq!(file.open_mark().unwrap(), OpenMark::Present, "it is the file's, not ours");
+    drop(file);
+    let file = FileStorage::open(&path, Access::ReadWrite).unwrap();
+    file.remove_open_mark().unwrap();
+    assert_eq!(file.open_mark().unwrap(), OpenMark::Absent);
+    assert_eq!(file.size(), 1 << 20);
+}
+
+/// Where there can be no mark, that is not taken for "it was closed".
+#[test]
+fn a_file_without_attributes_says_so() {
+    // Files of this file system cannot have attributes of users.
+    let file = File::open("/proc/self/status").unwrap();
+    let storage = FileStorage {
+        path: "/proc/self/status".into(),
+        file,
+        access: Access::ReadOnly,
+        identity: (0, 0),
+        size: AtomicU64::new(0),
+        shrinking_reported: AtomicBool::new(false),
+    };
+    assert_eq!(storage.open_mark().unwrap(), OpenMark::Unsupported);
+    storage.set_open_mark().unwrap();
+    storage.remove_open_mark().unwrap();
+}

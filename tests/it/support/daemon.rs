@@ -71,6 +71,20 @@ impl Mount {
 
     /// Mounts in the foreground (`-f`) and returns when the disk is there and the socket accepts.
     pub fn start(self) -> Daemon {
+        let mut daemon = self.spawn();
+        let ready = poll(START, || {
+            let exited = daemon.try_wait();
+            assert!(exited.is_none(), "the daemon ended before it had mounted: {exited:?}\n{}", daemon.log());
+            let connects = |path: &PathBuf| std::os::unix::net::UnixStream::connect(path).is_ok();
+            // A mount that nobody serves is what an earlier daemon has left there.
+            (daemon.is_mounted() && !mounts::is_dead(&daemon.mountpoint) && daemon.socket.as_ref().is_none_or(connects)).then_some(())
+        });
+        assert!(ready.is_some(), "the daemon did not mount within {START:?}\n{}", daemon.log());
+        daemon
+    }
+
+    /// Starts the process and does not wait for the disk.
+    pub fn spawn(self) -> Daemon {
         let log = OpenOptions::new().create(true).append(true).open(&self.log).expect("log file");
         let mut command = Command::new(if self.open_umask { "sh" } else { CORDISK });
         if self.open_umask {
@@ -84,7 +98,7 @@ impl Mount {
         let child = command.spawn().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a pid");
         let child = Arc::new(Mutex::new(child));
-        let mut daemon = Daemon {
+        Daemon {
             watchdog: watch(Arc::clone(&child), format!("{command:?}")),
             child,
             pid,
@@ -93,15 +107,8 @@ impl Mount {
             socket: self.has_socket.then_some(self.socket),
             log: self.log,
             ended: None,
-        };
-        let ready = poll(START, || {
-            let exited = daemon.try_wait();
-            assert!(exited.is_none(), "{command:?} ended before it had mounted: {exited:?}\n{}", daemon.log());
-            let connects = |path: &PathBuf| std::os::unix::net::UnixStream::connect(path).is_ok();
-            (daemon.is_mounted() && daemon.socket.as_ref().is_none_or(connects)).then_some(())
-        });
-        assert!(ready.is_some(), "{command:?} did not mount within {START:?}\n{}", daemon.log());
-        daemon
+            abandoned: false,
+        }
     }
 }
 
@@ -128,6 +135,8 @@ pub struct Daemon {
     socket: Option<PathBuf>,
     log: PathBuf,
     ended: Option<ExitStatus>,
+    /// The dead mount is to stay.
+    abandoned: bool,
 }
 
 impl Daemon {
@@ -219,6 +228,12 @@ impl Daemon {
         mounts::detach(&self.mountpoint);
     }
 
+    /// SIGKILL, and the dead mount stays where it is. The scratch directory detaches it at the end.
+    pub fn die(mut self) {
+        self.kill_and_wait();
+        self.abandoned = true;
+    }
+
     fn kill_and_wait(&mut self) {
         let _ = self.child.lock().expect("child").kill();
         // A process inside an uninterruptible wait does not die at once; the test must go on.
@@ -237,7 +252,7 @@ impl Drop for Daemon {
         if self.ended.is_none() {
             self.kill_and_wait();
         }
-        if mounts::at(&self.mountpoint).is_some() {
+        if !self.abandoned && mounts::at(&self.mountpoint).is_some() {
             mounts::detach(&self.mountpoint);
         }
     }

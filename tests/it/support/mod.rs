@@ -6,7 +6,9 @@
 pub mod daemon;
 pub mod guest;
 pub mod header;
+pub mod ledger;
 pub mod mounts;
+pub mod nbd;
 pub mod pattern;
 pub mod qemu;
 pub mod qmp;
@@ -35,7 +37,7 @@ pub const CORDISK: &str = env!("CARGO_BIN_EXE_cordisk");
 
 /// Skips the test with a reason when something is missing; fails instead where everything has to be there (CI).
 ///
-/// A need is `"root"`, a path that must exist (`"/dev/fuse"`), or the name of a program.
+/// A need is `"root"`, a path that must exist (`"/dev/fuse"`), a file system that the kernel can mount (`"fs:xfs"`), or the name of a program.
 #[macro_export]
 macro_rules! requires {
     ($($need:expr),+ $(,)?) => {
@@ -63,6 +65,11 @@ fn missing(need: &str) -> Option<String> {
     }
     if need.starts_with('/') {
         return (!Path::new(need).exists()).then(|| format!("there is no {need}"));
+    }
+    if let Some(fstype) = need.strip_prefix("fs:") {
+        let known = || fs::read_to_string("/proc/filesystems").is_ok_and(|list| list.split_whitespace().any(|word| word == fstype));
+        let _ = !known() && Command::new("modprobe").arg(fstype).stderr(Stdio::null()).status().is_ok();
+        return (!known()).then(|| format!("the kernel has no {fstype}"));
     }
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
     let found = path.split(':').any(|dir| Path::new(dir).join(need).is_file());

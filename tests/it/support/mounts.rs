@@ -50,6 +50,12 @@ pub fn at(path: &Path) -> Option<MountEntry> {
     table().into_iter().rev().find(|entry| entry.mountpoint == path)
 }
 
+/// Whether the daemon of what is mounted at a path is gone. Asked for fresh attributes: cached ones outlive it.
+pub fn is_dead(path: &Path) -> bool {
+    use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+    statx(CWD, path, AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS).err() == Some(rustix::io::Errno::NOTCONN)
+}
+
 /// Detaches whatever is mounted below a directory, the newest first.
 pub fn detach_below(dir: &Path) {
     for entry in table().iter().rev().filter(|entry| entry.mountpoint.starts_with(dir)) {
@@ -121,6 +127,16 @@ impl Drop for LoopDevice {
     }
 }
 
+/// Makes a file system of `size` bytes in a new file. Nothing of it is kept for root alone.
+pub fn make_fs(file: &Path, fstype: &str, size: u64) {
+    fs::File::create(file).and_then(|file| file.set_len(size)).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+    let mut command = Command::new(format!("mkfs.{fstype}"));
+    if fstype == "ext4" {
+        command.args(["-m", "0"]);
+    }
+    run_ok(command.arg("-q").arg(file));
+}
+
 /// A file system on a loop device over a file. Fields drop in order: first the mount goes, then the device.
 #[derive(Debug)]
 pub struct LoopMount {
@@ -157,6 +173,19 @@ impl LoopMount {
 pub struct MountGuard {
     path: PathBuf,
     mounted: bool,
+}
+
+impl MountGuard {
+    /// A tmpfs of `size` bytes.
+    pub fn tmpfs(dir: &Path, size: u64) -> MountGuard {
+        run_ok(Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(dir));
+        MountGuard { path: dir.to_owned(), mounted: true }
+    }
+
+    pub fn umount(mut self) {
+        self.mounted = false;
+        umount(&self.path);
+    }
 }
 
 impl Drop for MountGuard {

@@ -1,0 +1,251 @@
+//! `cordisk check`: what is wrong with an image, said as `qemu-img check` says it.
+//!
+//! **Touches:** `storage` for the file, `image` for the walk. **Never:** opens a backing file; changes anything in an image that has
+//! corruptions. **Locks:** the image is locked as QEMU's tools lock it: nobody may write it meanwhile, and nobody may use it during a repair.
+//! **Invariants:** a repair only lowers refcounts of clusters that have fewer references, through the write-back pass: killed at any moment
+//! it leaves leaks.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::error::Context;
+use crate::image::{CheckReport, Image};
+use crate::storage::{Access, FileStorage, Storage};
+use crate::{Error, ErrorKind, Result};
+
+/// Findings that are printed, at most: an image can be wrong in more places than anybody reads.
+const PRINTED: usize = 100;
+
+/// The check could not be done.
+const FAILED: u8 = 1;
+/// There are corruptions.
+const CORRUPTIONS: u8 = 2;
+/// There are leaks and nothing else.
+const LEAKS: u8 = 3;
+
+/// What `cordisk check` is asked for.
+#[derive(Clone, Debug)]
+pub struct CheckOptions {
+    /// The image.
+    pub image: PathBuf,
+    /// What is to be repaired, if anything.
+    pub repair: Option<Repair>,
+    /// How the result is to look.
+    pub output: Output,
+}
+
+/// What can be repaired.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Repair {
+    /// Refcounts that are too high.
+    Leaks,
+}
+
+/// How the result looks.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Output {
+    /// Sentences.
+    Human,
+    /// One JSON object.
+    Json,
+}
+
+/// What a check has come to.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Checked {
+    /// As the image is now.
+    pub report: CheckReport,
+    /// Leaked clusters that were given back.
+    pub leaks_fixed: u64,
+    /// What was wrong before the repair; empty where there was none.
+    repaired: CheckReport,
+    /// Leaks were to be repaired, but not all were: why.
+    refused: Option<&'static str>,
+}
+
+/// Why no leak is repaired beside a corruption: what is referenced is not known, so what is not referenced is not known either. (qemu-img
+/// repairs them even then.)
+const CORRUPT: &str = "the leaks were not repaired: an image with corruptions is not written to; repair a copy with qemu-img check -r all";
+/// Why a leak is left alone in a sound image.
+const SHARED: &str =
+    "leaks that are left belong to clusters whose only reference does not say COPIED; qemu-img check -r leaks changes that";
+
+/// Checks, prints what is wrong to standard error and the result to standard output, and returns the exit status: 0, or what
+/// [`Checked::status`] says.
+///
+/// # Errors
+/// As [`check`].
+pub fn run(options: &CheckOptions) -> Result<ExitCode> {
+    let checked = check(options)?;
+    let mut details = String::new();
+    checked.details(&mut details);
+    let mut text = String::new();
+    match options.output {
+        Output::Human => checked.sentences(&mut text),
+        Output::Json => checked.json(&options.image, &mut text)?,
+    }
+    std::io::stderr().write_all(details.as_bytes()).context(|| "standard error")?;
+    std::io::stdout().write_all(text.as_bytes()).context(|| "standard output")?;
+    Ok(ExitCode::from(checked.status()))
+}
+
+/// Checks, and repairs where that is wanted, possible and safe.
+///
+/// # Errors
+/// The image cannot be opened or read, another program uses it, or it is of a kind that cannot be checked, or not be repaired.
+pub fn check(options: &CheckOptions) -> Result<Checked> {
+    let what = || options.image.display().to_string();
+    let access = if options.repair.is_some() { Access::ReadWrite } else { Access::ReadOnly };
+    let storage: Arc<dyn Storage> = Arc::new(FileStorage::open(&options.image, access)?);
+    let report = crate::image::check(&*storage).context(what)?;
+    if options.repair.is_none() || report.leaks == 0 || !report.is_sound() {
+        let refused = (options.repair.is_some() && report.leaks > 0).then_some(CORRUPT);
+        return Ok(Checked { report, leaks_fixed: 0, repaired: CheckReport::default(), refused });
+    }
+    repair_leaks(Arc::clone(&storage)).context(what)?;
+    let after = crate::image::check(&*storage).context(what)?;
+    let leaks_fixed = report.leaks.saturating_sub(after.leaks);
+    let repaired = if leaks_fixed > 0 { report } else { CheckReport::default() };
+    let refused = (after.leaks > 0).then_some(SHARED);
+    Ok(Checked { report: after, leaks_fixed, repaired, refused })
+}
+
+/// Lowers the refcounts of leaked clusters. What the header forbids to write, as [`Image::open`] sees it, is refused.
+fn repair_leaks(storage: Arc<dyn Storage>) -> Result<()> {
+    let image = Image::open(storage)?;
+    let leaks = image.find_leaks()?;
+    image.begin_writing()?;
+    image.give_back(&leaks)?;
+    image.close()?;
+    image.end_writing();
+    Ok(())
+}
+
+impl Checked {
+    /// The exit status, that of `qemu-img check`: 0 all is well, 1 parts could not be checked, 2 corruptions, 3 leaks only.
+    pub fn status(&self) -> u8 {
+        match &self.report {
+            report if report.check_errors > 0 => FAILED,
+            report if report.corruptions > 0 => CORRUPTIONS,
+            report if report.leaks > 0 => LEAKS,
+            _ => 0,
+        }
+    }
+
+    /// One line for each thing that is wrong, or was.
+    fn details(&self, text: &mut String) {
+        for report in [&self.repaired, &self.report] {
+            for finding in report.findings.iter().take(PRINTED) {
+                *text += &format!("{finding}\n");
+            }
+            let more = report.findings.len().saturating_sub(PRINTED) as u64 + report.not_listed;
+            if more > 0 {
+                *text += &format!("... and {more} more\n");
+            }
+        }
+        if let Some(why) = self.refused {
+            *text += &format!("cordisk: {why}\n");
+        }
+        if self.report.check_errors > 0 {
+            *text += "cordisk: check failed: parts of the image could not be checked\n";
+        }
+    }
+
+    fn sentences(&self, text: &mut String) {
+        let report = &self.report;
+        if self.leaks_fixed > 0 {
+            *text += &format!(
+                "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    0 corruptions\n\n\
+                 Double checking the fixed image now...\n",
+                self.leaks_fixed
+            );
+        }
+        if report.corruptions == 0 && report.leaks == 0 && report.check_errors == 0 {
+            *text += "No errors were found on the image.\n";
+        }
+        if report.corruptions > 0 {
+            *text += &format!(
+                "\n{} errors were found on the image.\nData may be corrupted, or further writes to the image may corrupt it.\n",
+                report.corruptions
+            );
+        }
+        if report.leaks > 0 {
+            *text += &format!(
+                "\n{} leaked clusters were found on the image.\nThis means waste of disk space, but no harm to data.\n",
+                report.leaks
+            );
+        }
+        if report.check_errors > 0 {
+            *text += &format!("\n{} internal errors have occurred during the check.\n", report.check_errors);
+        }
+        let percent = |part: u64, whole: u64| part as f64 * 100.0 / whole as f64;
+        let (allocated, total) = (report.allocated_clusters, report.total_clusters);
+        if allocated > 0 && total > 0 {
+            *text += &format!(
+                "{allocated}/{total} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters\n",
+                percent(allocated, total),
+                percent(report.fragmented_clusters, allocated),
+                percent(report.compressed_clusters, allocated)
+            );
+        }
+        if report.image_end > 0 {
+            *text += &format!("Image end offset: {}\n", report.image_end);
+        }
+    }
+
+    fn json(&self, image: &Path, text: &mut String) -> Result<()> {
+        let some = |number: u64| (number > 0).then_some(number);
+        let report = &self.report;
+        let object = Json {
+            image_end_offset: some(report.image_end),
+            total_clusters: some(report.total_clusters),
+            check_errors: report.check_errors,
+            corruptions: some(report.corruptions),
+            leaks: some(report.leaks),
+            leaks_fixed: some(self.leaks_fixed),
+            allocated_clusters: some(report.allocated_clusters),
+            fragmented_clusters: some(report.fragmented_clusters),
+            compressed_clusters: some(report.compressed_clusters),
+            filename: image.to_string_lossy().into_owned(),
+            format: "qcow2",
+        };
+        let mut bytes = Vec::new();
+        let layout = serde_json::ser::PrettyFormatter::with_indent(b"    ");
+        object
+            .serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, layout))
+            .map_err(|error| Error::wrap(ErrorKind::Io, "JSON", error))?;
+        *text += &String::from_utf8_lossy(&bytes);
+        text.push('\n');
+        Ok(())
+    }
+}
+
+/// The members of `qemu-img check --output=json` (QEMU: `qapi/block-core.json`, ImageCheck). Counts that are zero are left out, as there, and
+/// with them `corruptions-fixed`: none ever is.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Json {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    image_end_offset: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    total_clusters: Option<u64>,
+    check_errors: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    corruptions: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    leaks: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    leaks_fixed: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    allocated_clusters: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fragmented_clusters: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    compressed_clusters: Option<u64>,
+    filename: String,
+    format: &'static str,
+}

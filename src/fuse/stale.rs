@@ -1,0 +1,80 @@
+//! What a killed daemon leaves at the mountpoint: a mount that nobody serves. The next mount of the same image at the same place removes it.
+//!
+//! A mount is only removed if all of this holds: its type is ours, its source is the image that we have just opened (and so locked), and
+//! it answers ENOTCONN, which the kernel says of a FUSE mount only after its daemon has gone for good. It has to be asked for fresh attributes:
+//! those that it has cached outlive the daemon.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use rustix::fs::{AtFlags, CWD, StatxFlags};
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
+
+use super::mountinfo::{self, MountEntry};
+use crate::error::Context;
+use crate::{Error, ErrorKind, Result};
+
+/// Type of our mounts in the list of mounts.
+const OURS: &str = "fuse.cordisk";
+
+/// Dead mounts on top of each other that are removed at most: one a death, so nobody has as many.
+const DEEPEST: u32 = 1000;
+
+/// Detaches the dead mounts of `image` at `mountpoint`, however many there are. Whatever else is mounted there stays, and so does a mountpoint
+/// that is none: what is to be said of it is said by [`super::mountpoint`].
+///
+/// # Errors
+/// Busy: a dead mount of another image is there. Otherwise what the system says.
+pub(super) fn remove(mountpoint: &Path, image: &Path) -> Result<()> {
+    let (Some(parent), Some(name)) = (mountpoint.parent(), mountpoint.file_name()) else { return Ok(()) };
+    // The last part of the path is not resolved: it is what is dead.
+    let Ok(parent) = parent.canonicalize() else { return Ok(()) };
+    let path = parent.join(name);
+    for _ in 0..DEEPEST {
+        let Some(entry) = mountinfo::mounted_at(&path)?.filter(|entry| entry.fs_type == OURS) else { return Ok(()) };
+        if !is_dead(&path) {
+            return Ok(());
+        }
+        if !is_of(&entry, image) {
+            let (path, source) = (path.display(), entry.source.display());
+            let text = format!(
+                "mountpoint {path}: a daemon that has died had mounted another image here, {source}; clean up with: umount -l {path}"
+            );
+            return Err(Error::new(ErrorKind::Busy, text));
+        }
+        detach(&path).map_err(|error| error.context(format!("mountpoint {}: the daemon that was mounted here is gone", path.display())))?;
+        log::info!("{}: removed the mount of a daemon that has died", path.display());
+    }
+    Ok(())
+}
+
+/// Whether nobody serves what is mounted at `path` any more. Asks whoever does, so it may only be asked of a mount that is not ours.
+pub(super) fn is_dead(path: &Path) -> bool {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_FORCE_SYNC;
+    rustix::fs::statx(CWD, path, flags, StatxFlags::BASIC_STATS).err() == Some(Errno::NOTCONN)
+}
+
+/// Whether a mount shows `image`: by path, or by what the path leads to.
+fn is_of(entry: &MountEntry, image: &Path) -> bool {
+    let identity = |path: &Path| path.metadata().map(|file| (file.dev(), file.ino())).ok();
+    entry.source == image || identity(&entry.source).is_some_and(|there| identity(image) == Some(there))
+}
+
+/// Takes the topmost mount away: by umount2(2), or by fusermount3 for whoever may not call it.
+fn detach(path: &Path) -> Result<()> {
+    match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+        // Invalid: somebody else was faster.
+        Ok(()) | Err(Errno::INVAL) => return Ok(()),
+        Err(Errno::PERM) => {}
+        Err(error) => return Err(Error::io("unmounting it", error.into())),
+    }
+    let mut helper = Command::new("fusermount3");
+    let output = helper.args(["-u", "-z", "--"]).arg(path).stdin(Stdio::null()).output().context(|| "fusermount3")?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&output.stderr);
+    Err(Error::new(ErrorKind::Io, text.lines().next().unwrap_or("fusermount3 failed").to_string()))
+}

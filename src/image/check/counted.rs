@@ -1,0 +1,120 @@
+//! The refcounts as they are on disk, whatever is wrong with their table.
+
+use std::collections::{HashMap, VecDeque};
+
+use crate::format::{Geometry, Header, RefcountBlock};
+use crate::storage::Storage;
+use crate::{Error, Result};
+
+/// Memory for refcount blocks, bytes: those of 2 TiB at 64 KiB clusters.
+const MEMORY: usize = 64 << 20;
+/// Bits of a refcount table entry that are no offset.
+const RESERVED: u64 = 0x1ff;
+/// QEMU's BDRV_MAX_LENGTH: it reads nothing that ends beyond this.
+const FARTHEST: u64 = (i64::MAX as u64) & !((1 << 30) - 1);
+
+/// One entry of the refcount table.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct BlockEntry(pub u64);
+
+impl BlockEntry {
+    /// Reserved bits are set.
+    pub fn has_reserved_bits(self) -> bool {
+        self.0 & RESERVED != 0
+    }
+
+    /// Where it says the block is, bytes; 0 for none.
+    pub fn offset(self) -> u64 {
+        self.0 & !RESERVED
+    }
+}
+
+/// Reads refcounts, block by block.
+#[derive(Debug)]
+pub(super) struct Counted<'a> {
+    storage: &'a dyn Storage,
+    geometry: Geometry,
+    table: Vec<BlockEntry>,
+    /// Block by host offset.
+    blocks: HashMap<u64, RefcountBlock>,
+    /// Offsets in the order of their loading.
+    order: VecDeque<u64>,
+}
+
+impl<'a> Counted<'a> {
+    /// Reads the table. Beyond the end of the file it is zeros.
+    pub fn open(storage: &'a dyn Storage, header: &Header) -> Result<Self> {
+        let geometry = header.geometry;
+        let mut raw = vec![0; (u64::from(header.refcount_table_clusters) * geometry.cluster_size()) as usize];
+        storage.read_at(header.refcount_table_offset, &mut raw).map_err(|error| Error::io("refcount table", error))?;
+        let table = raw.chunks_exact(8).map(|raw| BlockEntry(super::be64(raw))).collect();
+        Ok(Counted { storage, geometry, table, blocks: HashMap::new(), order: VecDeque::new() })
+    }
+
+    /// The entries of the table.
+    pub fn table(&self) -> &[BlockEntry] {
+        &self.table
+    }
+
+    /// The refcount of a cluster, zero where no block covers it; `None` where the block cannot be read because its entry is no offset.
+    pub fn get(&mut self, cluster: u64) -> Result<Option<u64>> {
+        let entries = self.geometry.refblock_entries();
+        let offset = self.offset(cluster);
+        if offset == 0 {
+            return Ok(Some(0));
+        }
+        if !offset.is_multiple_of(self.geometry.cluster_size()) || offset > FARTHEST - self.geometry.cluster_size() {
+            return Ok(None);
+        }
+        if offset >= self.storage.size() {
+            return Ok(Some(0));
+        }
+        Ok(Some(self.block(offset)?.get((cluster % entries) as usize)))
+    }
+
+    /// The first cluster from this one on, under the same block, whose refcount is not zero.
+    pub fn next_counted(&mut self, cluster: u64) -> Result<Option<u64>> {
+        if self.get(cluster)?.is_none_or(|count| count > 0) {
+            return Ok(self.get(cluster)?.map(|_| cluster));
+        }
+        let (entries, order) = (self.geometry.refblock_entries(), self.geometry.refcount_order());
+        let (index, offset) = (cluster % entries, self.offset(cluster));
+        if offset == 0 || offset >= self.storage.size() {
+            return Ok(None);
+        }
+        let block = self.block(offset)?;
+        let first = ((index << order) / 8) as usize;
+        let Some(zeros) = block.bytes()[first..].iter().position(|byte| *byte != 0) else { return Ok(None) };
+        // Of the entries in that byte one counts, unless it is in front of where we start.
+        let from = (((first + zeros) as u64 * 8) >> order).max(index);
+        Ok((from..entries).find(|index| block.get(*index as usize) != 0).map(|found| cluster - index + found))
+    }
+
+    /// If no refcount from this cluster on can be other than zero for want of a block: the first cluster for which that need not be so.
+    pub fn none_until(&self, cluster: u64) -> Option<u64> {
+        let entries = self.geometry.refblock_entries();
+        (self.offset(cluster) == 0).then(|| (cluster / entries + 1).saturating_mul(entries))
+    }
+
+    /// Where the table says that the block of a cluster is, bytes; 0 for none.
+    fn offset(&self, cluster: u64) -> u64 {
+        let index = usize::try_from(cluster / self.geometry.refblock_entries()).ok();
+        index.and_then(|index| self.table.get(index)).map_or(0, |entry| entry.offset())
+    }
+
+    fn block(&mut self, offset: u64) -> Result<&RefcountBlock> {
+        if !self.blocks.contains_key(&offset) {
+            let size = self.geometry.cluster_size() as usize;
+            let mut bytes = vec![0; size].into_boxed_slice();
+            self.storage.read_at(offset, &mut bytes).map_err(|error| Error::io(format!("refcount block at {offset:#x}"), error))?;
+            while self.blocks.len() * size >= MEMORY
+                && let Some(oldest) = self.order.pop_front()
+            {
+                self.blocks.remove(&oldest);
+            }
+            self.order.push_back(offset);
+            self.blocks.insert(offset, RefcountBlock::from_bytes(bytes, &self.geometry));
+        }
+        Ok(&self.blocks[&offset])
+    }
+}

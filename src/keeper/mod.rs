@@ -1,0 +1,214 @@
+//! The mount keeper: a second small process, outside of the sandbox, that does what the serving process may no longer do.
+//!
+//! ```text
+//!  serving process (images, clients, requests; in the sandbox)        keeper (mount, umount, files that go away at the end)
+//!     │  starts it before anything is opened                             │  /proc/self/exe, a session of its own, cwd /
+//!     ├── Remember pidfile, Remember socket ── SOCK_SEQPACKET ──────────▶│
+//!     ├── Mount ────────────────────────────────────────────────────────▶│ placeholder, mount(2) or fusermount3
+//!     │◀────────────────────────────────────────────── /dev/fuse ────────┤ and keeps no copy of it
+//!     │  (becomes --user, enters the sandbox, serves)                    │
+//!     ├── Unmount, Detach, Release, Remove ─────────────────────────────▶│
+//! ```
+//!
+//! A process under Landlock cannot unmount, not even lazily, and cannot remove a file. Somebody else has to, and it should be somebody who reads no
+//! image and no client: the keeper knows six requests about one mount and two files, all named before the sandbox was entered.
+//!
+//! It is the *child* of the serving process, not its parent: so the process that the user started, whose id stands in the pidfile, which gets the
+//! signals and whose exit status counts, stays the one that serves the disk; a supervisor sees what it saw without a keeper.
+//!
+//! When the serving process dies, the socket ends, and so does the keeper, and leaves the mount as it is: dead, so that whoever uses it gets
+//! ENOTCONN. An unmount would let the empty placeholder shine through. When the keeper dies, the serving process serves on, cannot
+//! unmount, and says so at the end.
+//!
+//! **Touches:** one child process and the socket to it; there, the host side of [`crate::fuse`] and the removal of files. **Never:** reads an
+//! image or what a client sends; takes orders about another mount; removes a file that is not (device, inode) the one that was named.
+//! **Locks:** one leaf, the socket: a request and its reply belong together.
+
+use std::cell::Cell;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType};
+
+use crate::error::Context;
+use crate::fuse::{MountPlan, Unmounted};
+use crate::{Error, ErrorKind, Result};
+
+mod process;
+mod wire;
+
+pub use process::{close_inherited, run};
+pub use wire::Leftover;
+
+use wire::{Answer, Reply, Request};
+
+/// The hidden subcommand that a keeper is started with (see `cli`).
+const SUBCOMMAND: &str = "keep-mount";
+
+/// What the keeper's own standard error is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Messages {
+    /// That of this process. Only a panic ever writes there.
+    Inherited,
+    /// Nowhere: somebody waits for the end of this one's.
+    Dropped,
+}
+
+/// The keeper, as the serving process sees it. To be used by one thread.
+#[derive(Debug)]
+pub struct Keeper {
+    socket: OwnedFd,
+    lost: Cell<bool>,
+}
+
+impl Keeper {
+    /// Starts the keeper: to be called before anything is opened and before there are threads.
+    ///
+    /// # Errors
+    /// No socket, no process, no /proc.
+    pub fn start(messages: Messages) -> Result<Keeper> {
+        let what = || "starting the mount keeper";
+        let (ours, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .map_err(io::Error::from)
+            .context(what)?;
+        let name = std::env::args_os().next().unwrap_or_else(|| "cordisk".into());
+        Command::new("/proc/self/exe")
+            .arg0(name)
+            .arg(SUBCOMMAND)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(match messages {
+                Messages::Inherited => Stdio::inherit(),
+                Messages::Dropped => Stdio::null(),
+            })
+            .spawn()
+            .context(what)?;
+        Ok(Keeper { socket: ours, lost: Cell::new(false) })
+    }
+
+    /// From now on the file at `path` belongs to the keeper, which removes it when the value that is returned is dropped, if it is still `identity`
+    /// (device, inode).
+    ///
+    /// # Errors
+    /// The keeper is gone.
+    pub fn entrust(&self, what: Leftover, path: &Path, identity: (u64, u64)) -> Result<Entrusted<'_>> {
+        self.ask(&Request::Remember { what, path: path.into(), identity })?;
+        Ok(Entrusted { keeper: self, what })
+    }
+
+    /// Mounts. Returns the mount and the open /dev/fuse that serves it.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the mountpoint, /dev/fuse or the mount, on one line. Nothing stays mounted or created then.
+    pub fn mount(&self, plan: &MountPlan) -> Result<(KeptMount<'_>, OwnedFd)> {
+        match self.ask(&Request::Mount(plan.into()))? {
+            (Answer::Mounted(path), Some(device)) => Ok((KeptMount { keeper: self, path: path.into() }, device)),
+            (answer, _) => Err(unexpected(&answer)),
+        }
+    }
+
+    /// The end: lets the keeper go and waits until it is gone. Everything entrusted to it has been dropped.
+    ///
+    /// # Errors
+    /// It has died before: what it should have removed is still there.
+    pub fn finish(self) -> Result<()> {
+        let _ = rustix::net::shutdown(&self.socket, Shutdown::Write);
+        // Its end of the socket closes when it ends.
+        while !self.lost.get() && matches!(wire::receive::<Reply>(&self.socket), Ok(Some(_))) {}
+        if self.lost.get() { Err(gone()) } else { Ok(()) }
+    }
+
+    fn ask(&self, request: &Request) -> Result<(Answer, Option<OwnedFd>)> {
+        let answered = wire::send(&self.socket, request, None).and_then(|()| wire::receive::<Reply>(&self.socket));
+        let (reply, descriptor) = match answered {
+            Ok(Some(answer)) => answer,
+            Ok(None) => return Err(self.lose(None)),
+            Err(error) if error.kind() == ErrorKind::InvalidArgument => return Err(error),
+            Err(error) => return Err(self.lose(Some(error))),
+        };
+        for (level, text) in reply.log {
+            let level = log::Level::iter().nth(level.saturating_sub(1)).unwrap_or(log::Level::Warn);
+            log::log!(level, "{text}");
+        }
+        Ok((reply.result.map_err(Error::from)?, descriptor))
+    }
+
+    fn lose(&self, error: Option<Error>) -> Error {
+        if let Some(error) = error {
+            log::debug!("mount keeper: {error}");
+        }
+        self.lost.set(true);
+        gone()
+    }
+}
+
+fn gone() -> Error {
+    Error::new(
+        ErrorKind::Io,
+        "the mount keeper has died: unmount with umount(8) or fusermount3 -u, and remove what is left of mountpoint, socket and pidfile",
+    )
+}
+
+fn unexpected(answer: &Answer) -> Error {
+    Error::new(ErrorKind::Io, format!("the mount keeper answered {answer:?}"))
+}
+
+/// A file that the keeper removes when this is dropped.
+#[derive(Debug)]
+pub struct Entrusted<'a> {
+    keeper: &'a Keeper,
+    what: Leftover,
+}
+
+impl Drop for Entrusted<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.keeper.ask(&Request::Remove(self.what)) {
+            log::warn!("{error}");
+        }
+    }
+}
+
+/// Our mount. Dropping it detaches what is still mounted, and removes the placeholder.
+#[derive(Debug)]
+pub struct KeptMount<'a> {
+    keeper: &'a Keeper,
+    path: PathBuf,
+}
+
+impl KeptMount<'_> {
+    /// The mountpoint: absolute, without symbolic links.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Unmounts unless somebody has the disk open. The session ends a moment later.
+    ///
+    /// # Errors
+    /// Neither done nor busy: it is still mounted and served.
+    pub fn unmount(&self) -> Result<Unmounted> {
+        match self.keeper.ask(&Request::Unmount)?.0 {
+            Answer::Done => Ok(Unmounted::Done),
+            Answer::Busy => Ok(Unmounted::Busy),
+            answer => Err(unexpected(&answer)),
+        }
+    }
+
+    /// Takes the disk away from whoever has it open: their requests fail with ENOTCONN from now on, and the session ends.
+    ///
+    /// # Errors
+    /// It is still mounted.
+    pub fn detach(&self) -> Result<()> {
+        self.keeper.ask(&Request::Detach).map(drop)
+    }
+}
+
+impl Drop for KeptMount<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.keeper.ask(&Request::Release) {
+            log::error!("{error}");
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! The keeper's own life: requests are read from standard input until it ends.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use crossbeam_channel::{Receiver, Sender};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+
+use super::wire::{self, Answer, Failure, Leftover, Reply, Request};
+use crate::error::Context;
+use crate::fuse::{HostMount, Unmounted};
+use crate::{Error, ErrorKind, Result};
+
+/// What the keeper knows.
+#[derive(Debug, Default)]
+struct Kept {
+    files: Vec<(Leftover, PathBuf, (u64, u64))>,
+    /// There was a mount: nothing new is taken.
+    sealed: bool,
+    mount: Option<HostMount>,
+}
+
+/// The whole life of a keeper process. Ends it, without touching the mount, when the serving process does.
+///
+/// # Errors
+/// Standard input is no socket of a serving process.
+pub fn run() -> Result<()> {
+    // First of all: the terminal sends these to every process of the group, and the unmount is yet to come. Taken, not ignored, so that
+    // fusermount3 does not inherit it.
+    for signal in [SIGINT, SIGTERM, SIGHUP, SIGQUIT] {
+        signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false))).context(|| "signal handlers")?;
+    }
+    // Whoever has started us by hand may be the leader of a session already.
+    let _ = rustix::process::setsid();
+    let _ = rustix::thread::set_name(c"cordisk-keeper");
+    close_inherited();
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    rustix::process::chdir("/").map_err(io::Error::from).context(|| "chdir to /")?;
+    let (sender, records) = crossbeam_channel::unbounded();
+    log::set_max_level(log::LevelFilter::Debug);
+    let _ = log::set_boxed_logger(Box::new(Records(sender)));
+
+    let socket = io::stdin();
+    let mut kept = Kept::default();
+    let ended = serve(&mut kept, socket.as_fd(), &records);
+    // Not dropped: that would unmount.
+    std::mem::forget(kept.mount.take());
+    ended.context(|| "mount keeper: standard input")
+}
+
+fn serve(kept: &mut Kept, socket: impl AsFd, records: &Receiver<(usize, String)>) -> Result<()> {
+    while let Some((request, _)) = wire::receive::<Request>(&socket)? {
+        let (result, descriptor) = match kept.answer(request) {
+            Ok((answer, descriptor)) => (Ok(answer), descriptor),
+            Err(error) => (Err(Failure::from(error)), None),
+        };
+        let reply = Reply { log: records.try_iter().collect(), result };
+        // The copy of /dev/fuse is closed here: the connection must end with the serving process.
+        let sent = wire::send(&socket, &reply, descriptor.as_ref().map(AsFd::as_fd));
+        if sent.is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+impl Kept {
+    fn answer(&mut self, request: Request) -> Result<(Answer, Option<OwnedFd>)> {
+        let done = Ok((Answer::Done, None));
+        match request {
+            Request::Remember { .. } | Request::Mount(_) if self.sealed => {
+                Err(Error::new(ErrorKind::InvalidArgument, "the mount keeper keeps one mount, and has it"))
+            }
+            Request::Remember { what, path, identity } => {
+                self.files.push((what, path.into(), identity));
+                done
+            }
+            Request::Mount(plan) => {
+                let (mount, device) = HostMount::mount(&plan.into())?;
+                self.sealed = true;
+                let path = mount.path().into();
+                self.mount = Some(mount);
+                Ok((Answer::Mounted(path), Some(device)))
+            }
+            Request::Unmount => match self.mount()?.unmount()? {
+                Unmounted::Done => done,
+                Unmounted::Busy => Ok((Answer::Busy, None)),
+            },
+            Request::Detach => self.mount()?.detach().and(done),
+            Request::Release => {
+                self.mount = None;
+                done
+            }
+            Request::Remove(what) => {
+                for (_, path, identity) in self.files.extract_if(.., |(which, ..)| *which == what) {
+                    remove(what, &path, identity)?;
+                }
+                done
+            }
+        }
+    }
+
+    fn mount(&self) -> Result<&HostMount> {
+        self.mount.as_ref().ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "nothing is mounted"))
+    }
+}
+
+/// Removes a file if it is still the one that was named.
+fn remove(what: Leftover, path: &Path, identity: (u64, u64)) -> Result<()> {
+    match what {
+        Leftover::Socket => crate::qmp::remove_socket(path, identity).context(|| format!("removing QMP socket {}", path.display())),
+        Leftover::Pidfile => {
+            let ours = path.symlink_metadata().is_ok_and(|there| (there.dev(), there.ino()) == identity);
+            let removed = if ours { std::fs::remove_file(path) } else { Ok(()) };
+            removed.context(|| format!("removing pidfile {}", path.display()))
+        }
+    }
+}
+
+/// Closes every descriptor but the standard ones.
+pub fn close_inherited() {
+    // Without /proc they stay open, which is no reason not to serve.
+    let Ok(open) = std::fs::read_dir("/proc/self/fd") else { return };
+    let open: Vec<i32> = open.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    for descriptor in open.into_iter().filter(|&descriptor| descriptor > 2) {
+        // The one by which the list was read is closed already.
+        let _ = nix::unistd::close(descriptor);
+    }
+}
+
+/// A logger that passes records on: they travel with the next reply, and the serving process logs them.
+struct Records(Sender<(usize, String)>);
+
+impl log::Log for Records {
+    fn enabled(&self, _metadata: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        let _ = self.0.send((record.level() as usize, record.args().to_string()));
+    }
+
+    fn flush(&self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::thread;
+
+    use rustix::net::{AddressFamily, SocketFlags, SocketType};
+
+    use super::super::Keeper;
+    use super::*;
+
+    /// Talks to a keeper that runs on a thread; returns what `talk` does, and how the keeper ended.
+    fn with_keeper<T>(mut kept: Kept, talk: impl FnOnce(Keeper) -> T) -> (T, Result<()>) {
+        let (ours, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let (sender, records) = crossbeam_channel::unbounded();
+        sender.send((2, "said before".to_string())).unwrap();
+        let keeper = thread::spawn(move || serve(&mut kept, &theirs, &records));
+        let talked = talk(Keeper { socket: ours, lost: Cell::new(false) });
+        (talked, keeper.join().unwrap())
+    }
+
+    fn identity(path: &Path) -> (u64, u64) {
+        let meta = path.symlink_metadata().unwrap();
+        (meta.dev(), meta.ino())
+    }
+
+    #[test]
+    fn files_go_when_they_are_let_go_and_still_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, replaced) = (dir.path().join("pid"), dir.path().join("socket"));
+        std::fs::write(&ours, "1").unwrap();
+        std::fs::write(&replaced, "1").unwrap();
+        let wrong = (identity(&replaced).0, identity(&replaced).1 + 1);
+        let (finished, ended) = with_keeper(Kept::default(), |keeper| {
+            let first = keeper.entrust(Leftover::Pidfile, &ours, identity(&ours)).unwrap();
+            let second = keeper.entrust(Leftover::Socket, &replaced, wrong).unwrap();
+            assert!(ours.exists());
+            drop((first, second));
+            assert!(!ours.exists() && replaced.exists());
+            keeper.finish()
+        });
+        assert!(finished.is_ok() && ended.is_ok());
+    }
+
+    #[test]
+    fn it_keeps_one_mount_and_takes_nothing_new_afterwards() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("precious");
+        std::fs::write(&path, "1").unwrap();
+        let sealed = Kept { sealed: true, ..Kept::default() };
+        let ((), ended) = with_keeper(sealed, |keeper| {
+            let error = keeper.entrust(Leftover::Pidfile, &path, identity(&path)).unwrap_err();
+            assert!(error.to_string().contains("keeps one mount"), "{error}");
+            // What it does not know it does not remove, unmount or detach.
+            for request in [Request::Remove(Leftover::Pidfile), Request::Release] {
+                keeper.ask(&request).unwrap();
+            }
+            for request in [Request::Unmount, Request::Detach] {
+                assert_eq!(keeper.ask(&request).unwrap_err().kind(), ErrorKind::InvalidArgument);
+            }
+            assert!(path.exists());
+        });
+        assert!(ended.is_ok());
+    }
+
+    #[test]
+    fn nonsense_ends_it() {
+        for nonsense in [&b"x"[..], b"\"Format\"", b"{\"Remove\":\"/etc/passwd\"}", b"[[[[", &[0xff; 70_000]] {
+            let (lost, ended) = with_keeper(Kept::default(), |keeper| {
+                rustix::net::send(&keeper.socket, nonsense, rustix::net::SendFlags::NOSIGNAL).unwrap();
+                let error = keeper.ask(&Request::Release).unwrap_err();
+                assert!(error.to_string().contains("mount keeper has died"), "{error}");
+                keeper.finish()
+            });
+            assert!(lost.is_err() && ended.is_err());
+        }
+    }
+}

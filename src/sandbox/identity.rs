@@ -1,0 +1,83 @@
+//! The user that the process becomes (`--user`).
+
+use std::io;
+
+use nix::unistd::{Gid, Group, Uid, User, setgroups, setresgid, setresuid};
+
+use crate::error::Context;
+use crate::{Error, ErrorKind, Result};
+
+/// A user and a group, by number.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Identity {
+    /// User id.
+    pub uid: u32,
+    /// Group id.
+    pub gid: u32,
+}
+
+impl Identity {
+    /// Whoever this process is.
+    pub fn current() -> Identity {
+        Identity { uid: rustix::process::getuid().as_raw(), gid: rustix::process::getgid().as_raw() }
+    }
+
+    /// What `--user` names: a user by name or number, and after a colon a group by name or number; without one, the user's own.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is no such user or group; [`ErrorKind::InvalidArgument`] where this process may not become another
+    /// user, for root, and for a number without a group that nobody has.
+    pub fn find(text: &str) -> Result<Identity> {
+        let wrong = |why: String| Error::new(ErrorKind::InvalidArgument, format!("--user {text}: {why}"));
+        let unknown = |what: &str, name: &str| Error::new(ErrorKind::NotFound, format!("--user {text}: there is no {what} {name}"));
+        if !rustix::process::geteuid().is_root() {
+            return Err(wrong("only root can become another user; start it as that user instead".to_string()));
+        }
+        let (name, group) = match text.split_once(':') {
+            Some((name, group)) => (name, Some(group)),
+            None => (text, None),
+        };
+        let number = |text: &str| text.parse::<u32>().ok().filter(|&id| id != u32::MAX);
+        let ask = |result: nix::Result<Option<User>>| result.map_err(io::Error::from).context(|| format!("--user {text}"));
+        // A number is a number, although a user could be called so.
+        let (uid, known) = match number(name) {
+            Some(uid) => (uid, if group.is_some() { None } else { ask(User::from_uid(Uid::from_raw(uid)))? }),
+            None => {
+                let user = ask(User::from_name(name))?.ok_or_else(|| unknown("user", name))?;
+                (user.uid.as_raw(), Some(user))
+            }
+        };
+        let gid = match (group, known) {
+            (None, Some(user)) => user.gid.as_raw(),
+            (None, None) => return Err(wrong(format!("nobody has this number, so name a group as well: --user {uid}:GID"))),
+            (Some(group), _) => match number(group) {
+                Some(gid) => gid,
+                None => {
+                    let found = Group::from_name(group).map_err(io::Error::from).context(|| format!("--user {text}"))?;
+                    found.ok_or_else(|| unknown("group", group))?.gid.as_raw()
+                }
+            },
+        };
+        if uid == 0 {
+            return Err(wrong("that is root, who keeps all rights; name another user".to_string()));
+        }
+        Ok(Identity { uid, gid })
+    }
+
+    /// Becomes this user, for good: no supplementary groups, real, effective and saved ids, in every thread. The kernel drops all capabilities
+    /// with the last id of root.
+    ///
+    /// # Errors
+    /// This process may not.
+    pub fn become_it(self) -> Result<()> {
+        let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
+        // The user last: without root none of the others is allowed.
+        setgroups(&[])
+            .and_then(|()| setresgid(gid, gid, gid))
+            .and_then(|()| setresuid(uid, uid, uid))
+            .map_err(io::Error::from)
+            .context(|| format!("becoming user {} of group {}", self.uid, self.gid))?;
+        assert_eq!(Identity::current(), self, "setresuid(2) has said that it was done");
+        Ok(())
+    }
+}

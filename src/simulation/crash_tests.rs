@@ -1,0 +1,262 @@
+//! A hundred thousand losses of power (P4, R1 to R16, 2.5): all pairs of operations above images in which everything is about to grow, then
+//! longer random ones. `CORDISK_CRASH_STATES` asks for more states, `CORDISK_SEED` for others, `CORDISK_CRASH` for one: the line that a
+//! failure prints.
+
+use std::sync::Arc;
+
+use super::cut::{Limits, Random, Tally, cut, ended};
+use super::start::{Fill, Start, base_bytes};
+use super::workload::{Files, Op, Story, play, written};
+
+/// Different states that all tests here look at together, at least.
+const STATES: usize = 150_000;
+
+/// Longer random workloads above each image, at least.
+const LONGER: usize = 150;
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|value| value.parse().ok())
+}
+
+/// The images to begin with. Clusters of 512 bytes where tables are to grow.
+fn starts() -> Vec<Start> {
+    let some = vec![(0, Fill::Data(1)), (1, Fill::Data(2)), (2, Fill::Zero), (6, Fill::Data(3)), (7, Fill::Reserved(4))];
+    let plain = vec![(0, Fill::Data(1)), (1, Fill::Data(2)), (6, Fill::Data(3))];
+    let start = |name, version, bits, order, size, base, clusters: &Vec<(u64, Fill)>| Start {
+        base,
+        clusters: clusters.clone(),
+        ..Start::new(name, version, bits, order, size)
+    };
+    let full = |start: Start, counted, free| Start { counted, free, ..start };
+    vec![
+        start("v3-512", 3, 9, 4, 64 << 10, 48 << 10, &some),
+        // The last cluster is there to its end, the disk is not, and there is more below than the guest may see: to grow it is to hide
+        // that.
+        start("v3-4k", 3, 12, 4, (125 << 10) + 512, 150 << 10, &[&some[..], &[(31, Fill::Data(5))]].concat()),
+        start("v2-512", 2, 9, 4, 64 << 10, 80 << 10, &plain),
+        start("v2-alone", 2, 9, 4, 40 << 10, 0, &plain),
+        start("v3-1bit", 3, 9, 0, 40 << 10, 40 << 10, &some),
+        // The last block is full but for some clusters; the next allocation needs another block.
+        full(start("v3-block", 3, 9, 6, 64 << 10, 64 << 10, &some), 64, 3),
+        full(start("v3-2bit-block", 3, 9, 1, 40 << 10, 0, &some), 2048, 2),
+        // Every block that the table has room for is there and full: it must move.
+        full(start("v3-table", 3, 9, 6, 64 << 10, 32 << 10, &some), 4096, 2),
+        // No L2 table, an L1 table that ends with the disk.
+        Start { autoclear: 1 << 40, ..start("v3-empty", 3, 9, 5, 64 << 10, 160 << 10, &Vec::new()) },
+        start("v3-4k-8bit", 3, 12, 3, 200 << 10, 100 << 10, &some),
+    ]
+}
+
+fn files(start: &Start) -> Files {
+    Files { overlay: start.bytes(), base: Arc::new(base_bytes(start.base)) }
+}
+
+/// One operation of every kind, at the places where they meet.
+fn alphabet(start: &Start) -> Vec<Op> {
+    let cluster = 1 << start.cluster_bits;
+    let half = start.size / 2;
+    let l2_span = (cluster * cluster / 8).min(half - half % cluster);
+    vec![
+        Op::Write(3 * cluster, cluster),
+        Op::Write(cluster / 2 + 100, cluster),
+        Op::Write(5 * cluster + 70, 30),
+        Op::Write(l2_span - 2 * cluster - 9, 4 * cluster),
+        Op::Write(7 * cluster, cluster),
+        Op::Read(4 * cluster + 5, 6 * cluster),
+        Op::Populate(0, start.size / 2),
+        Op::Stream,
+        Op::Discard(0, 2 * cluster),
+        Op::Discard(cluster / 2, 7 * cluster),
+        Op::Zero(0, 7 * cluster),
+        Op::Flush,
+        Op::Timer,
+        Op::Close,
+        Op::Grow(start.size + 3 * l2_span),
+        Op::During(1, Box::new(Op::Write(6 * cluster, 3 * cluster))),
+        Op::During(2, Box::new(Op::Discard(0, 7 * cluster))),
+        Op::During(1, Box::new(Op::Zero(cluster, 2 * cluster))),
+        Op::Full(1, Box::new(Op::Write(2 * cluster, 6 * cluster))),
+        Op::Full(2, Box::new(Op::Flush)),
+    ]
+}
+
+fn random_op(random: &mut Random, start: &Start, depth: u32) -> Op {
+    let cluster = 1 << start.cluster_bits;
+    let at = random.below(start.size - 1);
+    let at = if random.below(2) == 0 { at } else { at - at % cluster };
+    let most = (start.size - at).min(12 * cluster);
+    let len = 1 + random.below(most);
+    let len = if random.below(2) == 0 && len > cluster { len - len % cluster } else { len };
+    match random.below(if depth == 0 { 17 } else { 8 }) {
+        0..=3 => Op::Write(at, len),
+        4 => Op::Read(at, len),
+        5 => Op::Populate(at, len),
+        6 => Op::Discard(at, len),
+        7 => Op::Zero(at, len),
+        8..=10 => Op::Flush,
+        11 => Op::Timer,
+        12 => Op::Stream,
+        13 => Op::Full(
+            random.below(12),
+            Box::new(
+                [Op::Flush, Op::Stream, Op::Grow(2 * start.size), Op::Write(at, len), Op::Discard(at, len), Op::Close]
+                    [random.below(6) as usize]
+                    .clone(),
+            ),
+        ),
+        14 => Op::Grow(start.size + 512 * (1 + random.below(200))),
+        _ => Op::During(1 + random.below(5), Box::new(random_op(random, start, 1))),
+    }
+}
+
+fn story(start: &Start, ops: &[Op], failing_barrier: Option<u64>) -> (Story, String) {
+    let failing = failing_barrier.map_or(String::new(), |barrier| format!("!{barrier}"));
+    let label = format!("{}{failing}/{}", start.name, written(ops));
+    let played = std::panic::catch_unwind(|| play(&files(start), ops, failing_barrier));
+    match played {
+        Ok(story) => (story, label),
+        Err(panic) => {
+            println!("CORDISK_CRASH='{label}//'");
+            std::panic::resume_unwind(panic)
+        }
+    }
+}
+
+/// Replays the one state that is asked for, if it is of this image; tells whether any is asked for.
+fn replayed(start: &Start) -> bool {
+    let Ok(line) = std::env::var("CORDISK_CRASH") else { return false };
+    let mut parts = line.split('/');
+    let mut part = || parts.next().unwrap_or("");
+    let (name, ops, prefix, pieces) = (part(), part(), part(), part());
+    let (name, failing) = name.split_once('!').map_or((name, None), |(name, barrier)| (name, barrier.parse().ok()));
+    if name != start.name {
+        return true;
+    }
+    let ops = Op::parse_all(ops).expect("operations as they were printed");
+    let (story, label) = story(start, &ops, failing);
+    for (index, record) in story.records.iter().enumerate() {
+        match record {
+            super::Recorded::Write { kind, at, data } => println!("{index} {kind:?} {at:#x}+{:#x}", data.len()),
+            other => println!("{index} {other:?}"),
+        }
+    }
+    let pieces: Vec<usize> = pieces.split(',').filter_map(|piece| piece.parse().ok()).collect();
+    let limits = Limits { per_prefix: 1, reopen: 1, qemu: 1 };
+    let mut tally = Tally::default();
+    if let Ok(prefix) = prefix.parse() {
+        cut(&story, &label, limits, &mut tally, Some((prefix, &pieces)));
+        assert!(tally.states > 0, "no such state");
+    }
+    true
+}
+
+/// All pairs above one image, then random workloads until enough different states were seen.
+fn explore(name: &str) {
+    let starts = starts();
+    let start = starts.iter().find(|start| start.name == name).expect("a start of that name");
+    if replayed(start) {
+        return;
+    }
+    let wanted = number("CORDISK_CRASH_STATES").map_or(STATES, |states| states as usize) / starts.len();
+    let seed = number("CORDISK_SEED").unwrap_or(1);
+    println!("CORDISK_SEED={seed}");
+    let (mut tally, began) = (Tally::default(), std::time::Instant::now());
+    let ops = alphabet(start);
+    let pairs = ops.len() * ops.len();
+    // Two thirds of the states are those of pairs, whose records are about 16 long; half of those states were seen in other pairs.
+    let limits = Limits { per_prefix: (wanted * 2 / 3 / (pairs * 8)).max(10), reopen: 300, qemu: 2000 };
+    for first in &ops {
+        for second in &ops {
+            one(start, &[first.clone(), second.clone(), Op::Flush, Op::Close], limits, &mut tally);
+        }
+    }
+    // A pass that fails after the header names another refcount table, and a block more in the next one.
+    for write in 0..9 {
+        let (most, cluster) = (start.size / 2, 1 << start.cluster_bits);
+        let flush = Op::Full(write, Box::new(Op::Flush));
+        one(
+            start,
+            &[Op::Write(9 * cluster, 4 * cluster), flush, Op::Write(most - most % cluster, most), Op::Flush, Op::Close],
+            limits,
+            &mut tally,
+        );
+    }
+    let mut random = Random((seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ start.size) | 1);
+    let limits = Limits { per_prefix: 24, ..limits };
+    let mut longer = 0;
+    while tally.distinct.len() < wanted || longer < LONGER {
+        longer += 1;
+        let mut ops: Vec<_> = (0..3 + random.below(4)).map(|_| random_op(&mut random, start, 0)).collect();
+        ops.push(Op::Close);
+        one(start, &ops, limits, &mut tally);
+    }
+    println!(
+        "{name}: {} states, {} distinct, {} workloads, {} used again, {} shown to qemu-img, {:.1?}",
+        tally.states,
+        tally.distinct.len(),
+        tally.workloads,
+        tally.reopened,
+        tally.qemu,
+        began.elapsed()
+    );
+    assert!(tally.qemu > 0 && tally.reopened > 0);
+}
+
+fn one(start: &Start, ops: &[Op], limits: Limits, tally: &mut Tally) {
+    let (story, label) = story(start, ops, None);
+    ended(&story, &label);
+    cut(&story, &label, limits, tally, None);
+}
+
+macro_rules! crash_tests {
+    ($($test:ident: $name:literal,)*) => {
+        $(
+            #[test]
+            fn $test() {
+                explore($name);
+            }
+        )*
+
+        #[test]
+        fn every_start_has_a_test() {
+            assert_eq!(starts().iter().map(|start| start.name).collect::<Vec<_>>(), [$($name),*]);
+        }
+    };
+}
+
+crash_tests! {
+    power_cuts_version_3: "v3-512",
+    power_cuts_large_clusters: "v3-4k",
+    power_cuts_version_2: "v2-512",
+    power_cuts_version_2_alone: "v2-alone",
+    power_cuts_one_bit_refcounts: "v3-1bit",
+    power_cuts_new_refcount_block: "v3-block",
+    power_cuts_new_refcount_block_of_two_bits: "v3-2bit-block",
+    power_cuts_refcount_table_moves: "v3-table",
+    power_cuts_first_l2_table: "v3-empty",
+    power_cuts_large_clusters_of_eight_bits: "v3-4k-8bit",
+}
+
+/// P7: a barrier fails, whichever; what it should have covered is on disk or was thrown away. Nothing more is written, and the file is
+/// whole.
+#[test]
+fn failed_barriers_leave_the_file_whole() {
+    let mut tally = Tally::default();
+    let limits = Limits { per_prefix: 16, reopen: 100, qemu: 1000 };
+    for start in &starts() {
+        if replayed(start) {
+            continue;
+        }
+        for ops in alphabet(start).into_iter().filter(|op| !matches!(op, Op::Full(..))) {
+            for barrier in 0.. {
+                let ops = [Op::Write(9 << start.cluster_bits, 700), ops.clone(), Op::Flush, Op::Write(0, 512), Op::Close];
+                let (story, label) = story(start, &ops, Some(barrier));
+                cut(&story, &label, limits, &mut tally, None);
+                if !story.failed {
+                    break;
+                }
+            }
+        }
+    }
+    println!("{} states, {} distinct, {} workloads", tally.states, tally.distinct.len(), tally.workloads);
+}

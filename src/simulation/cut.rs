@@ -1,0 +1,394 @@
+//! Losing power: every state in which a workload could leave the file, and what must hold in each.
+//!
+//! At any moment, what no barrier has covered is on disk or not, sector by sector, in any combination; so are the new length of the file
+//! and holes. A sector holds one of the contents that the page cache held, never parts of two.
+
+use std::collections::{HashMap, HashSet};
+use std::process::Command;
+use std::sync::Arc;
+
+use super::spec::{self, Layout};
+use super::storage::{Recorded, SimStorage};
+use super::workload::{Fact, Files, Op, Story, play, written};
+use crate::storage::WriteKind;
+
+/// xorshift64*.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+}
+
+/// How much is looked at.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// States of one length of the record.
+    pub per_prefix: usize,
+    /// Every so many states one is opened by the engine, used, and cut again; 0 for none.
+    pub reopen: u64,
+    /// Every so many states one is shown to `qemu-img check`; 0 for none.
+    pub qemu: u64,
+}
+
+/// What was looked at.
+#[derive(Debug, Default)]
+pub struct Tally {
+    pub workloads: u64,
+    /// States checked.
+    pub states: u64,
+    /// Different files among them.
+    pub distinct: HashSet<u64>,
+    pub reopened: u64,
+    pub qemu: u64,
+    /// States that were checked with the same expectations before.
+    known: HashSet<(u64, u64)>,
+}
+
+/// Something that is on disk or not.
+struct Piece {
+    /// The record it comes from.
+    record: usize,
+    /// What was written; none for a hole and for the length.
+    kind: Option<WriteKind>,
+    change: Change,
+}
+
+enum Change {
+    Length(u64),
+    /// Number, content and its hash.
+    Sector(usize, Box<[u8; 512]>, u64),
+}
+
+fn mix(value: u64) -> u64 {
+    let value = (value ^ value >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    (value ^ value >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93) ^ value >> 29
+}
+
+/// Of a sector and its place; a sector of zeros is nothing.
+fn hash(sector: usize, content: &[u8]) -> u64 {
+    if content == [0; 512] {
+        return 0;
+    }
+    let (words, _) = content.as_chunks::<8>();
+    mix(words
+        .iter()
+        .fold(sector as u64 + 1, |hash, word| (hash.rotate_left(5) ^ u64::from_le_bytes(*word)).wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+}
+
+/// A record on its way through time.
+struct Cutter<'a> {
+    story: &'a Story,
+    label: &'a str,
+    limits: Limits,
+    /// What is on disk for certain, as long as the file ever gets; and its length.
+    durable: Vec<u8>,
+    durable_len: u64,
+    durable_hash: u64,
+    /// What readers see.
+    cache: Vec<u8>,
+    cache_len: u64,
+    pending: Vec<Piece>,
+    /// A copy of `durable` that is patched and patched back.
+    scratch: Vec<u8>,
+    checked: HashSet<(u64, usize)>,
+}
+
+/// Cuts a story at every length of its record. `only` is one state: length of the record, and the pieces that are on disk.
+///
+/// # Panics
+/// With the line that replays it, at the first state that is wrong.
+pub fn cut(story: &Story, label: &str, limits: Limits, tally: &mut Tally, only: Option<(usize, &[usize])>) {
+    let end = |record: &Recorded| match record {
+        Recorded::Write { at, data, .. } => at + data.len() as u64,
+        _ => 0,
+    };
+    let len = story.files.overlay.len() as u64;
+    let longest = story.records.iter().map(end).max().unwrap_or(0).max(len).next_multiple_of(512);
+    let mut durable = story.files.overlay.clone();
+    durable.resize(longest as usize, 0);
+    let durable_hash = durable.chunks(512).enumerate().fold(0, |sum, (sector, content)| sum ^ hash(sector, content));
+    let (cache, scratch) = (durable.clone(), durable.clone());
+    let (pending, checked) = (Vec::new(), HashSet::new());
+    let mut cutter =
+        Cutter { story, label, limits, durable, durable_len: len, durable_hash, cache, cache_len: len, pending, scratch, checked };
+    tally.workloads += 1;
+    for prefix in 0..=story.records.len() {
+        if let Some((wanted, pieces)) = only {
+            if prefix == wanted {
+                let chosen = (0..cutter.pending.len()).map(|piece| pieces.contains(&piece)).collect::<Vec<_>>();
+                cutter.state(prefix, &chosen, tally, true);
+            }
+        } else {
+            for chosen in cutter.choices(prefix) {
+                cutter.state(prefix, &chosen, tally, false);
+            }
+        }
+        if let Some(record) = story.records.get(prefix) {
+            cutter.advance(prefix, record);
+        }
+    }
+}
+
+impl Cutter<'_> {
+    fn advance(&mut self, index: usize, record: &Recorded) {
+        match record {
+            Recorded::Write { kind, at, data } => {
+                let end = at + data.len() as u64;
+                if end > self.cache_len {
+                    self.cache_len = end;
+                    self.pending.push(Piece { record: index, kind: None, change: Change::Length(end) });
+                }
+                self.cache[*at as usize..end as usize].copy_from_slice(data);
+                self.changed(index, Some(*kind), *at, end);
+            }
+            Recorded::Punch { at, len } => {
+                let end = (at + len).min(self.cache_len);
+                self.cache[*at as usize..end as usize].fill(0);
+                self.changed(index, None, *at, end);
+            }
+            Recorded::Sync { covers } => {
+                let pending = std::mem::take(&mut self.pending);
+                let (done, rest) = pending.into_iter().partition(|piece: &Piece| piece.record < *covers);
+                self.pending = rest;
+                for piece in done {
+                    match piece.change {
+                        Change::Length(len) => self.durable_len = len,
+                        Change::Sector(sector, content, new) => {
+                            let place = sector * 512..sector * 512 + 512;
+                            self.durable_hash ^= hash(sector, &self.durable[place.clone()]) ^ new;
+                            self.durable[place.clone()].copy_from_slice(&*content);
+                            self.scratch[place].copy_from_slice(&*content);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn changed(&mut self, record: usize, kind: Option<WriteKind>, at: u64, end: u64) {
+        for sector in (at / 512) as usize..end.div_ceil(512) as usize {
+            let mut content = Box::new([0; 512]);
+            content.copy_from_slice(&self.cache[sector * 512..][..512]);
+            let hash = hash(sector, &*content);
+            self.pending.push(Piece { record, kind, change: Change::Sector(sector, content, hash) });
+        }
+    }
+
+    /// Which pieces are on disk: all subsets of a few; of many the ones in which something is alone, or alone missing, and random ones.
+    fn choices(&self, prefix: usize) -> Vec<Vec<bool>> {
+        let n = self.pending.len();
+        if n < 16 && 1 << n <= self.limits.per_prefix.max(16) {
+            return (0..1u32 << n).map(|bits| (0..n).map(|piece| bits >> piece & 1 == 1).collect()).collect();
+        }
+        let chosen = |f: &dyn Fn(usize) -> bool| (0..n).map(f).collect::<Vec<bool>>();
+        let mut choices = vec![chosen(&|_| false), chosen(&|_| true)];
+        let mut kinds: Vec<_> = self.pending.iter().map(|piece| piece.kind).collect();
+        kinds.sort_unstable();
+        kinds.dedup();
+        for kind in kinds {
+            choices.push(chosen(&|piece| self.pending[piece].kind != kind));
+            choices.push(chosen(&|piece| self.pending[piece].kind == kind));
+        }
+        let mut records: Vec<_> = self.pending.iter().map(|piece| piece.record).collect();
+        records.dedup();
+        let mut more = Vec::new();
+        for record in records {
+            more.push(chosen(&|piece| self.pending[piece].record != record));
+            more.push(chosen(&|piece| self.pending[piece].record == record));
+        }
+        for one in 0..n {
+            more.push(chosen(&|piece| piece != one));
+            more.push(chosen(&|piece| piece == one));
+            more.push(chosen(&|piece| piece < one));
+            more.push(chosen(&|piece| piece >= one));
+        }
+        let mut random = Random(mix(hash(prefix, &label_block(self.label))) | 1);
+        let room = self.limits.per_prefix.saturating_sub(choices.len());
+        let systematic = if more.len() <= room { more.len() } else { room - room / 4 };
+        while more.len() > systematic {
+            more.swap_remove(random.below(more.len() as u64) as usize);
+        }
+        for _ in 0..room - systematic {
+            let (density, mut bits) = (1 + random.below(7), 0);
+            more.push(
+                (0..n)
+                    .map(|piece| {
+                        bits = if piece % 16 == 0 { random.next() } else { bits >> 4 };
+                        bits % 8 < density
+                    })
+                    .collect(),
+            );
+        }
+        choices.extend(more);
+        choices
+    }
+
+    /// Makes one state and looks at it.
+    fn state(&mut self, prefix: usize, chosen: &[bool], tally: &mut Tally, replay: bool) {
+        let on_disk = || self.pending.iter().zip(chosen).filter(|(_, chosen)| **chosen).map(|(piece, _)| &piece.change);
+        let len = on_disk().fold(self.durable_len, |len, change| if let Change::Length(new) = change { len.max(*new) } else { len });
+        let mut last: HashMap<usize, (&[u8; 512], u64)> = HashMap::new();
+        for change in on_disk() {
+            if let Change::Sector(sector, content, hash) = change
+                && (*sector as u64) * 512 < len
+            {
+                last.insert(*sector, (content, *hash));
+            }
+        }
+        let mut id = self.durable_hash;
+        for (&sector, (_, new)) in &last {
+            id ^= hash(sector, &self.durable[sector * 512..][..512]) ^ new;
+        }
+        let id = mix(id ^ mix(len));
+        let expectations = self.story.floors.iter().filter(|(from, _)| *from <= prefix).count()
+            + self.story.facts.iter().filter(|(from, _)| *from <= prefix).count();
+        let begun = self.story.begun.iter().filter(|from| **from <= prefix).count();
+        // The same state after the same operations above the same files was looked at already: in another pair with the same first half.
+        let (stem, ops) = self.label.rsplit_once('/').unwrap_or(("", self.label));
+        let words = ops.split(',').take(begun).flat_map(str::bytes);
+        let known = stem.bytes().chain(words).fold(expectations as u64, |sum, byte| mix(sum ^ u64::from(byte)));
+        if !replay && (!self.checked.insert((id, expectations)) || !tally.known.insert((id, known))) {
+            return;
+        }
+        tally.states += 1;
+        tally.distinct.insert(id);
+        let sectors: Vec<usize> = last.keys().copied().collect();
+        for (sector, (content, _)) in last {
+            self.scratch[sector * 512..][..512].copy_from_slice(content);
+        }
+        let bytes = &self.scratch[..len as usize];
+        let mut result = self.look(bytes, prefix);
+        if result.is_ok() && (replay || self.limits.qemu > 0 && tally.states.is_multiple_of(self.limits.qemu)) {
+            tally.qemu += 1;
+            result = qemu_check(bytes, &self.story.files.base);
+        }
+        if let Err(what) = result {
+            let pieces: Vec<_> = (0..chosen.len()).filter(|piece| chosen[*piece]).map(|piece| piece.to_string()).collect();
+            panic!("{what}\nCORDISK_CRASH='{}/{prefix}/{}'", self.label, pieces.join(","));
+        }
+        if replay || self.limits.reopen > 0 && tally.states.is_multiple_of(self.limits.reopen) {
+            tally.reopened += 1;
+            let pieces: Vec<_> = (0..chosen.len()).filter(|piece| chosen[*piece]).map(|piece| piece.to_string()).collect();
+            let place = format!("{}/{prefix}/{}", self.label, pieces.join(","));
+            println!("after the cut CORDISK_CRASH='{place}'");
+            let files = Files { overlay: bytes.to_vec(), base: Arc::clone(&self.story.files.base) };
+            use_again(&files, &place, id, tally);
+        }
+        for sector in sectors {
+            let place = sector * 512..sector * 512 + 512;
+            self.scratch[place.clone()].copy_from_slice(&self.durable[place]);
+        }
+    }
+
+    /// What must hold (2.5, P4, R12).
+    fn look(&self, bytes: &[u8], prefix: usize) -> Result<(), String> {
+        let verdict = spec::check(bytes);
+        if !verdict.errors.is_empty() {
+            return Err(verdict.errors.join("; "));
+        }
+        let layout = Layout::of(bytes)?;
+        if layout.features[0] != 0 {
+            return Err(format!("incompatible features {:#x}", layout.features[0]));
+        }
+        for (_, fact) in self.story.facts.iter().filter(|(from, _)| *from <= prefix) {
+            match *fact {
+                Fact::SizeAtLeast(size) if layout.size < size => return Err(format!("the size is {}, it was {size}", layout.size)),
+                Fact::Detached if layout.backing.0 != 0 => return Err("the backing link is back".into()),
+                _ => {}
+            }
+        }
+        let floors = self.story.floors.iter().rev().find(|(from, _)| *from <= prefix).map(|(_, floors)| floors);
+        for sector in 0..(layout.size / 512) as usize {
+            let found = self.story.files.sector(&layout, bytes, sector as u64);
+            let floor = floors.and_then(|floors| floors.get(sector)).copied().unwrap_or(0);
+            let mut allowed = self.story.values[sector][floor..].iter().take_while(|(from, _)| *from <= prefix);
+            if !allowed.any(|(_, value)| *value == found) {
+                let which = self.story.values[sector].iter().rposition(|(_, value)| *value == found);
+                return Err(format!(
+                    "sector {sector} reads {:02x?}…, value {which:?} of {}, values from {floor} on are allowed; {:?}",
+                    &found[..8],
+                    self.story.values[sector].len(),
+                    layout.find(bytes, sector as u64 * 512)
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The words of a label as a block to be hashed.
+fn label_block(label: &str) -> [u8; 512] {
+    let mut block = [0u8; 512];
+    for (index, byte) in label.bytes().enumerate() {
+        block[index % 512] = block[index % 512].wrapping_mul(31) ^ byte;
+    }
+    block
+}
+
+/// What a loss of power left is opened, read, written, and loses power again.
+fn use_again(files: &Files, place: &str, id: u64, tally: &mut Tally) {
+    let layout = Layout::of(&files.overlay).expect("was checked");
+    let whole: Vec<u8> = (0..layout.size / 512).flat_map(|sector| files.sector(&layout, &files.overlay, sector)).collect();
+    let image = files.open(SimStorage::new(files.overlay.clone())).unwrap_or_else(|error| panic!("{error}\nCORDISK_CRASH='{place}'"));
+    let mut found = vec![0; whole.len()];
+    image.read(0, &mut found).unwrap_or_else(|error| panic!("{error}\nCORDISK_CRASH='{place}'"));
+    assert!(found == whole, "the engine reads something else\nCORDISK_CRASH='{place}'");
+    let mut random = Random(id | 1);
+    let mut ops = Vec::new();
+    for _ in 0..2 {
+        let at = random.below(layout.size - 1);
+        let len = 1 + random.below((layout.size - at).min(3 << layout.cluster_bits));
+        ops.extend([Op::Write(at, len), if random.below(2) == 0 { Op::Flush } else { Op::Discard(at, len) }]);
+    }
+    ops.extend([Op::Stream, Op::Close]);
+    let story = play(files, &ops, None);
+    let label = format!("{place}/{}", written(&ops));
+    ended(&story, &label);
+    cut(&story, &label, Limits { per_prefix: 6, reopen: 0, qemu: 0 }, tally, None);
+}
+
+/// What the file must be when all is done and closed: without error, without a leak beyond those that it began with, and what the guest
+/// wrote.
+pub fn ended(story: &Story, label: &str) {
+    let after = spec::check(&story.end);
+    assert!(after.errors.is_empty(), "{}\nCORDISK_CRASH='{label}'", after.errors.join("; "));
+    let layout = Layout::of(&story.end).expect("was checked");
+    for (sector, expected) in story.now.as_chunks::<512>().0.iter().enumerate() {
+        let found = story.files.sector(&layout, &story.end, sector as u64);
+        assert!(found == *expected, "sector {sector} at the end\nCORDISK_CRASH='{label}'");
+    }
+    let (before, after) = (leaks(&story.files.overlay), leaks(&story.end));
+    // After a header write that failed nobody knows which of two L1 tables the header names: both stay.
+    assert!(after <= before || label.contains(":g"), "{after} leaks, {before} before\nCORDISK_CRASH='{label}'");
+}
+
+/// Clusters that are counted and not referenced, those beyond the end of the file too.
+fn leaks(bytes: &[u8]) -> u64 {
+    let layout = Layout::of(bytes).expect("was checked");
+    let beyond = (bytes.len() as u64).div_ceil(layout.cluster_size());
+    let covered = layout.refcount_table.1 * layout.cluster_size() / 8 * layout.block_entries();
+    // Nothing is that large: the last block with anything in it is not far behind the end.
+    let until = covered.min(beyond + 2 * layout.block_entries().max(4096));
+    spec::check(bytes).leaks + (beyond..until).filter(|&cluster| layout.refcount(bytes, cluster) != 0).count() as u64
+}
+
+fn qemu_check(bytes: &[u8], base: &[u8]) -> Result<(), String> {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("overlay.qcow2");
+    std::fs::write(&path, bytes).expect("written");
+    std::fs::write(dir.path().join("base.raw"), base).expect("written");
+    let output = Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&path).output().expect("QEMU's tools are installed");
+    match output.status.code() {
+        Some(0 | 3) => Ok(()),
+        _ => Err(format!("qemu-img: {}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))),
+    }
+}

@@ -1,0 +1,130 @@
+//! The end of the chain, another size, another file of the same name: H16 to H18, H34.
+
+use super::*;
+use crate::chain::Gate;
+use crate::create::{CreateOptions, create};
+use crate::disk::DiskOptions;
+
+/// Everything up, then the cut.
+fn stream(rig: &Rig) {
+    rig.disk.populate(0..rig.disk.size(), usize::MAX).unwrap();
+    rig.disk.detach_backing(usize::MAX, None).unwrap();
+}
+
+#[test]
+fn h16_the_base_stays_until_its_last_reader_has_gone() {
+    let rig = Rig::without_copy_on_read();
+    thread::scope(|scope| {
+        let held = hold_base(&rig, 5);
+        let reader = scope.spawn(|| rig.read(5));
+        held.wait_for(1);
+        let streamer = scope.spawn(|| stream(&rig));
+        rig.blocked(&streamer, &held);
+        assert!(rig.killed().has_backing);
+        drop(held);
+        assert_eq!(reader.join().unwrap(), from_base(5));
+        streamer.join().unwrap();
+    });
+    let judged = rig.closed();
+    assert!(!judged.has_backing);
+    assert!((0..CLUSTERS).all(|cluster| judged.at(cluster, CLUSTER).0 == from_base(cluster)));
+
+    // And no request at all is under way when the link goes.
+    let rig = Rig::new();
+    rig.disk.populate(0..rig.disk.size(), usize::MAX).unwrap();
+    rig.disk.flush().unwrap();
+    let host = rig.host(5);
+    thread::scope(|scope| {
+        let held = rig.overlay.hold(move |operation| operation.action == Action::Read && operation.at == host);
+        let reader = scope.spawn(|| rig.read(5));
+        held.wait_for(1);
+        let streamer = scope.spawn(|| rig.disk.detach_backing(usize::MAX, None).unwrap());
+        rig.blocked(&streamer, &held);
+        assert!(rig.killed().has_backing);
+        drop(held);
+        assert_eq!(reader.join().unwrap(), from_base(5));
+        streamer.join().unwrap();
+    });
+    assert!(!rig.closed().has_backing);
+}
+
+#[test]
+fn h17_a_discard_before_the_cut_hides_the_base_for_good() {
+    let rig = Rig::new();
+    rig.disk.populate(0..rig.disk.size(), usize::MAX).unwrap();
+    thread::scope(|scope| {
+        let held = hold_overlay(&rig, Action::Sync, 0);
+        let cut = scope.spawn(|| rig.disk.detach_backing(usize::MAX, None).unwrap());
+        held.wait_for(1);
+        // The cursor of the stream has passed them, the check before the cut has not begun.
+        rig.discard(2);
+        rig.disk.write_zeroes(3 * CLUSTER..4 * CLUSTER).unwrap();
+        assert_eq!((rig.read(2), rig.read(3)), (0, 0));
+        drop(held);
+        cut.join().unwrap();
+    });
+    let judged = rig.closed();
+    assert!(!judged.has_backing);
+    assert_eq!([1, 2, 3, 4].map(|cluster| judged.at(cluster, CLUSTER).0), [from_base(1), 0, 0, from_base(4)]);
+
+    // What was never copied keeps the link where it is.
+    let rig = Rig::new();
+    rig.disk.populate(CLUSTER..rig.disk.size(), usize::MAX).unwrap();
+    rig.disk.detach_backing(usize::MAX, None).unwrap_err();
+    assert!(rig.closed().has_backing);
+}
+
+#[test]
+fn h18_a_resize_waits_for_the_copy_and_hides_the_longer_base() {
+    let (before, after) = (8 * CLUSTER - 512, 12 * CLUSTER);
+    let rig = Rig::build(12, before, CLUSTERS, usize::MAX);
+    let rig = Rig { disk: rig.disk.with_copy_on_read(), ..rig };
+    thread::scope(|scope| {
+        let held = hold_base(&rig, 7);
+        let reader = scope.spawn(|| {
+            let mut buf = [0; 512];
+            rig.disk.read(7 * CLUSTER, &mut buf).unwrap();
+            buf[0]
+        });
+        held.wait_for(1);
+        let grow = scope.spawn(|| rig.disk.grow(after).unwrap());
+        rig.blocked(&grow, &held);
+        assert_eq!(rig.disk.size(), before);
+        drop(held);
+        assert_eq!(reader.join().unwrap(), from_base(7));
+        grow.join().unwrap();
+    });
+    let killed = rig.killed();
+    for at in [before, before + 500, 8 * CLUSTER, after - 1] {
+        assert_eq!(killed.guest[at as usize], 0, "byte {at} of the base shows");
+    }
+    assert_eq!(killed.guest[before as usize - 1], from_base(7));
+    rig.disk.populate(0..after, usize::MAX).unwrap();
+    assert_eq!((7..12).map(|cluster| rig.halves(cluster.max(8)).1).max(), Some(0));
+    rig.closed();
+}
+
+#[test]
+fn h34_a_renamed_base_stays_the_base() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, overlay) = (dir.path().join("base.raw"), dir.path().join("overlay.qcow2"));
+    std::fs::write(&base, vec![7; 1 << 20]).unwrap();
+    let options =
+        CreateOptions { overlay: overlay.clone(), base: "base.raw".into(), format: BackingFormat::Raw, size: None, cluster_size: 65536 };
+    create(&options).unwrap();
+    let options = DiskOptions { read_only: false, copy_on_read: true, gate: Gate::default(), full_check: false, reserve: None };
+    let disk = Disk::open(&overlay, &options).unwrap();
+    let mut buf = [0; 4096];
+    disk.read(0, &mut buf).unwrap();
+    // Somebody installs a new version under the old name.
+    std::fs::write(dir.path().join("new"), vec![9; 1 << 20]).unwrap();
+    std::fs::rename(dir.path().join("new"), &base).unwrap();
+    disk.read(512 << 10, &mut buf).unwrap();
+    assert_eq!(buf, [7; 4096], "two files are mixed");
+    disk.populate(0..1 << 20, usize::MAX).unwrap();
+    disk.detach_backing(usize::MAX, None).unwrap();
+    let mut all = vec![0; 1 << 20];
+    disk.read(0, &mut all).unwrap();
+    assert!(all.iter().all(|byte| *byte == 7));
+    disk.close().unwrap();
+}

@@ -1,0 +1,398 @@
+//! The engine under a scheduler that decides, at every lock, condition and atomic of [`crate::sync`], which thread goes on.
+//!
+//! ```text
+//! cargo test --features schedules --lib schedules                    some ten thousand schedules
+//! CORDISK_SCHEDULES=1000000 cargo test --features …                  so many of each program
+//! CORDISK_SEED=7 cargo test --features …                             the same programs and schedules again
+//! CORDISK_SCHEDULE=91… cargo test --features … schedules_of_guests   one schedule, as a failure has printed it
+//! ```
+//! Each run of a program makes its own small disk of 512-byte clusters, and draws its requests from the scheduler's random numbers, so that the
+//! printed schedule repeats all of it. Half of the schedules choose at random, half follow PCT: priorities with few changes, which finds any race
+//! that needs no more than [`DEPTH`] steps in a certain order. All orderings of atomics count as sequentially consistent here.
+//!
+//! What must hold: every read returns what overlapping requests allow ([`Ledger`]); at every flush and at random places, after a kill and after
+//! any loss of power, the image adds up and has what was flushed (P1, P4); nothing is leaked by an orderly end; nothing waits for ever.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use shuttle::rand::{Rng, thread_rng};
+use shuttle::scheduler::{PctScheduler, RandomScheduler, ReplayScheduler};
+use shuttle::{Config, Runner, thread};
+
+use super::judge::{Judged, judge};
+use super::{Action, Failure, Fault, Recorded, SimStorage, Times};
+use crate::chain::Chain;
+use crate::disk::{Disk, Local};
+use crate::format::{BackingFormat, BackingReference, Geometry, NewImage};
+use crate::image::Image;
+use crate::range_lock::RangeLock;
+use crate::storage::WriteKind;
+
+mod ledger;
+mod locks;
+
+use ledger::{Ledger, Moment, UNIT};
+
+/// Schedules of each program, if nothing else is asked for.
+const SCHEDULES: usize = 1500;
+/// How many changes of priority a PCT schedule has.
+const DEPTH: usize = 4;
+const CLUSTER: u64 = 512;
+/// Guest clusters that one L2 table maps.
+const PER_TABLE: u64 = CLUSTER / 8;
+
+/// Runs `program` under many schedules, half at random, half by PCT.
+fn explore(share: usize, program: fn()) {
+    let mut config = Config::new();
+    config.stack_size = 512 << 10;
+    config.silence_warnings = true;
+    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<u64>().ok());
+    if let Ok(schedule) = std::env::var("CORDISK_SCHEDULE") {
+        Runner::new(ReplayScheduler::new_from_encoded(schedule.trim()), config).run(program);
+        return;
+    }
+    let seed = number("CORDISK_SEED").unwrap_or(1);
+    let schedules = number("CORDISK_SCHEDULES").map_or(SCHEDULES * share, |schedules| schedules as usize).max(2);
+    println!("CORDISK_SEED={seed} CORDISK_SCHEDULES={schedules}; a failure prints its schedule: CORDISK_SCHEDULE=… repeats it");
+    let random = Runner::new(RandomScheduler::new_from_seed(seed, schedules / 2), config.clone()).run(program);
+    let pct = Runner::new(PctScheduler::new_from_seed(seed, DEPTH, schedules / 2), config).run(program);
+    println!("{random} random schedules, {pct} by priorities");
+}
+
+/// A number below `n`, from the scheduler.
+fn below(n: u64) -> u64 {
+    thread_rng().gen_range(0..n)
+}
+
+/// A flush that has succeeded.
+#[derive(Clone, Copy, Debug)]
+struct Flushed {
+    began: Moment,
+    ended: Moment,
+    /// So many changes were recorded when it returned.
+    recorded: usize,
+}
+
+/// A disk, and everything that is known of it.
+struct World {
+    disk: Disk,
+    overlay: Arc<SimStorage>,
+    /// The overlay when recording began.
+    start: Vec<u8>,
+    base: Vec<u8>,
+    /// The units of `window`.
+    ledger: Ledger,
+    /// Guest bytes that requests touch. What lies before reads as zero.
+    window: Range<u64>,
+    // The standard library's: no scheduler is to see it.
+    flushes: Mutex<Vec<Flushed>>,
+    /// Writes of the overlay may fail.
+    faulty: bool,
+}
+
+/// What a world is like.
+struct Shape {
+    version: u32,
+    window: Range<u64>,
+    based: bool,
+    /// Memory for L2 tables, bytes.
+    tables: usize,
+    faulty: bool,
+}
+
+impl Shape {
+    /// Eight clusters under one L2 table.
+    fn small() -> Shape {
+        Shape { version: 3, window: 0..8, based: true, tables: usize::MAX, faulty: false }
+    }
+
+    /// Six clusters around the end of an L2 table, with memory for one.
+    fn of_two_tables() -> Shape {
+        Shape { window: PER_TABLE - 3..PER_TABLE + 3, tables: CLUSTER as usize, ..Shape::small() }
+    }
+
+    fn build(&self) -> Arc<World> {
+        let window = self.window.start * CLUSTER..self.window.end * CLUSTER;
+        let mut base = vec![0; window.end as usize - 300]; // ends inside of a cluster, and of a unit
+        for (index, unit) in base.chunks_mut(UNIT).enumerate() {
+            // Clusters of zeros, of one zero unit, and of none.
+            unit.fill([201, 202, 0, 0, 203, 0][index % 6]);
+        }
+        base.truncate((window.end as usize - 300) / UNIT * UNIT);
+        let backing = self.based.then(|| BackingReference { name: "base.raw".into(), format: Some(BackingFormat::Raw) });
+        let geometry = Geometry::new(3, 9, 4, window.end).unwrap();
+        let overlay = SimStorage::new(Vec::new());
+        let mut bytes = Vec::new();
+        for (at, piece) in (NewImage { geometry, backing }).layout().unwrap() {
+            bytes.resize(bytes.len().max(at as usize), 0);
+            bytes.extend_from_slice(&piece);
+        }
+        if self.version == 2 {
+            // The fields behind byte 72 become the end of the header extensions.
+            bytes[7] = 2;
+            bytes[72..112].fill(0);
+        }
+        crate::storage::Storage::write_at(&*overlay, WriteKind::Header, 0, &bytes).unwrap();
+        let mut image = Image::open(overlay.clone()).unwrap();
+        image.limit_table_memory(self.tables);
+        let chain = self.based.then(|| Chain::of_raw(SimStorage::new(base.clone())));
+        let disk = Disk::for_tests(image, chain).with_copy_on_read();
+        if window.start > 0 {
+            disk.discard(0..window.start).unwrap();
+            disk.close().unwrap();
+        }
+        let start = overlay.bytes();
+        overlay.record();
+        let mut shown = if self.based { base.clone() } else { Vec::new() };
+        shown.resize(window.end as usize, 0);
+        let ledger = Ledger::new(&shown[window.start as usize..]);
+        let world = World { disk, overlay, start, base, ledger, window, flushes: Mutex::default(), faulty: false };
+        // Something to begin with, in memory or on disk.
+        for _ in 0..below(4) {
+            world.request();
+        }
+        if below(2) == 0 {
+            world.flush();
+        }
+        let world = World { faulty: self.faulty, ..world };
+        if self.faulty {
+            let writes_only = below(3) > 0;
+            let matches = move |action| matches!(action, Action::Write(_)) || (action == Action::Sync && !writes_only);
+            world.overlay.inject(Fault {
+                matches: Box::new(move |operation| matches(operation.action)),
+                after: below(12),
+                failure: Failure::Errno(if writes_only { 28 } else { 5 }),
+                times: if below(2) == 0 { Times::Once } else { Times::ForEver },
+            });
+        }
+        Arc::new(world)
+    }
+}
+
+impl World {
+    fn units(&self) -> u64 {
+        (self.window.end - self.window.start) / UNIT as u64
+    }
+
+    fn bytes(&self, units: &Range<usize>) -> Range<u64> {
+        self.window.start + (units.start * UNIT) as u64..self.window.start + (units.end * UNIT) as u64
+    }
+
+    /// A failure that was injected is no surprise.
+    fn expect<T>(&self, result: crate::Result<T>) -> Option<T> {
+        match result {
+            Err(error) if !self.faulty => panic!("{error}"),
+            result => result.ok(),
+        }
+    }
+
+    /// One request of a guest.
+    fn request(&self) {
+        let first = below(self.units()) as usize;
+        let units = first..(first + 1 + below(5) as usize).min(self.units() as usize);
+        let bytes = self.bytes(&units);
+        match below(10) {
+            0..=3 => self.write(units),
+            4..=6 => self.read(units),
+            7 => drop(self.expect(self.ledger.write(units, 0, || self.disk.write_zeroes(bytes)))),
+            8 => drop(self.expect(self.ledger.write(units, 0, || self.disk.discard(bytes)))),
+            _ => self.flush(),
+        }
+    }
+
+    /// As the mount does it: at once if that is possible.
+    fn write(&self, units: Range<usize>) {
+        let (at, value) = (self.bytes(&units).start, self.ledger.fresh_value());
+        let data = vec![value; units.len() * UNIT];
+        self.expect(self.ledger.write(units, value, || match self.disk.write_local(at, &data)? {
+            Local::Done => Ok(()),
+            Local::Miss => self.disk.write(at, &data),
+        }));
+    }
+
+    /// Reads never fail, whatever becomes of copies (P5).
+    fn read(&self, units: Range<usize>) {
+        let at = self.bytes(&units).start;
+        let mut buf = vec![0xa5; units.len() * UNIT];
+        let began = self.ledger.now();
+        if self.disk.read_local(at, &mut buf).unwrap() == Local::Miss {
+            self.disk.read(at, &mut buf).unwrap();
+        }
+        self.ledger.check(units.start, &buf, began, self.ledger.now(), "read");
+    }
+
+    fn flush(&self) {
+        let began = self.ledger.now();
+        if self.expect(self.disk.flush()).is_some() {
+            let recorded = self.overlay.recorded_len();
+            self.flushes.lock().unwrap().push(Flushed { began, ended: self.ledger.now(), recorded });
+        }
+    }
+
+    /// A stream of its own: everything up, then the cut.
+    fn stream(&self) {
+        let size = self.disk.size();
+        let step = (1 + below(4)) * CLUSTER;
+        let mut at = 0;
+        while at < size {
+            if self.expect(self.disk.populate(at..size.min(at + step), usize::MAX)).is_none() {
+                return;
+            }
+            at += step;
+        }
+        self.expect(self.disk.detach_backing(usize::MAX, None));
+    }
+
+    /// The overlay with the first `recorded` changes; those that no barrier covers only where `kept` says so, sector by sector.
+    fn overlay_at(&self, changes: &[Recorded], recorded: usize, mut kept: impl FnMut() -> bool) -> Vec<u8> {
+        let changes = &changes[..recorded];
+        let durable = changes.iter().map(|change| if let Recorded::Sync { covers } = change { *covers } else { 0 }).max().unwrap_or(0);
+        let mut bytes = self.start.clone();
+        for (index, change) in changes.iter().enumerate() {
+            let (at, data) = match change {
+                Recorded::Write { at, data, .. } => (*at as usize, data.to_vec()),
+                Recorded::Punch { at, len } => (*at as usize, vec![0; *len as usize]),
+                Recorded::Sync { .. } => continue,
+            };
+            for (sector, data) in data.chunks(512).enumerate() {
+                if index < durable || kept() {
+                    let at = at + sector * 512;
+                    bytes.resize(bytes.len().max(at + data.len()), 0);
+                    bytes[at..at + data.len()].copy_from_slice(data);
+                }
+            }
+        }
+        bytes
+    }
+
+    fn check(&self, bytes: &[u8], began: Moment, ended: Moment, what: &str) -> Judged {
+        let judged = judge(bytes, &self.base).unwrap_or_else(|error| panic!("{what}: {error}"));
+        self.ledger.check(0, &judged.guest[self.window.start as usize..], began, ended, what);
+        judged
+    }
+
+    /// Everybody has finished: what every flush left, what losses of power would have left, and the end.
+    fn judge_all(&self) {
+        self.read(0..self.units() as usize);
+        let closed = self.expect(self.disk.close()).is_some();
+        let end = self.ledger.now();
+        let changes = self.overlay.recorded();
+        let flushes = self.flushes.lock().unwrap().clone();
+        for flush in &flushes {
+            let (began, ended) = (flush.began, flush.ended);
+            self.check(&self.overlay_at(&changes, flush.recorded, || true), began, ended, "killed after a flush");
+            self.check(&self.overlay_at(&changes, flush.recorded, || false), began, ended, "power lost after a flush");
+        }
+        for _ in 0..3 {
+            let cut = below(changes.len() as u64 + 1) as usize;
+            let began = flushes.iter().filter(|flush| flush.recorded <= cut).map(|flush| flush.began).max().unwrap_or(0);
+            let chance = below(5);
+            self.check(&self.overlay_at(&changes, cut, || below(4) < chance), began, end, "power lost at any time");
+        }
+        if closed {
+            let judged = self.check(&self.overlay.bytes(), end, end + 1, "closed");
+            // What failed writes had allocated is free again as well.
+            assert_eq!(judged.leaks, 0, "leaked");
+            let names_backing = self.disk.info().unwrap().backing.len() == 1;
+            assert_eq!(judged.has_backing, names_backing, "header and memory agree about the backing file");
+        }
+    }
+}
+
+/// Runs tasks on one world side by side, then looks at what they have left.
+fn together(world: &Arc<World>, tasks: &[fn(&World)]) {
+    let tasks: Vec<_> = tasks
+        .iter()
+        .map(|&task| {
+            let world = Arc::clone(world);
+            thread::spawn(move || task(&world))
+        })
+        .collect();
+    tasks.into_iter().for_each(|task| task.join().unwrap());
+    world.judge_all();
+}
+
+fn guest(world: &World) {
+    for _ in 0..1 + below(3) {
+        world.request();
+    }
+}
+
+fn flusher(world: &World) {
+    for _ in 0..2 {
+        world.flush();
+    }
+}
+
+fn writer_who_flushes(world: &World) {
+    for _ in 0..2 {
+        let first = below(world.units()) as usize;
+        world.write(first..first + 1);
+        world.flush();
+    }
+}
+
+fn commit_timer(world: &World) {
+    for _ in 0..2 {
+        world.expect(world.disk.flush_if_dirty());
+    }
+}
+
+/// Allocations, frees and passes on one place, so that every freed cluster is wanted again at once (R7).
+fn recycler(world: &World) {
+    for _ in 0..3 {
+        let first = below(2) as usize * 2;
+        match below(3) {
+            0 => drop(world.expect(world.ledger.write(first..first + 2, 0, || world.disk.discard(world.bytes(&(first..first + 2)))))),
+            1 => world.write(first..first + 2),
+            _ => world.read(0..4),
+        }
+    }
+}
+
+fn streamer(world: &World) {
+    world.stream();
+}
+
+/// Requests of two guests, copy-on-read and flushes (H1 to H6, H8, H20).
+#[test]
+fn schedules_of_guests() {
+    explore(2, || together(&Shape::small().build(), &[guest, guest, guest]));
+}
+
+/// A stream that cuts the chain under requests (H1 to H4, H16, H17).
+#[test]
+fn schedules_of_a_stream_and_guests() {
+    explore(1, || together(&Shape::small().build(), &[streamer, guest, guest]));
+}
+
+/// Flushes share passes, and none returns before what it has to make durable is (P1, H9 to H11, H21).
+#[test]
+fn schedules_of_shared_flushes() {
+    explore(1, || together(&Shape::small().build(), &[writer_who_flushes, writer_who_flushes, flusher]));
+}
+
+/// Freed clusters are used again while readers, writers and passes of their first owners may be under way (H5 to H7).
+#[test]
+fn schedules_of_reuse() {
+    explore(2, || together(&Shape { based: false, ..Shape::small() }.build(), &[recycler, recycler, commit_timer, flusher]));
+}
+
+/// Two L2 tables and memory for one: what is dropped comes back as it was (H9 to H11).
+#[test]
+fn schedules_of_evicted_tables() {
+    explore(1, || together(&Shape::of_two_tables().build(), &[guest, guest, commit_timer]));
+}
+
+/// Version 2 has no zero clusters (H3, H17).
+#[test]
+fn schedules_of_version_2() {
+    explore(1, || together(&Shape { version: 2, ..Shape::small() }.build(), &[guest, guest, streamer]));
+}
+
+/// A host that fails: nobody who was told of success loses anything, and reads go on (P5 to P7, H12 to H14, H21).
+#[test]
+fn schedules_of_a_failing_host() {
+    explore(2, || together(&Shape { faulty: true, ..Shape::small() }.build(), &[guest, guest, writer_who_flushes]));
+}

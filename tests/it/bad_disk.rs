@@ -1,0 +1,313 @@
+//! Disks below us that go bad: one sector of the base, a base that shrinks, an overlay that cannot be written, an overlay whose flush fails
+//! (P5 to P9; data-safety 5.7). What a stream does about errors of its own is in `qmp_error_policy.rs`.
+
+use std::fs::{self, File};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use serde_json::json;
+
+use crate::support::mounts::umount;
+use crate::support::nbd::{Fault, NbdFile};
+use crate::support::{CLUSTER, Daemon, KIB, MIB, Mount, Pattern, Rig, Rng, Scratch, assert_same, errno, qemu, read_at, run_ok};
+
+const SIZE: u64 = 4 * MIB;
+
+fn at(offset: u64) -> usize {
+    usize::try_from(offset).expect("small")
+}
+
+fn slice<'a>(content: &'a [u8], range: &Range<u64>) -> &'a [u8] {
+    &content[at(range.start)..at(range.end)]
+}
+
+fn read(file: &File, range: &Range<u64>) -> std::io::Result<Vec<u8>> {
+    let mut buf = vec![0xEE; at(range.end - range.start)];
+    file.read_exact_at(&mut buf, range.start).map(|()| buf)
+}
+
+/// Reads random ranges: exactly those that touch `bad` fail, with EIO; all others are right.
+fn assert_only_this_is_bad(file: &File, content: &[u8], bad: &Range<u64>, rng: &mut Rng) {
+    let mut failed = 0;
+    for _ in 0..300 {
+        // Half of them around the bad place.
+        let range = match rng.below(2) {
+            0 => rng.range(SIZE, 300_000),
+            _ => {
+                let part = rng.range(4 * CLUSTER, 40_000);
+                let start = bad.start.saturating_sub(2 * CLUSTER);
+                start + part.start..(start + part.end).min(SIZE)
+            }
+        };
+        match read(file, &range) {
+            Ok(got) => {
+                assert!(range.end <= bad.start || bad.end <= range.start, "{range:?} touches {bad:?} and was read");
+                assert_same(&format!("{range:?}"), &got, slice(content, &range));
+            }
+            Err(error) => {
+                assert_eq!(error.raw_os_error(), Some(Errno::IO.raw_os_error()), "{range:?}");
+                assert!(range.start < bad.end && bad.start < range.end, "{range:?} does not touch {bad:?} and was not read");
+                failed += 1;
+            }
+        }
+    }
+    assert!(failed > 0, "the bad place was never met");
+}
+
+/// Protects: P8. One bad sector of 4 KiB in the base is EIO for whoever touches it and for nobody else, and nothing of its cluster is
+/// copied up; a write that needs the cluster's rest from below fails and changes nothing, one of the whole cluster does not need it; when the
+/// sector is good again it is read, and a stream completes.
+#[test]
+fn one_bad_sector_of_the_base() {
+    requires!("/dev/fuse", "qemu-img", "nbdkit", "nbdfuse");
+    let mut rng = Rng::for_test("one bad sector of the base");
+    let scratch = Scratch::new();
+    let mut content = Pattern::new(90, 1).bytes(0, SIZE);
+    let bad = MIB + 3 * CLUSTER + 20 * KIB..MIB + 3 * CLUSTER + 24 * KIB;
+    let cluster = MIB + 3 * CLUSTER..MIB + 4 * CLUSTER;
+    let base = NbdFile::serve(&scratch, "base.raw", &content, &bad);
+    let overlay = scratch.join("overlay.qcow2");
+    qemu::create(&overlay, None, "", Some(("base.raw", "raw")));
+    base.fail(Fault::Read);
+    let disk = Mount::named(&scratch, &overlay, "bad").start();
+    let file = disk.open();
+    assert_only_this_is_bad(&file, &content, &bad, &mut rng);
+    for offset in (0..SIZE).step_by(at(4 * KIB)) {
+        let page = offset..offset + 4 * KIB;
+        match read(&file, &page) {
+            Ok(got) => assert_same("page", &got, slice(&content, &page)),
+            Err(error) => assert_eq!((page, error.raw_os_error()), (bad.clone(), Some(Errno::IO.raw_os_error()))),
+        }
+    }
+    // The rest of the cluster would have to come from the bad place too.
+    let part = cluster.start + 5000;
+    assert_eq!(errno(file.write_all_at(&[7; 3000], part)), Errno::IO);
+    assert_same("what was not overwritten", &read_at(&file, part, 3000), slice(&content, &(part..part + 3000)));
+    drop(file);
+    disk.umount();
+    qemu::assert_clean(&overlay);
+    assert_eq!(qemu::local_ranges(&overlay), [0..cluster.start, cluster.end..SIZE], "all but the bad cluster was copied up");
+
+    // A whole cluster needs nothing from below, and hides the bad place for ever.
+    let whole = scratch.join("whole.qcow2");
+    qemu::create(&whole, None, "", Some(("base.raw", "raw")));
+    let disk = Mount::named(&scratch, &whole, "whole").start();
+    let file = disk.open();
+    let mut want = content.clone();
+    let data = Pattern::new(91, 2).bytes(cluster.start, CLUSTER);
+    file.write_all_at(&data, cluster.start).expect("a whole cluster");
+    want[at(cluster.start)..at(cluster.end)].copy_from_slice(&data);
+    drop(file);
+    assert_same("nothing is bad any more", &disk.read_all(), &want);
+    disk.umount();
+
+    base.repair(Fault::Read);
+    let disk = Mount::named(&scratch, &overlay, "good").qmp().start();
+    let file = disk.open();
+    assert_same("good again", &read_at(&file, bad.start, 4096), slice(&content, &bad));
+    file.write_all_at(&[7; 3000], part).expect("the rest of the cluster is there now");
+    content[at(part)..at(part) + 3000].fill(7);
+    drop(file);
+    assert_same("all of it", &disk.read_all(), &content);
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0"}));
+    client.wait_completed();
+    drop(client);
+    disk.umount();
+    drop(base);
+    qemu::assert_clean(&overlay);
+    qemu::assert_independent(&overlay);
+    assert_same("the overlay alone", &qemu::read_all(&overlay), &content);
+}
+
+/// Protects: P9. A base that shrinks while it is open is EIO for what is lost, to the byte, for guests and for a stream, and never zeros: the
+/// overlay holds none. Grown again, with what it held, it reads right.
+#[test]
+fn a_base_that_shrinks_and_grows_again() {
+    requires!("/dev/fuse", "qemu-img");
+    let mut rng = Rng::for_test("a base that shrinks");
+    for options in ["", "cluster_size=2M", "cluster_size=512"] {
+        eprintln!("\"{options}\"");
+        let rig = Rig::with(Pattern::new(92, 1).bytes(0, SIZE), options);
+        let disk = rig.mount().qmp().start();
+        let file = disk.open();
+        let end = 2 * MIB + 5000;
+        File::options().write(true).open(&rig.base).and_then(|base| base.set_len(end)).expect("truncate the base");
+        assert_only_this_is_bad(&file, &rig.content, &(end..SIZE), &mut rng);
+        // A write into a cluster of which a part is lost.
+        if options != "cluster_size=512" {
+            assert_eq!(errno(file.write_all_at(&[7; 100], SIZE - 1000)), Errno::IO);
+        }
+        let mut client = disk.client();
+        client.ok("block-stream", json!({"device": "drive0"}));
+        let event = client.wait_event("BLOCK_JOB_COMPLETED");
+        assert_eq!(event["data"]["error"], "Input/output error", "{event}");
+        assert!(event["data"]["offset"].as_u64().is_some_and(|offset| offset <= end), "{event}");
+        file.sync_all().expect("nothing is wrong with the overlay");
+        drop((file, client));
+        disk.umount();
+        fs::write(&rig.base, &rig.content).expect("the base as it was");
+        qemu::assert_clean(&rig.overlay);
+        let local = qemu::local_ranges(&rig.overlay);
+        let lost = local.iter().find(|range| range.end > end);
+        assert_eq!(lost, None, "something of what was lost was copied up");
+        assert_same("with the base as it was", &qemu::read_all(&rig.overlay), &rig.content);
+
+        // The same without an end of the daemon in between.
+        let disk = rig.mount().qmp().start();
+        let file = disk.open();
+        let base = File::options().write(true).open(&rig.base).expect("base");
+        base.set_len(end).expect("truncate the base again");
+        assert_only_this_is_bad(&file, &rig.content, &(end..SIZE), &mut rng);
+        base.write_all_at(&rig.content[at(end)..], end).expect("grow it again");
+        assert_same("grown again", &disk.read_all(), &rig.content);
+        let mut client = disk.client();
+        client.ok("block-stream", json!({"device": "drive0"}));
+        client.wait_completed();
+        drop((file, client));
+        disk.umount();
+        rig.assert_standalone(&rig.content);
+    }
+}
+
+/// An overlay on a disk that can go bad, over a base on one that does not.
+struct BadOverlay {
+    // Dropped in this order.
+    served: NbdFile,
+    want: Vec<u8>,
+    scratch: Scratch,
+}
+
+impl BadOverlay {
+    fn new() -> BadOverlay {
+        let scratch = Scratch::new();
+        let want = Pattern::new(93, 1).bytes(0, SIZE);
+        let base = scratch.write("base.raw", &want);
+        let image = scratch.join("image");
+        qemu::create(&image, None, "", Some((base.to_str().expect("UTF-8"), "raw")));
+        // As on a block device the image has all the room it will ever need.
+        run_ok(std::process::Command::new("truncate").args(["-s", "8M"]).arg(&image));
+        let served = NbdFile::serve(&scratch, "overlay", &fs::read(&image).expect("image"), &(0..0));
+        BadOverlay { served, want, scratch }
+    }
+
+    fn mount(&self, name: &str) -> Daemon {
+        Mount::named(&self.scratch, self.served.path(), name).args(&["--reserve", "0"]).qmp().start()
+    }
+
+    fn write(&mut self, file: &File, offset: u64, version: u32) {
+        let data = Pattern::new(94, version).bytes(offset, 5000);
+        file.write_all_at(&data, offset).unwrap_or_else(|error| panic!("write at {offset}: {error}"));
+        self.want[at(offset)..at(offset) + 5000].copy_from_slice(&data);
+    }
+
+    fn refuse(&self, file: &File, offset: u64) {
+        assert_eq!(errno(file.write_all_at(&[9; 5000], offset)), Errno::IO, "write at {offset}");
+    }
+}
+
+/// Protects: P5 and P6. While the overlay cannot be written, everything is still read, cold and warm; a write fails alone and changes no mapping;
+/// a stream fails and keeps the base; when the disk is good again all of it works without a new mount, and nothing is corrupt.
+#[test]
+fn an_overlay_that_cannot_be_written_for_a_while() {
+    requires!("/dev/fuse", "qemu-img", "nbdkit", "nbdfuse");
+    let mut bad = BadOverlay::new();
+    let disk = bad.mount("disk");
+    let file = disk.open();
+    bad.write(&file, 10 * CLUSTER + 100, 2);
+    assert_same("a part is local", &read_at(&file, 0, at(4 * CLUSTER)), &bad.want[..at(4 * CLUSTER)]);
+    file.sync_all().expect("fsync");
+
+    bad.served.fail(Fault::Write);
+    assert_same("local and cold", &disk.read_all(), &bad.want);
+    assert!(disk.log().contains("copy-on-read failed"), "no copy was ever tried\n{}", disk.log());
+    bad.refuse(&file, 20 * CLUSTER + 5);
+    assert_same("what was not written", &read_at(&file, 20 * CLUSTER, 9000), &bad.want[at(20 * CLUSTER)..at(20 * CLUSTER) + 9000]);
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0"}));
+    let event = client.wait_event("BLOCK_JOB_COMPLETED");
+    assert_eq!(event["data"]["error"], "Input/output error", "{event}");
+    assert_same("after the job", &disk.read_all(), &bad.want);
+
+    bad.served.repair(Fault::Write);
+    bad.write(&file, 20 * CLUSTER + 5, 3);
+    file.sync_all().expect("a flush when the disk is good again");
+    assert_same("good again", &disk.read_all(), &bad.want);
+    client.ok("block-stream", json!({"device": "drive0"}));
+    client.wait_completed();
+    drop((file, client));
+    disk.umount();
+    qemu::assert_clean(bad.served.below());
+    qemu::assert_independent(bad.served.below());
+    assert_same("the overlay alone", &qemu::read_all(bad.served.below()), &bad.want);
+}
+
+/// Protects: P7. After one flush that failed, no flush and no write succeeds any more, however good the disk is again, because nobody knows what
+/// the failed one has lost; reads go on; the exit status says that something is wrong. A new mount begins anew, with all that had been flushed.
+#[test]
+fn a_flush_that_failed_is_final() {
+    requires!("/dev/fuse", "qemu-img", "nbdkit", "nbdfuse");
+    let mut bad = BadOverlay::new();
+    let mut disk = bad.mount("first");
+    let file = disk.open();
+    bad.write(&file, 10 * CLUSTER + 100, 2);
+    bad.write(&file, MIB, 3);
+    file.sync_all().expect("fsync");
+    bad.served.fail(Fault::Flush);
+    // In place, so that it is there whether or not it was flushed: this host does not lose its memory.
+    bad.write(&file, MIB, 4);
+    assert_eq!(errno(file.sync_all()), Errno::IO);
+    bad.served.repair(Fault::Flush);
+    for _ in 0..3 {
+        assert_eq!(errno(file.sync_all()), Errno::IO, "never retried with success");
+        bad.refuse(&file, MIB);
+        bad.refuse(&file, 30 * CLUSTER);
+    }
+    assert_same("reads go on", &disk.read_all(), &bad.want);
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0"}));
+    let event = client.wait_event("BLOCK_JOB_COMPLETED");
+    assert_eq!(event["data"]["error"], "Input/output error", "{event}");
+    assert_eq!(event["data"]["offset"], 0, "{event}");
+    drop((file, client));
+    umount(disk.path());
+    let status = disk.ended_within(Duration::from_secs(30)).expect("it ends");
+    assert_eq!(status.code(), Some(1), "{}", disk.log());
+    drop(disk);
+    qemu::assert_not_corrupt(bad.served.below());
+
+    let disk = bad.mount("second");
+    let file = disk.open();
+    assert_same("all that was flushed", &disk.read_all(), &bad.want);
+    bad.write(&file, MIB, 5);
+    file.sync_all().expect("a new mount begins anew");
+    drop(file);
+    disk.umount();
+    qemu::assert_not_corrupt(bad.served.below());
+    assert_same("in the end", &qemu::read_all(bad.served.below()), &bad.want);
+}
+
+/// Protects: P10: the first mount notes what the base is like; when it has changed since, the next mount says so, and only then.
+#[test]
+fn a_base_that_changed_between_two_mounts_is_warned_of() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    // The daemons of one scratch directory share a log.
+    let warnings_after_a_mount = || {
+        let disk = rig.mount().start();
+        assert_same("whatever the base is like", &disk.read_all(), &rig.content);
+        let warnings = disk.log().matches("a backing file was changed or exchanged").count();
+        disk.umount();
+        warnings
+    };
+    assert_eq!(warnings_after_a_mount(), 0, "nothing was noted yet");
+    assert_eq!(warnings_after_a_mount(), 0, "nothing has changed");
+    File::options().write(true).open(&rig.base).expect("base").set_modified(std::time::UNIX_EPOCH).expect("another time");
+    assert_eq!(warnings_after_a_mount(), 1, "the base has changed");
+    assert_eq!(warnings_after_a_mount(), 2, "and nobody has said that it may");
+    rustix::fs::removexattr(&rig.overlay, "user.cordisk.base").expect("accepted");
+    assert_eq!(warnings_after_a_mount(), 2, "noted anew");
+    rig.assert_overlay(&rig.content);
+}
