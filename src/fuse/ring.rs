@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::thread;
 
 use crossbeam_channel::{Receiver, Sender};
+use io_uring::register::Restriction;
 use io_uring::types::Fd;
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use rustix::event::EventfdFlags;
@@ -102,8 +103,7 @@ impl Rings {
         }
         // One more submission than entries: the eventfd's poll.
         let size = u32::try_from(depth(queues) + 1).unwrap_or(u32::MAX);
-        let ring = || Ring::builder().setup_submit_all().setup_cqsize(2 * size.next_power_of_two()).build(size);
-        (0..queues).map(|_| ring()).collect::<io::Result<_>>().map(Rings).map_err(|error| format!("io_uring: {error}"))
+        (0..queues).map(|_| ring(size)).collect::<io::Result<_>>().map(Rings).map_err(|error| format!("io_uring: {error}"))
     }
 
     /// Registers entries and serves them, a thread for each queue, until the disk is unmounted. `device` is the session's, after the kernel's INIT
@@ -131,6 +131,16 @@ impl Rings {
         }
         Ok(())
     }
+}
+
+/// A ring for so many commands. It takes those of FUSE and the poll of an eventfd and nothing else: what is done through a ring is seen by no filter of
+/// system calls.
+fn ring(size: u32) -> io::Result<Ring> {
+    let ring: Ring = Ring::builder().setup_r_disabled().setup_submit_all().setup_cqsize(2 * size.next_power_of_two()).build(size)?;
+    let mut allowed = [opcode::UringCmd80::CODE, opcode::PollAdd::CODE].map(Restriction::sqe_op);
+    ring.submitter().register_restrictions(&mut allowed)?;
+    ring.submitter().register_enable_rings()?;
+    Ok(ring)
 }
 
 /// Entries of each queue.
@@ -489,6 +499,7 @@ mod tests {
         entry.header()[8..16].copy_from_slice(&77u64.to_ne_bytes());
         drop(Pending { slot: 5, entry: Some(entry), back });
         let (slot, mut entry) = returned.try_recv().unwrap();
-        assert_eq!((slot, &entry.header()[4..8], &entry.header()[8..16]), (5, &(-5i32).to_ne_bytes()[..], &77u64.to_ne_bytes()[..]));
+        let header = entry.header();
+        assert_eq!((slot, &header[4..8], &header[8..16]), (5, &(-5i32).to_ne_bytes()[..], &77u64.to_ne_bytes()[..]));
     }
 }
