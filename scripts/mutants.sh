@@ -14,9 +14,11 @@ name is printed. Ends with 1 if a step was missed by nobody.
   --list      names the steps and what they are for
   -h, --help  this text
 
+The suite runs once with all steps first, and must pass. A test that stands still for 90 seconds is ended, and has noticed.
+
 Environment:
   CORDISK_SEED=N          seed of the random tests
-  CORDISK_MUTANT_LIMIT=N  seconds that the suite may take without a step (default 300); longer counts as noticed: a deadlock
+  CORDISK_CRASH_STATES=N  how many states after a loss of power are looked at (default here: 2000; more takes longer)
 END
 }
 
@@ -34,8 +36,9 @@ cd "$repo"
 have cargo || die "cargo is not in PATH; see https://rustup.rs"
 
 # Rooms that know nothing of the disk cannot notice; leaving them out saves most of the time.
+readonly long='simulation'
 readonly rooms='(image|disk|stream|storage|range_lock|fuse|chain|simulation)::'
-limit=${CORDISK_MUTANT_LIMIT:-300}
+export CORDISK_CRASH_STATES=${CORDISK_CRASH_STATES:-2000}
 export CORDISK_SEED=${CORDISK_SEED:-$((RANDOM * 32768 + RANDOM))}
 unset CORDISK_MUTANT
 
@@ -54,14 +57,20 @@ fi
 # run STEP LOG: the suite without this step, up to the first failure.
 run() {
     local step=$1 log=$2
-    CORDISK_MUTANT=$step timeout -k 5 "$limit" cargo nextest run --locked --lib --fail-fast --no-tests=fail \
-        --status-level fail --final-status-level none -E "test(/^$rooms/)" >"$log" 2>&1
+    # Short tests first would be better still, but nextest has no order of its own; what is known to be long is left to the second part.
+    local part
+    for part in "test(/^$rooms/) - test(/^$long::/)" "test(/^$long::/)"; do
+        ${step:+env CORDISK_MUTANT="$step"} cargo nextest run --locked --lib --profile mutants --fail-fast --no-tests=fail \
+            --status-level fail --final-status-level none -E "$part" >"$log" 2>&1 || return
+    done
 }
 
 have cargo-nextest || die "cargo-nextest is not in PATH; cargo install --locked cargo-nextest"
 printf 'seed: CORDISK_SEED=%s\n' "$CORDISK_SEED"
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
+run '' "$log" || { cat "$log" >&2 && die "the suite fails with all steps in place"; }
+printf 'with all steps in place every test passes\n'
 noticed=0 missed=()
 for line in "${known[@]}"; do
     step=${line%%$'\t'*}
@@ -71,7 +80,6 @@ for line in "${known[@]}"; do
     run "$step" "$log" || status=$?
     case $status in
         0) missed+=("$step") && by="${red}nobody$plain" ;;
-        124 | 137) by='a deadlock' ;;
         *) by=$(sed 's/\x1b\[[0-9;]*m//g' "$log" | sed -n 's/^ *\(FAIL\|SIGABRT\|TIMEOUT\) \[[^]]*\] *\(([^)]*) *\)\{0,1\}cordisk *//p' | head -n 1) ;;
     esac
     if ((status)) && [[ -z $by ]]; then

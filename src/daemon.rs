@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, select, unbounded};
+use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use rustix::fs::Mode;
 
 use crate::chain::{Gate, Roots};
@@ -306,7 +306,13 @@ impl CommitTimer {
         let (stop, stopped) = crossbeam_channel::bounded(0);
         let body = move || {
             let mut last = None;
-            while stopped.recv_timeout(COMMIT_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+            let wanted = disk.commit_wanted();
+            loop {
+                select! {
+                    recv(stopped) -> _ => break,
+                    recv(wanted) -> _ => {}
+                    default(COMMIT_INTERVAL) => {}
+                }
                 let error = disk.flush_if_dirty().err().map(|error: Error| error.to_string());
                 // Once per cause: an error of fdatasync stays for ever (P7).
                 if let Some(error) = &error

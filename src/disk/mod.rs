@@ -19,6 +19,8 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use crossbeam_channel::{Receiver, never};
 use std::time::{Duration, Instant};
 
 use crate::chain::{Chain, Content, Gate, LayerInfo};
@@ -184,38 +186,19 @@ impl Disk {
     /// A writable disk above storages that were not opened by name. Reads do not copy up.
     #[cfg(any(test, fuzzing))]
     pub(crate) fn for_tests(image: Image, chain: Option<Chain>) -> Disk {
-        Disk::for_tests_with(image, chain, false)
+        Disk::assemble("/overlay.qcow2".into(), Overlay::Writable(Box::new(image)), chain, false, None)
     }
 
-    /// As [`Disk::for_tests`]; says whether reads copy up.
-    #[cfg(test)]
-    pub(crate) fn for_tests_with(image: Image, chain: Option<Chain>, copy_on_read: bool) -> Disk {
-        Disk::assemble("/overlay.qcow2".into(), Overlay::Writable(Box::new(image)), chain, copy_on_read, None)
-    }
-
-    /// The same disk, but reads copy up.
-    #[cfg(test)]
-    pub(crate) fn with_copy_on_read(mut self) -> Disk {
-        self.copy_on_read = true;
-        self
+    /// The same disk; says whether reads copy up.
+    #[cfg(any(test, fuzzing))]
+    pub(crate) fn copying_up(self, copy_on_read: bool) -> Disk {
+        Disk { copy_on_read, ..self }
     }
 
     /// How many requests wait for a range.
     #[cfg(test)]
     pub(crate) fn waiting(&self) -> usize {
         self.in_flight.waiting()
-    }
-
-    /// As [`Disk::for_tests`], and reads copy up.
-    #[cfg(test)]
-    pub(crate) fn for_tests_copying_up(image: Image, chain: Option<Chain>) -> Disk {
-        Disk { copy_on_read: true, ..Disk::for_tests(image, chain) }
-    }
-
-    /// The same disk, but reads copy up.
-    #[cfg(any(test, fuzzing))]
-    pub(crate) fn copying_up(self) -> Disk {
-        Disk { copy_on_read: true, ..self }
     }
 
     fn reader(&self) -> &ImageReader {
@@ -308,6 +291,14 @@ impl Disk {
         match &self.overlay {
             Overlay::Writable(image) => image.flush_if_dirty(),
             Overlay::ReadOnly(_) => Ok(()),
+        }
+    }
+
+    /// Yields when so much waits to be committed that [`Disk::flush_if_dirty`] should be called before its time.
+    pub fn commit_wanted(&self) -> Receiver<()> {
+        match &self.overlay {
+            Overlay::Writable(image) => image.commit_wanted(),
+            Overlay::ReadOnly(_) => never(),
         }
     }
 

@@ -47,8 +47,10 @@ pub enum Unmounted {
 #[derive(Debug)]
 pub(super) struct Attachment {
     path: PathBuf,
-    /// `major:minor` of our file system.
+    /// `major:minor` of our file system. The kernel gives it to the next mount as soon as ours is gone.
     device: String,
+    /// The image, which nobody else can mount while we have it locked.
+    source: PathBuf,
 }
 
 /// Opens /dev/fuse. fusermount3 opens it with the user's own privileges too, so without this there is no mount.
@@ -77,8 +79,8 @@ pub(super) fn attach(device: OwnedFd, target: &Mountpoint, options: &MountPlan) 
         Err(errno) => return Err(Error::io(what(), errno.into())),
     };
     match mountinfo::mounted_at(target.path())? {
-        Some(entry) if entry.fs_type.starts_with("fuse") => {
-            Ok((device, Attachment { path: target.path().to_path_buf(), device: entry.device }))
+        Some(entry) if entry.fs_type.starts_with("fuse") && entry.source == options.source => {
+            Ok((device, Attachment { path: target.path().to_path_buf(), device: entry.device, source: entry.source }))
         }
         // Closing the device, here, makes it a dead mount wherever it is.
         _ => Err(Error::new(ErrorKind::Io, format!("{}: it is not in the list of mounts", what()))),
@@ -233,7 +235,7 @@ impl Attachment {
 
     /// The entry of our mount, while it is there and on top.
     fn entry(&self) -> Result<Option<mountinfo::MountEntry>> {
-        Ok(mountinfo::mounted_at(&self.path)?.filter(|entry| entry.device == self.device))
+        Ok(mountinfo::mounted_at(&self.path)?.filter(|entry| entry.device == self.device && entry.source == self.source))
     }
 
     fn helper(&self, flag: &str) -> io::Result<Output> {

@@ -141,7 +141,10 @@ impl Allocator {
         state.refcounts.evict();
         let (start, len) = match state.freed.take(at_most) {
             Some((start, len)) => {
-                state.count(start..start + len)?;
+                if let Err(error) = state.count(start..start + len) {
+                    (start..start + len).for_each(|cluster| state.freed.add(cluster));
+                    return Err(error);
+                }
                 (start, len)
             }
             None => self.take_unused(state, at_most)?,
@@ -176,7 +179,10 @@ impl Allocator {
     fn take_unused(&self, state: &mut State, at_most: u64) -> Result<(u64, u64)> {
         self.search_gaps(state)?;
         if let Some((start, len)) = state.gaps.take(at_most) {
-            state.count(start..start + len)?;
+            if let Err(error) = state.count(start..start + len) {
+                (start..start + len).for_each(|cluster| state.gaps.add(cluster));
+                return Err(error);
+            }
             return Ok((start, len));
         }
         if state.reserved.is_empty() {

@@ -14,10 +14,12 @@
 
 use std::sync::Arc;
 
+use crossbeam_channel::{Receiver, Sender, bounded};
+
 use crate::format::{BackingReference, Geometry, GuestOffset, Header, Mapping, feature, patch};
 use crate::mutants::{Step, without};
 use crate::storage::{Storage, WriteKind};
-use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Mutex, RwLock, rank};
 use crate::{Error, ErrorKind, Result};
 
@@ -48,6 +50,9 @@ const HEADER_AREA: u64 = 2 << 20;
 
 /// Memory for the L2 tables of the overlay, bytes; exceeded only while they are all dirty. 64 MiB map 512 GiB at 64 KiB clusters.
 const OVERLAY_TABLE_MEMORY: usize = 64 << 20;
+/// A commit is asked for when so many bytes of new clusters wait for one: what a crash leaks stays small, and the next flush of the guest short.
+const UNCOMMITTED_DATA: u64 = 256 << 20;
+
 /// Memory for the L2 tables of one backing file, bytes: read once each by a stream.
 const BACKING_TABLE_MEMORY: usize = 16 << 20;
 
@@ -115,6 +120,12 @@ pub struct Image {
     /// One fdatasync at a time: the kernel reports an error once per open file, and of two at the same time it would be the wrong one that
     /// succeeds. The next one finds the latch (P7, H21).
     barriers: Mutex<{ rank::BARRIER }, ()>,
+    /// Bytes of new clusters since the last pass began.
+    uncommitted: AtomicU64,
+    /// The last pass could not lower the refcounts of what it had freed.
+    unreleased: AtomicBool,
+    /// Told when a commit should not wait for the timer.
+    commit_wanted: (Sender<()>, Receiver<()>),
     /// Latched by a failed barrier (P7) and by corruption (P11): nothing is written any more.
     failed: AtomicBool,
 }
@@ -137,6 +148,9 @@ impl Image {
             write_back: Mutex::new(()),
             header_change: Mutex::new(None),
             barriers: Mutex::new(()),
+            uncommitted: AtomicU64::new(0),
+            unreleased: AtomicBool::new(false),
+            commit_wanted: bounded(1),
             failed: AtomicBool::new(false),
         })
     }
@@ -173,6 +187,20 @@ impl Image {
     #[cfg(test)]
     pub(crate) fn limit_table_memory(&mut self, bytes: usize) {
         self.reader.tables.limit_memory(bytes);
+    }
+
+    /// Yields when so much waits to be committed that somebody should flush without waiting for the timer.
+    pub fn commit_wanted(&self) -> Receiver<()> {
+        self.commit_wanted.1.clone()
+    }
+
+    /// New clusters hold so many bytes more: asks for a commit where that is much, or where the tables that are dirty are.
+    fn count_uncommitted(&self, bytes: u64) {
+        let uncommitted = self.uncommitted.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if uncommitted >= UNCOMMITTED_DATA || self.reader.tables.dirty_bytes() > OVERLAY_TABLE_MEMORY / 2 {
+            // Full: somebody is asked already.
+            let _ = self.commit_wanted.0.try_send(());
+        }
     }
 
     /// The reading half.

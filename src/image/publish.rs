@@ -62,6 +62,7 @@ impl Image {
             .storage
             .write_at(WriteKind::NewCluster, offset, data)
             .map_err(|error| Error::io(format!("data at {offset:#x}"), error))?;
+        self.count_uncommitted(data.len() as u64);
         Ok(Filled(allocation))
     }
 
@@ -212,6 +213,7 @@ impl Image {
         for (start, len) in frees {
             self.allocator.queue_free(start, len);
         }
+        self.count_uncommitted(0);
         Ok(count)
     }
 }

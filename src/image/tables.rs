@@ -355,6 +355,11 @@ impl Tables {
         !self.dirty.lock().is_empty()
     }
 
+    /// Bytes of tables that wait for a pass.
+    pub fn dirty_bytes(&self) -> usize {
+        self.dirty.lock().len() * self.geometry.cluster_size() as usize
+    }
+
     /// Host offset in bytes of an L1 entry.
     pub fn l1_entry_offset(&self, l1_index: usize) -> u64 {
         self.l1_offset.load(Ordering::Acquire) + l1_index as u64 * 8

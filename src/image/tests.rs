@@ -481,8 +481,26 @@ fn frees_wait_where_their_refcount_block_cannot_be_read() {
     file.inject(Fault { matches: Box::new(matches), after: 0, failure: Failure::Errno(5), times: Times::ForEver });
     // The old L1 table is counted in the first block.
     image.make_room(&lock.exclusive(0..u64::MAX), 64 << 20).unwrap();
-    assert_eq!(image.flush().unwrap_err().errno(), Some(5));
+    image.flush().unwrap();
+    assert_eq!(image.close().unwrap_err().kind(), ErrorKind::Io, "an end there is, and it says that something is left");
     file.heal();
     image.close().unwrap();
     assert_eq!(checked(&file), before);
+}
+
+/// 2.4: a commit is asked for when much is new, and not before.
+#[test]
+fn a_commit_is_wanted_when_much_is_uncommitted() {
+    let bench = bench();
+    let wanted = bench.image.commit_wanted();
+    let clusters = UNCOMMITTED_DATA / CLUSTER;
+    for cluster in 0..clusters - 1 {
+        bench.store(cluster, 7).unwrap();
+    }
+    assert!(wanted.try_recv().is_err());
+    bench.store(clusters, 7).unwrap();
+    assert!(wanted.try_recv().is_ok());
+    bench.image.flush().unwrap();
+    bench.store(clusters + 1, 7).unwrap();
+    assert!(wanted.try_recv().is_err(), "the pass has begun to count anew");
 }

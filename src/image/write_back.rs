@@ -16,6 +16,7 @@ use super::Image;
 use crate::format::patch;
 use crate::mutants::{Step, without};
 use crate::storage::WriteKind;
+use crate::sync::atomic::Ordering;
 use crate::sync::unranked::{Condvar, Mutex};
 use crate::{Error, ErrorKind, Result};
 
@@ -87,12 +88,16 @@ impl Image {
     /// # Errors
     /// As [`Image::flush`].
     pub fn close(&self) -> Result<()> {
-        self.allocator.give_up_reserved()?;
+        // What was acknowledged is written back whether the rest can be given up or not.
+        let given_up = self.allocator.give_up_reserved();
         self.flush()?;
         while self.is_dirty() {
+            if self.unreleased.load(Ordering::Relaxed) {
+                return Err(Error::new(ErrorKind::Io, "a refcount block cannot be read: what was freed stays leaked until the next open"));
+            }
             self.flush()?;
         }
-        Ok(())
+        given_up
     }
 
     pub(super) fn is_dirty(&self) -> bool {
@@ -102,9 +107,14 @@ impl Image {
     fn write_back_pass(&self) -> Result<()> {
         let _one_at_a_time = (!without(Step::OnePassAtATime)).then(|| self.write_back.lock());
         self.check_usable()?;
-        // Before a table is written that only the old header leads to, and before what only the new one would lead to is freed.
-        self.put_header_back(&mut self.header_change.lock())?;
+        self.uncommitted.store(0, Ordering::Relaxed);
+        // The frees first: what a header write that fails from now on would have led to is not among them. Then the header, before a table is
+        // written that only the old one leads to, and before what only the new one would lead to is freed.
         let mut frees = self.allocator.take_pending();
+        if let Err(error) = self.put_header_back(&mut self.header_change.lock()) {
+            self.allocator.requeue(frees);
+            return Err(error);
+        }
         let early = without(Step::TablesBeforeRefcounts).then(|| self.allocator.take_dirty());
         let tables = self.reader.tables.take_dirty();
         let mut refcounts = early.unwrap_or_else(|| self.allocator.take_dirty());
@@ -162,11 +172,21 @@ impl Image {
                     }
                 }
                 let released = self.allocator.release(&mut frees);
-                if released.is_err() {
-                    // A refcount block could not be read: what was not lowered, though durably unreferenced, is not forgotten.
-                    self.allocator.requeue(frees);
+                // What was not lowered, though durably unreferenced, is not forgotten.
+                self.allocator.requeue(frees);
+                match self.watch(released) {
+                    // A refcount block could not be read. Everything is durable all the same, so the guest's flush has gone well (P6).
+                    Err(error) if error.kind() != ErrorKind::Corrupt => {
+                        if !self.unreleased.swap(true, Ordering::Relaxed) {
+                            log::warn!("freed clusters cannot be reused for now: {error}");
+                        }
+                        Ok(())
+                    }
+                    released => {
+                        self.unreleased.store(false, Ordering::Relaxed);
+                        released
+                    }
                 }
-                self.watch(released)
             }
             Err(error) => {
                 self.reader.tables.not_written(&tables);

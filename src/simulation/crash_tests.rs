@@ -4,7 +4,8 @@
 
 use std::sync::Arc;
 
-use super::cut::{Limits, Random, Tally, cut, ended};
+use super::cut::{Limits, Tally, cut, ended};
+use super::random::{Random, mix};
 use super::start::{Fill, Start, base_bytes};
 use super::workload::{Files, Op, Story, play, written};
 
@@ -181,7 +182,7 @@ fn explore(name: &str) {
             &mut tally,
         );
     }
-    let mut random = Random((seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ start.size) | 1);
+    let mut random = Random(mix(seed) ^ start.size);
     let limits = Limits { per_prefix: 24, ..limits };
     let mut longer = 0;
     while tally.distinct.len() < wanted || longer < LONGER {

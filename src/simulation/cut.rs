@@ -7,26 +7,11 @@ use std::collections::{HashMap, HashSet};
 use std::process::Command;
 use std::sync::Arc;
 
+use super::random::{Random, mix};
 use super::spec::{self, Layout};
 use super::storage::{Recorded, SimStorage};
 use super::workload::{Fact, Files, Op, Story, play, written};
 use crate::storage::WriteKind;
-
-/// xorshift64*.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-}
 
 /// How much is looked at.
 #[derive(Clone, Copy, Debug)]
@@ -66,11 +51,6 @@ enum Change {
     Length(u64),
     /// Number, content and its hash.
     Sector(usize, Box<[u8; 512]>, u64),
-}
-
-fn mix(value: u64) -> u64 {
-    let value = (value ^ value >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93);
-    (value ^ value >> 32).wrapping_mul(0xd6e8_feb8_6659_fd93) ^ value >> 29
 }
 
 /// Of a sector and its place; a sector of zeros is nothing.
@@ -211,7 +191,7 @@ impl Cutter<'_> {
             more.push(chosen(&|piece| piece < one));
             more.push(chosen(&|piece| piece >= one));
         }
-        let mut random = Random(mix(hash(prefix, &label_block(self.label))) | 1);
+        let mut random = Random(hash(prefix, &label_block(self.label)));
         let room = self.limits.per_prefix.saturating_sub(choices.len());
         let systematic = if more.len() <= room { more.len() } else { room - room / 4 };
         while more.len() > systematic {
@@ -291,9 +271,9 @@ impl Cutter<'_> {
 
     /// What must hold (2.5, P4, R12).
     fn look(&self, bytes: &[u8], prefix: usize) -> Result<(), String> {
-        let verdict = spec::check(bytes);
-        if !verdict.errors.is_empty() {
-            return Err(verdict.errors.join("; "));
+        let wrong = spec::check(bytes).all();
+        if !wrong.is_empty() {
+            return Err(wrong.join("; "));
         }
         let layout = Layout::of(bytes)?;
         if layout.features[0] != 0 {
@@ -342,7 +322,7 @@ fn use_again(files: &Files, place: &str, id: u64, tally: &mut Tally) {
     let mut found = vec![0; whole.len()];
     image.read(0, &mut found).unwrap_or_else(|error| panic!("{error}\nCORDISK_CRASH='{place}'"));
     assert!(found == whole, "the engine reads something else\nCORDISK_CRASH='{place}'");
-    let mut random = Random(id | 1);
+    let mut random = Random(id);
     let mut ops = Vec::new();
     for _ in 0..2 {
         let at = random.below(layout.size - 1);
@@ -360,25 +340,15 @@ fn use_again(files: &Files, place: &str, id: u64, tally: &mut Tally) {
 /// wrote.
 pub fn ended(story: &Story, label: &str) {
     let after = spec::check(&story.end);
-    assert!(after.errors.is_empty(), "{}\nCORDISK_CRASH='{label}'", after.errors.join("; "));
+    assert!(after.all().is_empty(), "{}\nCORDISK_CRASH='{label}'", after.all().join("; "));
     let layout = Layout::of(&story.end).expect("was checked");
     for (sector, expected) in story.now.as_chunks::<512>().0.iter().enumerate() {
         let found = story.files.sector(&layout, &story.end, sector as u64);
         assert!(found == *expected, "sector {sector} at the end\nCORDISK_CRASH='{label}'");
     }
-    let (before, after) = (leaks(&story.files.overlay), leaks(&story.end));
+    let (before, after) = (spec::check(&story.files.overlay).all_leaks(), after.all_leaks());
     // After a header write that failed nobody knows which of two L1 tables the header names: both stay.
     assert!(after <= before || label.contains(":g"), "{after} leaks, {before} before\nCORDISK_CRASH='{label}'");
-}
-
-/// Clusters that are counted and not referenced, those beyond the end of the file too.
-fn leaks(bytes: &[u8]) -> u64 {
-    let layout = Layout::of(bytes).expect("was checked");
-    let beyond = (bytes.len() as u64).div_ceil(layout.cluster_size());
-    let covered = layout.refcount_table.1 * layout.cluster_size() / 8 * layout.block_entries();
-    // Nothing is that large: the last block with anything in it is not far behind the end.
-    let until = covered.min(beyond + 2 * layout.block_entries().max(4096));
-    spec::check(bytes).leaks + (beyond..until).filter(|&cluster| layout.refcount(bytes, cluster) != 0).count() as u64
 }
 
 fn qemu_check(bytes: &[u8], base: &[u8]) -> Result<(), String> {

@@ -5,15 +5,14 @@
 //!     a cell: open, prepare; from here on the n-th operation fails; requests ──▶ the host is well again ──▶ judgement
 //! ```
 //! Every cell is judged alike ([`judge`]): errors are those of the host and of nobody else; every byte is as the [`model`] has it, old or new
-//! where a request failed; what is left on disk is without error, and after a clean close without a leak, as [`reader`] finds without the engine;
-//! a failed barrier is for ever; everything else is done when it is tried again.
+//! where a request failed; what is left on disk is without error, and after a clean close without a leak, as
+//! [`spec`](super::spec) finds without the engine; a failed barrier is for ever; everything else is done when it is tried again.
 //!
 //! **Touches:** the disk and everything below, jobs. **Never:** `crate::format`, which is judged here.
 //! **Locks:** none but a list of what failed. **Invariants:** a cell is determined by its name: the same name fails the same way.
 
 mod judge;
 mod model;
-mod reader;
 mod rig;
 mod scenarios;
 mod sketch;
@@ -26,6 +25,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
+use super::random::mix;
 use super::{Action, Failure, Fault, Operation, Times};
 use crate::Error;
 use rig::Rig;
@@ -136,18 +136,10 @@ impl HowOften {
             HowOften::Once => count == n,
             HowOften::ForEver => count >= n,
             HowOften::EverySecond => count >= n && (count - n).is_multiple_of(2),
-            HowOften::Random => scramble(n << 32 | count).is_multiple_of(10),
+            HowOften::Random => mix(n << 32 | count).is_multiple_of(10),
             HowOften::Twice(later) => count == n || count == n + later,
         }
     }
-}
-
-/// A number that looks like any other (splitmix64).
-fn scramble(x: u64) -> u64 {
-    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    x ^ x >> 31
 }
 
 /// What failed so far.

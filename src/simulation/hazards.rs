@@ -43,7 +43,7 @@
 use std::sync::Arc;
 use std::thread::{self, ScopedJoinHandle};
 
-use super::judge::{Judged, judge};
+use super::spec::{self, Seen};
 use super::{Action, Failure, Fault, Hold, Operation, SimStorage, Times};
 use crate::chain::Chain;
 use crate::disk::Disk;
@@ -77,7 +77,7 @@ impl Rig {
     /// Reads copy up.
     fn new() -> Rig {
         let rig = Rig::without_copy_on_read();
-        Rig { disk: rig.disk.with_copy_on_read(), ..rig }
+        Rig { disk: rig.disk.copying_up(true), ..rig }
     }
 
     fn without_copy_on_read() -> Rig {
@@ -130,16 +130,16 @@ impl Rig {
     }
 
     /// The image that a kill leaves now.
-    fn killed(&self) -> Judged {
-        judge(&self.overlay.bytes(), &self.base.bytes()).unwrap()
+    fn killed(&self) -> Seen {
+        spec::look(&self.overlay.bytes(), &self.base.bytes()).and_then(Seen::sole).unwrap()
     }
 
     /// The image after an orderly end: nothing is leaked.
-    fn closed(&self) -> Judged {
+    fn closed(&self) -> Seen {
         self.disk.close().unwrap();
-        let judged = self.killed();
-        assert_eq!(judged.leaks, 0, "leaked clusters");
-        judged
+        let seen = self.killed();
+        assert_eq!(seen.verdict.all_leaks(), 0, "leaked clusters");
+        seen
     }
 
     /// Host offset of a cluster that was flushed, bytes.
@@ -163,7 +163,7 @@ fn halves(cluster: &[u8]) -> (u8, u8) {
     (first[0], second[0])
 }
 
-impl Judged {
+impl Seen {
     fn at(&self, cluster: u64, size: u64) -> (u8, u8) {
         halves(&self.guest[(cluster * size) as usize..((cluster + 1) * size) as usize])
     }

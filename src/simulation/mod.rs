@@ -6,8 +6,8 @@
 //!                                     ├── stops an operation until the test lets it go on
 //!                                     └── shows every operation to an observer: [`order`] knows the rules of order
 //! ```
-//! [`spec`] says whether what is left is an image, and what the guest would read from it; [`start`] lays out images to begin with. Both are
-//! written from the specification and use nothing of the engine. Any test gets the order of writes checked with [`SimStorage::checked`].
+//! [`spec`] says for all of them whether what is left is an image, and what the guest would read from it; [`start`] lays out images to begin
+//! with. Both are written from the specification and use nothing of the engine. Any test gets the order of writes checked with [`SimStorage::checked`].
 //!
 //! `hazards` forces the known races one by one with stopped operations; `schedules` (feature of that name) lets a scheduler look for unknown ones.
 //!
@@ -24,9 +24,9 @@ mod faults;
 #[cfg(test)]
 mod hazards;
 pub mod hostile;
-#[cfg(test)]
-mod judge;
 pub mod order;
+#[cfg(test)]
+mod random;
 #[cfg(all(test, feature = "schedules"))]
 mod schedules;
 pub mod spec;

@@ -20,7 +20,7 @@ use shuttle::rand::{Rng, thread_rng};
 use shuttle::scheduler::{PctScheduler, RandomScheduler, ReplayScheduler};
 use shuttle::{Config, Runner, thread};
 
-use super::judge::{Judged, judge};
+use super::spec::{self, Seen};
 use super::{Action, Failure, Fault, Recorded, SimStorage, Times};
 use crate::chain::Chain;
 use crate::disk::{Disk, Local};
@@ -137,7 +137,7 @@ impl Shape {
         let mut image = Image::open(overlay.clone()).unwrap();
         image.limit_table_memory(self.tables);
         let chain = self.based.then(|| Chain::of_raw(SimStorage::new(base.clone())));
-        let disk = Disk::for_tests(image, chain).with_copy_on_read();
+        let disk = Disk::for_tests(image, chain).copying_up(true);
         if window.start > 0 {
             disk.discard(0..window.start).unwrap();
             disk.close().unwrap();
@@ -266,10 +266,10 @@ impl World {
         bytes
     }
 
-    fn check(&self, bytes: &[u8], began: Moment, ended: Moment, what: &str) -> Judged {
-        let judged = judge(bytes, &self.base).unwrap_or_else(|error| panic!("{what}: {error}"));
-        self.ledger.check(0, &judged.guest[self.window.start as usize..], began, ended, what);
-        judged
+    fn check(&self, bytes: &[u8], began: Moment, ended: Moment, what: &str) -> Seen {
+        let seen = spec::look(bytes, &self.base).and_then(Seen::sole).unwrap_or_else(|error| panic!("{what}: {error}"));
+        self.ledger.check(0, &seen.guest[self.window.start as usize..], began, ended, what);
+        seen
     }
 
     /// Everybody has finished: what every flush left, what losses of power would have left, and the end.
@@ -291,11 +291,11 @@ impl World {
             self.check(&self.overlay_at(&changes, cut, || below(4) < chance), began, end, "power lost at any time");
         }
         if closed {
-            let judged = self.check(&self.overlay.bytes(), end, end + 1, "closed");
+            let seen = self.check(&self.overlay.bytes(), end, end + 1, "closed");
             // What failed writes had allocated is free again as well.
-            assert_eq!(judged.leaks, 0, "leaked");
+            assert_eq!(seen.verdict.all_leaks(), 0, "leaked");
             let names_backing = self.disk.info().unwrap().backing.len() == 1;
-            assert_eq!(judged.has_backing, names_backing, "header and memory agree about the backing file");
+            assert_eq!(seen.has_backing(), names_backing, "header and memory agree about the backing file");
         }
     }
 }
@@ -395,4 +395,39 @@ fn schedules_of_version_2() {
 #[test]
 fn schedules_of_a_failing_host() {
     explore(2, || together(&Shape { faulty: true, ..Shape::small() }.build(), &[guest, guest, writer_who_flushes]));
+}
+
+/// R11: a header write that is done and fails, while somebody flushes: the new L1 table must not be given away before the old header is back.
+#[test]
+fn schedules_of_a_failed_switch_of_the_l1_table() {
+    explore(8, || {
+        let geometry = Geometry::new(3, 9, 4, 64 * 64 * CLUSTER).unwrap();
+        let overlay = SimStorage::new(Vec::new());
+        for (at, piece) in (NewImage { geometry, backing: None }).layout().unwrap() {
+            crate::storage::Storage::write_at(&*overlay, WriteKind::Header, at, &piece).unwrap();
+        }
+        let disk = Arc::new(Disk::for_tests(Image::open(overlay.clone()).unwrap(), None));
+        disk.write(0, &[7; CLUSTER as usize]).unwrap();
+        disk.flush().unwrap();
+        overlay.inject(Fault {
+            matches: Box::new(|operation| operation.action == Action::Write(WriteKind::Header)),
+            after: 0,
+            failure: Failure::ShortBy(0, 28),
+            times: Times::Once,
+        });
+        let grower = {
+            let disk = Arc::clone(&disk);
+            thread::spawn(move || drop(disk.grow(65 * 64 * CLUSTER).unwrap_err()))
+        };
+        let flusher = {
+            let disk = Arc::clone(&disk);
+            thread::spawn(move || {
+                disk.flush().unwrap();
+            })
+        };
+        grower.join().unwrap();
+        flusher.join().unwrap();
+        let judged = judge(&overlay.bytes(), &[]).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(judged.guest[0], 7, "killed now: what was flushed is gone");
+    });
 }

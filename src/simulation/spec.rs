@@ -1,14 +1,46 @@
-//! A checker and a reader of qcow2 images, written from the specification (docs/interop/qcow2.rst in QEMU's sources) and from nothing
-//! else: it shares no line with the engine, so that both cannot be wrong in the same way. Internal snapshots, external data files,
-//! extended L2 entries and the content of compressed clusters are left out; an image with one of the first three is an error here.
+//! The checker and the reader of qcow2 images for all tests, written from the specification (docs/interop/qcow2.rst in QEMU's sources) and
+//! from nothing else: it shares no line with the engine, so that both cannot be wrong in the same way. Internal snapshots, external data
+//! files and extended L2 entries are left out; an image with one of them is an error here.
+//!
+//! What is harmless for the data stands apart from what is not ([`Verdict`]), so that each test can say how strict it is: as `qemu-img check`,
+//! more so ([`Seen::sole`]), or only where writing would destroy something.
+//!
+//! **Never:** `crate::format`, or anything else of the engine. **Invariants:** no bytes make it panic, and its work is bounded by the length
+//! of the file (reading: by the virtual size).
+
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What a check found; words as in `qemu-img check`.
 #[derive(Clone, Debug, Default)]
 pub struct Verdict {
-    /// Everything that makes the image wrong, one line each.
+    /// Everything that makes writing dangerous or reading wrong, one line each.
     pub errors: Vec<String>,
+    /// What nobody should have written, and `qemu-img check` passes over: COPIED of an L2 entry that names nothing, zero in version 2,
+    /// compressed bytes that end behind the file though not in another cluster.
+    pub tolerated: Vec<String>,
+    /// Clusters of refcount one that are named without COPIED: an error for `qemu-img check`, harmless for the data.
+    pub not_copied: Vec<u64>,
     /// Clusters of the file that are counted more often than they are referenced: lost space, nothing else.
     pub leaks: u64,
+    /// Clusters beyond the end of the file that are counted: lost space, of which `qemu-img check` says nothing.
+    pub leaks_beyond: u64,
+    /// The cluster behind the last one that is counted.
+    pub counted_end: u64,
+    /// Every cluster that is referenced is so once, by nothing compressed, and is counted once.
+    pub sole: bool,
+}
+
+impl Verdict {
+    /// Everything that the specification does not allow.
+    pub fn all(&self) -> Vec<String> {
+        let not_copied = self.not_copied.iter().map(|cluster| format!("cluster {cluster} has refcount 1 and is not COPIED"));
+        self.errors.iter().chain(&self.tolerated).cloned().chain(not_copied).collect()
+    }
+
+    /// What is counted more often than it is referenced, in the file and beyond.
+    pub fn all_leaks(&self) -> u64 {
+        self.leaks + self.leaks_beyond
+    }
 }
 
 /// What an image says of a place of the virtual disk.
@@ -59,6 +91,14 @@ const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
+/// The eight-byte words of a table that are not zero, with their index; as far as the file goes.
+fn words(bytes: &[u8], at: u64, count: u64) -> impl Iterator<Item = (u64, u64)> {
+    let start = bytes.len().min(usize::try_from(at).unwrap_or(usize::MAX));
+    let len = usize::try_from(count.saturating_mul(8)).unwrap_or(usize::MAX).min(bytes.len() - start);
+    let words = bytes[start..start + len].as_chunks::<8>().0;
+    (0..).zip(words).filter(|(_, word)| **word != [0; 8]).map(|(index, word)| (index, u64::from_be_bytes(*word)))
+}
+
 impl Layout {
     /// Reads the header as it stands, whatever it says.
     pub fn unchecked(bytes: &[u8]) -> Layout {
@@ -74,6 +114,13 @@ impl Layout {
             backing: (number(bytes, 8, 8), number(bytes, 16, 4)),
             features: [of_version_3(72, 8), of_version_3(80, 8), of_version_3(88, 8)],
         }
+    }
+
+    /// Reads the header of an image that may be damaged anywhere; `None` where it does not even say how large things are.
+    pub fn rough(bytes: &[u8]) -> Option<Layout> {
+        let layout = Layout::unchecked(bytes);
+        let makes_sense = (2..=3).contains(&layout.version) && (9..=21).contains(&layout.cluster_bits) && layout.refcount_order <= 6;
+        (bytes.len() >= 104 && makes_sense).then_some(layout)
     }
 
     /// Reads the header and refuses what makes no sense.
@@ -175,6 +222,107 @@ impl Layout {
         }
     }
 
+    /// Index and entry of everything in the refcount table, as far as the file goes.
+    pub fn blocks(&self, bytes: &[u8]) -> impl Iterator<Item = (u64, u64)> {
+        words(bytes, self.refcount_table.0, self.refcount_table.1 * self.cluster_size() / 8)
+    }
+
+    /// Index and entry of everything in the L1 table, as far as the file goes.
+    pub fn l1_entries(&self, bytes: &[u8]) -> impl Iterator<Item = (u64, u64)> {
+        words(bytes, self.l1.0, self.l1.1)
+    }
+
+    /// L1 index and host offset of every L2 table.
+    pub fn l2_tables(&self, bytes: &[u8]) -> impl Iterator<Item = (u64, u64)> {
+        self.l1_entries(bytes).map(|(index, raw)| (index, raw & OFFSET)).filter(|(_, at)| *at != 0)
+    }
+
+    /// Index and entry of everything in an L2 table, as far as the file goes.
+    pub fn l2_entries(&self, bytes: &[u8], table: u64) -> impl Iterator<Item = (u64, u64)> {
+        words(bytes, table, self.cluster_size() / 8)
+    }
+
+    /// Guest cluster and entry of everything in all L2 tables.
+    fn entries(&self, bytes: &[u8]) -> impl Iterator<Item = (u64, u64)> {
+        let per_table = self.cluster_size() / 8;
+        let of = move |(l1_index, table)| self.l2_entries(bytes, table).map(move |(index, raw)| (l1_index * per_table + index, raw));
+        self.l2_tables(bytes).flat_map(of)
+    }
+
+    /// Host cluster of every guest cluster that has one which is not compressed, whether it shows or is kept behind zeros.
+    pub fn hosts(&self, bytes: &[u8]) -> BTreeMap<u64, u64> {
+        let host = |(guest, raw)| match self.l2_entry(raw) {
+            (Some((first, _)), Held::Data(_) | Held::Zero) => Some((guest, first)),
+            _ => None,
+        };
+        self.entries(bytes).filter_map(host).collect()
+    }
+
+    /// The clusters that something names as metadata, rightly or not.
+    pub fn metadata(&self, bytes: &[u8]) -> BTreeSet<u64> {
+        let cluster = self.cluster_size();
+        // What is damaged may claim any length; past the end of the file nothing is.
+        let most = bytes.len() as u64 / cluster + 2;
+        let table = |at: u64, clusters: u64| (at >> self.cluster_bits..).take(clusters.min(most) as usize);
+        let l1 = table(self.l1.0, (self.l1.1 * 8).div_ceil(cluster));
+        let blocks = self.blocks(bytes).map(|(_, raw)| raw & !0x1ff).filter(|at| *at != 0);
+        let ones = blocks.chain(self.l2_tables(bytes).map(|(_, at)| at)).map(|at| at >> self.cluster_bits);
+        [0].into_iter().chain(l1).chain(table(self.refcount_table.0, self.refcount_table.1)).chain(ones).collect()
+    }
+
+    /// The name of the backing file, if there is one.
+    pub fn backing_name(&self, bytes: &[u8]) -> Option<String> {
+        let (at, len) = self.backing;
+        let end = at.checked_add(len).filter(|_| at != 0)?;
+        bytes.get(at as usize..end as usize).map(|name| String::from_utf8_lossy(name).into_owned())
+    }
+
+    /// Everything that a guest reads; `below` is what the backing file shows, if one is named. The caller has made sure that the virtual
+    /// size is one that fits memory.
+    ///
+    /// # Errors
+    /// A compressed cluster that cannot be decompressed.
+    pub fn content(&self, bytes: &[u8], below: &[u8]) -> Result<Vec<u8>, String> {
+        let mut content = vec![0; self.size as usize];
+        if self.backing.0 != 0 {
+            let shown = content.len().min(below.len());
+            content[..shown].copy_from_slice(&below[..shown]);
+        }
+        let file = |at: u64, end: u64| &bytes[bytes.len().min(at as usize)..bytes.len().min(end as usize)];
+        for (guest, raw) in self.entries(bytes) {
+            let start = content.len().min(guest.saturating_mul(self.cluster_size()) as usize);
+            let end = content.len().min(start + self.cluster_size() as usize);
+            let part = &mut content[start..end];
+            match self.l2_entry(raw).1 {
+                Held::Unallocated => {}
+                Held::Zero => part.fill(0),
+                Held::Data(at) => {
+                    let data = file(at, at + part.len() as u64);
+                    part[data.len()..].fill(0);
+                    part[..data.len()].copy_from_slice(data);
+                }
+                Held::Compressed(at, len) => {
+                    let cluster =
+                        self.decompressed(file(at, at + len)).ok_or_else(|| format!("guest cluster {guest} cannot be inflated"))?;
+                    part.copy_from_slice(&cluster[..part.len()]);
+                }
+            }
+        }
+        Ok(content)
+    }
+
+    /// As much as one cluster, with the decoders' plain interface.
+    fn decompressed(&self, bytes: &[u8]) -> Option<Vec<u8>> {
+        let mut cluster = vec![0; self.cluster_size() as usize];
+        let result = if self.features[0] & 8 != 0 {
+            let mut decoder = ruzstd::decoding::StreamingDecoder::new(bytes).ok()?;
+            std::io::Read::read_exact(&mut decoder, &mut cluster)
+        } else {
+            std::io::Read::read_exact(&mut flate2::read::DeflateDecoder::new(bytes), &mut cluster)
+        };
+        result.ok().map(|()| cluster)
+    }
+
     /// What the image says of a guest offset in bytes.
     pub fn find(&self, bytes: &[u8], guest: u64) -> Held {
         let l2_entries = self.cluster_size() / 8;
@@ -193,12 +341,51 @@ impl Layout {
     }
 }
 
-/// One reference that says whether it is the only one.
-struct Named {
-    cluster: u64,
-    copied: bool,
-    /// L1 index, and L2 index where it is an L2 entry.
-    entry: (u64, Option<u64>),
+/// An image as it was found, with what a guest reads.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    /// The header.
+    pub layout: Layout,
+    /// Whether it adds up.
+    pub verdict: Verdict,
+    /// The guest's bytes.
+    pub guest: Vec<u8>,
+    /// As [`Layout::hosts`].
+    pub hosts: BTreeMap<u64, u64>,
+}
+
+/// Checks an image and reads it above the bytes of its backing file.
+///
+/// # Errors
+/// What makes it unreadable. Other errors are in [`Seen::verdict`].
+pub fn look(bytes: &[u8], below: &[u8]) -> Result<Seen, String> {
+    let layout = Layout::of(bytes)?;
+    Ok(Seen { layout, verdict: check(bytes), guest: layout.content(bytes, below)?, hosts: layout.hosts(bytes) })
+}
+
+impl Seen {
+    /// Itself, if nothing at all is wrong, no feature says that anything needs care, and every cluster has one owner.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn sole(self) -> Result<Seen, String> {
+        let wrong = self.verdict.all();
+        if !wrong.is_empty() {
+            return Err(wrong.join("; "));
+        }
+        if self.layout.features[0] != 0 {
+            return Err(format!("incompatible features {:#x}", self.layout.features[0]));
+        }
+        if !self.verdict.sole {
+            return Err("a cluster is referenced or counted more than once, or compressed".into());
+        }
+        Ok(self)
+    }
+
+    /// Whether the backing file is still named.
+    pub fn has_backing(&self) -> bool {
+        self.layout.backing.0 != 0
+    }
 }
 
 struct Walk<'a> {
@@ -207,25 +394,31 @@ struct Walk<'a> {
     /// By cluster of the file.
     references: Vec<u32>,
     is_metadata: Vec<bool>,
-    named: Vec<Named>,
-    errors: Vec<String>,
+    /// Clusters in the order they are named, and whether that said COPIED, with the entry: L1 index, and L2 index where it is an L2 entry.
+    named: Vec<(u64, bool, (u64, Option<u64>))>,
+    verdict: Verdict,
 }
 
 /// Checks everything.
 pub fn check(bytes: &[u8]) -> Verdict {
     let layout = match Layout::of(bytes) {
         Ok(layout) => layout,
-        Err(error) => return Verdict { errors: vec![error], leaks: 0 },
+        Err(error) => return Verdict { errors: vec![error], ..Verdict::default() },
     };
     let clusters = (bytes.len() as u64).div_ceil(layout.cluster_size()) as usize;
     let (references, is_metadata) = (vec![0; clusters], vec![false; clusters]);
-    let mut walk = Walk { bytes, layout, references, is_metadata, named: Vec::new(), errors: Vec::new() };
+    let verdict = Verdict { sole: true, ..Verdict::default() };
+    let mut walk = Walk { bytes, layout, references, is_metadata, named: Vec::new(), verdict };
     walk.all();
-    let leaks = walk.count();
-    Verdict { errors: walk.errors, leaks }
+    walk.count();
+    walk.verdict
 }
 
 impl Walk<'_> {
+    fn wrong(&mut self, what: String) {
+        self.verdict.errors.push(what);
+    }
+
     fn all(&mut self) {
         let layout = self.layout;
         let cluster = layout.cluster_size();
@@ -233,42 +426,34 @@ impl Walk<'_> {
         let (table, clusters) = layout.refcount_table;
         self.metadata(table >> layout.cluster_bits, clusters, "refcount table");
         self.metadata(layout.l1.0 >> layout.cluster_bits, (layout.l1.1 * 8).div_ceil(cluster), "L1 table");
-        for index in 0..clusters * cluster / 8 {
-            let block = number(self.bytes, table + index * 8, 8);
-            if block == 0 {
-                continue;
+        let is_table = |at: u64| at.is_multiple_of(cluster) && at.saturating_add(cluster) <= self.bytes.len() as u64;
+        for (index, block) in layout.blocks(self.bytes) {
+            if is_table(block) {
+                self.metadata(block >> layout.cluster_bits, 1, "refcount block");
+            } else {
+                self.wrong(format!("refcount table, index {index}: block at {block:#x} is unaligned or outside the file"));
             }
-            if !block.is_multiple_of(cluster) || block + cluster > self.bytes.len() as u64 {
-                self.errors.push(format!("refcount table, index {index}: block at {block:#x} is unaligned or outside the file"));
-                continue;
-            }
-            self.metadata(block >> layout.cluster_bits, 1, "refcount block");
         }
         let mut tables = Vec::new();
-        for index in 0..layout.l1.1 {
-            let raw = number(self.bytes, layout.l1.0 + index * 8, 8);
+        for (index, raw) in layout.l1_entries(self.bytes) {
             let at = raw & OFFSET;
-            if raw & !(OFFSET | COPIED) != 0 || raw == COPIED {
-                self.errors.push(format!("L1 table, index {index}: reserved bits in {raw:#x}"));
+            if raw & !(OFFSET | COPIED) != 0 {
+                self.wrong(format!("L1 table, index {index}: reserved bits in {raw:#x}"));
             }
-            if at == 0 {
-                continue;
+            if raw == COPIED {
+                self.wrong(format!("L1 table, index {index}: COPIED, and names nothing"));
             }
-            if !at.is_multiple_of(cluster) || at + cluster > self.bytes.len() as u64 {
-                self.errors.push(format!("L1 table, index {index}: L2 table at {at:#x} is unaligned or outside the file"));
-                continue;
+            if at != 0 && !is_table(at) {
+                self.wrong(format!("L1 table, index {index}: L2 table at {at:#x} is unaligned or outside the file"));
+            } else if at != 0 {
+                self.metadata(at >> layout.cluster_bits, 1, "L2 table");
+                self.named.push((at >> layout.cluster_bits, raw & COPIED != 0, (index, None)));
+                tables.push((index, at));
             }
-            self.metadata(at >> layout.cluster_bits, 1, "L2 table");
-            self.named.push(Named { cluster: at >> layout.cluster_bits, copied: raw & COPIED != 0, entry: (index, None) });
-            tables.push((index, at));
         }
         for (l1_index, table) in tables {
-            let start = table as usize;
-            for (index, raw) in self.bytes[start..start + cluster as usize].chunks_exact(8).enumerate() {
-                let raw = number(raw, 0, 8);
-                if raw != 0 {
-                    self.l2_entry(l1_index, index as u64, raw);
-                }
+            for (index, raw) in layout.l2_entries(self.bytes, table) {
+                self.l2_entry(l1_index, index, raw);
             }
         }
     }
@@ -277,11 +462,11 @@ impl Walk<'_> {
     fn metadata(&mut self, first: u64, count: u64, what: &str) {
         for cluster in first..first + count {
             let Some(is_metadata) = self.is_metadata.get_mut(cluster as usize) else {
-                self.errors.push(format!("{what}: cluster {cluster} is outside the file"));
+                self.wrong(format!("{what}: cluster {cluster} is outside the file"));
                 continue;
             };
             if std::mem::replace(is_metadata, true) {
-                self.errors.push(format!("{what}: cluster {cluster} overlaps other metadata"));
+                self.wrong(format!("{what}: cluster {cluster} overlaps other metadata"));
             }
             self.references[cluster as usize] += 1;
         }
@@ -289,29 +474,39 @@ impl Walk<'_> {
 
     fn l2_entry(&mut self, l1_index: u64, index: u64, raw: u64) {
         let layout = self.layout;
-        let mut wrong = |what: &str| self.errors.push(format!("L2 table {l1_index}, index {index}: {raw:#x} {what}"));
+        let say = |what: &str| format!("L2 table {l1_index}, index {index}: {raw:#x} {what}");
         let (names, held) = layout.l2_entry(raw);
         let copied = raw & COPIED != 0;
-        if matches!(held, Held::Compressed(..)) {
+        if let Held::Compressed(at, len) = held {
+            self.verdict.sole = false;
             if copied {
-                wrong("is compressed and COPIED");
+                self.wrong(say("is compressed and COPIED"));
+            }
+            if at >= 1 << 56 {
+                self.wrong(say("is compressed beyond 2^56"));
+            }
+            if at + len > (self.bytes.len() as u64).next_multiple_of(512) {
+                self.verdict.tolerated.push(say("ends behind the file"));
             }
         } else {
-            if raw & 0x3f00_0000_0000_01fe != 0 || (raw & 1 != 0 && layout.version < 3) {
-                wrong("has reserved bits");
+            if raw & 0x3f00_0000_0000_01fe != 0 {
+                self.wrong(say("has reserved bits"));
+            }
+            if raw & 1 != 0 && layout.version < 3 {
+                self.verdict.tolerated.push(say("is zero, which version 2 does not know"));
             }
             if !(raw & OFFSET).is_multiple_of(layout.cluster_size()) {
-                wrong("is not aligned");
+                self.wrong(say("is not aligned"));
             }
             if copied && names.is_none() {
-                wrong("is COPIED and names nothing");
+                self.verdict.tolerated.push(say("is COPIED and names nothing"));
             }
         }
         let Some((first, count)) = names else { return };
         for cluster in first..first + count {
             match self.is_metadata.get(cluster as usize) {
-                None => wrong("is outside the file"),
-                Some(true) => wrong("names metadata"),
+                None => self.wrong(say("is outside the file")),
+                Some(true) => self.wrong(say("names metadata")),
                 Some(false) => {}
             }
             if let Some(references) = self.references.get_mut(cluster as usize) {
@@ -319,35 +514,52 @@ impl Walk<'_> {
             }
         }
         if !matches!(held, Held::Compressed(..)) {
-            self.named.push(Named { cluster: first, copied, entry: (l1_index, Some(index)) });
+            self.named.push((first, copied, (l1_index, Some(index))));
         }
     }
 
-    /// Holds the refcounts against what was found; returns the number of leaks.
-    fn count(&mut self) -> u64 {
-        let mut leaks = 0;
-        let entries = self.layout.block_entries();
-        for (index, references) in self.references.chunks(entries as usize).enumerate() {
-            let at = number(self.bytes, self.layout.refcount_table.0 + index as u64 * 8, 8) as usize;
-            let in_table = (index as u64) < self.layout.refcount_table.1 * self.layout.cluster_size() / 8;
-            let block = if at == 0 || !in_table { &[][..] } else { self.bytes.get(at..).unwrap_or(&[]) };
-            for (entry, &references) in references.iter().enumerate() {
-                let refcount = self.layout.refcount_in(block, entry as u64);
-                if refcount < u64::from(references) {
-                    let cluster = index as u64 * entries + entry as u64;
-                    self.errors.push(format!("cluster {cluster}: refcount {refcount}, references {references}"));
+    /// Holds the refcounts against what was found.
+    fn count(&mut self) {
+        let (layout, entries, bytes) = (self.layout, self.layout.block_entries(), self.bytes);
+        let blocks: BTreeMap<u64, &[u8]> = layout
+            .blocks(bytes)
+            .map(|(index, at)| (index, bytes.get(usize::try_from(at).unwrap_or(usize::MAX)..).unwrap_or(&[])))
+            .map(|(index, rest)| (index, &rest[..rest.len().min(layout.cluster_size() as usize)]))
+            .collect();
+        let in_file = self.references.len() as u64;
+        let indexes: BTreeSet<u64> = blocks.keys().copied().chain(0..in_file.div_ceil(entries)).collect();
+        for index in indexes {
+            let block = blocks.get(&index).copied().unwrap_or(&[]);
+            // Behind the end of the file only what is counted is of interest, and most blocks have nothing there.
+            let zeros = block.rchunks(32).take_while(|part| **part == [0; 32]).count() * 32;
+            let counted = ((block.len() - zeros) as u64 * 8) >> layout.refcount_order;
+            let first = index * entries;
+            for entry in 0..in_file.saturating_sub(first).min(entries).max(counted) {
+                let (cluster, refcount) = (first + entry, if entry < counted { layout.refcount_in(block, entry) } else { 0 });
+                let references = self.references.get(cluster as usize).copied().map(u64::from);
+                if refcount > 0 {
+                    self.verdict.counted_end = cluster + 1;
                 }
-                leaks += u64::from(refcount > u64::from(references));
+                match references {
+                    None => self.verdict.leaks_beyond += u64::from(refcount > 0),
+                    Some(references) => {
+                        if refcount < references {
+                            self.wrong(format!("cluster {cluster}: refcount {refcount}, references {references}"));
+                        }
+                        self.verdict.leaks += u64::from(refcount > references);
+                        self.verdict.sole &= references == 0 || (references, refcount) == (1, 1);
+                    }
+                }
             }
         }
-        for named in std::mem::take(&mut self.named) {
-            let refcount = self.layout.refcount(self.bytes, named.cluster);
-            if (refcount == 1) != named.copied {
-                let (cluster, entry) = (named.cluster, named.entry);
-                self.errors.push(format!("cluster {cluster}: refcount {refcount}, COPIED is {} in {entry:?}", named.copied));
+        for (cluster, copied, entry) in std::mem::take(&mut self.named) {
+            match (layout.refcount(bytes, cluster), copied) {
+                (1, true) => {}
+                (1, false) => self.verdict.not_copied.push(cluster),
+                (refcount, true) => self.wrong(format!("cluster {cluster}: refcount {refcount}, COPIED in {entry:?}")),
+                (_, false) => {}
             }
         }
-        leaks
     }
 }
 

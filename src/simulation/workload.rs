@@ -117,7 +117,7 @@ impl Files {
         let image = Image::open(storage)?;
         let chain = image.reader().backing().map(|_| Chain::of_raw(SimStorage::new(self.base.to_vec())));
         image.begin_writing()?;
-        Ok(Disk::for_tests_copying_up(image, chain))
+        Ok(Disk::for_tests(image, chain).copying_up(true))
     }
 }
 

@@ -49,6 +49,8 @@ pub struct FileStorage {
     identity: (u64, u64),
     /// Bytes; only grows.
     size: AtomicU64,
+    /// Other programs are kept off.
+    locked: AtomicBool,
     /// So that a file that shrank is reported once and not per request.
     shrinking_reported: AtomicBool,
 }
@@ -142,6 +144,7 @@ impl FileStorage {
             access,
             identity: (metadata.dev(), metadata.ino()),
             size: AtomicU64::new(size),
+            locked: AtomicBool::new(false),
             shrinking_reported: AtomicBool::new(false),
         })
     }
@@ -152,7 +155,11 @@ impl FileStorage {
     /// [`ErrorKind::Busy`] where another program holds the file; those of fcntl(2).
     pub fn lock(&self) -> crate::Result<()> {
         match locks::take(&self.file, self.access) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.locked.store(true, Ordering::Relaxed);
+                // Whoever held it until now may have made the file longer since it was opened.
+                self.look_at_size()
+            }
             Err(locks::Failure::Held(what)) => Err(Error::new(
                 ErrorKind::Busy,
                 format!("{}: in use by another process (its \"{what}\" lock is held); stop it first", self.path.display()),
@@ -167,6 +174,14 @@ impl FileStorage {
             }
             Err(locks::Failure::Io(error)) => Err(Error::io(format!("{}: locking", self.path.display()), error)),
         }
+    }
+
+    fn look_at_size(&self) -> crate::Result<()> {
+        let metadata = self.file.metadata().context(|| self.path.display().to_string())?;
+        if metadata.is_file() {
+            self.size.store(metadata.size(), Ordering::Release);
+        }
+        Ok(())
     }
 
     /// The path it was opened by.
@@ -308,6 +323,10 @@ impl Storage for FileStorage {
     }
 
     fn open_mark(&self) -> io::Result<OpenMark> {
+        // Where nobody can be kept off, a mark may be that of somebody who is still at work: nothing is given back unasked.
+        if !self.locked.load(Ordering::Relaxed) {
+            return Ok(OpenMark::Absent);
+        }
         // Devices never have attributes of users, and do not say so when they are read.
         if !self.file.metadata()?.is_file() {
             return Ok(OpenMark::Unsupported);

@@ -4,7 +4,7 @@
 //! is meant, the table below changes in the same commit as the code.
 //!
 //! The source is read with a small lexer that knows comments, strings, raw strings, characters and lifetimes, so that a word in a comment is not a use.
-//! Test modules (`#[cfg(test)]`, `tests.rs`) are free of the rules, but for `unsafe`.
+//! Test modules (`#[cfg(test)]`, `tests.rs`, `tests/`) are free of the rules, but for `unsafe`.
 
 use std::fmt::Write as _;
 use std::ops::Range;
@@ -200,7 +200,11 @@ struct Source {
 impl Source {
     fn new(name: String, text: String) -> Source {
         let (code_with_tests, literals) = blank(&text);
-        let tests = if name.ends_with("/tests.rs") { std::iter::once(0..text.len()).collect() } else { test_items(&code_with_tests) };
+        let tests = if name.ends_with("/tests.rs") || name.contains("/tests/") {
+            std::iter::once(0..text.len()).collect()
+        } else {
+            test_items(&code_with_tests)
+        };
         let mut code = code_with_tests.clone().into_bytes();
         for at in tests.iter().flat_map(Clone::clone) {
             if code[at] != b'\n' {

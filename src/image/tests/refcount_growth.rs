@@ -177,3 +177,35 @@ fn refcount_blocks_are_dropped_and_come_back() {
     assert_eq!(leaks(&again.memory), leaked);
     again.has_small(3100..3200);
 }
+
+/// P1: a refcount block that cannot be read any more is no reason to lose what was acknowledged.
+#[test]
+fn close_writes_back_although_the_reserve_cannot_be_given_up() {
+    let storage = SimStorage::new(Vec::new());
+    let geometry = Geometry::new(3, 12, 4, 64 << 20).unwrap();
+    for (at, bytes) in (NewImage { geometry, backing: None }).layout().unwrap() {
+        storage.write_at(WriteKind::Header, at, &bytes).unwrap();
+    }
+    let image = Image::open(storage.clone()).unwrap();
+    let lock = RangeLock::new(4096);
+    let held = lock.exclusive(0..u64::MAX);
+    let allocation = image.allocate(1).unwrap();
+    image.publish(&held, GuestCluster(0), image.fill(allocation, &[1; 4096]).unwrap()).unwrap();
+    image.flush().unwrap();
+    // Acknowledged, in memory only.
+    image.discard(&held, GuestCluster(0)..GuestCluster(1)).unwrap();
+    image.allocator.limit_memory(0);
+    image.allocator.refcount(crate::format::HostCluster(1 << 30)).unwrap(); // evicts
+    assert_eq!(image.allocator.resident_blocks(), 0);
+    storage.inject(Fault {
+        matches: Box::new(|operation| operation.action == Action::Read),
+        after: 0,
+        failure: Failure::Errno(5),
+        times: Times::ForEver,
+    });
+    image.close().unwrap_err();
+    drop(held);
+    let killed = Image::open(SimStorage::new(storage.bytes())).unwrap();
+    let mapping = killed.map(GuestOffset(0), 4096).unwrap().mapping;
+    assert!(matches!(mapping, Mapping::Zero { .. }), "the discard was lost by an orderly close: {mapping:?}");
+}

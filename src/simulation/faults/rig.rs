@@ -12,6 +12,7 @@ use crate::error::os_text;
 use crate::image::Image;
 use crate::job::{JobEvent, Jobs, Status};
 use crate::simulation::SimStorage;
+use crate::simulation::spec::{self, Layout, Seen};
 use crate::stream::{StreamOptions, start};
 use crate::{Error, ErrorKind, Result};
 
@@ -91,13 +92,25 @@ impl Files {
         Files { shape: overlay.shape, overlay: overlay.build(), middle, base, above_base, content }
     }
 
-    /// The bytes of a backing file, by its name in the header.
-    pub fn below(&self, name: &str) -> Vec<u8> {
-        match name {
-            "base.raw" => self.base.clone(),
-            "middle.qcow2" => self.above_base.clone(),
-            _ => panic!("backing file {name}"),
+    /// Checks and reads an overlay of this scenario, above the backing file that its header names now. The other name of a cluster that was
+    /// shared does not learn that it is the last: those clusters may do without COPIED.
+    ///
+    /// # Errors
+    /// What makes it unreadable, and features that say that it needs care.
+    pub fn look(&self, overlay: &[u8]) -> Result<Seen, String> {
+        let layout = Layout::of(overlay)?;
+        if layout.features[0] != 0 {
+            return Err(format!("incompatible features {:#x}", layout.features[0]));
         }
+        let below = match layout.backing_name(overlay).as_deref() {
+            None => &[],
+            Some("base.raw") => &self.base[..],
+            Some("middle.qcow2") => &self.above_base[..],
+            Some(name) => return Err(format!("backing file {name}")),
+        };
+        let mut seen = spec::look(overlay, below)?;
+        seen.verdict.not_copied.retain(|cluster| !self.overlay.shared.contains(cluster));
+        Ok(seen)
     }
 }
 
@@ -130,7 +143,7 @@ impl Rig {
             },
         };
         image.begin_writing()?;
-        self.disk = Some(Arc::new(Disk::for_tests_with(image, chain, self.copy_on_read)));
+        self.disk = Some(Arc::new(Disk::for_tests(image, chain).copying_up(self.copy_on_read)));
         Ok(())
     }
 

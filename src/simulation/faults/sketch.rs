@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use crate::simulation::start::set_refcount;
+
 /// One size of everything.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shape {
@@ -191,10 +193,9 @@ impl Sketch {
         let end = next.max(self.pad);
         refcounts.resize(end as usize, 1);
         bytes.resize((end * cluster) as usize, 0);
-        for (index, refcount) in refcounts.iter().enumerate() {
-            let width = 1u64 << shape.refcount_order >> 3;
-            let at = 2 * cluster + index as u64 * width;
-            put(&mut bytes, at, &refcount.to_be_bytes()[8 - width as usize..]);
+        // The blocks lie one behind the other, and so do their refcounts.
+        for (index, refcount) in (0..).zip(&refcounts) {
+            set_refcount(&mut bytes[2 * cluster as usize..], shape.refcount_order, index, *refcount);
         }
         let refblocks: Vec<u64> = (0..refblock_count).map(|block| (2 + block) * cluster).collect();
         for (index, block) in refblocks.iter().enumerate() {

@@ -8,7 +8,6 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::judge::{Outcome, run};
-use super::reader::look;
 use super::rig::Files;
 use super::scenarios::{PAGE, SMALL, SMALL_V2, Scenario, USUAL, WIDE, all};
 use super::sketch::{Sketch, base};
@@ -128,7 +127,7 @@ fn operations(scenario: &Scenario, files: &Files, side: Side) -> u64 {
 }
 
 fn is_sampled(cell: &Cell, share: u64) -> bool {
-    scramble(cell.to_string().bytes().fold(0, |hash, byte| scramble(hash ^ u64::from(byte)))).is_multiple_of(share)
+    mix(cell.to_string().bytes().fold(0, |hash, byte| mix(hash ^ u64::from(byte)))).is_multiple_of(share)
 }
 
 /// Runs `work` on a thread of its own; a hang is a failure after a time that nothing takes.
@@ -204,7 +203,7 @@ fn a_second_failure_while_the_first_is_dealt_with() {
             let files = scenario.files();
             let last = operations(&scenario, &files, Side::Overlay);
             for round in 0..if is_full() { 400 } else { 16 } {
-                let random = |what: u64, below: u64| scramble(seed << 48 ^ (index as u64) << 32 ^ round << 8 ^ what) % below;
+                let random = |what: u64, below: u64| mix(seed << 48 ^ (index as u64) << 32 ^ round << 8 ^ what) % below;
                 if last == 0 {
                     break;
                 }
@@ -242,9 +241,9 @@ fn images_made_by_hand_are_right() {
     for scenario in scenarios().into_iter().filter(|scenario| scenario.middle.is_none()) {
         let what = format!("{}/{}", scenario.name, scenario.shape.name);
         let files = scenario.files();
-        let seen = look(&files.overlay.bytes, |name| files.below(name), &files.overlay.shared);
-        assert_eq!(seen.errors, Vec::<String>::new(), "{what}");
-        assert!(seen.content == files.content, "{what}");
+        let seen = files.look(&files.overlay.bytes).unwrap();
+        assert_eq!(seen.verdict.all(), Vec::<String>::new(), "{what}");
+        assert!(seen.guest == files.content, "{what}");
         if !["discard", "discard-without-backing", "write-new-refcount-block", "discard-shared-table"].contains(&scenario.name) {
             continue;
         }
@@ -253,7 +252,12 @@ fn images_made_by_hand_are_right() {
         std::fs::write(&overlay, &files.overlay.bytes).unwrap();
         let check = std::process::Command::new("qemu-img").args(["check", "-q", "-f", "qcow2"]).arg(&overlay).output().unwrap();
         // 3: leaks and nothing else.
-        assert_eq!(check.status.code(), Some(if seen.leaks > 0 { 3 } else { 0 }), "{what}: {}", String::from_utf8_lossy(&check.stderr));
+        assert_eq!(
+            check.status.code(),
+            Some(if seen.verdict.leaks > 0 { 3 } else { 0 }),
+            "{what}: {}",
+            String::from_utf8_lossy(&check.stderr)
+        );
         let raw = dir.path().join("out");
         let args = ["convert", "-f", "qcow2", "-O", "raw"];
         let convert = std::process::Command::new("qemu-img").args(args).args([&overlay, &raw]).output().unwrap();
@@ -262,21 +266,22 @@ fn images_made_by_hand_are_right() {
     }
 }
 
-/// The reader finds what is wrong with an image.
+/// What is wrong with what a cell leaves is found.
 #[test]
 fn the_reader_finds_what_is_wrong() {
     let sketch = Sketch::usual(SMALL);
-    let (built, below) = (sketch.build(), base(&SMALL));
-    let number = |at: u64| u64::from_be_bytes(built.bytes[at as usize..][..8].try_into().unwrap());
+    let files = Files::new(&sketch, None, base(&SMALL));
+    let bytes = &files.overlay.bytes;
+    let number = |at: u64| u64::from_be_bytes(bytes[at as usize..][..8].try_into().unwrap());
     let l1 = number(40);
     let l2 = number(l1) & !(1 << 63);
     let refblock = number(number(48));
     let data = (number(l2 + 2 * 8) & !(1 << 63)) / 512;
-    let looks = |at: u64, bytes: &[u8]| {
-        let mut changed = built.bytes.clone();
-        changed[at as usize..][..bytes.len()].copy_from_slice(bytes);
-        let seen = look(&changed, |_| below.clone(), &built.shared);
-        (seen.errors.len(), seen.leaks, seen.content == sketch.content(&below))
+    let looks = |at: u64, value: &[u8]| {
+        let mut changed = bytes.clone();
+        changed[at as usize..][..value.len()].copy_from_slice(value);
+        let seen = files.look(&changed).unwrap();
+        (seen.verdict.all().len(), seen.verdict.all_leaks(), seen.guest == files.content)
     };
     assert_eq!(looks(0, b"Q"), (0, 0, true));
     assert_eq!(looks(refblock + data * 2, &[0, 0]), (2, 0, true), "not counted, and COPIED");

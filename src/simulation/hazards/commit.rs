@@ -16,16 +16,16 @@ fn h08_a_flush_persists_only_what_is_linked() {
         let writer = scope.spawn(|| rig.disk.write(0, &[2; 2 * CLUSTER as usize]).unwrap());
         held.wait_for(1);
         rig.disk.flush().unwrap();
-        let judged = rig.killed();
-        assert_eq!((judged.at(0, CLUSTER).0, judged.at(1, CLUSTER).0), (from_base(0), 1));
-        assert_eq!(judged.hosts.len(), 1, "a cluster that waits for its data is nobody's");
+        let seen = rig.killed();
+        assert_eq!((seen.at(0, CLUSTER).0, seen.at(1, CLUSTER).0), (from_base(0), 1));
+        assert_eq!(seen.hosts.len(), 1, "a cluster that waits for its data is nobody's");
         // The first cluster linked, the second one about to be overwritten in place.
         let next = hold_overlay(&rig, Action::Write(WriteKind::Data), host);
         drop(held);
         next.wait_for(1);
         rig.disk.flush().unwrap();
-        let judged = rig.killed();
-        assert_eq!((judged.at(0, CLUSTER).0, judged.at(1, CLUSTER).0), (2, 1));
+        let seen = rig.killed();
+        assert_eq!((seen.at(0, CLUSTER).0, seen.at(1, CLUSTER).0), (2, 1));
         drop(next);
         writer.join().unwrap();
     });
@@ -85,14 +85,14 @@ fn h09_changes_beside_every_step_of_a_pass() {
         },
         |step| {
             // What was complete before the flush is there, or what came beside it.
-            let judged = rig.killed();
-            assert!([0, value(step, 3)].contains(&judged.at(0, CLUSTER).0));
-            assert!([0, value(step, 0)].contains(&judged.at(1, CLUSTER).0));
-            assert!([value(step, 1), value(step, 2)].contains(&judged.at(2, CLUSTER).0));
+            let seen = rig.killed();
+            assert!([0, value(step, 3)].contains(&seen.at(0, CLUSTER).0));
+            assert!([0, value(step, 0)].contains(&seen.at(1, CLUSTER).0));
+            assert!([value(step, 1), value(step, 2)].contains(&seen.at(2, CLUSTER).0));
             let now = [0, 1, 2, 3, 4].map(|cluster| rig.read(cluster));
             rig.disk.flush().unwrap();
-            let judged = rig.killed();
-            assert_eq!([0, 1, 2, 3, 4].map(|cluster| judged.at(cluster, CLUSTER).0), now, "step {step}");
+            let seen = rig.killed();
+            assert_eq!([0, 1, 2, 3, 4].map(|cluster| seen.at(cluster, CLUSTER).0), now, "step {step}");
         },
     );
     assert!(steps >= 4, "refcounts, barrier, table, barrier: {steps}");
@@ -151,8 +151,8 @@ fn h11_nothing_is_dropped_from_memory_before_it_is_written() {
         flush.join().unwrap();
     });
     assert_eq!([0, 1, 2].map(|cluster| rig.read(cluster)), [1, 2, 3]);
-    let judged = rig.closed();
-    assert_eq!([0, 1, 2, 64].map(|cluster| judged.at(cluster, 512).0), [1, 2, 3, 11]);
+    let seen = rig.closed();
+    assert_eq!([0, 1, 2, 64].map(|cluster| seen.at(cluster, 512).0), [1, 2, 3, 11]);
 }
 
 /// The kernel tells of a lost write once. Whoever comes next finds a host that is well again, and must not believe it.
@@ -196,9 +196,9 @@ fn h23_new_refcount_blocks_beside_every_step_of_a_pass() {
         },
     );
     assert!(steps >= 6, "blocks, barrier, their entries, barrier, tables, barrier: {steps}");
-    let judged = rig.closed();
+    let seen = rig.closed();
     for step in 0..steps {
-        assert_eq!(judged.at(step * 600, 512).0, 1 + step as u8);
-        assert_eq!(judged.at(step * 600 + 599, 512).0, 101 + step as u8);
+        assert_eq!(seen.at(step * 600, 512).0, 1 + step as u8);
+        assert_eq!(seen.at(step * 600 + 599, 512).0, 101 + step as u8);
     }
 }

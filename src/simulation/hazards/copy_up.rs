@@ -83,9 +83,9 @@ fn h03_a_discard_waits_for_the_copy_and_wins() {
             other.join().unwrap();
         });
         assert_eq!(rig.read(3), 0, "nothing comes back");
-        let judged = rig.closed();
-        assert_eq!(judged.at(3, CLUSTER), (0, 0));
-        assert_eq!(judged.hosts.contains_key(&3), zeroes, "zeroes keep their cluster, a discard gives it back");
+        let seen = rig.closed();
+        assert_eq!(seen.at(3, CLUSTER), (0, 0));
+        assert_eq!(seen.hosts.contains_key(&3), zeroes, "zeroes keep their cluster, a discard gives it back");
     }
 }
 
@@ -104,10 +104,10 @@ fn h04_a_stream_keeps_what_a_guest_wrote_into_its_chunk() {
         let populated = stream.join().unwrap();
         assert_eq!((populated.copied, populated.skipped), (7 * CLUSTER, CLUSTER));
     });
-    let judged = rig.closed();
-    assert_eq!(judged.at(3, CLUSTER), (1, from_base(3)));
-    assert_eq!((judged.at(2, CLUSTER).0, judged.at(4, CLUSTER).0), (from_base(2), from_base(4)));
-    assert_eq!(judged.hosts.len(), 8);
+    let seen = rig.closed();
+    assert_eq!(seen.at(3, CLUSTER), (1, from_base(3)));
+    assert_eq!((seen.at(2, CLUSTER).0, seen.at(4, CLUSTER).0), (from_base(2), from_base(4)));
+    assert_eq!(seen.hosts.len(), 8);
 }
 
 fn fails_once(kind: WriteKind) -> Fault {
@@ -140,9 +140,9 @@ fn h13_a_failed_fill_gives_its_cluster_back_once() {
     assert_eq!(rig.read(1), from_base(1), "the old bytes");
     rig.write(4, 5);
     rig.write(5, 6);
-    let judged = rig.closed();
-    assert_eq!([0, 2, 4, 5].map(|cluster| judged.at(cluster, CLUSTER).0), [1, 3, 5, 6]);
-    assert!(judged.hosts.values().any(|host| host * CLUSTER == next), "what was given back is used again");
+    let seen = rig.closed();
+    assert_eq!([0, 2, 4, 5].map(|cluster| seen.at(cluster, CLUSTER).0), [1, 3, 5, 6]);
+    assert!(seen.hosts.values().any(|host| host * CLUSTER == next), "what was given back is used again");
 }
 
 #[test]

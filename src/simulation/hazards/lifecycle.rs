@@ -20,14 +20,14 @@ fn h16_the_base_stays_until_its_last_reader_has_gone() {
         held.wait_for(1);
         let streamer = scope.spawn(|| stream(&rig));
         rig.blocked(&streamer, &held);
-        assert!(rig.killed().has_backing);
+        assert!(rig.killed().has_backing());
         drop(held);
         assert_eq!(reader.join().unwrap(), from_base(5));
         streamer.join().unwrap();
     });
-    let judged = rig.closed();
-    assert!(!judged.has_backing);
-    assert!((0..CLUSTERS).all(|cluster| judged.at(cluster, CLUSTER).0 == from_base(cluster)));
+    let seen = rig.closed();
+    assert!(!seen.has_backing());
+    assert!((0..CLUSTERS).all(|cluster| seen.at(cluster, CLUSTER).0 == from_base(cluster)));
 
     // And no request at all is under way when the link goes.
     let rig = Rig::new();
@@ -40,12 +40,12 @@ fn h16_the_base_stays_until_its_last_reader_has_gone() {
         held.wait_for(1);
         let streamer = scope.spawn(|| rig.disk.detach_backing(usize::MAX, None).unwrap());
         rig.blocked(&streamer, &held);
-        assert!(rig.killed().has_backing);
+        assert!(rig.killed().has_backing());
         drop(held);
         assert_eq!(reader.join().unwrap(), from_base(5));
         streamer.join().unwrap();
     });
-    assert!(!rig.closed().has_backing);
+    assert!(!rig.closed().has_backing());
 }
 
 #[test]
@@ -63,22 +63,22 @@ fn h17_a_discard_before_the_cut_hides_the_base_for_good() {
         drop(held);
         cut.join().unwrap();
     });
-    let judged = rig.closed();
-    assert!(!judged.has_backing);
-    assert_eq!([1, 2, 3, 4].map(|cluster| judged.at(cluster, CLUSTER).0), [from_base(1), 0, 0, from_base(4)]);
+    let seen = rig.closed();
+    assert!(!seen.has_backing());
+    assert_eq!([1, 2, 3, 4].map(|cluster| seen.at(cluster, CLUSTER).0), [from_base(1), 0, 0, from_base(4)]);
 
     // What was never copied keeps the link where it is.
     let rig = Rig::new();
     rig.disk.populate(CLUSTER..rig.disk.size(), usize::MAX).unwrap();
     rig.disk.detach_backing(usize::MAX, None).unwrap_err();
-    assert!(rig.closed().has_backing);
+    assert!(rig.closed().has_backing());
 }
 
 #[test]
 fn h18_a_resize_waits_for_the_copy_and_hides_the_longer_base() {
     let (before, after) = (8 * CLUSTER - 512, 12 * CLUSTER);
     let rig = Rig::build(12, before, CLUSTERS, usize::MAX);
-    let rig = Rig { disk: rig.disk.with_copy_on_read(), ..rig };
+    let rig = Rig { disk: rig.disk.copying_up(true), ..rig };
     thread::scope(|scope| {
         let held = hold_base(&rig, 7);
         let reader = scope.spawn(|| {

@@ -57,9 +57,9 @@ fn h06_a_cluster_is_not_reused_under_its_writer() {
     });
     rig.disk.flush().unwrap();
     rig.write(5, 6);
-    let judged = rig.closed();
-    assert_eq!((judged.at(0, CLUSTER), judged.at(5, CLUSTER)), ((0, 0), (6, 6)));
-    assert_eq!(judged.hosts[&5] * CLUSTER, host);
+    let seen = rig.closed();
+    assert_eq!((seen.at(0, CLUSTER), seen.at(5, CLUSTER)), ((0, 0), (6, 6)));
+    assert_eq!(seen.hosts[&5] * CLUSTER, host);
 }
 
 #[test]
@@ -82,9 +82,9 @@ fn h07_a_cluster_is_not_reused_before_it_is_punched() {
         assert_eq!(rig.read(cluster), 10 + cluster as u8, "a hole was punched into it");
     }
     rig.write(7, 7);
-    let judged = rig.closed();
-    assert_eq!(judged.hosts[&7] * CLUSTER, host, "and now it is used again");
-    assert_eq!(judged.at(7, CLUSTER), (7, 7));
+    let seen = rig.closed();
+    assert_eq!(seen.hosts[&7] * CLUSTER, host, "and now it is used again");
+    assert_eq!(seen.at(7, CLUSTER), (7, 7));
 }
 
 /// A larger L1 table cannot be written: the old one is in use and stays counted, whatever is allocated meanwhile and afterwards.
@@ -112,8 +112,8 @@ fn h12_a_failed_move_of_a_table_frees_nothing() {
     });
     rig.disk.flush().unwrap();
     (2..8).for_each(|cluster| rig.write(cluster, 3));
-    let judged = rig.closed();
-    assert_eq!((judged.at(0, 512), judged.at(1, 512), judged.at(7, 512)), ((1, 1), (2, 2), (3, 3)));
+    let seen = rig.closed();
+    assert_eq!((seen.at(0, 512), seen.at(1, 512), seen.at(7, 512)), ((1, 1), (2, 2), (3, 3)));
     assert_eq!(rig.disk.size(), 64 * 64 * 512);
     rig.disk.grow(65 * 64 * 512).unwrap();
     rig.write(64 * 64, 4);

@@ -5,11 +5,11 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 
-use super::spec::Spec;
 use super::template::{Kind, Shape, build};
 use super::{Input, pattern};
 use crate::chain::{Chain, Content, Gate, MAX_LAYERS};
 use crate::format::{BackingFormat, BackingReference};
+use crate::simulation::spec::Layout;
 
 /// A backing reference as it stands in a header.
 type Reference = (Vec<u8>, Option<Vec<u8>>);
@@ -187,8 +187,10 @@ fn expected(
             for (_, bytes) in files.iter_mut().rev() {
                 // Only the last layer can be raw, and its format is the one looked at last.
                 let is_raw = below.is_none() && format == Some(BackingFormat::Raw);
-                let content = if is_raw { bytes.clone() } else { Spec::new(bytes)?.content(below.as_deref())? };
-                *bytes = content.clone();
+                if !is_raw {
+                    *bytes = Layout::rough(bytes)?.content(bytes, below.as_deref().unwrap_or_default()).ok()?;
+                }
+                let content = bytes.clone();
                 below = Some(content);
             }
         }

@@ -5,7 +5,8 @@
 //! ```
 //! Each file here makes the cases of one target out of bytes and judges them: [`header`], [`image`] (hostile images and valid ones), [`chain`],
 //! [`compressed`]. The fuzz targets (`tests/fuzz`) and the property tests (`tests.rs`) call the same functions, so what one finds the other
-//! repeats. [`template`] writes images and [`spec`] reads them, both from the specification and without a line of `format` or `image`: a mistake
+//! repeats. [`template`] writes images and [`spec`](super::spec) reads them, both from the
+//! specification and without a line of `format` or `image`: a mistake
 //! of the engine is not repeated by its judge.
 //!
 //! **Touches:** the engine as a user, files in memory; [`chain`] a directory of its own. **Never:** is part of the program.
@@ -15,7 +16,6 @@ pub mod chain;
 pub mod compressed;
 pub mod header;
 pub mod image;
-mod spec;
 mod template;
 mod watch;
 

@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use super::{Input, pattern};
+use crate::simulation::start::set_refcount;
 
 pub(super) const COPIED: u64 = 1 << 63;
 pub(super) const COMPRESSED: u64 = 1 << 62;
@@ -252,8 +253,8 @@ impl File {
         let first = self.take(blocks);
         let counts = self.counts.clone();
         for (cluster, &count) in counts.iter().enumerate() {
-            let block = (first + cluster as u64 / per_block) << self.bits;
-            set_count(&mut self.bytes, block, shape.order, cluster as u64 % per_block, count);
+            let block = ((first + cluster as u64 / per_block) << self.bits) as usize;
+            set_refcount(&mut self.bytes[block..], shape.order, cluster as u64 % per_block, count);
         }
         for block in 0..blocks {
             self.put((table_at << self.bits) + block * 8, &((first + block) << self.bits).to_be_bytes());
@@ -262,24 +263,8 @@ impl File {
 }
 
 /// The largest refcount of a width.
-pub(super) fn most_of(order: u32) -> u64 {
+fn most_of(order: u32) -> u64 {
     if order == 6 { u64::MAX } else { (1 << (1u32 << order)) - 1 }
-}
-
-/// Sets a refcount in the block at byte `block` (specification: "Refcount block entry").
-pub(super) fn set_count(bytes: &mut [u8], block: u64, order: u32, index: u64, count: u64) {
-    let bit = index << order;
-    let at = (block + bit / 8) as usize;
-    match order {
-        0..=2 => {
-            let mask = (most_of(order) as u8) << (bit % 8);
-            bytes[at] = bytes[at] & !mask | (count as u8) << (bit % 8);
-        }
-        _ => {
-            let len = 1 << (order - 3);
-            bytes[at..at + len].copy_from_slice(&count.to_be_bytes()[8 - len..]);
-        }
-    }
 }
 
 /// Table entries as they stand in a file.

@@ -3,21 +3,12 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
-/// splitmix64: a case is known by its seed and its number.
-struct Random(u64);
+use crate::simulation::random::Random;
 
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
-
-    fn bytes(&mut self, longest: u64) -> Vec<u8> {
-        let len = 1 + self.next() % longest;
-        (0..len).map(|_| self.next() as u8).collect()
-    }
+/// A case is known by its seed and its number.
+fn random_bytes(mut random: Random, longest: u64) -> Vec<u8> {
+    let len = 1 + random.below(longest);
+    (0..len).map(|_| random.next() as u8).collect()
 }
 
 fn from_environment(name: &str) -> Option<u64> {
@@ -30,7 +21,7 @@ fn cases(judge: fn(&[u8]), count: u64, longest: u64) {
     let count = from_environment("CORDISK_FUZZ_CASES").unwrap_or(count);
     let (first, end) = from_environment("CORDISK_FUZZ_CASE").map_or((0, count), |case| (case, case + 1));
     for case in first..end {
-        let bytes = Random(seed.wrapping_mul(0x5851_f42d_4c95_7f2d) ^ case << 20).bytes(longest);
+        let bytes = random_bytes(Random(seed.wrapping_mul(0x5851_f42d_4c95_7f2d) ^ case << 20), longest);
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| judge(&bytes))) {
             println!("CORDISK_SEED={seed} CORDISK_FUZZ_CASE={case} repeats this case");
             std::panic::resume_unwind(panic);

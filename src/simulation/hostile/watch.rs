@@ -3,8 +3,8 @@
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 
-use super::spec::Spec;
 use crate::simulation::Observer;
+use crate::simulation::spec::Layout;
 use crate::storage::WriteKind;
 
 /// Its own copy of the file, and whose each cluster is by what the file says and by what was written.
@@ -22,8 +22,8 @@ pub(super) struct Watch {
 impl Watch {
     /// Over an image that has a header.
     pub fn new(disk: Vec<u8>) -> Option<Watch> {
-        let spec = Spec::new(&disk)?;
-        let (bits, named) = (spec.bits, spec.metadata());
+        let layout = Layout::rough(&disk)?;
+        let (bits, named) = (layout.cluster_bits, layout.metadata(&disk));
         Some(Watch { disk, bits, named, tables: BTreeSet::new(), data: BTreeSet::new() })
     }
 
@@ -32,7 +32,7 @@ impl Watch {
     }
 
     fn look_again(&mut self) {
-        self.named = Spec::new(&self.disk).expect("the engine keeps the header readable").metadata();
+        self.named = Layout::rough(&self.disk).expect("the engine keeps the header readable").metadata(&self.disk);
     }
 }
 

@@ -333,9 +333,24 @@ fn a_file_without_attributes_says_so() {
         access: Access::ReadOnly,
         identity: (0, 0),
         size: AtomicU64::new(0),
+        locked: AtomicBool::new(true),
         shrinking_reported: AtomicBool::new(false),
     };
     assert_eq!(storage.open_mark().unwrap(), OpenMark::Unsupported);
     storage.set_open_mark().unwrap();
     storage.remove_open_mark().unwrap();
+}
+
+/// Whoever held the lock until now may have made the file longer since it was opened.
+#[test]
+fn the_size_is_that_under_the_lock() {
+    let (_dir, path) = scratch(4096);
+    let first = FileStorage::open(&path, Access::ReadWrite).unwrap();
+    let second = FileStorage::open_unlocked(&path, Access::ReadWrite).unwrap();
+    first.write_at(WriteKind::NewCluster, 4096, &[7; 4096]).unwrap();
+    drop(first);
+    second.lock().unwrap();
+    let mut buf = [0; 16];
+    second.read_at(4096, &mut buf).unwrap();
+    assert_eq!((second.size(), buf), (8192, [7; 16]));
 }
