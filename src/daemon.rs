@@ -29,7 +29,7 @@ use crate::cli::{self, Command, MountConfig, Role};
 use crate::disk::{Disk, DiskOptions};
 use crate::error::{Context, one_line};
 use crate::fuse::{self, Finished, MountOptions, Mounted, Unmounted};
-use crate::keeper::{self, Keeper, KeptMount, Leftover, Messages};
+use crate::keeper::{self, EntrustedMark, Keeper, KeptMount, Leftover, Messages};
 use crate::qmp::Socket;
 use crate::sandbox::{self, Identity};
 use crate::{Error, Result};
@@ -59,7 +59,8 @@ pub fn main() -> ExitCode {
     match cli::parse().and_then(run) {
         Ok(status) => status,
         Err(error) => {
-            eprintln!("cordisk: {}", one_line(&error.to_string()));
+            // Not eprintln, which panics where nobody reads any more.
+            let _ = writeln!(std::io::stderr(), "cordisk: {}", one_line(&error.to_string()));
             ExitCode::FAILURE
         }
     }
@@ -140,7 +141,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     let disk = Arc::new(Disk::open(&config.image, &options)?);
     // The socket before the mount: one that cannot be bound should not make a disk appear and vanish.
     let mut socket = config.qmp.as_deref().map(Socket::listen).transpose()?;
-    let _socket = match &mut socket {
+    let socket_file = match &mut socket {
         Some(socket) => {
             let entrusted = keeper.entrust(Leftover::Socket, socket.path(), socket.identity())?;
             socket.entrust();
@@ -151,6 +152,10 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
         }
         None => None,
     };
+    // That user may perhaps not touch the attributes of the overlay.
+    let mark = user.map(|_| disk.entrust_open_mark()).transpose()?.flatten();
+    let mark = mark.map(|(image, name)| keeper.entrust_mark(&image, name)).transpose()?;
+    let close = || close(&disk, config, mark.as_ref());
     let ready = (config.role == Role::Child).then(background::Ready::prepare).transpose()?;
     let owner = user.unwrap_or_else(Identity::current);
     let (mountpoint, allow_other) = (config.mountpoint.clone(), config.allow_other);
@@ -159,12 +164,12 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     let (mount, device) = match keeper.mount(prepared.plan()) {
         Ok(mounted) => mounted,
         // Nothing has been served: closing has nothing to wait for.
-        Err(error) => return first_of(Err(error), close(&disk, config)),
+        Err(error) => return first_of(Err(error), close()),
     };
     let confined = user.map_or(Ok(()), Identity::become_it).and_then(|()| sandbox::enter(config.sandbox));
     if let Err(error) = confined {
         drop((mount, device));
-        return first_of(Err(error), close(&disk, config));
+        return first_of(Err(error), close());
     }
 
     // From here on there are threads.
@@ -174,7 +179,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
         Ok(started) => started,
         Err(error) => {
             drop((mount, device));
-            return first_of(Err(error), close(&disk, config));
+            return first_of(Err(error), close());
         }
     };
     let (served, requests) = match prepared.serve(device) {
@@ -187,18 +192,27 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     // No request comes any more: the jobs, then the disk, then the socket.
     let jobs = control.stop_jobs(&config.device);
     let closed = if (requests, jobs) == (Finished::Quiet, Finished::Quiet) {
-        close(&disk, config)
+        close()
     } else {
         // Closing would have to wait for them, perhaps for ever: a backing file hangs. What was acknowledged is made durable all the same.
         log::warn!("requests or jobs still hang; leaving without them");
         disk.flush().context(|| format!("closing {}", config.image.display()))
     };
+    // The file while the socket still listens: nothing else can have its inode number yet, and be taken for it.
+    drop(socket_file);
     control.close(&closed);
     first_of(served, closed)
 }
 
-fn close(disk: &Disk, config: &MountConfig) -> Result<()> {
-    disk.close().context(|| format!("closing {}", config.image.display()))
+/// Closes the disk, and has the mark of an open image removed, where that was left to the keeper.
+fn close(disk: &Disk, config: &MountConfig, mark: Option<&EntrustedMark<'_>>) -> Result<()> {
+    disk.close().context(|| format!("closing {}", config.image.display()))?;
+    if let Some(mark) = mark.filter(|_| disk.is_usable())
+        && let Err(error) = mark.remove()
+    {
+        log::warn!("{}: {error}", config.image.display());
+    }
+    Ok(())
 }
 
 /// The first error is the one to report, the other goes to the log.

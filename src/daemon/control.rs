@@ -75,12 +75,16 @@ impl Control {
         }
     }
 
-    /// After the unmount: tells of it, cancels the jobs and waits for them, but not for ever for one that hangs on a backing file.
+    /// After the unmount: tells of it, cancels the jobs and waits for them and for clients that change the disk, but not for ever for one that
+    /// hangs on a backing file.
     pub(super) fn stop_jobs(&self, export: &str) -> Finished {
         if let Some(server) = &self.server {
             server.announce_export_deleted(export);
         }
-        if self.jobs.cancel_all_and_wait(STOP_TIMEOUT) { Finished::Quiet } else { Finished::StillRunning }
+        let jobs = self.jobs.cancel_all_and_wait(STOP_TIMEOUT);
+        // A change of size is no job; from now on none begins.
+        let settled = self.server.as_ref().is_none_or(|server| server.settle(STOP_TIMEOUT));
+        if jobs && settled { Finished::Quiet } else { Finished::StillRunning }
     }
 
     /// Last of all, with the disk closed: the socket. Clients that asked to quit are told how closing went.

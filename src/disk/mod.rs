@@ -17,6 +17,7 @@
 //! mapping under the exclusive guard before it publishes (H1 to H4). While there is a backing file nothing becomes `Unallocated` (H17).
 
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -310,6 +311,26 @@ impl Disk {
         match &self.overlay {
             Overlay::Writable(image) => image.close().map(|()| image.end_writing()),
             Overlay::ReadOnly(_) => Ok(()),
+        }
+    }
+
+    /// Leaves the mark of an open image to somebody else, who may remove the attribute from the file, both returned, when [`Disk::close`] has gone
+    /// well and [`Disk::is_usable`]. For a process that will not be allowed to. `None` where there is no mark.
+    ///
+    /// # Errors
+    /// I/O.
+    pub fn entrust_open_mark(&self) -> Result<Option<(OwnedFd, &'static str)>> {
+        match &self.overlay {
+            Overlay::Writable(image) => image.entrust_open_mark().context(|| self.path.display().to_string()),
+            Overlay::ReadOnly(_) => Ok(None),
+        }
+    }
+
+    /// Whether nothing has failed for good.
+    pub fn is_usable(&self) -> bool {
+        match &self.overlay {
+            Overlay::Writable(image) => image.is_usable(),
+            Overlay::ReadOnly(_) => true,
         }
     }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
-use super::{mountinfo, stale};
+use super::mountinfo;
 use crate::error::{Context, os_text};
 use crate::{Error, ErrorKind, Result};
 
@@ -135,16 +135,12 @@ impl Drop for Mountpoint {
     }
 }
 
-/// Refuses a path where something is mounted.
+/// Refuses a path where something is mounted. Does not ask whoever serves it, who may never answer.
 fn refuse_mounted(path: &Path) -> Result<()> {
     let Some(mounted) = mountinfo::mounted_at(path)? else { return Ok(()) };
-    let dead = stale::is_dead(path);
-    let path = path.display();
-    let text = if dead {
-        format!("mountpoint {path}: the daemon that was mounted here is gone; clean up with: umount {path}")
-    } else {
-        format!("mountpoint {path}: already mounted ({}); unmount it first", mounted.fs_type)
-    };
+    let (path, fs_type) = (path.display(), mounted.fs_type);
+    let lazily = if fs_type.starts_with("fuse") { format!(" (if its daemon is gone: umount -l {path})") } else { String::new() };
+    let text = format!("mountpoint {path}: already mounted ({fs_type}); unmount it first: umount {path}{lazily}");
     Err(Error::new(ErrorKind::Busy, text))
 }
 

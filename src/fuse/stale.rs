@@ -7,6 +7,8 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::io::Errno;
@@ -22,11 +24,14 @@ const OURS: &str = "fuse.cordisk";
 /// Dead mounts on top of each other that are removed at most: one a death, so nobody has as many.
 const DEEPEST: u32 = 1000;
 
+/// How long it may take until somebody counts as alive: for the dead the kernel answers at once.
+const ANSWER: Duration = Duration::from_secs(2);
+
 /// Detaches the dead mounts of `image` at `mountpoint`, however many there are. Whatever else is mounted there stays, and so does a mountpoint
 /// that is none: what is to be said of it is said by [`super::mountpoint`].
 ///
 /// # Errors
-/// Busy: a dead mount of another image is there. Otherwise what the system says.
+/// Busy: another image is mounted there, dead or alive. Otherwise what the system says.
 pub(super) fn remove(mountpoint: &Path, image: &Path) -> Result<()> {
     let (Some(parent), Some(name)) = (mountpoint.parent(), mountpoint.file_name()) else { return Ok(()) };
     // The last part of the path is not resolved: it is what is dead.
@@ -34,15 +39,17 @@ pub(super) fn remove(mountpoint: &Path, image: &Path) -> Result<()> {
     let path = parent.join(name);
     for _ in 0..DEEPEST {
         let Some(entry) = mountinfo::mounted_at(&path)?.filter(|entry| entry.fs_type == OURS) else { return Ok(()) };
-        if !is_dead(&path) {
-            return Ok(());
-        }
+        // Nobody else is asked whether he is dead: he may stand still, and never answer.
         if !is_of(&entry, image) {
             let (path, source) = (path.display(), entry.source.display());
             let text = format!(
-                "mountpoint {path}: a daemon that has died had mounted another image here, {source}; clean up with: umount -l {path}"
+                "mountpoint {path}: already mounted ({OURS}), with another image, {source}; unmount it first: umount {path} \
+                 (if its daemon is gone: umount -l {path})"
             );
             return Err(Error::new(ErrorKind::Busy, text));
+        }
+        if !is_dead(&path) {
+            return Ok(());
         }
         detach(&path).map_err(|error| error.context(format!("mountpoint {}: the daemon that was mounted here is gone", path.display())))?;
         log::info!("{}: removed the mount of a daemon that has died", path.display());
@@ -50,10 +57,16 @@ pub(super) fn remove(mountpoint: &Path, image: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether nobody serves what is mounted at `path` any more. Asks whoever does, so it may only be asked of a mount that is not ours.
-pub(super) fn is_dead(path: &Path) -> bool {
-    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_FORCE_SYNC;
-    rustix::fs::statx(CWD, path, flags, StatxFlags::BASIC_STATS).err() == Some(Errno::NOTCONN)
+/// Whether nobody serves what is mounted at `path` any more. Asks whoever does: of our own image that can be one who also only reads it, or where
+/// the file system has no locks. He may stand still, so a thread asks, which is left behind when he does not answer; it ends with the process.
+fn is_dead(path: &Path) -> bool {
+    let (sender, answer) = crossbeam_channel::bounded(1);
+    let path = path.to_path_buf();
+    let ask = move || {
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_FORCE_SYNC;
+        let _ = sender.send(rustix::fs::statx(CWD, path, flags, StatxFlags::BASIC_STATS).err() == Some(Errno::NOTCONN));
+    };
+    thread::Builder::new().spawn(ask).is_ok() && answer.recv_timeout(ANSWER).unwrap_or(false)
 }
 
 /// Whether a mount shows `image`: by path, or by what the path leads to.

@@ -12,6 +12,7 @@
 //! **Invariants** (numbers of the crate docs): I1 the mapping of a cluster changes only under its exclusive guard; I2 on disk, refcounts are
 //! never below references; I3 a published cluster was filled first (only [`Image::fill`] makes a [`Filled`]).
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -181,6 +182,20 @@ impl Image {
         {
             log::warn!("the mark of an open image stays: {}", crate::error::os_text(&error));
         }
+    }
+
+    /// Leaves the mark of an open image to somebody else, see [`Storage::entrust_open_mark`]. It may go when [`Image::close`] has gone well and
+    /// [`Image::is_usable`].
+    ///
+    /// # Errors
+    /// I/O.
+    pub fn entrust_open_mark(&self) -> Result<Option<(OwnedFd, &'static str)>> {
+        self.reader.storage.entrust_open_mark().map_err(|error| Error::io("the mark of an open image", error))
+    }
+
+    /// Whether nothing has failed for good.
+    pub fn is_usable(&self) -> bool {
+        self.check_usable().is_ok()
     }
 
     /// L2 tables beyond so many bytes are dropped when they are clean.

@@ -345,6 +345,11 @@ impl Jobs {
         !self.shared.registry.lock().jobs.is_empty()
     }
 
+    /// Whether [`Jobs::cancel_all_and_wait`] was called: the process is about to end.
+    pub fn is_closed(&self) -> bool {
+        self.shared.registry.lock().closed
+    }
+
     /// Everything that happens to jobs from now on. The channel has no bound, so that no job ever waits for a subscriber: read it, or drop it.
     pub fn subscribe(&self) -> Receiver<Arc<Batch>> {
         let (sender, receiver) = crossbeam_channel::unbounded();

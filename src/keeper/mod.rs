@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A process under Landlock cannot unmount, not even lazily, and cannot remove a file. Somebody else has to, and it should be somebody who reads no
-//! image and no client: the keeper knows six requests about one mount and two files, all named before the sandbox was entered.
+//! image and no client: the keeper knows eight requests about one mount, two files and one attribute, all named before the sandbox was entered.
 //!
 //! It is the *child* of the serving process, not its parent: so the process that the user started, whose id stands in the pidfile, which gets the
 //! signals and whose exit status counts, stays the one that serves the disk; a supervisor sees what it saw without a keeper.
@@ -20,13 +20,15 @@
 //! ENOTCONN. An unmount would let the empty placeholder shine through. When the keeper dies, the serving process serves on, cannot
 //! unmount, and says so at the end.
 //!
-//! **Touches:** one child process and the socket to it; there, the host side of [`crate::fuse`] and the removal of files. **Never:** reads an
-//! image or what a client sends; takes orders about another mount; removes a file that is not (device, inode) the one that was named.
+//! **Touches:** one child process and the socket to it; there, the host side of [`crate::fuse`], the removal of files and, with `--user`, of the mark
+//! of an open image. **Never:** reads an
+//! image or what a client sends; takes orders about another mount; removes a file that is not (device, inode) the one that was named, or from another
+//! directory.
 //! **Locks:** one leaf, the socket: a request and its reply belong together.
 
 use std::cell::Cell;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -99,6 +101,16 @@ impl Keeper {
         Ok(Entrusted { keeper: self, what })
     }
 
+    /// The attribute `name` of the open `image` says that nobody has closed it: from now on it is for the keeper to remove it, when it is told so.
+    /// It may when the user that we become may not.
+    ///
+    /// # Errors
+    /// The keeper is gone.
+    pub fn entrust_mark(&self, image: &OwnedFd, name: &str) -> Result<EntrustedMark<'_>> {
+        self.ask_with(&Request::RememberMark(name.to_owned()), Some(image.as_fd()))?;
+        Ok(EntrustedMark { keeper: self })
+    }
+
     /// Mounts. Returns the mount and the open /dev/fuse that serves it.
     ///
     /// # Errors
@@ -122,7 +134,11 @@ impl Keeper {
     }
 
     fn ask(&self, request: &Request) -> Result<(Answer, Option<OwnedFd>)> {
-        let answered = wire::send(&self.socket, request, None).and_then(|()| wire::receive::<Reply>(&self.socket));
+        self.ask_with(request, None)
+    }
+
+    fn ask_with(&self, request: &Request, descriptor: Option<BorrowedFd<'_>>) -> Result<(Answer, Option<OwnedFd>)> {
+        let answered = wire::send(&self.socket, request, descriptor).and_then(|()| wire::receive::<Reply>(&self.socket));
         let (reply, descriptor) = match answered {
             Ok(Some(answer)) => answer,
             Ok(None) => return Err(self.lose(None)),
@@ -168,6 +184,22 @@ impl Drop for Entrusted<'_> {
         if let Err(error) = self.keeper.ask(&Request::Remove(self.what)) {
             log::warn!("{error}");
         }
+    }
+}
+
+/// The mark of an open image, which the keeper removes when told so. Dropping this leaves it: the image was not closed.
+#[derive(Debug)]
+pub struct EntrustedMark<'a> {
+    keeper: &'a Keeper,
+}
+
+impl EntrustedMark<'_> {
+    /// To be called when the image was closed, and all went well.
+    ///
+    /// # Errors
+    /// Those of removexattr(2); the keeper is gone. The mark stays then, which only means that the next open looks for leaks in vain.
+    pub fn remove(&self) -> Result<()> {
+        self.keeper.ask(&Request::RemoveMark).map(drop)
     }
 }
 

@@ -1,13 +1,15 @@
 //! The keeper's own life: requests are read from standard input until it ends.
 
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use crossbeam_channel::{Receiver, Sender};
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use super::wire::{self, Answer, Failure, Leftover, Reply, Request};
@@ -18,10 +20,52 @@ use crate::{Error, ErrorKind, Result};
 /// What the keeper knows.
 #[derive(Debug, Default)]
 struct Kept {
-    files: Vec<(Leftover, PathBuf, (u64, u64))>,
+    files: Vec<KeptFile>,
+    /// The image and the name of its attribute that says that it is open.
+    mark: Option<(OwnedFd, String)>,
     /// There was a mount: nothing new is taken.
     sealed: bool,
     mount: Option<HostMount>,
+}
+
+/// A file that goes away at the end. It is found in the directory as it was when the file was entrusted: its path may lead elsewhere by then,
+/// through a directory that is somebody else's.
+#[derive(Debug)]
+struct KeptFile {
+    what: Leftover,
+    /// For messages.
+    path: PathBuf,
+    directory: OwnedFd,
+    name: OsString,
+    /// (device, inode).
+    identity: (u64, u64),
+}
+
+impl KeptFile {
+    fn find(what: Leftover, path: PathBuf, identity: (u64, u64)) -> Result<KeptFile> {
+        let context = || path.display().to_string();
+        let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
+            return Err(Error::new(ErrorKind::InvalidArgument, format!("{}: not a file name", context())));
+        };
+        let directory = rustix::fs::open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        let directory = directory.map_err(io::Error::from).context(context)?;
+        let name = name.to_owned();
+        Ok(KeptFile { what, path, directory, name, identity })
+    }
+
+    /// Removes it if it is still the one that was named.
+    fn remove(self) -> Result<()> {
+        match self.what {
+            Leftover::Socket => crate::qmp::remove_socket(&self.directory, &self.name, self.identity)
+                .context(|| format!("removing QMP socket {}", self.path.display())),
+            Leftover::Pidfile => {
+                let there = rustix::fs::statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW);
+                let ours = there.is_ok_and(|there| (there.st_dev, there.st_ino) == self.identity);
+                let removed = if ours { rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty()) } else { Ok(()) };
+                removed.map_err(io::Error::from).context(|| format!("removing pidfile {}", self.path.display()))
+            }
+        }
+    }
 }
 
 /// The whole life of a keeper process. Ends it, without touching the mount, when the serving process does.
@@ -38,7 +82,7 @@ pub fn run() -> Result<()> {
     let _ = rustix::process::setsid();
     let _ = rustix::thread::set_name(c"cordisk-keeper");
     close_inherited();
-    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    rustix::process::umask(Mode::from_raw_mode(0o077));
     rustix::process::chdir("/").map_err(io::Error::from).context(|| "chdir to /")?;
     let (sender, records) = crossbeam_channel::unbounded();
     log::set_max_level(log::LevelFilter::Debug);
@@ -53,8 +97,8 @@ pub fn run() -> Result<()> {
 }
 
 fn serve(kept: &mut Kept, socket: impl AsFd, records: &Receiver<(usize, String)>) -> Result<()> {
-    while let Some((request, _)) = wire::receive::<Request>(&socket)? {
-        let (result, descriptor) = match kept.answer(request) {
+    while let Some((request, descriptor)) = wire::receive::<Request>(&socket)? {
+        let (result, descriptor) = match kept.answer(request, descriptor) {
             Ok((answer, descriptor)) => (Ok(answer), descriptor),
             Err(error) => (Err(Failure::from(error)), None),
         };
@@ -69,14 +113,19 @@ fn serve(kept: &mut Kept, socket: impl AsFd, records: &Receiver<(usize, String)>
 }
 
 impl Kept {
-    fn answer(&mut self, request: Request) -> Result<(Answer, Option<OwnedFd>)> {
+    fn answer(&mut self, request: Request, descriptor: Option<OwnedFd>) -> Result<(Answer, Option<OwnedFd>)> {
         let done = Ok((Answer::Done, None));
         match request {
-            Request::Remember { .. } | Request::Mount(_) if self.sealed => {
+            Request::Remember { .. } | Request::RememberMark(_) | Request::Mount(_) if self.sealed => {
                 Err(Error::new(ErrorKind::InvalidArgument, "the mount keeper keeps one mount, and has it"))
             }
             Request::Remember { what, path, identity } => {
-                self.files.push((what, path.into(), identity));
+                self.files.push(KeptFile::find(what, path.into(), identity)?);
+                done
+            }
+            Request::RememberMark(name) => {
+                let image = descriptor.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "no image"))?;
+                self.mark = Some((image, name));
                 done
             }
             Request::Mount(plan) => {
@@ -96,28 +145,23 @@ impl Kept {
                 done
             }
             Request::Remove(what) => {
-                for (_, path, identity) in self.files.extract_if(.., |(which, ..)| *which == what) {
-                    remove(what, &path, identity)?;
+                for file in self.files.extract_if(.., |file| file.what == what) {
+                    file.remove()?;
                 }
                 done
+            }
+            Request::RemoveMark => {
+                let Some((image, name)) = self.mark.take() else { return done };
+                match rustix::fs::fremovexattr(&image, name.as_str()) {
+                    Ok(()) | Err(Errno::NODATA) => done,
+                    Err(error) => Err(Error::io("the mark of an open image stays", error.into())),
+                }
             }
         }
     }
 
     fn mount(&self) -> Result<&HostMount> {
         self.mount.as_ref().ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "nothing is mounted"))
-    }
-}
-
-/// Removes a file if it is still the one that was named.
-fn remove(what: Leftover, path: &Path, identity: (u64, u64)) -> Result<()> {
-    match what {
-        Leftover::Socket => crate::qmp::remove_socket(path, identity).context(|| format!("removing QMP socket {}", path.display())),
-        Leftover::Pidfile => {
-            let ours = path.symlink_metadata().is_ok_and(|there| (there.dev(), there.ino()) == identity);
-            let removed = if ours { std::fs::remove_file(path) } else { Ok(()) };
-            removed.context(|| format!("removing pidfile {}", path.display()))
-        }
     }
 }
 
@@ -150,6 +194,8 @@ impl log::Log for Records {
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
+    use std::os::unix::fs::MetadataExt;
+    use std::path::Path;
     use std::thread;
 
     use rustix::net::{AddressFamily, SocketFlags, SocketType};
@@ -188,6 +234,55 @@ mod tests {
             keeper.finish()
         });
         assert!(finished.is_ok() && ended.is_ok());
+    }
+
+    /// The user to whom a directory belongs can put another one in its place; what was entrusted still goes, and nothing else.
+    #[test]
+    fn files_are_found_in_the_directory_that_was_entrusted() {
+        for what in [Leftover::Pidfile, Leftover::Socket] {
+            let dir = tempfile::tempdir().unwrap();
+            let (theirs, moved, victim) = (dir.path().join("theirs"), dir.path().join("moved"), dir.path().join("victim"));
+            std::fs::create_dir(&theirs).unwrap();
+            std::fs::create_dir(&victim).unwrap();
+            let ours = theirs.join("pid");
+            std::fs::write(&ours, "1").unwrap();
+            // The worst case: by number it is the same file.
+            std::fs::hard_link(&ours, victim.join("pid")).unwrap();
+            let (finished, ended) = with_keeper(Kept::default(), |keeper| {
+                let entrusted = keeper.entrust(what, &ours, identity(&ours)).unwrap();
+                std::fs::rename(&theirs, &moved).unwrap();
+                std::os::unix::fs::symlink(&victim, &theirs).unwrap();
+                drop(entrusted);
+                keeper.finish()
+            });
+            assert!(finished.is_ok() && ended.is_ok());
+            assert!(victim.join("pid").exists() && !moved.join("pid").exists(), "{what:?}");
+        }
+    }
+
+    /// Only when it is told so: without that the image was not closed.
+    #[test]
+    fn the_mark_goes_when_the_keeper_is_told_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, "1").unwrap();
+        let image = || OwnedFd::from(std::fs::File::open(&path).unwrap());
+        let name = "user.cordisk.open";
+        let marked = || rustix::fs::fgetxattr(image(), name, &mut [0u8; 8]);
+        if rustix::fs::fsetxattr(image(), name, b"1", rustix::fs::XattrFlags::empty()).is_err() {
+            return;
+        }
+        for told in [false, true] {
+            let (finished, ended) = with_keeper(Kept::default(), |keeper| {
+                let mark = keeper.entrust_mark(&image(), name).unwrap();
+                if told {
+                    mark.remove().unwrap();
+                }
+                keeper.finish()
+            });
+            assert!(finished.is_ok() && ended.is_ok());
+            assert_eq!(marked().err(), told.then_some(Errno::NODATA), "told: {told}");
+        }
     }
 
     #[test]

@@ -23,6 +23,8 @@ const LONGEST: usize = 128 << 10;
 pub(super) enum Request {
     /// The file is to be removed at the end, if it is still this one. Only before the mount.
     Remember { what: Leftover, path: Name, identity: (u64, u64) },
+    /// With the image: its attribute of this name is to be removed at the end. Only before the mount.
+    RememberMark(String),
     /// Mount; the reply brings /dev/fuse. Once.
     Mount(Plan),
     /// Unmount unless it is in use.
@@ -33,6 +35,8 @@ pub(super) enum Request {
     Release,
     /// Remove a file that was remembered.
     Remove(Leftover),
+    /// Remove the attribute that was remembered: the image was closed.
+    RemoveMark,
 }
 
 /// A file beside the mountpoint that goes away at the end.

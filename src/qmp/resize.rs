@@ -6,12 +6,17 @@ use super::call::Call;
 use super::codec::Refusal;
 use super::nodes;
 use super::queries;
+use crate::job::JobError;
 
-/// Checks in the order of QEMU's `qmp_block_resize`. No job can start meanwhile: it would not know of the new size.
+/// Checks in the order of QEMU's `qmp_block_resize`. No job can start meanwhile: it would not know of the new size. Nor is the disk closed meanwhile,
+/// or grown when it may be closed already: see [`Server::settle`](super::Server::settle).
 pub(super) fn block_resize(call: &mut Call<'_>) -> Result<Value, Refusal> {
     let arguments = &call.arguments;
     let (device, node) = (arguments.text("device").unwrap_or_default(), arguments.text("node-name").unwrap_or_default());
     let _starting = call.backend.starting.lock();
+    if call.backend.jobs.is_closed() {
+        return Err(Refusal::generic(JobError::ShuttingDown.to_string()));
+    }
     let busy = call.backend.jobs.is_busy();
     let info = queries::info(call)?;
     let depth = if device == call.backend.device { Some(0) } else { nodes::find(&info, node) };

@@ -34,6 +34,8 @@ const IDLE: Duration = Duration::from_secs(30);
 const READ: usize = 16 << 10;
 /// How long clients may take to read their last lines.
 const LAST_LINES: Duration = Duration::from_secs(1);
+/// How often a thread that is about to end is looked at.
+const LOOK_AGAIN: Duration = Duration::from_millis(1);
 /// Pause after a failed `accept`, which is for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -109,6 +111,12 @@ impl Server {
         self.core.fanout.announce("BLOCK_EXPORT_DELETED", json!({ "id": id }));
     }
 
+    /// To be called when the jobs are closed: whether no command changes the disk any more. One that still does is waited for, but no longer than
+    /// `patience`: it may wait for a backing file that hangs. None begins afterwards.
+    pub fn settle(&self, patience: Duration) -> bool {
+        self.core.backend.starting.try_lock_for(patience).is_some()
+    }
+
     /// The end, when the jobs are over and the disk is closed: sends what there is left to tell, answers those who asked to quit with how it went,
     /// ends all connections and removes the socket.
     pub fn shutdown(self, closed: &Result<()>) {
@@ -140,8 +148,15 @@ impl Drop for Server {
         // Now that nobody accepts: who came in last.
         self.stop(&Err(Refusal::generic("the daemon has failed")), Duration::ZERO);
         let clients = std::mem::take(&mut *self.core.clients.lock());
+        // Not for ever: one may be inside a command that waits for a backing file. The end of the process ends it.
+        let give_up = Instant::now() + LAST_LINES;
         for thread in clients {
-            let _ = thread.join();
+            while !thread.is_finished() && Instant::now() < give_up {
+                thread::sleep(LOOK_AGAIN);
+            }
+            if thread.is_finished() {
+                let _ = thread.join();
+            }
         }
     }
 }

@@ -1,7 +1,9 @@
 //! The socket's file: made so that only its owner can ever connect, never over another process's, removed only while it is ours.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -45,7 +47,8 @@ impl Socket {
 
     fn bind(path: &Path) -> Result<Socket> {
         let address = SocketAddrUnix::new(path).map_err(io::Error::from).context(|| "address")?;
-        let _lock = lock_directory(path);
+        let directory = open_parent(path).ok();
+        let _lock = directory.as_ref().and_then(lock_directory);
         remove_stale(path)?;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
         let socket = socket.map_err(io::Error::from).context(|| "socket")?;
@@ -110,22 +113,30 @@ impl Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        if !self.entrusted
-            && let Err(error) = remove_socket(&self.path, self.identity)
-        {
+        if self.entrusted {
+            return;
+        }
+        let name = self.path.file_name().unwrap_or_default();
+        if let Err(error) = open_parent(&self.path).and_then(|directory| remove_socket(directory, name, self.identity)) {
             log::warn!("QMP socket {}: {error}", self.path.display());
         }
     }
 }
 
-/// Removes the file of a socket, if it is still the one of `identity` (device, inode).
+/// Removes the file of a socket, `name` in `directory`, if it is still the one of `identity` (device, inode).
 ///
 /// # Errors
 /// Those of unlink(2).
-pub fn remove_socket(path: &Path, identity: (u64, u64)) -> io::Result<()> {
-    let _lock = lock_directory(path);
-    let ours = fs::symlink_metadata(path).is_ok_and(|meta| (meta.dev(), meta.ino()) == identity);
-    if ours { fs::remove_file(path) } else { Ok(()) }
+pub fn remove_socket(directory: impl AsFd, name: &OsStr, identity: (u64, u64)) -> io::Result<()> {
+    let _lock = lock_directory(&directory);
+    let ours = rustix::fs::statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| (stat.st_dev, stat.st_ino) == identity);
+    if ours { Ok(rustix::fs::unlinkat(&directory, name, AtFlags::empty())?) } else { Ok(()) }
+}
+
+/// The directory that a path leads into.
+fn open_parent(path: &Path) -> io::Result<OwnedFd> {
+    let parent = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    Ok(rustix::fs::open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
 /// Gives the file its mode, if it has another one, and says which file it is.
@@ -167,8 +178,9 @@ fn probe(path: &Path) -> io::Result<()> {
 
 /// Keeps other processes of ours from looking for, making or removing a socket in the same directory at the same time. Best effort: `None` where the
 /// directory cannot be opened or locked, or somebody else keeps the lock.
-fn lock_directory(path: &Path) -> Option<File> {
-    let directory = File::open(path.parent()?).ok()?;
+fn lock_directory(directory: impl AsFd) -> Option<File> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = File::from(rustix::fs::openat(directory, ".", flags, Mode::empty()).ok()?);
     let give_up = Instant::now() + DIRECTORY_LOCK;
     loop {
         match directory.try_lock() {

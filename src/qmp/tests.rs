@@ -109,6 +109,11 @@ impl Fixture {
     }
 
     fn with_disk(info: DiskInfo) -> Fixture {
+        let too_large = || crate::Error::new(crate::ErrorKind::InvalidArgument, "too large");
+        Self::with(info, move |size| if size < 1 << 40 { Ok(()) } else { Err(too_large()) })
+    }
+
+    fn with(info: DiskInfo, grow: impl Fn(u64) -> crate::Result<()> + Send + Sync + 'static) -> Fixture {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("qmp");
         let (jobs, failures) = (Jobs::new(), Arc::default());
@@ -124,9 +129,7 @@ impl Fixture {
             starting: Mutex::default(),
             info: Box::new(move || Ok(info.clone())),
             stats: Box::new(disk_stats),
-            grow: Box::new(
-                |size| if size < 1 << 40 { Ok(()) } else { Err(crate::Error::new(crate::ErrorKind::InvalidArgument, "too large")) },
-            ),
+            grow: Box::new(grow),
             start_stream,
         };
         let server = Some(Server::with_backend(super::socket::Socket::listen(&path).unwrap(), backend).unwrap());
@@ -684,6 +687,56 @@ fn the_disk_grows_and_never_shrinks() {
     let fixture = Fixture::with_disk(DiskInfo { read_only: true, ..disk_info() });
     let (_, reply) = fixture.client().events_and_reply(&execute("block_resize", &json!({"device": "drive0", "size": SIZE + 512})));
     assert_eq!(error(&reply), ("GenericError", "Image is read-only"));
+}
+
+/// A fixture whose disk says when it begins to grow, and has grown when it is told so.
+fn slow_to_grow() -> (Fixture, Receiver<u64>, crossbeam_channel::Sender<()>) {
+    let (began, begins) = crossbeam_channel::unbounded();
+    let (go_on, told) = crossbeam_channel::unbounded();
+    let grow = move |size| {
+        began.send(size).unwrap();
+        let _ = told.recv();
+        Ok(())
+    };
+    (Fixture::with(disk_info(), grow), begins, go_on)
+}
+
+/// Once the jobs are closed, the disk may be: who changes its size is waited for, and nobody begins to.
+#[test]
+fn no_resize_beside_or_after_the_close() {
+    let (fixture, begins, go_on) = slow_to_grow();
+    let (mut early, mut late) = (fixture.client(), fixture.client());
+    let resize = execute("block_resize", &json!({"device": "drive0", "size": SIZE + 512}));
+    early.send(&resize);
+    assert_eq!(begins.recv_timeout(Duration::from_secs(10)), Ok(SIZE + 512));
+    assert!(fixture.jobs.cancel_all_and_wait(Duration::ZERO));
+    let server = fixture.server.as_ref().unwrap();
+    assert!(!server.settle(Duration::from_millis(10)), "one is still growing it");
+    late.send(&resize);
+    go_on.send(()).unwrap();
+    assert_eq!(early.line(), r#"{"return": {}}"#);
+    assert!(server.settle(Duration::from_secs(10)));
+    let reply: Value = serde_json::from_str(&late.line()).unwrap();
+    assert_eq!(error(&reply), ("GenericError", "the daemon is shutting down"));
+    assert!(begins.try_recv().is_err(), "it began after all");
+}
+
+/// One that waits for a backing file, for ever.
+#[test]
+fn the_server_goes_away_without_a_command_that_hangs() {
+    let (mut fixture, begins, go_on) = slow_to_grow();
+    let mut client = fixture.client();
+    client.send(execute("block_resize", &json!({"device": "drive0", "size": SIZE + 512})));
+    assert!(begins.recv_timeout(Duration::from_secs(10)).is_ok());
+    let server = fixture.server.take();
+    let (sender, gone) = crossbeam_channel::bounded(1);
+    thread::spawn(move || {
+        drop(server);
+        let _ = sender.send(());
+    });
+    assert!(gone.recv_timeout(Duration::from_secs(30)).is_ok());
+    assert_eq!(client.line(), "", "its connection has ended");
+    drop(go_on);
 }
 
 /// Copied from a session with qemu-storage-daemon.

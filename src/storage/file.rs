@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -53,6 +53,8 @@ pub struct FileStorage {
     locked: AtomicBool,
     /// So that a file that shrank is reported once and not per request.
     shrinking_reported: AtomicBool,
+    /// Somebody else removes the mark of an open image.
+    mark_entrusted: AtomicBool,
 }
 
 impl FileStorage {
@@ -146,6 +148,7 @@ impl FileStorage {
             size: AtomicU64::new(size),
             locked: AtomicBool::new(false),
             shrinking_reported: AtomicBool::new(false),
+            mark_entrusted: AtomicBool::new(false),
         })
     }
 
@@ -354,7 +357,21 @@ impl Storage for FileStorage {
         Ok(retry_on_intr(|| rustix::fs::fsync(&self.file))?)
     }
 
+    fn entrust_open_mark(&self) -> io::Result<Option<(OwnedFd, &'static str)>> {
+        if self.open_mark()? != OpenMark::Present {
+            return Ok(None);
+        }
+        // Not a duplicate: whoever has that keeps our locks for as long.
+        let file = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        let file = rustix::fs::open(file, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?;
+        self.mark_entrusted.store(true, Ordering::Release);
+        Ok(Some((file, OPEN_MARK)))
+    }
+
     fn remove_open_mark(&self) -> io::Result<()> {
+        if self.mark_entrusted.load(Ordering::Acquire) {
+            return Ok(());
+        }
         match retry_on_intr(|| rustix::fs::fremovexattr(&self.file, OPEN_MARK)) {
             Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS) => Ok(()),
             Err(error) => Err(error.into()),

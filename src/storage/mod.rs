@@ -3,6 +3,7 @@
 //! **Touches:** the operating system. **Never:** knows qcow2 or what an offset means.
 //! **Locks:** none of ours. **Invariants:** reads are never short; a file that shrank is an error, not zeros (P9).
 
+use std::os::fd::OwnedFd;
 use std::{fmt, io};
 
 mod file;
@@ -155,6 +156,15 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// Those of fremovexattr(2).
     fn remove_open_mark(&self) -> io::Result<()> {
         Ok(())
+    }
+
+    /// Leaves the removal of the mark to somebody else: [`Storage::remove_open_mark`] does nothing from now on. Returns what that takes, the
+    /// file, opened once more and without our locks, and the name of the attribute; `None` where there is no mark.
+    ///
+    /// # Errors
+    /// Those of open(2) and fgetxattr(2).
+    fn entrust_open_mark(&self) -> io::Result<Option<(OwnedFd, &'static str)>> {
+        Ok(None)
     }
 
     /// What the file holds at `offset`, and for how many bytes, at most `max` (> 0). A hint without I/O.

@@ -11,13 +11,15 @@ use rustix::fs::fallocate;
 use rustix::io::Errno;
 use serde_json::json;
 
+use crate::hung_backing::Stopped;
 use crate::support::guest::PUNCH;
 use crate::support::{CORDISK, Finished, KIB, MIB, Mount, Pattern, Rig, Rng, assert_same, errno, mounts, poll, qemu, run_within};
 
 /// The attribute that stands for "nobody has closed this image".
 const MARK: &str = "user.cordisk.open";
 
-fn is_marked(image: &Path) -> bool {
+/// Whether an image says that nobody has closed it.
+pub(crate) fn is_marked(image: &Path) -> bool {
     let file = File::open(image).expect("image");
     match rustix::fs::fgetxattr(&file, MARK, &mut [0u8; 16]) {
         Ok(_) => true,
@@ -131,6 +133,28 @@ fn a_dead_mount_of_another_image_is_refused() {
     disk.umount();
 }
 
+/// Protects: a mountpoint behind which a daemon stands still is refused at once: only what is of the same image is asked whether it is dead, and not
+/// for ever.
+#[test]
+fn a_mount_whose_daemon_stands_still_is_refused() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    let other = rig.scratch.join("other.qcow2");
+    qemu::create(&other, Some(MIB), "", None);
+    let disk = rig.mount().args(&["--read-only"]).start();
+    let stopped = Stopped::stop(disk.pid());
+    let overlay = rig.overlay.to_str().expect("UTF-8");
+    assert_refused(&mount(&other, disk.path()), &["already mounted (fuse.cordisk)", "another image", overlay]);
+    // Read-only, so that the same image can be opened once more.
+    let same = ["mount", "-f", "--read-only"];
+    let same = run_within(Command::new(CORDISK).args(same).arg(&rig.overlay).arg(disk.path()), Duration::from_secs(30));
+    assert_refused(&same, &["already mounted (fuse.cordisk)"]);
+    drop(stopped);
+    assert_eq!(layers(disk.path()), 1);
+    assert_same("still served", &disk.read_all(), &rig.content);
+    disk.umount();
+}
+
 /// Kills and reaps when the test is over.
 struct Server(Child);
 
@@ -155,7 +179,7 @@ fn a_dead_mount_of_another_program_is_refused() {
     server.0.kill().expect("kill");
     server.0.wait().expect("wait");
     assert!(mounts::is_dead(&path));
-    assert_refused(&mount(&rig.overlay, &path), &["the daemon that was mounted here is gone", "umount"]);
+    assert_refused(&mount(&rig.overlay, &path), &["already mounted (fuse", "if its daemon is gone: umount -l"]);
     assert_eq!(layers(&path), 1, "it is still there");
 }
 

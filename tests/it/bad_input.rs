@@ -572,3 +572,19 @@ fn wrong_usage_is_status_2() {
         assert!(done.status.success() && done.stdout.contains("cordisk"), "{args:?}: {done:?}");
     }
 }
+
+/// Protects: the exit status says what happened also where nobody is left to read the line: no panic, no abort.
+#[test]
+fn a_reader_of_errors_who_is_gone_changes_nothing() {
+    let missing = ["/nowhere/image", "/nowhere/disk"];
+    for command in [&["mount", "-f"][..], &["mount"]] {
+        let (reader, writer) = std::io::pipe().expect("pipe");
+        drop(reader);
+        let mut child = Command::new(CORDISK);
+        child.args(command).args(missing).stdin(Stdio::null()).stdout(Stdio::null()).stderr(writer);
+        let mut child = child.spawn().expect("cordisk");
+        let status = poll(LIMIT, || child.try_wait().expect("wait"));
+        let _ = child.kill();
+        assert_eq!(status.and_then(|status| status.code()), Some(1), "{command:?}: {status:?}");
+    }
+}

@@ -15,6 +15,7 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use serde_json::json;
 
+use crate::after_death::is_marked;
 use crate::bad_input::{attempt, refused};
 use crate::support::header;
 use crate::support::{
@@ -162,7 +163,9 @@ fn another_user_serves_and_owns_the_disk() {
     rig.scratch.open_to_all();
     fs::set_permissions(&rig.base, Permissions::from_mode(0o644)).expect("chmod");
     let pidfile = rig.scratch.join("pid");
+    fs::set_permissions(&rig.overlay, Permissions::from_mode(0o600)).expect("chmod");
     let disk = rig.mount().qmp().args(&["--user", USER, "--pidfile", text(&pidfile)]).start();
+    assert!(is_marked(&rig.overlay), "while it is mounted");
     let mut client = disk.client();
     client.ok("query-block", json!({}));
     for thread in threads_of(disk.pid()) {
@@ -196,6 +199,10 @@ fn another_user_serves_and_owns_the_disk() {
     for gone in [&path, &socket, &pidfile] {
         assert!(!gone.exists(), "{} must be gone", gone.display());
     }
+    // That user may not even read the overlay, and it is closed all the same.
+    assert!(!is_marked(&rig.overlay), "the mark of an open image stays");
+    let log = fs::read_to_string(rig.scratch.join("drive0.log")).expect("log");
+    assert!(!log.contains("WARN") && !log.contains("ERROR"), "{log}");
     let mut want = rig.content.clone();
     want[..7].copy_from_slice(b"written");
     rig.assert_overlay(&want);
@@ -281,6 +288,44 @@ fn an_ordinary_user_has_the_same_sandbox() {
     assert_same("the user's overlay", &qemu::read_all(&dir.join("overlay.qcow2")), &rig.content);
 }
 
+/// Protects: whatever an image is called, fusermount3 and the kernel's list of mounts give back the name by which the mount is known as ours: without
+/// that it is neither made nor, at the end, removed.
+#[test]
+fn an_ordinary_user_mounts_images_of_any_name() {
+    requires!("/dev/fuse", "qemu-img", "root", "unshare", "setpriv", "fusermount3", "mknod", "cmp");
+    let rig = Rig::new(MIB);
+    rig.scratch.open_to_all();
+    let program = program_for_all(&rig.scratch);
+    let dir = rig.scratch.dir("own");
+    let names =
+        ["a,b, c.qcow2", "number #1.qcow2", "back\\slash\\.qcow2", "\\040\\,#, .qcow2", "tab\tand\nline.qcow2", "-o,ro.qcow2", "ü.qcow2"];
+    fs::copy(&rig.base, dir.join("base.raw")).expect("copy");
+    for name in names {
+        fs::copy(&rig.overlay, dir.join(name)).expect("copy");
+    }
+    for path in fs::read_dir(&dir).expect("directory").map(|entry| entry.expect("entry").path()).chain([dir.clone()]) {
+        std::os::unix::fs::chown(path, Some(65534), Some(65534)).expect("chown");
+    }
+    let script = "mknod fuse c 10 229; chmod 666 fuse; mount --bind fuse /dev/fuse; cd own
+        program=\"$1\"; shift
+        trap 'test ! -s pid || kill -KILL $(cat pid)' EXIT
+        for name; do
+            setpriv --reuid=65534 --regid=65534 --clear-groups \"$program\" mount --pidfile pid -- \"$PWD/$name\" disk
+            setpriv --reuid=65534 --regid=65534 --clear-groups cmp disk base.raw
+            kill -TERM $(cat pid)
+            for i in $(seq 300); do test -e pid || break; sleep 0.1; done
+            if test -e pid || test -e disk || grep -q \"$PWD/disk \" /proc/self/mountinfo; then echo \"not unmounted: $name\"; exit 1; fi
+        done
+        echo well";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "private", "sh", "-ec", script, "sh", &program]).args(names);
+    let done = run_within(command.current_dir(rig.scratch.path()), Duration::from_secs(90));
+    assert!(done.status.success() && done.stdout == "well\n", "{done:?}");
+    for name in names {
+        qemu::assert_clean(&dir.join(name));
+    }
+}
+
 /// Protects: another user of the machine gets nowhere: not to the disk, nor the socket, nor the pidfile, nor, after a kill, to the placeholder.
 #[test]
 fn others_get_at_nothing() {
@@ -346,6 +391,20 @@ fn files_that_replaced_ours_stay() {
     assert_eq!(status.and_then(|status| status.code()), Some(0), "{}", disk.log());
     for file in [&pidfile, &socket] {
         assert_eq!(fs::read_to_string(file).expect("it stays"), "another daemon's");
+    }
+}
+
+/// Protects: the file of the socket goes while the socket still listens, so that nothing else can have its inode number by then and be removed in
+/// its place. Whoever asked to quit is answered after that.
+#[test]
+fn the_socket_is_removed_before_it_is_closed() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    for _ in 0..5 {
+        let mut disk = rig.mount().qmp().start();
+        disk.client().ok("quit", json!({}));
+        assert!(!disk.socket().exists(), "the last answer has come, and the file is still there");
+        disk.assert_clean_end();
     }
 }
 

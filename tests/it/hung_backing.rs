@@ -6,24 +6,27 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::support::{CLUSTER, Daemon, MIB, Mount, Pattern, QmpClient, Scratch, assert_same, qemu, read_at, wait_until, within};
+use crate::support::{
+    CLUSTER, Daemon, MIB, Mount, Pattern, QmpClient, Scratch, assert_same, poll, qemu, read_at, run_ok, wait_until, within,
+};
 
 /// Far more than the miss workers can be: if hung reads could use up what serves the others, they do.
 const HUNG_READERS: u64 = 48;
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// A stopped process, which goes on when this is dropped: nothing that waits for it can hang the clean-up.
-struct Stopped(Pid);
+pub(crate) struct Stopped(Pid);
 
 impl Stopped {
     /// Returns when every thread has stopped: one that is inside a system call comes to it a little later.
-    fn stop(pid: Pid) -> Stopped {
+    pub(crate) fn stop(pid: Pid) -> Stopped {
         kill_process(pid, Signal::STOP).expect("SIGSTOP");
         let stopped = Stopped(pid);
         let tasks = format!("/proc/{}/task", pid.as_raw_nonzero());
@@ -143,6 +146,14 @@ impl Pair {
         Pair { upper, lower, overlay, content, scratch }
     }
 
+    /// Until the upper daemon is a zombie, and so has done its part. What may be left is the kernel's: it flushes the base before it closes it, and
+    /// that hangs in the lower disk as well.
+    fn wait_until_upper_has_left(&self) {
+        let stat = format!("/proc/{}/stat", self.upper.pid().as_raw_nonzero());
+        let is_zombie = || fs::read_to_string(&stat).is_ok_and(|stat| stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" Z")));
+        assert!(poll(PATIENCE * 2, || is_zombie().then_some(())).is_some(), "it never ends\n{}", self.upper.log());
+    }
+
     /// After a stream: the overlay does not need the lower disk any more, and has let go of it.
     fn finish(self) {
         assert_same("everything", &self.upper.read_all(), &self.content);
@@ -245,4 +256,73 @@ fn local_clusters_beside_a_hung_copy_are_read() {
         drop((file, client));
         pair.finish();
     }
+}
+
+/// Protects: a daemon ends although a read hangs below and a `block_resize` waits behind it; the image keeps the size it had and what was written.
+#[test]
+fn a_resize_behind_a_hung_base_does_not_keep_the_daemon() {
+    requires!("/dev/fuse", "qemu-img");
+    let mut pair = Pair::new();
+    let file = pair.upper.open();
+    file.write_all_at(b"written", 8 * MIB).expect("write");
+    file.sync_all().expect("fsync");
+    let (mut client, hand) = (pair.upper.client(), pair.upper.client());
+    let stopped = Stopped::stop(pair.lower.pid());
+    let (sender, hung) = channel();
+    std::thread::spawn(move || {
+        let _ = sender.send(file.read_at(&mut [0; 512], 0));
+    });
+    std::thread::sleep(Duration::from_millis(500)); // until the read waits for the base
+    client.send_raw("{\"execute\": \"block_resize\", \"arguments\": {\"device\": \"drive0\", \"size\": 33554432}}\n");
+    client.listen(Duration::from_millis(500)); // until the resize waits for the read
+    assert!(hung.try_recv().is_err(), "the read waits for the base");
+    pair.upper.signal(Signal::TERM);
+    wait_until("it is busy", || pair.upper.log().contains("is in use: all is written back"));
+    pair.upper.signal(Signal::TERM);
+    pair.wait_until_upper_has_left();
+    assert!(pair.upper.log().contains("leaving without them"), "{}", pair.upper.log());
+    assert!(hung.recv_timeout(PATIENCE).expect("the read ends").is_err());
+    drop((stopped, client, hand));
+    let status = pair.upper.ended_within(PATIENCE);
+    assert_eq!(status.and_then(|status| status.code()), Some(0), "{}", pair.upper.log());
+    qemu::assert_not_corrupt(&pair.overlay);
+    let mut want = pair.content.clone();
+    want[at(8 * MIB)..at(8 * MIB) + 7].copy_from_slice(b"written");
+    assert_same("overlay, as large as before", &qemu::read_all(&pair.overlay), &want);
+}
+
+/// Protects: the end of a daemon whose requests hang leaves alone what was mounted in its place meanwhile, although the kernel gives the new mount the
+/// device number of the old one.
+#[test]
+fn the_end_of_a_hung_daemon_leaves_the_next_mount_alone() {
+    requires!("/dev/fuse", "qemu-img", "root");
+    let mut pair = Pair::new();
+    let content = Pattern::new(42, 1).bytes(0, MIB);
+    let other = pair.scratch.join("other.qcow2");
+    qemu::create_full(&other, MIB, "", Pattern::new(42, 1));
+    let file = pair.upper.open();
+    let stopped = Stopped::stop(pair.lower.pid());
+    let (sender, hung) = channel();
+    std::thread::spawn(move || {
+        let result = file.read_at(&mut [0; 512], 0);
+        drop(file);
+        let _ = sender.send(result);
+    });
+    std::thread::sleep(Duration::from_millis(500)); // until the read waits for the base
+    assert!(hung.try_recv().is_err(), "the read waits for the base");
+    run_ok(Command::new("umount").args(["-f", "-l"]).arg(pair.upper.path()));
+    assert!(hung.recv_timeout(PATIENCE).expect("the read ends").is_err());
+    // While the old daemon still waits for its request.
+    let next = Mount::named(&pair.scratch, &other, "upper").start();
+    assert!(!pair.upper.log().contains("leaving without them"), "too late: nothing is tested\n{}", pair.upper.log());
+    pair.wait_until_upper_has_left();
+    assert!(pair.upper.log().contains("leaving without them"), "{}", pair.upper.log());
+    assert!(next.is_mounted(), "the old daemon has detached it\n{}", next.log());
+    assert_same("the next disk", &next.read_all(), &content);
+    drop(stopped);
+    let status = pair.upper.ended_within(PATIENCE);
+    assert_eq!(status.and_then(|status| status.code()), Some(0), "{}", pair.upper.log());
+    assert_same("the next disk", &next.read_all(), &content);
+    next.umount();
+    qemu::assert_not_corrupt(&pair.overlay);
 }

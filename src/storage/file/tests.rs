@@ -335,6 +335,7 @@ fn a_file_without_attributes_says_so() {
         size: AtomicU64::new(0),
         locked: AtomicBool::new(true),
         shrinking_reported: AtomicBool::new(false),
+        mark_entrusted: AtomicBool::new(false),
     };
     assert_eq!(storage.open_mark().unwrap(), OpenMark::Unsupported);
     storage.set_open_mark().unwrap();
@@ -353,4 +354,23 @@ fn the_size_is_that_under_the_lock() {
     let mut buf = [0; 16];
     second.read_at(4096, &mut buf).unwrap();
     assert_eq!((second.size(), buf), (8192, [7; 16]));
+}
+
+/// Whoever removes the mark in our place gets neither our locks nor keeps them.
+#[test]
+fn the_mark_can_be_left_to_somebody_else() {
+    let (_dir, path) = scratch(0);
+    let file = FileStorage::open(&path, Access::ReadWrite).unwrap();
+    assert!(file.entrust_open_mark().unwrap().is_none(), "there is no mark");
+    file.set_open_mark().unwrap();
+    if file.open_mark().unwrap() == OpenMark::Unsupported {
+        return;
+    }
+    let (theirs, name) = file.entrust_open_mark().unwrap().expect("the mark");
+    file.remove_open_mark().unwrap();
+    assert_eq!(file.open_mark().unwrap(), OpenMark::Present, "it is no longer ours to remove");
+    drop(file);
+    let again = FileStorage::open(&path, Access::ReadWrite).expect("nobody holds a lock");
+    rustix::fs::fremovexattr(&theirs, name).unwrap();
+    assert_eq!(again.open_mark().unwrap(), OpenMark::Absent);
 }
