@@ -12,6 +12,7 @@ use crate::check::{CheckOptions, Output, Repair};
 use crate::create::CreateOptions;
 use crate::error::Context;
 use crate::format::BackingFormat;
+use crate::fuse::Transport;
 use crate::sandbox;
 use crate::{Error, ErrorKind, Result};
 
@@ -132,6 +133,9 @@ struct MountArgs {
     /// Let other users open the disk, as far as its mode and owner allow (/etc/fuse.conf must permit it for whoever is not root)
     #[arg(long)]
     allow_other: bool,
+    /// How requests come from the kernel: over io_uring where it offers that, over /dev/fuse otherwise
+    #[arg(long, value_name = "TRANSPORT", default_value = "auto")]
+    transport: TransportArg,
     /// Format of the first backing file, where the image does not say; it is never guessed
     #[arg(long, value_name = "FORMAT")]
     backing_format: Option<FormatArg>,
@@ -154,6 +158,26 @@ struct MountArgs {
     /// Set by `mount` when it starts itself again as the background process.
     #[arg(long, hide = true)]
     background_child: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum TransportArg {
+    /// io_uring if the kernel offers it (echo Y > /sys/module/fuse/parameters/enable_uring), otherwise /dev/fuse
+    Auto,
+    /// /dev/fuse
+    Dev,
+    /// io_uring, or an error
+    Uring,
+}
+
+impl From<TransportArg> for Transport {
+    fn from(transport: TransportArg) -> Self {
+        match transport {
+            TransportArg::Auto => Transport::Auto,
+            TransportArg::Dev => Transport::Dev,
+            TransportArg::Uring => Transport::Uring,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -235,6 +259,8 @@ pub struct MountConfig {
     pub reserve: Option<u64>,
     /// Other users may open the disk.
     pub allow_other: bool,
+    /// How requests come from the kernel.
+    pub transport: Transport,
     /// Format of the first backing file, where the image does not say.
     pub backing_format: Option<BackingFormat>,
     /// The image is checked in full before it is written.
@@ -316,6 +342,7 @@ impl MountArgs {
             full_check: self.full_check,
             reserve: self.reserve,
             allow_other: self.allow_other,
+            transport: self.transport.into(),
             backing_format: self.backing_format.map(BackingFormat::from),
             pidfile: self.pidfile.as_deref().map(absolute).transpose()?,
             backing_roots: self.backing_roots.iter().map(|root| absolute(root)).collect::<Result<_>>()?,

@@ -159,7 +159,8 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     let ready = (config.role == Role::Child).then(background::Ready::prepare).transpose()?;
     let owner = user.unwrap_or_else(Identity::current);
     let (mountpoint, allow_other) = (config.mountpoint.clone(), config.allow_other);
-    let prepared = fuse::prepare(&disk, MountOptions { mountpoint, allow_other, uid: owner.uid, gid: owner.gid })?;
+    let prepared =
+        fuse::prepare(&disk, MountOptions { mountpoint, allow_other, uid: owner.uid, gid: owner.gid, transport: config.transport })?;
     let (mount, device) = match keeper.mount(prepared.plan()) {
         Ok(mounted) => mounted,
         // Nothing has been served: closing has nothing to wait for.

@@ -27,8 +27,10 @@ mod host;
 mod log_limit;
 mod mountinfo;
 mod mountpoint;
+mod ring;
 mod session;
 mod stale;
+mod wire;
 mod workers;
 
 use std::io;
@@ -54,9 +56,23 @@ use crate::error::Context;
 /// a backing file that hangs must not keep the process for ever.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How requests come from the kernel.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Transport {
+    /// io_uring where the kernel offers it, /dev/fuse otherwise.
+    #[default]
+    Auto,
+    /// /dev/fuse.
+    Dev,
+    /// io_uring, or not at all.
+    Uring,
+}
+
 /// How to mount.
 #[derive(Clone, Debug)]
 pub struct MountOptions {
+    /// How requests come from the kernel.
+    pub transport: Transport,
     /// A regular file, or a name that does not exist.
     pub mountpoint: PathBuf,
     /// Other users may open the disk, as far as its mode and owner allow.
@@ -70,6 +86,7 @@ pub struct MountOptions {
 /// A disk with all that is needed to serve it: after this no path is looked up any more.
 #[derive(Debug)]
 pub struct Prepared {
+    rings: Option<ring::Rings>,
     handler: Arc<Handler>,
     plan: MountPlan,
 }
@@ -113,6 +130,7 @@ pub enum Finished {
 pub fn prepare(disk: &Arc<Disk>, options: MountOptions) -> Result<Prepared> {
     let info = disk.info()?;
     let handler = Arc::new(new_handler(disk, &info, &options)?);
+    let rings = ring::Rings::wanted(options.transport)?;
     let plan = MountPlan {
         mountpoint: options.mountpoint,
         taken: files_of(&info)?,
@@ -122,7 +140,7 @@ pub fn prepare(disk: &Arc<Disk>, options: MountOptions) -> Result<Prepared> {
         uid: options.uid,
         gid: options.gid,
     };
-    Ok(Prepared { handler, plan })
+    Ok(Prepared { handler, plan, rings })
 }
 
 impl Prepared {
@@ -136,7 +154,7 @@ impl Prepared {
     /// # Errors
     /// The kernel speaks another protocol; no more threads.
     pub fn serve(self, device: OwnedFd) -> Result<Mounted> {
-        let running = session::start(self.handler, device)?;
+        let running = session::start(self.handler, device, self.rings)?;
         Ok(Mounted { session: running.session, workers: running.workers, notifier: running.notifier })
     }
 }

@@ -3,8 +3,9 @@
 
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -19,6 +20,7 @@ use fuser::{
 
 use super::attributes::{Changes, TimeChange};
 use super::handler::{Answer, Durability, Handler, Stat, Truncate};
+use super::ring::Rings;
 use super::workers::{Ended, Workers};
 use crate::Result;
 use crate::error::Context;
@@ -27,14 +29,18 @@ use crate::error::Context;
 const SESSION_THREADS: usize = 2;
 
 /// Largest read or write request: 256 pages, the kernel's own limit (`fs.fuse.max_pages_limit`).
-const MAX_IO: usize = 1 << 20;
+pub(super) const MAX_IO: usize = 1 << 20;
 
 /// Asynchronous requests that the kernel hands us at once; the rest waits in the kernel. Twice the depth at which the transport saturates.
 const MAX_BACKGROUND: u16 = 64;
 
+/// Direct: every write is acknowledged by us, and no copy of the disk grows stale in the kernel. Parallel direct writes: the kernel takes the inode lock
+/// shared for writes that do not extend the file, and ours never do.
+pub(super) const OPEN_FLAGS: FopenFlags = FopenFlags::FOPEN_DIRECT_IO.union(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES);
+
 /// How long the kernel may show attributes without asking. It asks anyway after every write (size and times) and setattr; what can be
 /// stale this long is `st_blocks`, while a stream or copy-on-read fills the overlay.
-const ATTR_TTL: Duration = Duration::from_secs(1);
+pub(super) const ATTR_TTL: Duration = Duration::from_secs(1);
 
 /// A running session.
 pub(super) struct Running {
@@ -50,9 +56,15 @@ pub(super) struct Running {
 ///
 /// # Errors
 /// The kernel speaks another protocol; no more threads.
-pub(super) fn start(handler: Arc<Handler>, device: OwnedFd) -> Result<Running> {
+pub(super) fn start(handler: Arc<Handler>, device: OwnedFd, rings: Option<Rings>) -> Result<Running> {
     let (workers, workers_ended) = Workers::start(&handler)?;
-    let adapter = Adapter { handler, workers, buffers: ArrayQueue::new(SESSION_THREADS) };
+    let over_rings = Arc::new(AtomicBool::new(rings.is_some()));
+    let adapter = Adapter {
+        handler: Arc::clone(&handler),
+        workers: workers.clone(),
+        buffers: ArrayQueue::new(SESSION_THREADS),
+        over_rings: Arc::clone(&over_rings),
+    };
     let mut config = fuser::Config::default();
     config.n_threads = Some(SESSION_THREADS);
     // All threads share the descriptor: one for each would save them a lock in the kernel, but fuser opens /dev/fuse for it by name, on a
@@ -61,6 +73,9 @@ pub(super) fn start(handler: Arc<Handler>, device: OwnedFd) -> Result<Running> {
     // Who may open the disk is the kernel's check (`allow_other`, `default_permissions`). fuser's own comes later and would fail the
     // close of a descriptor that was passed to another user.
     let session = Session::from_fd(adapter, device, SessionACL::All, config).context(|| "FUSE handshake")?;
+    if let Some(rings) = rings.filter(|_| over_rings.load(Ordering::Acquire)) {
+        rings.serve(session.as_fd(), &handler, &workers)?;
+    }
     let notifier = session.notifier();
     let (ended, session_ended) = crossbeam_channel::bounded(1);
     thread::Builder::new()
@@ -92,6 +107,8 @@ struct Adapter {
     workers: Workers,
     /// Buffers of [`MAX_IO`] bytes for reads on session threads: one each, so that a hit allocates nothing.
     buffers: ArrayQueue<Vec<u8>>,
+    /// Requests are to come over io_uring; cleared where the kernel does not offer that.
+    over_rings: Arc<AtomicBool>,
 }
 
 impl Adapter {
@@ -174,6 +191,10 @@ impl Filesystem for Adapter {
                 log::debug!("the kernel does not offer {wanted:?}");
             }
         }
+        if self.over_rings.load(Ordering::Acquire) && config.add_capabilities(InitFlags::FUSE_OVER_IO_URING).is_err() {
+            log::info!("requests come over /dev/fuse: this kernel does not offer FUSE over io_uring");
+            self.over_rings.store(false, Ordering::Release);
+        }
         Ok(())
     }
 
@@ -212,9 +233,7 @@ impl Filesystem for Adapter {
 
     fn open(&self, _req: &Request, _ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         match self.handler.open(flags.0) {
-            // Direct: every write is acknowledged by us, and no copy of the disk grows stale in the kernel. Parallel direct writes: the
-            // kernel takes the inode lock shared for writes that do not extend the file, and ours never do.
-            Ok(()) => reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES),
+            Ok(()) => reply.opened(FileHandle(0), OPEN_FLAGS),
             Err(errno) => reply.error(wire(errno)),
         }
     }

@@ -84,6 +84,8 @@ const ALLOWED: &[i64] = &[
     libc::SYS_restart_syscall,
     libc::SYS_sched_yield,
     libc::SYS_sched_getaffinity,
+    libc::SYS_sched_setaffinity,
+    libc::SYS_io_uring_enter,
     // Memory.
     libc::SYS_munmap,
     libc::SYS_mremap,

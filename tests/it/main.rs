@@ -37,3 +37,4 @@ mod release_log;
 mod second_reader;
 mod stream_qmp;
 mod torture;
+mod transports;

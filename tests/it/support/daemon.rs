@@ -91,6 +91,10 @@ impl Mount {
             command.args(["-c", "umask 000 && exec \"$0\" \"$@\"", CORDISK]);
         }
         command.args(["mount", "-f"]).args(&self.args).arg(&self.image).arg(&self.mountpoint);
+        // One and the same for all tests, whatever this kernel offers; another one is asked for from outside.
+        if !self.args.iter().any(|argument| argument == "--transport") {
+            command.arg("--transport").arg(std::env::var("CORDISK_TEST_TRANSPORT").unwrap_or("dev".into()));
+        }
         command.stdin(Stdio::null()).stdout(log.try_clone().expect("log")).stderr(log);
         if std::env::var_os("RUST_LOG").is_none() {
             command.env("RUST_LOG", "info");

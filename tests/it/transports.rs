@@ -1,0 +1,117 @@
+//! The two ways in which requests come from the kernel: the same answers over both. (`CORDISK_TEST_TRANSPORT=uring` runs any other test over io_uring.)
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+use rustix::fs::{OFlags, SeekFrom};
+use rustix::io::Errno;
+use serde_json::json;
+
+use crate::support::{CORDISK, KIB, MIB, Pattern, Rig, Rng, assert_same, errno, run_within};
+
+const ENABLED: &str = "/sys/module/fuse/parameters/enable_uring";
+
+/// Whether requests can come over io_uring; as root it is switched on where it is off. A kernel that is too old is no failure.
+fn has_uring() -> bool {
+    let on = || fs::read_to_string(ENABLED).is_ok_and(|text| text.starts_with('Y'));
+    let _ = !on() && fs::write(ENABLED, "Y").is_ok();
+    if !on() {
+        eprintln!("skipped: no FUSE over io_uring in this kernel, or it is off");
+    }
+    on()
+}
+
+/// Protects: a guest gets the same answers over each transport: data, holes, flushes, attributes, errors; misses and hits, alone and all at once.
+#[test]
+fn a_guest_sees_no_difference() {
+    requires!("/dev/fuse", "qemu-img");
+    for transport in ["dev", "uring"] {
+        if transport == "uring" && !has_uring() {
+            continue;
+        }
+        let rig = Rig::new(16 * MIB + 512);
+        let disk = rig.mount().qmp().args(&["--transport", transport]).start();
+        let mut guest = rig.guest(&disk);
+        let mut rng = Rng::new(17);
+        for _ in 0..400 {
+            guest.step(&mut rng, 1500 * KIB);
+        }
+        guest.check_all();
+        // Durable when it returns, as another descriptor sees at once.
+        let synced = File::options().write(true).custom_flags(OFlags::DSYNC.bits().cast_signed()).open(disk.path()).expect("open");
+        let data = Pattern::new(3, 3).bytes(5 * MIB + 7, 100_000);
+        synced.write_all_at(&data, 5 * MIB + 7).expect("write");
+        guest.shadow[(5 * MIB + 7) as usize..][..data.len()].copy_from_slice(&data);
+        guest.check_all();
+
+        let size = rig.size();
+        assert_eq!(guest.file.metadata().expect("stat").len(), size, "{transport}");
+        assert_eq!(guest.file.read_at(&mut [0; 16], size).expect("read at the end"), 0);
+        assert_eq!(errno(guest.file.write_at(&[1; 16], size)), Errno::NOSPC);
+        assert_eq!(errno(guest.file.set_len(size - 512)), Errno::PERM);
+        drop(File::options().write(true).truncate(true).open(disk.path()).expect("O_TRUNC does nothing"));
+        fs::set_permissions(disk.path(), fs::Permissions::from_mode(0o400)).expect("chmod");
+        let time = SystemTime::UNIX_EPOCH + Duration::new(1_000_000_000, 123_456_789);
+        guest.file.set_modified(time).expect("utimensat");
+        let stat = guest.file.metadata().expect("stat");
+        assert_eq!((stat.mode() & 0o7777, stat.modified().expect("mtime")), (0o400, time), "{transport}");
+        assert!(rustix::fs::fstatvfs(&guest.file).expect("statvfs").f_blocks > 0);
+        guest.punch(MIB..2 * MIB);
+        assert_eq!(rustix::fs::seek(&guest.file, SeekFrom::Hole(MIB)).expect("lseek"), MIB, "{transport}");
+        guest.file.sync_all().expect("fsync");
+
+        // Everything at once: hits and misses of eight threads, while a stream runs.
+        let mut client = disk.client();
+        client.ok("block-stream", json!({"device": "drive0", "speed": 20_000_000}));
+        let file = File::options().read(true).open(disk.path()).expect("root may");
+        std::thread::scope(|scope| {
+            for seed in 1..9u64 {
+                let (file, shadow) = (&file, &guest.shadow);
+                scope.spawn(move || {
+                    let mut rng = Rng::new(seed);
+                    for _ in 0..150 {
+                        let range = rng.range(shadow.len() as u64, 700 * KIB);
+                        let mut got = vec![0; (range.end - range.start) as usize];
+                        file.read_exact_at(&mut got, range.start).expect("read");
+                        assert_same("one of many readers", &got, &shadow[range.start as usize..range.end as usize]);
+                    }
+                });
+            }
+        });
+        let event = client.wait_event("BLOCK_JOB_COMPLETED");
+        assert_eq!(event["data"]["offset"], event["data"]["len"], "{event}");
+        client.ok("block_resize", json!({"device": "drive0", "size": 20 * MIB}));
+        assert_eq!(file.metadata().expect("stat").len(), 20 * MIB, "{transport}");
+        guest.shadow.resize(20 * MIB as usize, 0);
+        guest.check_all();
+        let want = std::mem::take(&mut guest.shadow);
+        drop((guest, file, synced, client));
+        disk.umount();
+        rig.assert_standalone(&want);
+    }
+}
+
+/// Protects: who insists on io_uring is told in one line why there is none; the default goes on without.
+#[test]
+fn a_transport_that_is_not_there_is_an_error_only_for_who_insists() {
+    requires!("/dev/fuse", "qemu-img");
+    if fs::read_to_string(ENABLED).is_ok_and(|text| text.starts_with('Y')) {
+        return; // the other test has switched it on
+    }
+    let rig = Rig::new(MIB);
+    let mountpoint = rig.scratch.join("m");
+    let mut command = Command::new(CORDISK);
+    command.args(["mount", "-f", "--transport", "uring"]).arg(&rig.overlay).arg(&mountpoint);
+    let done = run_within(&mut command, Duration::from_secs(30));
+    if done.stderr.contains("mounted") {
+        return; // switched on meanwhile
+    }
+    assert_eq!(done.status.code(), Some(1), "{done:?}");
+    assert!(done.stderr.lines().count() == 1 && done.stderr.contains("--transport uring: "), "{done:?}");
+    assert!(!mountpoint.exists());
+    let disk = rig.mount().args(&["--transport", "auto"]).start();
+    assert_same("over whatever there is", &disk.read_all(), &rig.content);
+    disk.umount();
+}
