@@ -202,6 +202,18 @@ tortured() {
     cargo test --locked --test it -- --nocapture --test-threads 1 torture:: lower_power_cut::
 }
 
+# The same requests over io_uring, where the kernel has that: switched on for as long as it takes.
+over_io_uring() {
+    local switch=/sys/module/fuse/parameters/enable_uring before
+    before=$(cat "$switch" 2>/dev/null) || { echo "skipped: this kernel has no FUSE over io_uring" && return 0; }
+    [[ $before == Y ]] || echo Y >"$switch" 2>/dev/null || { echo "skipped: $switch is off, and only root can change that" && return 0; }
+    local status=0
+    CORDISK_TEST_TRANSPORT=uring cargo test --locked --test it -- --test-threads 2 transports:: fuse_end_to_end:: fio_verify:: hung_backing:: stream_qmp:: ||
+        status=$?
+    [[ $before == Y ]] || echo "$before" >"$switch"
+    return $status
+}
+
 lints() {
     cargo clippy --locked --all-targets -- -D warnings
     cargo clippy --locked --lib --tests --features schedules -- -D warnings
@@ -246,6 +258,7 @@ export CORDISK_RELEASE_BIN=$repo/target/release/cordisk
 section pypi-client pypi_client
 export CORDISK_QMP_PYTHON=$repo/target/qmp-venv/bin/python
 section tests tests
+section over-io-uring over_io_uring
 section doc-tests cargo test --locked --doc
 section schedules schedules
 [[ -n $quick ]] || section release-with-dev-dependencies release_with_dev_dependencies

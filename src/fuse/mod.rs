@@ -7,6 +7,8 @@
 //!                                       └── 1 flush thread  ──▶ handler ──▶ Disk::flush
 //! ```
 //!
+//! Where the kernel offers it, requests come over io_uring instead (`ring.rs`): the same handler and workers behind queues in shared memory.
+//!
 //! The files are opened for direct I/O: every write is acknowledged by us, nothing is cached in the kernel (shared mappings excepted,
 //! which Linux offers since 6.6). Writeback caching does not work with a file as mountpoint and is never asked for (data-safety 0.7).
 //!

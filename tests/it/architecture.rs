@@ -50,6 +50,9 @@ const WIRE_WORDS: &[&str] = &["block-stream", "BLOCK_JOB_", "JOB_STATUS_CHANGE",
 /// Types that make a `static` a hidden channel between rooms, beside `Atomic…`. (`Cell` and its like can only stand in a `thread_local!`.)
 const SHARED_STATE: &[&str] = &["Mutex", "RwLock", "Condvar", "Once", "OnceLock", "LazyLock"];
 
+/// The only file that shares memory with the kernel. Everything unsafe in it says why it is sound, which Clippy sees to.
+const WITH_UNSAFE: &str = "src/fuse/ring.rs";
+
 const LINES_AT_MOST: usize = 600;
 const LINES_WORTH_A_WORD: usize = 400;
 
@@ -109,18 +112,18 @@ fn the_chain_has_no_word_for_writing() {
 }
 
 #[test]
-fn unsafe_is_nowhere() {
+fn unsafe_is_in_one_file() {
     let mut wrong = Vec::new();
     for file in sources() {
         for (line, word) in words(&file.code_with_tests) {
-            if word == "unsafe" {
+            if word == "unsafe" && file.name != WITH_UNSAFE {
                 wrong.push(format!("{}:{line}: unsafe", file.name));
             }
         }
     }
     let lib = sources().into_iter().find(|file| file.name == "src/lib.rs").unwrap();
-    if !lib.code.replace(char::is_whitespace, "").contains("#![forbid(unsafe_code)]") {
-        wrong.push("src/lib.rs: #![forbid(unsafe_code)] is gone".into());
+    if !lib.code.replace(char::is_whitespace, "").contains("#![deny(unsafe_code)]") {
+        wrong.push("src/lib.rs: #![deny(unsafe_code)] is gone".into());
     }
     report(&wrong);
 }
