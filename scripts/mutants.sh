@@ -80,7 +80,12 @@ for line in "${known[@]}"; do
     run "$step" "$log" || status=$?
     case $status in
         0) missed+=("$step") && by="${red}nobody$plain" ;;
-        *) by=$(sed 's/\x1b\[[0-9;]*m//g' "$log" | sed -n 's/^ *\(FAIL\|SIGABRT\|TIMEOUT\) \[[^]]*\] *\(([^)]*) *\)\{0,1\}cordisk *//p' | head -n 1) ;;
+        *)
+            by=$(sed 's/\x1b\[[0-9;]*m//g' "$log" |
+                sed -n 's/^ *\(FAIL\|SIGABRT\|TIMEOUT\) \[[^]]*\] *\(([^)]*) *\)\{0,1\}cordisk */\1 /p' | head -n 1)
+            by=${by/#TIMEOUT /stands still: } by=${by#* }
+            [[ $by == still:* ]] && by="${by#still: } (it stands still)"
+            ;;
     esac
     if ((status)) && [[ -z $by ]]; then
         cat "$log" >&2
