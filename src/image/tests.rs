@@ -370,6 +370,44 @@ fn corruption_latches_and_marks_the_image() {
     assert!(ImageReader::open(bench.memory.clone()).is_ok(), "still readable");
 }
 
+/// V24, R16: an entry that names metadata is refused, whatever refcount that has.
+#[test]
+fn guest_data_is_never_where_metadata_lies() {
+    let bench = bench();
+    bench.store(0, 7).unwrap();
+    bench.image.close().unwrap();
+    let word = |at: u64| {
+        let mut word = [0; 8];
+        bench.memory.read_at(at, &mut word).unwrap();
+        u64::from_be_bytes(word) & !(1 << 63)
+    };
+    let header = bench.image.reader().header();
+    let l2 = word(header.l1_table_offset);
+    for metadata in [header.l1_table_offset, header.refcount_table_offset, word(header.refcount_table_offset), l2] {
+        let damaged = bench.memory.killed();
+        damaged.write_at(WriteKind::L2Table, l2 + 8, &(1 << 63 | metadata).to_be_bytes()).unwrap();
+        let error = Image::open(damaged).unwrap().map(GuestOffset(CLUSTER), 1).unwrap_err();
+        assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("is metadata"), "{metadata:#x}: {error}");
+    }
+}
+
+/// V27: an entry that names a cluster that counts as free is refused: it would be given to somebody else.
+#[test]
+fn guest_data_is_never_where_nothing_is_counted() {
+    let bench = bench();
+    bench.store(0, 7).unwrap();
+    bench.store(1, 7).unwrap();
+    let free = bench.host(0).unwrap();
+    bench.discard(0);
+    bench.image.close().unwrap();
+    let mut entry = [0; 8];
+    bench.memory.read_at(bench.image.reader().header().l1_table_offset, &mut entry).unwrap();
+    let l2 = u64::from_be_bytes(entry) & !(1 << 63);
+    bench.memory.write_at(WriteKind::L2Table, l2, &(1 << 63 | (free * CLUSTER)).to_be_bytes()).unwrap();
+    let error = Image::open(bench.memory.killed()).unwrap().map(GuestOffset(0), 1).unwrap_err();
+    assert!(error.kind() == ErrorKind::Corrupt && error.to_string().contains("refcount is zero"), "{error}");
+}
+
 /// Tables beyond the memory limit are dropped when clean and come back with what was written to them.
 #[test]
 fn evicted_tables_come_back() {
