@@ -5,8 +5,8 @@
 //! reservation need not be durable when it is handed out, only before an L2 entry is written). What is reserved and unused is given back by an
 //! orderly close, and after a crash by the next open: it is a leak like any other.
 //!
-//! A refcount is raised before anything points to the cluster; it is lowered only by the write-back pass, when the pointer's removal is durable (R3), and the cluster is handed out again only after its space was punched
-//! (R7). On disk refcounts may therefore be too high after a crash (leaks), never too low (I2).
+//! A refcount is raised before anything points to the cluster; it is lowered only by the write-back pass, when the pointer's removal is durable
+//! (R3), and the cluster is handed out again only after its space was punched (R7). On disk refcounts may therefore be too high after a crash (leaks), never too low (I2).
 //!
 //! A cluster that may have held guest data since the image was opened is given to guest data only, never to a table. In a hostile image a second L2
 //! entry may name the same cluster, which nothing but a full check finds, and a guest writes through that entry whatever the cluster is by then: it

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! 1 one pass at a time        2 take the pending frees     3 take dirty L2 tables     4 THEN take dirty refcounts
+//!   (between 2 and 3: a header write that failed and may have been done is undone, durably: R11)
 //! 5 write refcounts (new blocks, barrier, the entries or the moved table that names them; for that one barrier, header: R5, R6)
 //! 6 barrier: refcounts, and every byte of data written before any publish of step 3, are durable (R1, R2)
 //! 7 write L2 tables           8 tables that the L1 table does not name yet: barrier, write their L1 entries (R4)
