@@ -180,7 +180,7 @@ impl Image {
     /// The last thing: to be called after [`Image::close`] has gone well, when nothing is leaked. The mark goes; where it stays, the next open
     /// looks for leaks in vain.
     pub fn end_writing(&self) {
-        if self.check_usable().is_ok()
+        if self.is_usable()
             && let Err(error) = self.reader.storage.remove_open_mark()
         {
             log::warn!("the mark of an open image stays: {}", crate::error::os_text(&error));
@@ -212,10 +212,9 @@ impl Image {
         self.commit_wanted.1.clone()
     }
 
-    /// New clusters hold so many bytes more: asks for a commit where that is much, or where the tables that are dirty are.
-    fn count_uncommitted(&self, bytes: u64) {
-        let uncommitted = self.uncommitted.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        if uncommitted >= UNCOMMITTED_DATA || self.reader.tables.dirty_bytes() > OVERLAY_TABLE_MEMORY / 2 {
+    /// After a change of the mapping: asks for a commit where the new clusters are many, or the tables that are dirty.
+    fn ask_for_commit(&self) {
+        if self.uncommitted.load(Ordering::Relaxed) >= UNCOMMITTED_DATA || self.reader.tables.dirty_bytes() > OVERLAY_TABLE_MEMORY / 2 {
             // Full: somebody is asked already.
             let _ = self.commit_wanted.0.try_send(());
         }

@@ -7,6 +7,7 @@ use crate::format::{Geometry, GuestCluster, HostCluster, Mapping};
 use crate::mutants::{Step, without};
 use crate::range_lock::Exclusive;
 use crate::storage::WriteKind;
+use crate::sync::atomic::Ordering;
 use crate::{Error, Result};
 
 /// New host clusters that nothing points to. Dropped, they are given back (H13).
@@ -62,7 +63,7 @@ impl Image {
             .storage
             .write_at(WriteKind::NewCluster, offset, data)
             .map_err(|error| Error::io(format!("data at {offset:#x}"), error))?;
-        self.count_uncommitted(data.len() as u64);
+        self.uncommitted.fetch_add(data.len() as u64, Ordering::Relaxed);
         Ok(Filled(allocation))
     }
 
@@ -213,7 +214,7 @@ impl Image {
         for (start, len) in frees {
             self.allocator.queue_free(start, len);
         }
-        self.count_uncommitted(0);
+        self.ask_for_commit();
         Ok(count)
     }
 }
