@@ -88,7 +88,7 @@ pub struct MountOptions {
 /// A disk with all that is needed to serve it: after this no path is looked up any more.
 #[derive(Debug)]
 pub struct Prepared {
-    rings: Option<ring::Rings>,
+    transport: ring::Wanted,
     handler: Arc<Handler>,
     plan: MountPlan,
 }
@@ -132,7 +132,7 @@ pub enum Finished {
 pub fn prepare(disk: &Arc<Disk>, options: MountOptions) -> Result<Prepared> {
     let info = disk.info()?;
     let handler = Arc::new(new_handler(disk, &info, &options)?);
-    let rings = ring::Rings::wanted(options.transport)?;
+    let transport = ring::Rings::wanted(options.transport)?;
     let plan = MountPlan {
         mountpoint: options.mountpoint,
         taken: files_of(&info)?,
@@ -142,7 +142,7 @@ pub fn prepare(disk: &Arc<Disk>, options: MountOptions) -> Result<Prepared> {
         uid: options.uid,
         gid: options.gid,
     };
-    Ok(Prepared { handler, plan, rings })
+    Ok(Prepared { handler, plan, transport })
 }
 
 impl Prepared {
@@ -156,7 +156,7 @@ impl Prepared {
     /// # Errors
     /// The kernel speaks another protocol; no more threads.
     pub fn serve(self, device: OwnedFd) -> Result<Mounted> {
-        let running = session::start(self.handler, device, self.rings)?;
+        let running = session::start(self.handler, device, self.transport)?;
         Ok(Mounted { session: running.session, workers: running.workers, notifier: running.notifier })
     }
 }

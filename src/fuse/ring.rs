@@ -67,6 +67,17 @@ type Ring = IoUring<squeue::Entry128, cqueue::Entry>;
 /// Rings that exist and that FUSE does not know of yet.
 pub(super) struct Rings(Vec<Ring>);
 
+/// The way on which requests are to come.
+#[derive(Debug)]
+pub(super) enum Wanted {
+    /// Over io_uring.
+    Rings(Rings),
+    /// Over /dev/fuse, as asked.
+    Device,
+    /// Over /dev/fuse, since io_uring cannot be had. Why is said once the disk is mounted: whoever is refused gets one line, of another reason.
+    DeviceFor(String),
+}
+
 impl std::fmt::Debug for Rings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("Rings").field(&self.0.len()).finish()
@@ -78,15 +89,12 @@ impl Rings {
     ///
     /// # Errors
     /// They are to come over io_uring and over nothing else, and cannot.
-    pub(super) fn wanted(transport: Transport) -> Result<Option<Rings>> {
+    pub(super) fn wanted(transport: Transport) -> Result<Wanted> {
         match (transport, (transport != Transport::Dev).then(Rings::prepare)) {
-            (_, None) => Ok(None),
-            (_, Some(Ok(rings))) => Ok(Some(rings)),
+            (_, None) => Ok(Wanted::Device),
+            (_, Some(Ok(rings))) => Ok(Wanted::Rings(rings)),
             (Transport::Uring, Some(Err(reason))) => Err(Error::new(ErrorKind::UnsupportedFeature, format!("--transport uring: {reason}"))),
-            (_, Some(Err(reason))) => {
-                log::info!("requests come over /dev/fuse: {reason}");
-                Ok(None)
-            }
+            (_, Some(Err(reason))) => Ok(Wanted::DeviceFor(reason)),
         }
     }
 

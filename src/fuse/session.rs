@@ -20,7 +20,7 @@ use fuser::{
 
 use super::attributes::{Changes, TimeChange};
 use super::handler::{Answer, Durability, Handler, Stat, Truncate};
-use super::ring::Rings;
+use super::ring::Wanted;
 use super::workers::{Ended, Workers};
 use crate::Result;
 use crate::error::Context;
@@ -56,9 +56,9 @@ pub(super) struct Running {
 ///
 /// # Errors
 /// The kernel speaks another protocol; no more threads.
-pub(super) fn start(handler: Arc<Handler>, device: OwnedFd, rings: Option<Rings>) -> Result<Running> {
+pub(super) fn start(handler: Arc<Handler>, device: OwnedFd, transport: Wanted) -> Result<Running> {
     let (workers, workers_ended) = Workers::start(&handler)?;
-    let over_rings = Arc::new(AtomicBool::new(rings.is_some()));
+    let over_rings = Arc::new(AtomicBool::new(matches!(transport, Wanted::Rings(_))));
     let adapter = Adapter {
         handler: Arc::clone(&handler),
         workers: workers.clone(),
@@ -73,8 +73,11 @@ pub(super) fn start(handler: Arc<Handler>, device: OwnedFd, rings: Option<Rings>
     // Who may open the disk is the kernel's check (`allow_other`, `default_permissions`). fuser's own comes later and would fail the
     // close of a descriptor that was passed to another user.
     let session = Session::from_fd(adapter, device, SessionACL::All, config).context(|| "FUSE handshake")?;
-    if let Some(rings) = rings.filter(|_| over_rings.load(Ordering::Acquire)) {
-        rings.serve(session.as_fd(), &handler, &workers)?;
+    match transport {
+        Wanted::Rings(rings) if over_rings.load(Ordering::Acquire) => rings.serve(session.as_fd(), &handler, &workers)?,
+        Wanted::Rings(_) => log::info!("requests come over /dev/fuse: this kernel does not offer FUSE over io_uring"),
+        Wanted::DeviceFor(reason) => log::info!("requests come over /dev/fuse: {reason}"),
+        Wanted::Device => {}
     }
     let notifier = session.notifier();
     let (ended, session_ended) = crossbeam_channel::bounded(1);
@@ -192,7 +195,6 @@ impl Filesystem for Adapter {
             }
         }
         if self.over_rings.load(Ordering::Acquire) && config.add_capabilities(InitFlags::FUSE_OVER_IO_URING).is_err() {
-            log::info!("requests come over /dev/fuse: this kernel does not offer FUSE over io_uring");
             self.over_rings.store(false, Ordering::Release);
         }
         Ok(())
