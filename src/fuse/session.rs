@@ -2,6 +2,7 @@
 //! does the work; nothing else.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -27,6 +28,9 @@ use crate::error::Context;
 
 /// Threads that read requests and answer hits. More than this many cost latency at depth 1 on two cores (performance.md).
 const SESSION_THREADS: usize = 2;
+
+/// Where the kernel's requests come from.
+const FUSE_DEVICE: &str = "/dev/fuse";
 
 /// Largest read or write request: 256 pages, the kernel's own limit (`fs.fuse.max_pages_limit`).
 pub(super) const MAX_IO: usize = 1 << 20;
@@ -67,9 +71,9 @@ pub(super) fn start(handler: Arc<Handler>, device: OwnedFd, transport: Wanted) -
     };
     let mut config = fuser::Config::default();
     config.n_threads = Some(SESSION_THREADS);
-    // All threads share the descriptor: one for each would save them a lock in the kernel, but fuser opens /dev/fuse for it by name, on a
-    // thread, when that is no longer allowed.
-    config.clone_fd = false;
+    // A descriptor for each thread saves them a lock in the kernel. fuser opens /dev/fuse for it, by name; where that is not allowed here (another
+    // user, a kernel without Landlock), they share one.
+    config.clone_fd = File::options().read(true).write(true).open(FUSE_DEVICE).is_ok();
     // Who may open the disk is the kernel's check (`allow_other`, `default_permissions`). fuser's own comes later and would fail the
     // close of a descriptor that was passed to another user.
     let session = Session::from_fd(adapter, device, SessionACL::All, config).context(|| "FUSE handshake")?;

@@ -4,7 +4,8 @@
 //!
 //! 1. *Looking at paths* (open, stat by path and the like) is answered `EACCES`. The C library does this of its own accord and knows what to do
 //!    without: the allocator of glibc 2.36, for one, counts processors in `/sys/devices/system/cpu/online` and `/proc/stat` when many threads
-//!    want memory. A disk is not to vanish for that. Landlock would refuse it as well.
+//!    want memory. A disk is not to vanish for that. Landlock would refuse it as well, and where there is Landlock, it alone decides about one kind
+//!    of open(2), for reading and writing and with no other flag: that is how /dev/fuse is opened, and no filter sees a path.
 //! 2. `clone3` is answered `ENOSYS`: its arguments are behind a pointer, where no filter sees them. The C library takes `clone` then, which may
 //!    start threads and nothing else.
 //! 3. Everything that is not on the list ends the process with SIGSYS. The kernel logs it (`type=1326` in the audit or kernel log).
@@ -15,7 +16,7 @@ use std::collections::BTreeMap;
 
 use nix::libc;
 use seccompiler::SeccompCmpArgLen::{Dword, Qword};
-use seccompiler::SeccompCmpOp::{Eq, MaskedEq};
+use seccompiler::SeccompCmpOp::{Eq, MaskedEq, Ne};
 use seccompiler::{BpfProgram, SeccompAction, SeccompCondition, SeccompFilter, SeccompRule, TargetArch};
 
 use crate::{Error, ErrorKind, Result};
@@ -143,6 +144,14 @@ const BY_PATH: &[i64] = &[
     libc::SYS_readlink,
 ];
 
+/// Whether /dev/fuse may be opened.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum OpensDevice {
+    /// Something else sees to it that nothing else is.
+    Yes,
+    No,
+}
+
 /// Requests of ioctl(2): share clusters between files (`FICLONERANGE`), one more descriptor of a FUSE connection (`FUSE_DEV_IOC_CLONE`), do not
 /// block (`FIONBIO`, as the standard library does it), is it a terminal (`TCGETS`).
 const IOCTLS: &[u64] = &[0x4020_940d, 0x8004_e500, 0x5421, 0x5401];
@@ -177,10 +186,10 @@ pub(super) fn check() -> Result<()> {
 ///
 /// # Errors
 /// The kernel does not offer seccomp, or this processor is not known here.
-pub(super) fn restrict() -> Result<()> {
+pub(super) fn restrict(device: OpensDevice) -> Result<()> {
     let refused = |table, errno: i32| compile(table, SeccompAction::Allow, SeccompAction::Errno(errno.cast_unsigned()));
     let programs = [
-        refused(by_path()?, libc::EACCES)?,
+        refused(by_path(device)?, libc::EACCES)?,
         refused(Table::from([(libc::SYS_clone3, Vec::new())]), libc::ENOSYS)?,
         // Last: it does not allow to install others.
         compile(allowed()?, SeccompAction::KillProcess, SeccompAction::Allow)?,
@@ -220,8 +229,12 @@ fn allowed() -> Result<Table> {
     Ok(table)
 }
 
-fn by_path() -> Result<Table> {
+fn by_path(device: OpensDevice) -> Result<Table> {
     let mut table: Table = BY_PATH.iter().map(|&number| (number, Vec::new())).collect();
+    if device == OpensDevice::Yes {
+        let read_and_write = libc::O_RDWR | libc::O_CLOEXEC;
+        table.insert(libc::SYS_openat, vec![rule(2, Ne, u64::from(read_and_write.cast_unsigned()))?]);
+    }
     // With AT_EMPTY_PATH they ask about a descriptor: how the standard library asks for the size of a file.
     let empty_path = libc::AT_EMPTY_PATH as u64;
     table.insert(libc::SYS_newfstatat, vec![rule(3, MaskedEq(empty_path), 0)?]);

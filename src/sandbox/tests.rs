@@ -44,6 +44,15 @@ fn probe() {
         match what.as_str() {
             "open" => File::open("/etc/passwd").map(drop),
             "open for writing" => File::options().write(true).open(&path).map(drop),
+            "open as the device is opened" => File::options().read(true).write(true).open(&path).map(drop),
+            "open the device" => match File::options().read(true).write(true).open(FUSE_DEVICE) {
+                // Where it is not there, or may not be opened by this user, nothing can be said.
+                Err(error) if !std::path::Path::new(FUSE_DEVICE).exists() || !rustix::process::geteuid().is_root() => {
+                    eprintln!("skipped: {error}");
+                    Ok(())
+                }
+                opened => opened.map(drop),
+            },
             "create" => File::create(path.with_extension("new")).map(drop),
             "remove" => fs::remove_file(&path),
             "rename" => fs::rename(&path, path.with_extension("new")),
@@ -126,7 +135,7 @@ fn paths_are_refused() {
     if !is_offered() {
         return;
     }
-    for what in ["open", "open for writing", "create", "stat", "list"] {
+    for what in ["open", "open for writing", "open as the device is opened", "create", "stat", "list"] {
         let (status, said) = try_it(what);
         assert_eq!(status.code(), Some(REFUSED), "{what}: {status:?}\n{said}");
     }
@@ -165,7 +174,9 @@ fn landlock_alone_refuses_as_well() {
     if !is_offered() {
         return;
     }
-    for what in ["open", "open for writing", "create", "remove", "rename", "execute", "unmount", "mount", "list"] {
+    for what in
+        ["open", "open for writing", "open as the device is opened", "create", "remove", "rename", "execute", "unmount", "mount", "list"]
+    {
         if matches!(what, "unmount" | "mount") && !rustix::process::geteuid().is_root() {
             continue;
         }
@@ -179,8 +190,10 @@ fn what_serving_needs_is_left() {
     if !is_offered() {
         return;
     }
-    let (status, said) = try_it("serve");
-    assert_eq!(status.code(), Some(PASSED), "{status:?}\n{said}");
+    for what in ["serve", "open the device"] {
+        let (status, said) = try_it(what);
+        assert_eq!(status.code(), Some(PASSED), "{what}: {status:?}\n{said}");
+    }
 }
 
 #[test]
