@@ -1,7 +1,8 @@
-//! `passthrough FILE MOUNTPOINT`: shows FILE at MOUNTPOINT, both regular files, over /dev/fuse, and does nothing else.
+//! `passthrough FILE MOUNTPOINT [uring]`: shows FILE at MOUNTPOINT, both regular files, over /dev/fuse or over io_uring, and does nothing else.
 //!
-//! The ceiling of `scripts/bench.sh`: what the transport alone costs, with one pread or pwrite behind every request and no disk logic. It asks the
-//! kernel for what `cordisk` asks for: two threads, direct I/O, requests of up to 1 MiB, parallel direct writes. Ends when it is unmounted.
+//! The ceiling of `scripts/bench.sh`: what the transport alone costs, with one pread or pwrite behind every request and no disk logic. Over /dev/fuse it
+//! is fuser and nothing of ours, and asks the kernel for what `cordisk` asks for: two threads with a descriptor each, direct I/O, requests of up to
+//! 1 MiB, parallel direct writes. Over io_uring it is the library's own transport with another file system behind it. Ends when it is unmounted.
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
@@ -9,12 +10,16 @@ use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
     Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption,
     OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyOpen, ReplyWrite, ReplyXattr, Request, Session, WriteFlags,
 };
+
+use cordisk::fuse::{Answer, Changes, Durability, FileSystem, HostMount, MountPlan, Owner, Prepared, Stat, Times, Transport, Truncate};
+use rustix::fs::StatVfs;
 
 const THREADS: usize = 2;
 const MAX_IO: usize = 1 << 20;
@@ -26,6 +31,7 @@ thread_local! {
     static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; MAX_IO]);
 }
 
+#[derive(Debug)]
 struct Passthrough {
     file: File,
 }
@@ -146,22 +152,102 @@ impl Filesystem for Passthrough {
     }
 }
 
+impl FileSystem for Passthrough {
+    fn getattr(&self) -> Result<Stat, rustix::io::Errno> {
+        let host = self.file.metadata().map_err(errno)?;
+        let (owner, now) = (Owner { mode: 0o600, uid: host.uid(), gid: host.gid() }, SystemTime::now());
+        let times = Times { atime: now, mtime: now, ctime: now };
+        Ok(Stat { size: host.size(), blocks: host.blocks(), blksize: 4096, owner, times })
+    }
+
+    fn setattr(&self, _truncate: Option<Truncate>, _changes: &Changes) -> Result<Stat, rustix::io::Errno> {
+        FileSystem::getattr(self)
+    }
+
+    fn open(&self, _open_flags: i32) -> Result<(), rustix::io::Errno> {
+        Ok(())
+    }
+
+    fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Answer<usize>, rustix::io::Errno> {
+        FileSystem::read(self, offset, buf).map(Answer::Done)
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<usize, rustix::io::Errno> {
+        read_full(&self.file, offset, buf).map_err(errno)
+    }
+
+    fn write_local(&self, offset: u64, data: &[u8]) -> Result<Answer<usize>, rustix::io::Errno> {
+        FileSystem::write(self, offset, data, Durability::Later).map(Answer::Done)
+    }
+
+    fn write(&self, offset: u64, data: &[u8], _durability: Durability) -> Result<usize, rustix::io::Errno> {
+        self.file.write_all_at(data, offset).map(|()| data.len()).map_err(errno)
+    }
+
+    fn fallocate(&self, _offset: u64, _len: u64, _mode: i32) -> Result<(), rustix::io::Errno> {
+        Err(rustix::io::Errno::OPNOTSUPP)
+    }
+
+    fn lseek(&self, _offset: i64, _whence: i32) -> Result<i64, rustix::io::Errno> {
+        Err(rustix::io::Errno::NOSYS)
+    }
+
+    fn flush(&self) -> Result<(), rustix::io::Errno> {
+        self.file.sync_data().map_err(errno)
+    }
+
+    fn needs_flush(&self) -> bool {
+        false
+    }
+
+    fn statfs(&self) -> Result<StatVfs, rustix::io::Errno> {
+        rustix::fs::fstatvfs(&self.file)
+    }
+}
+
+fn errno(error: io::Error) -> rustix::io::Errno {
+    rustix::io::Errno::from_io_error(&error).unwrap_or(rustix::io::Errno::IO)
+}
+
+fn open(file: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open(file)
+}
+
 fn serve(file: &Path, mountpoint: &Path) -> io::Result<()> {
-    let file = OpenOptions::new().read(true).write(true).open(file)?;
     let mut config = Config::default();
     config.mount_options = vec![MountOption::FSName("passthrough".to_string()), MountOption::DefaultPermissions];
     config.n_threads = Some(THREADS);
     config.clone_fd = true;
-    Session::new(Passthrough { file }, mountpoint, &config)?.run()
+    Session::new(Passthrough { file: open(file)? }, mountpoint, &config)?.run()
+}
+
+fn serve_over_uring(file: &Path, mountpoint: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    let file = open(file)?;
+    let plan = MountPlan {
+        mountpoint: std::path::absolute(mountpoint)?,
+        source: "passthrough".into(),
+        taken: vec![(file.metadata()?.dev(), file.metadata()?.ino())],
+        read_only: false,
+        allow_other: false,
+        uid: rustix::process::getuid().as_raw(),
+        gid: rustix::process::getgid().as_raw(),
+    };
+    let prepared = Prepared::other(Arc::new(Passthrough { file }), plan, Transport::Uring)?;
+    let (_mount, device) = HostMount::mount(prepared.plan())?;
+    Ok(prepared.serve(device)?.ended().recv()??)
 }
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    let [file, mountpoint] = &arguments[..] else {
-        eprintln!("usage: passthrough FILE MOUNTPOINT");
-        return ExitCode::from(2);
+    let served = match &arguments[..] {
+        [file, mountpoint] => serve(Path::new(file), Path::new(mountpoint)).map_err(Into::into),
+        [file, mountpoint, uring] if uring == "uring" => serve_over_uring(Path::new(file), Path::new(mountpoint)),
+        _ => {
+            eprintln!("usage: passthrough FILE MOUNTPOINT [uring]");
+            return ExitCode::from(2);
+        }
     };
-    match serve(Path::new(file), Path::new(mountpoint)) {
+    match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("passthrough: {error}");

@@ -23,7 +23,7 @@ use crate::error::{Context, os_text};
 use crate::{Error, ErrorKind, Result};
 
 /// The kernel's side of FUSE.
-const DEVICE: &str = "/dev/fuse";
+pub(super) const DEVICE: &str = "/dev/fuse";
 
 /// Stands behind `fuse.` in the list of mounts.
 const SUBTYPE: &str = "cordisk";

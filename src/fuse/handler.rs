@@ -12,6 +12,7 @@ use rustix::fs::{FallocateFlags, OFlags, StatVfs};
 use rustix::io::Errno;
 
 use super::attributes::{Attributes, Changes, Owner, Times};
+use super::file_system::FileSystem;
 use super::log_limit::LogLimit;
 use crate::disk::{Disk, Local, Seek};
 use crate::mutants::{Step, without};
@@ -95,140 +96,6 @@ impl Handler {
         Handler { disk, attributes, directory, written: AtomicU64::new(0), durable: AtomicU64::new(0), errors: LogLimit::default() }
     }
 
-    /// stat(2).
-    ///
-    /// # Errors
-    /// EIO and the like: fstat of the overlay failed.
-    pub fn getattr(&self) -> Result<Stat, Errno> {
-        let allocated = self.disk.allocated_size().map_err(|error| self.failed("stat", &error))?;
-        Ok(Stat {
-            size: self.disk.size(),
-            blocks: allocated.div_ceil(512),
-            blksize: u32::try_from(self.disk.cluster_size().max(BLKSIZE_MIN)).unwrap_or(u32::MAX),
-            owner: self.attributes.owner(),
-            times: self.attributes.times(),
-        })
-    }
-
-    /// truncate(2), chmod(2), chown(2), utimensat(2). A change of size is refused, so nothing is half done.
-    ///
-    /// # Errors
-    /// EROFS, EINVAL or EPERM for another size; those of a change of attributes and of [`Handler::getattr`].
-    pub fn setattr(&self, truncate: Option<Truncate>, changes: &Changes) -> Result<Stat, Errno> {
-        match truncate {
-            None | Some(Truncate::ByPath(0)) => {}
-            Some(Truncate::ByPath(size) | Truncate::ByHandle(size)) if size == self.disk.size() => {}
-            Some(_) if self.disk.is_read_only() => return Err(Errno::ROFS),
-            Some(Truncate::ByPath(size) | Truncate::ByHandle(size)) if size.is_multiple_of(512) => return Err(Errno::PERM),
-            Some(_) => return Err(Errno::INVAL),
-        }
-        self.attributes.change(changes)?;
-        self.getattr()
-    }
-
-    /// open(2). O_TRUNC is ignored, as on a block device (see [`Truncate`]).
-    ///
-    /// # Errors
-    /// EROFS for writing to a read-only disk.
-    pub fn open(&self, open_flags: i32) -> Result<(), Errno> {
-        let access = OFlags::from_bits_retain(open_flags.cast_unsigned()) & OFlags::RWMODE;
-        if self.disk.is_read_only() && access != OFlags::RDONLY { Err(Errno::ROFS) } else { Ok(()) }
-    }
-
-    /// read(2), if the overlay alone can answer at once. The number of bytes is short at the end of the disk and 0 past it.
-    ///
-    /// # Errors
-    /// EIO and the like.
-    pub fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Answer<usize>, Errno> {
-        let len = self.clamp(offset, buf.len());
-        if len == 0 {
-            return Ok(Answer::Done(0));
-        }
-        match self.disk.read_local(offset, &mut buf[..len]) {
-            Ok(Local::Done) => Ok(Answer::Done(len)),
-            Ok(Local::Miss) => Ok(Answer::Miss),
-            Err(error) => Err(self.failed_at("read", offset, len, &error)),
-        }
-    }
-
-    /// read(2), however long it takes; otherwise as [`Handler::read_local`].
-    ///
-    /// # Errors
-    /// EIO and the like.
-    pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
-        let len = self.clamp(offset, buf.len());
-        if len > 0 {
-            self.disk.read(offset, &mut buf[..len]).map_err(|error| self.failed_at("read", offset, len, &error))?;
-        }
-        Ok(len)
-    }
-
-    /// write(2), if it overwrites in place and can be done at once. Not durable: the caller flushes where [`Durability::Now`] is asked for.
-    /// The number of bytes is short where the write crosses the end of the disk.
-    ///
-    /// # Errors
-    /// EROFS, ENOSPC at and past the end of the disk, EIO and the like.
-    pub fn write_local(&self, offset: u64, data: &[u8]) -> Result<Answer<usize>, Errno> {
-        let len = self.writable(offset, data.len())?;
-        if len == 0 {
-            return Ok(Answer::Done(0));
-        }
-        match self.disk.write_local(offset, &data[..len]) {
-            Ok(Local::Done) => {
-                self.wrote();
-                Ok(Answer::Done(len))
-            }
-            Ok(Local::Miss) => Ok(Answer::Miss),
-            Err(error) => Err(self.failed_at("write", offset, len, &error)),
-        }
-    }
-
-    /// write(2), however long it takes; otherwise as [`Handler::write_local`].
-    ///
-    /// # Errors
-    /// EROFS, ENOSPC at and past the end of the disk or where the host is full, EIO and the like.
-    pub fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<usize, Errno> {
-        let len = self.writable(offset, data.len())?;
-        if len > 0 {
-            self.disk.write(offset, &data[..len]).map_err(|error| self.failed_at("write", offset, len, &error))?;
-            self.wrote();
-        }
-        if durability == Durability::Now && !without(Step::SyncedWritesFlush) {
-            self.flush()?;
-        }
-        Ok(len)
-    }
-
-    /// fallocate(2).
-    ///
-    /// Mode 0 inside the disk succeeds and does nothing: no request of the file system makes the disk longer, and a thin overlay promises no space.
-    /// Past the end it is ENOSPC, like a write there: the disk does not grow. Holes and zeroes reach up to the end of the disk;
-    /// without FALLOC_FL_KEEP_SIZE a range of zeroes past the end is ENOSPC as well.
-    ///
-    /// # Errors
-    /// EROFS, EOPNOTSUPP for all other modes, ENOSPC, EIO and the like.
-    pub fn fallocate(&self, offset: u64, len: u64, mode: i32) -> Result<(), Errno> {
-        if self.disk.is_read_only() {
-            return Err(Errno::ROFS);
-        }
-        let mode = FallocateFlags::from_bits_retain(mode.cast_unsigned());
-        let size = self.disk.size();
-        let end = offset.checked_add(len).ok_or(Errno::FBIG)?;
-        let range = offset.min(size)..end.min(size);
-        let grows = !mode.contains(FallocateFlags::KEEP_SIZE) && end > size;
-
-        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match mode {
-            _ if mode == punch => self.change_range("discard", range, |range| self.disk.discard(range)),
-            _ if mode.difference(FallocateFlags::KEEP_SIZE) == FallocateFlags::ZERO_RANGE && !grows => {
-                self.change_range("write zeroes", range, |range| self.disk.write_zeroes(range))
-            }
-            _ if mode.is_empty() && !grows => Ok(()),
-            _ if mode.is_empty() || mode == FallocateFlags::ZERO_RANGE => Err(Errno::NOSPC),
-            _ => Err(Errno::OPNOTSUPP),
-        }
-    }
-
     fn change_range(&self, what: &str, range: Range<u64>, change: impl Fn(Range<u64>) -> crate::Result<()>) -> Result<(), Errno> {
         if range.is_empty() {
             return Ok(());
@@ -236,50 +103,6 @@ impl Handler {
         change(range.clone()).map_err(|error| self.failed(&format!("{what} at {}+{}", range.start, range.end - range.start), &error))?;
         self.wrote();
         Ok(())
-    }
-
-    /// lseek(2) with SEEK_DATA or SEEK_HOLE; the kernel does the other kinds itself. May read tables of a backing file.
-    ///
-    /// # Errors
-    /// ENXIO at and past the end of the disk, or where no data follows. EINVAL for another `whence`.
-    pub fn lseek(&self, offset: i64, whence: i32) -> Result<i64, Errno> {
-        /// SEEK_DATA and SEEK_HOLE of lseek(2) on Linux.
-        const SEEK_DATA: i32 = 3;
-        const SEEK_HOLE: i32 = 4;
-        let what = match whence {
-            SEEK_DATA => Seek::Data,
-            SEEK_HOLE => Seek::Hole,
-            _ => return Err(Errno::INVAL),
-        };
-        let from = u64::try_from(offset).ok().filter(|&from| from < self.disk.size()).ok_or(Errno::NXIO)?;
-        let found = self.disk.seek(from, what).map_err(|error| self.failed("seek", &error))?.ok_or(Errno::NXIO)?;
-        i64::try_from(found).map_err(|_| Errno::OVERFLOW)
-    }
-
-    /// fsync(2), fdatasync(2). Everything answered before this call is durable when it returns. Never ENOSYS: the kernel would take
-    /// that for success and stop asking (data-safety 0.6).
-    ///
-    /// # Errors
-    /// EIO and the like; for ever once a host fdatasync has failed (P7).
-    pub fn flush(&self) -> Result<(), Errno> {
-        // The count first: a write that returns during the flush may not be covered by it.
-        let written = self.written.load(Ordering::Acquire);
-        self.disk.flush().map_err(|error| self.failed("flush", &error))?;
-        self.durable.fetch_max(written, Ordering::AcqRel);
-        Ok(())
-    }
-
-    /// close(2): whether something was written that no flush has covered. If not, the close has nothing to wait for.
-    pub fn needs_flush(&self) -> bool {
-        self.durable.load(Ordering::Acquire) < self.written.load(Ordering::Acquire)
-    }
-
-    /// statfs(2): the file system that holds the overlay, which is where space runs out.
-    ///
-    /// # Errors
-    /// Those of fstatvfs(3).
-    pub fn statfs(&self) -> Result<StatVfs, Errno> {
-        rustix::fs::fstatvfs(&self.directory)
     }
 
     /// How many of `len` bytes at `offset` lie on the disk.
@@ -317,6 +140,135 @@ impl Handler {
             n => log::error!("{what}: {error} ({n} more errors not logged)"),
         });
         errno
+    }
+}
+
+impl FileSystem for Handler {
+    fn getattr(&self) -> Result<Stat, Errno> {
+        let allocated = self.disk.allocated_size().map_err(|error| self.failed("stat", &error))?;
+        Ok(Stat {
+            size: self.disk.size(),
+            blocks: allocated.div_ceil(512),
+            blksize: u32::try_from(self.disk.cluster_size().max(BLKSIZE_MIN)).unwrap_or(u32::MAX),
+            owner: self.attributes.owner(),
+            times: self.attributes.times(),
+        })
+    }
+
+    fn setattr(&self, truncate: Option<Truncate>, changes: &Changes) -> Result<Stat, Errno> {
+        match truncate {
+            None | Some(Truncate::ByPath(0)) => {}
+            Some(Truncate::ByPath(size) | Truncate::ByHandle(size)) if size == self.disk.size() => {}
+            Some(_) if self.disk.is_read_only() => return Err(Errno::ROFS),
+            Some(Truncate::ByPath(size) | Truncate::ByHandle(size)) if size.is_multiple_of(512) => return Err(Errno::PERM),
+            Some(_) => return Err(Errno::INVAL),
+        }
+        self.attributes.change(changes)?;
+        self.getattr()
+    }
+
+    fn open(&self, open_flags: i32) -> Result<(), Errno> {
+        let access = OFlags::from_bits_retain(open_flags.cast_unsigned()) & OFlags::RWMODE;
+        if self.disk.is_read_only() && access != OFlags::RDONLY { Err(Errno::ROFS) } else { Ok(()) }
+    }
+
+    fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Answer<usize>, Errno> {
+        let len = self.clamp(offset, buf.len());
+        if len == 0 {
+            return Ok(Answer::Done(0));
+        }
+        match self.disk.read_local(offset, &mut buf[..len]) {
+            Ok(Local::Done) => Ok(Answer::Done(len)),
+            Ok(Local::Miss) => Ok(Answer::Miss),
+            Err(error) => Err(self.failed_at("read", offset, len, &error)),
+        }
+    }
+
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
+        let len = self.clamp(offset, buf.len());
+        if len > 0 {
+            self.disk.read(offset, &mut buf[..len]).map_err(|error| self.failed_at("read", offset, len, &error))?;
+        }
+        Ok(len)
+    }
+
+    fn write_local(&self, offset: u64, data: &[u8]) -> Result<Answer<usize>, Errno> {
+        let len = self.writable(offset, data.len())?;
+        if len == 0 {
+            return Ok(Answer::Done(0));
+        }
+        match self.disk.write_local(offset, &data[..len]) {
+            Ok(Local::Done) => {
+                self.wrote();
+                Ok(Answer::Done(len))
+            }
+            Ok(Local::Miss) => Ok(Answer::Miss),
+            Err(error) => Err(self.failed_at("write", offset, len, &error)),
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<usize, Errno> {
+        let len = self.writable(offset, data.len())?;
+        if len > 0 {
+            self.disk.write(offset, &data[..len]).map_err(|error| self.failed_at("write", offset, len, &error))?;
+            self.wrote();
+        }
+        if durability == Durability::Now && !without(Step::SyncedWritesFlush) {
+            self.flush()?;
+        }
+        Ok(len)
+    }
+
+    fn fallocate(&self, offset: u64, len: u64, mode: i32) -> Result<(), Errno> {
+        if self.disk.is_read_only() {
+            return Err(Errno::ROFS);
+        }
+        let mode = FallocateFlags::from_bits_retain(mode.cast_unsigned());
+        let size = self.disk.size();
+        let end = offset.checked_add(len).ok_or(Errno::FBIG)?;
+        let range = offset.min(size)..end.min(size);
+        let grows = !mode.contains(FallocateFlags::KEEP_SIZE) && end > size;
+
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match mode {
+            _ if mode == punch => self.change_range("discard", range, |range| self.disk.discard(range)),
+            _ if mode.difference(FallocateFlags::KEEP_SIZE) == FallocateFlags::ZERO_RANGE && !grows => {
+                self.change_range("write zeroes", range, |range| self.disk.write_zeroes(range))
+            }
+            _ if mode.is_empty() && !grows => Ok(()),
+            _ if mode.is_empty() || mode == FallocateFlags::ZERO_RANGE => Err(Errno::NOSPC),
+            _ => Err(Errno::OPNOTSUPP),
+        }
+    }
+
+    fn lseek(&self, offset: i64, whence: i32) -> Result<i64, Errno> {
+        /// SEEK_DATA and SEEK_HOLE of lseek(2) on Linux.
+        const SEEK_DATA: i32 = 3;
+        const SEEK_HOLE: i32 = 4;
+        let what = match whence {
+            SEEK_DATA => Seek::Data,
+            SEEK_HOLE => Seek::Hole,
+            _ => return Err(Errno::INVAL),
+        };
+        let from = u64::try_from(offset).ok().filter(|&from| from < self.disk.size()).ok_or(Errno::NXIO)?;
+        let found = self.disk.seek(from, what).map_err(|error| self.failed("seek", &error))?.ok_or(Errno::NXIO)?;
+        i64::try_from(found).map_err(|_| Errno::OVERFLOW)
+    }
+
+    fn flush(&self) -> Result<(), Errno> {
+        // The count first: a write that returns during the flush may not be covered by it.
+        let written = self.written.load(Ordering::Acquire);
+        self.disk.flush().map_err(|error| self.failed("flush", &error))?;
+        self.durable.fetch_max(written, Ordering::AcqRel);
+        Ok(())
+    }
+
+    fn needs_flush(&self) -> bool {
+        self.durable.load(Ordering::Acquire) < self.written.load(Ordering::Acquire)
+    }
+
+    fn statfs(&self) -> Result<StatVfs, Errno> {
+        rustix::fs::fstatvfs(&self.directory)
     }
 }
 

@@ -24,6 +24,7 @@
 
 mod attach;
 mod attributes;
+mod file_system;
 mod handler;
 mod host;
 mod log_limit;
@@ -47,6 +48,7 @@ use rustix::fs::{Mode, OFlags};
 
 pub use attach::Unmounted;
 pub use attributes::{Changes, Owner, TimeChange, Times};
+pub use file_system::FileSystem;
 pub use handler::{Answer, Durability, Handler, Stat, Truncate, errno};
 pub use host::{HostMount, MountPlan};
 
@@ -89,7 +91,7 @@ pub struct MountOptions {
 #[derive(Debug)]
 pub struct Prepared {
     transport: ring::Wanted,
-    handler: Arc<Handler>,
+    file_system: Arc<dyn FileSystem>,
     plan: MountPlan,
 }
 
@@ -132,7 +134,6 @@ pub enum Finished {
 pub fn prepare(disk: &Arc<Disk>, options: MountOptions) -> Result<Prepared> {
     let info = disk.info()?;
     let handler = Arc::new(new_handler(disk, &info, &options)?);
-    let transport = ring::Rings::wanted(options.transport)?;
     let plan = MountPlan {
         mountpoint: options.mountpoint,
         taken: files_of(&info)?,
@@ -142,10 +143,18 @@ pub fn prepare(disk: &Arc<Disk>, options: MountOptions) -> Result<Prepared> {
         uid: options.uid,
         gid: options.gid,
     };
-    Ok(Prepared { handler, plan, transport })
+    Prepared::other(handler, plan, options.transport)
 }
 
 impl Prepared {
+    /// Something that is no disk, to be mounted in the same way: the benchmark's measure of what a transport costs by itself.
+    ///
+    /// # Errors
+    /// The transport cannot be had.
+    pub fn other(file_system: Arc<dyn FileSystem>, plan: MountPlan, transport: Transport) -> Result<Prepared> {
+        Ok(Prepared { transport: ring::Rings::wanted(transport)?, file_system, plan })
+    }
+
     /// What is to be mounted, and where, for [`HostMount::mount`].
     pub fn plan(&self) -> &MountPlan {
         &self.plan
@@ -156,7 +165,7 @@ impl Prepared {
     /// # Errors
     /// The kernel speaks another protocol; no more threads.
     pub fn serve(self, device: OwnedFd) -> Result<Mounted> {
-        let running = session::start(self.handler, device, self.transport)?;
+        let running = session::start(self.file_system, device, self.transport)?;
         Ok(Mounted { session: running.session, workers: running.workers, notifier: running.notifier })
     }
 }

@@ -1,4 +1,4 @@
-//! Transport 1: fuser session threads that read /dev/fuse. Converts between fuser's types and [`Handler`]'s and decides which thread
+//! Transport 1: fuser session threads that read /dev/fuse. Converts between fuser's types and [`FileSystem`]'s and decides which thread
 //! does the work; nothing else.
 
 use std::ffi::OsStr;
@@ -19,8 +19,10 @@ use fuser::{
     SessionACL, TimeOrNow, WriteFlags,
 };
 
+use super::attach::DEVICE;
 use super::attributes::{Changes, TimeChange};
-use super::handler::{Answer, Durability, Handler, Stat, Truncate};
+use super::file_system::FileSystem;
+use super::handler::{Answer, Durability, Stat, Truncate};
 use super::ring::Wanted;
 use super::workers::{Ended, Workers};
 use crate::Result;
@@ -28,9 +30,6 @@ use crate::error::Context;
 
 /// Threads that read requests and answer hits. More than this many cost latency at depth 1 on two cores (performance.md).
 const SESSION_THREADS: usize = 2;
-
-/// Where the kernel's requests come from.
-const FUSE_DEVICE: &str = "/dev/fuse";
 
 /// Largest read or write request: 256 pages, the kernel's own limit (`fs.fuse.max_pages_limit`).
 pub(super) const MAX_IO: usize = 1 << 20;
@@ -60,11 +59,11 @@ pub(super) struct Running {
 ///
 /// # Errors
 /// The kernel speaks another protocol; no more threads.
-pub(super) fn start(handler: Arc<Handler>, device: OwnedFd, transport: Wanted) -> Result<Running> {
-    let (workers, workers_ended) = Workers::start(&handler)?;
+pub(super) fn start(file_system: Arc<dyn FileSystem>, device: OwnedFd, transport: Wanted) -> Result<Running> {
+    let (workers, workers_ended) = Workers::start(&file_system)?;
     let over_rings = Arc::new(AtomicBool::new(matches!(transport, Wanted::Rings(_))));
     let adapter = Adapter {
-        handler: Arc::clone(&handler),
+        file_system: Arc::clone(&file_system),
         workers: workers.clone(),
         buffers: ArrayQueue::new(SESSION_THREADS),
         over_rings: Arc::clone(&over_rings),
@@ -73,12 +72,12 @@ pub(super) fn start(handler: Arc<Handler>, device: OwnedFd, transport: Wanted) -
     config.n_threads = Some(SESSION_THREADS);
     // A descriptor for each thread saves them a lock in the kernel. fuser opens /dev/fuse for it, by name; where that is not allowed here (another
     // user, a kernel without Landlock), they share one.
-    config.clone_fd = File::options().read(true).write(true).open(FUSE_DEVICE).is_ok();
+    config.clone_fd = File::options().read(true).write(true).open(DEVICE).is_ok();
     // Who may open the disk is the kernel's check (`allow_other`, `default_permissions`). fuser's own comes later and would fail the
     // close of a descriptor that was passed to another user.
     let session = Session::from_fd(adapter, device, SessionACL::All, config).context(|| "FUSE handshake")?;
     match transport {
-        Wanted::Rings(rings) if over_rings.load(Ordering::Acquire) => rings.serve(session.as_fd(), &handler, &workers)?,
+        Wanted::Rings(rings) if over_rings.load(Ordering::Acquire) => rings.serve(session.as_fd(), &file_system, &workers)?,
         Wanted::Rings(_) => log::info!("requests come over /dev/fuse: this kernel does not offer FUSE over io_uring"),
         Wanted::DeviceFor(reason) => log::info!("requests come over /dev/fuse: {reason}"),
         Wanted::Device => {}
@@ -110,7 +109,7 @@ pub(super) fn tell_size(notifier: &Notifier, size: u64) -> io::Result<()> {
 }
 
 struct Adapter {
-    handler: Arc<Handler>,
+    file_system: Arc<dyn FileSystem>,
     workers: Workers,
     /// Buffers of [`MAX_IO`] bytes for reads on session threads: one each, so that a hit allocates nothing.
     buffers: ArrayQueue<Vec<u8>>,
@@ -122,11 +121,11 @@ impl Adapter {
     /// Answers on a miss worker with what `work` returns there.
     fn on_worker<T: 'static>(
         &self,
-        work: impl FnOnce(&Handler) -> Result<T, rustix::io::Errno> + Send + 'static,
+        work: impl FnOnce(&dyn FileSystem) -> Result<T, rustix::io::Errno> + Send + 'static,
         answer: impl FnOnce(Result<T, rustix::io::Errno>) + Send + 'static,
     ) {
-        let handler = Arc::clone(&self.handler);
-        self.workers.miss(Box::new(move |_buffer| answer(work(&handler))));
+        let file_system = Arc::clone(&self.file_system);
+        self.workers.miss(Box::new(move |_buffer| answer(work(&*file_system))));
     }
 }
 
@@ -209,7 +208,7 @@ impl Filesystem for Adapter {
     }
 
     fn getattr(&self, _req: &Request, _ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        attributes(self.handler.getattr(), reply);
+        attributes(self.file_system.getattr(), reply);
     }
 
     fn setattr(
@@ -234,11 +233,11 @@ impl Filesystem for Adapter {
         // may as well kill the daemon, so that is left to fuser.
         let changes = Changes { mode, uid, gid, atime: atime.map(time_change), mtime: mtime.map(time_change) };
         let truncate = size.map(|size| if fh.is_some() { Truncate::ByHandle(size) } else { Truncate::ByPath(size) });
-        attributes(self.handler.setattr(truncate, &changes), reply);
+        attributes(self.file_system.setattr(truncate, &changes), reply);
     }
 
     fn open(&self, _req: &Request, _ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        match self.handler.open(flags.0) {
+        match self.file_system.open(flags.0) {
             Ok(()) => reply.opened(FileHandle(0), OPEN_FLAGS),
             Err(errno) => reply.error(wire(errno)),
         }
@@ -258,15 +257,15 @@ impl Filesystem for Adapter {
         // A kernel that asked for more than was negotiated would get a short read.
         let len = (size as usize).min(MAX_IO);
         let mut buffer = self.buffers.pop().unwrap_or_else(|| vec![0; MAX_IO]);
-        match self.handler.read_local(offset, &mut buffer[..len]) {
+        match self.file_system.read_local(offset, &mut buffer[..len]) {
             Ok(Answer::Done(len)) => reply.data(&buffer[..len]),
             Ok(Answer::Miss) => {
-                let handler = Arc::clone(&self.handler);
+                let file_system = Arc::clone(&self.file_system);
                 self.workers.miss(Box::new(move |buffer| {
                     if buffer.len() < len {
                         buffer.resize(len, 0);
                     }
-                    match handler.read(offset, &mut buffer[..len]) {
+                    match file_system.read(offset, &mut buffer[..len]) {
                         Ok(len) => reply.data(&buffer[..len]),
                         Err(errno) => reply.error(wire(errno)),
                     }
@@ -291,21 +290,21 @@ impl Filesystem for Adapter {
         reply: ReplyWrite,
     ) {
         let durability = Durability::of_write(flags.0);
-        match self.handler.write_local(offset, data) {
+        match self.file_system.write_local(offset, data) {
             Ok(Answer::Done(len)) if durability == Durability::Now => {
                 self.workers.flush(Box::new(move |flushed| written(flushed.map(|()| len), reply)));
             }
             Ok(Answer::Done(len)) => written(Ok(len), reply),
             Ok(Answer::Miss) => {
                 let data = data.to_vec();
-                self.on_worker(move |handler| handler.write(offset, &data, durability), move |result| written(result, reply));
+                self.on_worker(move |file_system| file_system.write(offset, &data, durability), move |result| written(result, reply));
             }
             Err(errno) => reply.error(wire(errno)),
         }
     }
 
     fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
-        if self.handler.needs_flush() {
+        if self.file_system.needs_flush() {
             self.workers.flush(Box::new(move |flushed| empty(flushed, reply)));
         } else {
             reply.ok();
@@ -317,12 +316,12 @@ impl Filesystem for Adapter {
     }
 
     fn fallocate(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, offset: u64, length: u64, mode: i32, reply: ReplyEmpty) {
-        self.on_worker(move |handler| handler.fallocate(offset, length, mode), move |result| empty(result, reply));
+        self.on_worker(move |file_system| file_system.fallocate(offset, length, mode), move |result| empty(result, reply));
     }
 
     fn lseek(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
         self.on_worker(
-            move |handler| handler.lseek(offset, whence),
+            move |file_system| file_system.lseek(offset, whence),
             move |result| match result {
                 Ok(found) => reply.offset(found),
                 Err(errno) => reply.error(wire(errno)),
@@ -331,7 +330,7 @@ impl Filesystem for Adapter {
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        match self.handler.statfs() {
+        match self.file_system.statfs() {
             Ok(host) => reply.statfs(
                 host.f_blocks,
                 host.f_bfree,

@@ -2,7 +2,7 @@
 //!
 //! *Misses* need a backing file, an allocation, or a range that is in use: [`MISS_WORKERS`] threads take them in order of arrival.
 //! *Flushes* have a thread of their own, so that they never sit behind misses that hang on a dead backing file. It answers all flushes
-//! that wait with one call of [`Handler::flush`]: whatever was answered before a flush was asked for was answered before that call (P1).
+//! that wait with one call of [`FileSystem::flush`]: whatever was answered before a flush was asked for was answered before that call (P1).
 //! (A *write* that hangs does hold up fsync, in the kernel: the write has the inode lock shared, fsync wants it exclusive.)
 //!
 //! Both queues are unbounded, because a bounded one would make session threads wait exactly when hits must go on. The kernel bounds what
@@ -19,7 +19,7 @@ use std::thread;
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use rustix::io::Errno;
 
-use super::handler::Handler;
+use super::file_system::FileSystem;
 use crate::Result;
 use crate::error::Context;
 
@@ -48,7 +48,7 @@ impl Workers {
     ///
     /// # Errors
     /// The system has no more threads; those started end again.
-    pub(super) fn start(handler: &Arc<Handler>) -> Result<(Workers, Ended)> {
+    pub(super) fn start(file_system: &Arc<dyn FileSystem>) -> Result<(Workers, Ended)> {
         let (misses, queue) = unbounded::<Task>();
         let (flushes, flush_queue) = unbounded::<Flushed>();
         let (alive, ended) = crossbeam_channel::bounded::<Infallible>(0);
@@ -62,12 +62,12 @@ impl Workers {
                 }
             })?;
         }
-        let handler = Arc::clone(handler);
+        let file_system = Arc::clone(file_system);
         spawn("flush".to_string(), move || {
             let _alive = alive;
             while let Ok(first) = flush_queue.recv() {
                 let waiting: Vec<Flushed> = std::iter::once(first).chain(flush_queue.try_iter()).collect();
-                let result = handler.flush();
+                let result = file_system.flush();
                 for flushed in waiting {
                     flushed(result);
                 }
