@@ -24,7 +24,7 @@ from bench_workloads import MIB, SECTIONS, Bench
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or REPO / "target") / "bench"
-NAMES = ("plain", "ceiling", "nbdkit", "qemu-threads", "qemu-uring", "cordisk-dev", "cordisk-uring")
+NAMES = ("plain", "ceiling-dev", "ceiling-uring", "nbdkit", "qemu-threads", "qemu-uring", "cordisk-dev", "cordisk-uring")
 
 
 def options_of(words):
@@ -228,7 +228,7 @@ def main(words):
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGHUP, end)
     end_although_it_hangs()
-    notes = ["the ceiling is measured over /dev/fuse only"]
+    notes = []
     if os.getloadavg()[0] > 1:
         notes.append("the machine was busy (load %.1f): figures are lower and wider than they would be" % os.getloadavg()[0])
     work = os.path.realpath(tempfile.mkdtemp(prefix="cordisk-bench."))

@@ -272,14 +272,16 @@ class Plain(Target):
 class Passthrough(Target):
     """The ceiling: the same raw file behind the same transport, and no disk logic."""
 
-    key, label, knows_qcow2 = "ceiling", "ceiling", False
+    knows_qcow2 = False
 
-    def __init__(self, work, program):
+    def __init__(self, work, program, transport):
         super().__init__(work)
         self.program = program
+        self.key, self.label = "ceiling-" + transport, "ceiling " + transport
+        self.words = ["uring"] if transport == "uring" else []
 
     def command(self, setup, path):
-        return [self.program, setup.raw, path]
+        return [self.program, setup.raw, path] + self.words
 
 
 class Nbdkit(Target):
@@ -341,7 +343,7 @@ def all_targets(work, cordisk, passthrough):
     option = "--transport" in help_text
     if not option:
         notes.append("this cordisk has no --transport: it is measured once, over /dev/fuse")
-    targets = [Plain(work), Passthrough(work, passthrough), Nbdkit(work), Qemu(work, "threads"), Qemu(work, "io_uring"), Cordisk(work, cordisk, "dev", option)]
+    targets = [Plain(work), Passthrough(work, passthrough, "dev"), Passthrough(work, passthrough, "uring"), Nbdkit(work), Qemu(work, "threads"), Qemu(work, "io_uring"), Cordisk(work, cordisk, "dev", option)]
     if option:
         targets.append(Cordisk(work, cordisk, "uring", option))
     return targets, notes

@@ -279,7 +279,7 @@ def touch(bench):
             key = "touch-%s-%s" % (kind, way)
             bench.row(key, title, "%s, %s" % (label, BASE_LABEL[kind]), unit, "high")
             targets = bench.of(qcow2_only=kind != "raw", keys=None)
-            for target in bench.turns([one for one in targets if one.key not in ("plain", "ceiling")]):
+            for target in bench.turns([one for one in targets if one.key not in ("plain", "ceiling-dev", "ceiling-uring")]):
                 overlay = bench.overlay(kind)
                 bench.set_cache(bench.base(kind))
                 disk = target.put_up(Setup(str(bench.path("base.raw")), str(overlay), copy_on_read=True))
