@@ -30,6 +30,31 @@ pub struct Populated {
     pub skipped: u64,
 }
 
+/// What a read has brought from below and the overlay does not hold yet. As long as this exists nobody else gets at these clusters.
+#[derive(Debug)]
+pub(super) struct Unstored<'a> {
+    held: Exclusive<'a>,
+    /// Guest offset of the reader's buffer.
+    offset: u64,
+    /// Guest offset of the first cluster, and whole clusters from there on.
+    copies: Vec<(u64, Copied)>,
+}
+
+impl Unstored<'_> {
+    /// The same, for a buffer that begins at guest offset `offset`, further to the front.
+    pub(super) fn seen_from(self, offset: u64) -> Self {
+        Unstored { offset, ..self }
+    }
+}
+
+/// Where the bytes of whole clusters are.
+#[derive(Debug)]
+enum Copied {
+    /// In the reader's own buffer, so many bytes.
+    Buffer(usize),
+    Bounce(Bounce),
+}
+
 /// Whether copying up on reads works at present, and there is room for it.
 #[derive(Debug)]
 pub(super) struct FillHealth {
@@ -157,10 +182,11 @@ impl Disk {
         })
     }
 
-    /// The read of a miss: every run that is missing is read from below once, answers the guest and fills the overlay from the same buffer
-    /// (guest memory may change meanwhile, ours does not, and `buf` is ours until it is answered: H15).
-    pub(super) fn read_and_populate(&self, held: &Exclusive<'_>, offset: u64, buf: &mut [u8]) -> Result<()> {
+    /// The read of a miss: every run that is missing is read from below once, for the guest and for the overlay. What is to be stored is returned, with
+    /// the guard of its clusters, so that the guest can be answered first.
+    pub(super) fn read_missing<'a>(&self, held: Exclusive<'a>, offset: u64, buf: &mut [u8]) -> Result<Unstored<'a>> {
         let image = self.image()?;
+        let mut copies = Vec::new();
         let mut done = 0;
         while done < buf.len() {
             let at = offset + done as u64;
@@ -171,13 +197,13 @@ impl Disk {
                     let aligned = self.aligned(&(at..at + extent.len));
                     if aligned == (at..at + extent.len) {
                         self.read_below(&chain, at, part)?;
-                        self.fill_if_it_can(image, held, at, part)?;
+                        copies.push((at, Copied::Buffer(part.len())));
                     } else {
                         match self.read_clusters(&chain, aligned.start..aligned.end.min(self.size())) {
                             Ok(bounce) => {
                                 let start = (at - aligned.start) as usize;
                                 part.copy_from_slice(&bounce[start..start + part.len()]);
-                                self.fill_if_it_can(image, held, aligned.start, &bounce)?;
+                                copies.push((aligned.start, Copied::Bounce(bounce)));
                             }
                             // P8: the bad place may lie in what only the copy needs.
                             Err(_) => self.read_below(&chain, at, part)?,
@@ -188,17 +214,25 @@ impl Disk {
             }
             done += extent.len as usize;
         }
-        Ok(())
+        Ok(Unstored { held, offset, copies })
     }
 
-    /// Stores what a reader has in hand already. P5: whatever becomes of the copy, the read is good.
-    fn fill_if_it_can(&self, image: &Image, held: &Exclusive<'_>, at: u64, data: &[u8]) -> Result<()> {
-        match self.fill(image, held, at, data) {
-            Ok(filled) => self.fills.reserve.copied(filled.copied),
-            Err(error) => {
-                self.fills.failed(&error);
-                if without(Step::CopyUpNeverFailsTheRead) {
-                    return Err(error);
+    /// Stores what a reader has in hand already: `buf` is the one that [`Disk::read_missing`] has filled, and nobody has changed it since (guest memory
+    /// may change at any time, ours does not: H15). P5: whatever becomes of the copy, the read is good.
+    pub(super) fn store_copies(&self, unstored: Unstored<'_>, buf: &[u8]) -> Result<()> {
+        let image = self.image()?;
+        for (at, copied) in &unstored.copies {
+            let data = match copied {
+                Copied::Buffer(len) => &buf[(at - unstored.offset) as usize..][..*len],
+                Copied::Bounce(bounce) => bounce,
+            };
+            match self.fill(image, &unstored.held, *at, data) {
+                Ok(filled) => self.fills.reserve.copied(filled.copied),
+                Err(error) => {
+                    self.fills.failed(&error);
+                    if without(Step::CopyUpNeverFailsTheRead) {
+                        return Err(error);
+                    }
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! Reading: from the overlay alone if it can be, copying up what is missing otherwise.
 
+use super::populate::Unstored;
 use super::{Disk, Local, Overlay};
 use crate::Result;
 use crate::chain::Chain;
@@ -28,10 +29,32 @@ impl Disk {
     /// # Errors
     /// I/O, corruption.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.stats.read(buf.len(), || self.read_waiting(offset, buf))
+        self.read_and_answer(offset, buf, &mut |_| ())
     }
 
-    fn read_waiting(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+    /// As [`Disk::read`]. `answer` gets the bytes, once, as soon as all of them are there: nobody waits for the last copy, which is stored afterwards, from
+    /// `buf`. Whoever wants the same clusters meanwhile waits for that.
+    ///
+    /// # Errors
+    /// As [`Disk::read`]; `answer` has not been called then.
+    pub fn read_and_answer(&self, offset: u64, buf: &mut [u8], answer: &mut dyn FnMut(&[u8])) -> Result<()> {
+        let unstored = self.stats.read(buf.len(), || self.read_waiting(offset, buf))?;
+        match unstored {
+            Some(unstored) if without(Step::CopyUpNeverFailsTheRead) => {
+                self.store_copies(unstored, buf)?;
+                answer(buf);
+            }
+            Some(unstored) => {
+                answer(buf);
+                self.store_copies(unstored, buf)?;
+            }
+            None => answer(buf),
+        }
+        Ok(())
+    }
+
+    /// Reads, and stores copies of all that was missing but the last run, which is returned.
+    fn read_waiting(&self, offset: u64, buf: &mut [u8]) -> Result<Option<Unstored<'_>>> {
         let range = offset..offset.saturating_add(buf.len() as u64);
         self.check_range(&range)?;
         let mut done = 0;
@@ -41,24 +64,28 @@ impl Disk {
                 let _shared = self.in_flight.shared(if without(Step::ReadersHoldTheirRange) { 0..0 } else { at..range.end });
                 done += self.read_overlay(at, &mut buf[done..])?;
                 if done == buf.len() {
-                    return Ok(());
+                    return Ok(None);
                 }
                 let at = offset + done as u64;
                 at..at + self.map(at, range.end - at)?.len
             };
             let part = &mut buf[done..done + (missing.end - missing.start) as usize];
             let copies_up = self.copy_on_read && !self.is_read_only() && self.fills.are_welcome(&**self.reader().storage());
+            done += part.len();
             // Only what is missing is held while the backing file is read: who wants what is beside it does not wait.
             if copies_up {
                 let held = self.in_flight.exclusive(self.aligned(&missing));
-                self.read_and_populate(&held, missing.start, part)?;
+                let unstored = self.read_missing(held, missing.start, part)?;
+                if missing.end == range.end {
+                    return Ok(Some(unstored.seen_from(offset)));
+                }
+                self.store_copies(unstored, part)?;
             } else {
                 let _shared = self.in_flight.shared(missing.clone());
                 self.read_through(missing.start, part)?;
             }
-            done += part.len();
         }
-        Ok(())
+        Ok(None)
     }
 
     /// Reads what the overlay decides by itself, up to the first byte that comes from below; says how many bytes that is. The range is held.

@@ -165,6 +165,12 @@ impl Served for () {
     }
 }
 
+impl<T> Served for Option<T> {
+    fn is_served(&self) -> bool {
+        true
+    }
+}
+
 impl Served for Local {
     fn is_served(&self) -> bool {
         *self == Local::Done

@@ -32,11 +32,9 @@ pub trait FileSystem: Send + Sync + std::fmt::Debug {
     /// EIO and the like.
     fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Answer<usize>, Errno>;
 
-    /// read(2), however long it takes; otherwise as [`FileSystem::read_local`].
-    ///
-    /// # Errors
-    /// EIO and the like.
-    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<usize, Errno>;
+    /// read(2), however long it takes, into `buf`; otherwise as [`FileSystem::read_local`]. `answer` is called once, when what the client wants is
+    /// known: perhaps before this returns, and `buf` is in use until then.
+    fn read(&self, offset: u64, buf: &mut [u8], answer: &mut dyn FnMut(Result<&[u8], Errno>));
 
     /// write(2), if it overwrites in place and can be done at once. Not durable: the caller flushes where [`Durability::Now`] is asked for.
     /// The number of bytes is short where the write crosses the end of the disk.

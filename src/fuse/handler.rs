@@ -184,12 +184,15 @@ impl FileSystem for Handler {
         }
     }
 
-    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<usize, Errno> {
+    fn read(&self, offset: u64, buf: &mut [u8], answer: &mut dyn FnMut(Result<&[u8], Errno>)) {
         let len = self.clamp(offset, buf.len());
-        if len > 0 {
-            self.disk.read(offset, &mut buf[..len]).map_err(|error| self.failed_at("read", offset, len, &error))?;
+        if len == 0 {
+            return answer(Ok(&[]));
         }
-        Ok(len)
+        let read = self.disk.read_and_answer(offset, &mut buf[..len], &mut |bytes| answer(Ok(bytes)));
+        if let Err(error) = read {
+            answer(Err(self.failed_at("read", offset, len, &error)));
+        }
     }
 
     fn write_local(&self, offset: u64, data: &[u8]) -> Result<Answer<usize>, Errno> {

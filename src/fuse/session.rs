@@ -262,13 +262,13 @@ impl Filesystem for Adapter {
             Ok(Answer::Miss) => {
                 let file_system = Arc::clone(&self.file_system);
                 self.workers.miss(Box::new(move |buffer| {
-                    if buffer.len() < len {
-                        buffer.resize(len, 0);
-                    }
-                    match file_system.read(offset, &mut buffer[..len]) {
-                        Ok(len) => reply.data(&buffer[..len]),
-                        Err(errno) => reply.error(wire(errno)),
-                    }
+                    let buffer = buffer.first(len);
+                    let mut reply = Some(reply);
+                    file_system.read(offset, buffer, &mut |answer| match (reply.take(), answer) {
+                        (Some(reply), Ok(bytes)) => reply.data(bytes),
+                        (Some(reply), Err(errno)) => reply.error(wire(errno)),
+                        (None, _) => {}
+                    });
                 }));
             }
             Err(errno) => reply.error(wire(errno)),

@@ -28,7 +28,21 @@ use crate::error::Context;
 const MISS_WORKERS: usize = 16;
 
 /// One request, complete with its reply. The buffer belongs to the worker and keeps its size between tasks.
-pub(super) type Task = Box<dyn FnOnce(&mut Vec<u8>) + Send>;
+pub(super) type Task = Box<dyn FnOnce(&mut Buffer) + Send>;
+
+/// The memory of one worker.
+#[derive(Default)]
+pub(super) struct Buffer(Vec<u8>);
+
+impl Buffer {
+    /// `len` bytes that hold anything.
+    pub(super) fn first(&mut self, len: usize) -> &mut [u8] {
+        if self.0.len() < len {
+            self.0.resize(len, 0);
+        }
+        &mut self.0[..len]
+    }
+}
 
 /// What to do when a flush that began after the call of [`Workers::flush`] has ended.
 pub(super) type Flushed = Box<dyn FnOnce(Result<(), Errno>) + Send>;
@@ -56,7 +70,7 @@ impl Workers {
             let (queue, alive) = (queue.clone(), alive.clone());
             spawn(format!("miss-{number}"), move || {
                 let _alive = alive;
-                let mut buffer = Vec::new();
+                let mut buffer = Buffer::default();
                 for task in queue {
                     task(&mut buffer);
                 }

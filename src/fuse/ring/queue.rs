@@ -334,7 +334,7 @@ impl Server {
                 match self.file_system.read_local(offset, &mut entry.payload()[..len]) {
                     Ok(Answer::Done(len)) => Ok(len),
                     Ok(Answer::Miss) => {
-                        self.on_worker(slot, entry, move |file_system, entry| file_system.read(offset, &mut entry.payload()[..len]));
+                        self.read_on_worker(slot, entry, offset, len);
                         return None;
                     }
                     Err(errno) => Err(errno),
@@ -394,6 +394,23 @@ impl Server {
         let file_system = Arc::clone(&self.file_system);
         let pending = Pending { slot, entry: Some(entry), back: self.address.clone() };
         self.workers.miss(Box::new(move |_buffer| pending.answer(|entry| work(&*file_system, entry))));
+    }
+
+    /// Through the worker's own buffer: the entry goes back to the kernel with the answer, and what was read may have to be stored after that.
+    fn read_on_worker(&self, slot: usize, entry: Entry, offset: u64, len: usize) {
+        let file_system = Arc::clone(&self.file_system);
+        let mut pending = Some(Pending { slot, entry: Some(entry), back: self.address.clone() });
+        self.workers.miss(Box::new(move |buffer| {
+            file_system.read(offset, buffer.first(len), &mut |answer| {
+                let Some(pending) = pending.take() else { return };
+                pending.answer(|entry| {
+                    answer.map(|bytes| {
+                        entry.payload()[..bytes.len()].copy_from_slice(bytes);
+                        bytes.len()
+                    })
+                });
+            });
+        }));
     }
 
     fn after_flush(&self, slot: usize, entry: Entry, work: impl FnOnce(&mut Entry) -> usize + Send + 'static) {
