@@ -3,8 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
+use rustix::io::Errno;
+
 use super::order::OrderChecker;
-use crate::storage::{Holding, Storage, WriteKind};
+use crate::storage::{CloneSource, Holding, Storage, WriteKind};
 use crate::sync::unranked::{Condvar, Mutex, MutexGuard};
 
 /// What an operation does.
@@ -12,6 +14,8 @@ use crate::sync::unranked::{Condvar, Mutex, MutexGuard};
 pub enum Action {
     /// [`Storage::read_at`].
     Read,
+    /// [`Storage::clone_range`] of this file into another one, where it is a [`Action::Write`] after that.
+    CloneFrom,
     /// [`Storage::write_at`].
     Write(WriteKind),
     /// [`Storage::punch_hole`].
@@ -131,6 +135,8 @@ struct State {
     recorded: Option<Vec<Recorded>>,
     observer: Option<Box<dyn Observer>>,
     faults: Vec<Fault>,
+    /// Blocks of so many bytes can be shared with this file; 0 where none can be.
+    clones: u64,
     failures: u64,
     operations: u64,
     holds: Vec<HoldState>,
@@ -189,6 +195,11 @@ impl SimStorage {
     /// Shows every change to `observer` from now on.
     pub fn observe(&self, observer: Box<dyn Observer>) {
         self.state.lock().observer = Some(observer);
+    }
+
+    /// From now on blocks of `block` bytes can be cloned into this file, as into one on XFS or btrfs; 0 for none, as it is at first.
+    pub fn allow_clones(&self, block: u64) {
+        self.state.lock().clones = block;
     }
 
     /// Adds a fault.
@@ -325,6 +336,24 @@ impl Storage for SimStorage {
                 Err(failure.error())
             }
         }
+    }
+
+    /// Refuses what a file system refuses. The bytes are those of the moment of the clone; for order, faults and losses of power it is a write.
+    fn clone_range(&self, kind: WriteKind, source: CloneSource<'_>, from: u64, to: u64, len: u64) -> io::Result<()> {
+        let block = self.state.lock().clones;
+        let (Some(source), 1..) = (source.of_kind::<SimStorage>(), block) else { return Err(Errno::OPNOTSUPP.into()) };
+        let bytes = {
+            let (state, failure) = source.begin(&Operation { action: Action::CloneFrom, at: from, len });
+            if let Some(failure) = failure {
+                return Err(failure.error());
+            }
+            let whole = len > 0 && [from, to, len].iter().all(|number| number.is_multiple_of(block));
+            match state.bytes.get(from as usize..(from + len) as usize) {
+                Some(bytes) if whole => bytes.to_vec(),
+                _ => return Err(Errno::INVAL.into()),
+            }
+        };
+        self.write_at(kind, to, &bytes)
     }
 
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {

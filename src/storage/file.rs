@@ -2,15 +2,17 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use reflink_copy::ReflinkBlockBuilder;
 use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, ResolveFlags, XattrFlags};
 use rustix::io::{Errno, retry_on_intr};
 
-use super::{Holding, HostSpace, OpenMark, Storage, WriteKind, locks};
+use super::{CloneSource, Holding, HostSpace, OpenMark, Storage, WriteKind, locks};
 use crate::error::Context;
 use crate::mutants::{Step, without};
 use crate::{Error, ErrorKind};
@@ -284,6 +286,21 @@ impl Storage for FileStorage {
             }
             self.size.fetch_max(offset + done as u64, Ordering::AcqRel);
         }
+        Ok(())
+    }
+
+    fn clone_range(&self, _kind: WriteKind, source: CloneSource<'_>, from: u64, to: u64, len: u64) -> io::Result<()> {
+        let Some(source) = source.of_kind::<FileStorage>() else { return Err(Errno::OPNOTSUPP.into()) };
+        // To the kernel no length is all there is.
+        let Some(whole) = NonZeroU64::new(len) else { return Ok(()) };
+        loop {
+            match ReflinkBlockBuilder::new(&source.file, &self.file, whole).from_offset(from).to_offset(to).reflink_block() {
+                Ok(()) => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.size.fetch_max(to + len, Ordering::AcqRel);
         Ok(())
     }
 
