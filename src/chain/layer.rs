@@ -10,7 +10,7 @@ use crate::error::Context;
 use crate::format::{BackingFormat, BackingReference, GuestOffset, Mapping, feature};
 use crate::image::{Extent, ImageReader};
 use crate::storage::{CannotClone, CloneSource, FileStorage, Holding, Storage, cannot_clone};
-use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, rank};
 use crate::{Error, ErrorKind, Result};
 
@@ -38,10 +38,15 @@ pub(super) struct Layer {
     /// The run of data of a raw file that was found last. To find the end of one can take a file system as long as the run has pages (tmpfs), and
     /// a stream asks every few of them.
     data: Mutex<{ rank::LEAF }, Range<u64>>,
-    /// The host has refused to share its blocks with the overlay: nobody asks again.
-    never_cloned: AtomicBool,
+    /// Whether the host shares its blocks with the overlay: [`UNKNOWN`], [`POSSIBLE`] as far as it has said until now, or [`NEVER`], for good.
+    sharing: AtomicU64,
     body: Body,
 }
+
+/// Values of [`Layer::sharing`]; it only rises.
+const UNKNOWN: u64 = 0;
+const POSSIBLE: u64 = 1;
+const NEVER: u64 = 2;
 
 /// A raw layer as the place that blocks are shared with.
 #[derive(Clone, Copy, Debug)]
@@ -53,11 +58,23 @@ impl<'a> Cloneable<'a> {
         CloneSource::new(self.1)
     }
 
+    /// Whether it is worth trying to share blocks with this file, always the same one. The host is asked once.
+    pub fn is_possible(self, overlay: &dyn Storage) -> bool {
+        let sharing = &self.0.sharing;
+        if sharing.load(Ordering::Relaxed) == UNKNOWN {
+            match overlay.can_clone(self.source()) {
+                Ok(()) => drop(sharing.fetch_max(POSSIBLE, Ordering::Relaxed)),
+                Err(error) => self.refused(&error),
+            }
+        }
+        sharing.load(Ordering::Relaxed) == POSSIBLE
+    }
+
     /// Blocks of it could not be shared, for this reason. Unless another try may go better there is none: whoever asks for this layer copies.
     pub fn refused(self, error: &io::Error) {
         let layer = self.0;
         let sorted = cannot_clone(error);
-        if sorted == CannotClone::Now || layer.never_cloned.swap(true, Ordering::Relaxed) {
+        if sorted == CannotClone::Now || layer.sharing.fetch_max(NEVER, Ordering::Relaxed) == NEVER {
             return;
         }
         let (path, why) = (layer.path.display(), crate::error::os_text(error));
@@ -96,7 +113,16 @@ impl Layer {
         if size > i64::MAX as u64 {
             return Err(Error::new(ErrorKind::InvalidImage, format!("{}: {size} bytes are too many", path.display())));
         }
-        Ok(Layer { reference: reference.clone(), path, size, allocated_size, version, data: Mutex::default(), never_cloned: AtomicBool::new(false), body })
+        Ok(Layer {
+            reference: reference.clone(),
+            path,
+            size,
+            allocated_size,
+            version,
+            data: Mutex::default(),
+            sharing: AtomicU64::new(UNKNOWN),
+            body,
+        })
     }
 
     /// A raw layer that was not opened by name.
@@ -110,7 +136,7 @@ impl Layer {
             allocated_size: 0,
             version: String::new(),
             data: Mutex::default(),
-            never_cloned: AtomicBool::new(false),
+            sharing: AtomicU64::new(UNKNOWN),
             body: Body::Raw(storage),
         }
     }
@@ -122,7 +148,16 @@ impl Layer {
         let reader = ImageReader::open(storage)?;
         let size = reader.geometry().size();
         let body = Body::Qcow2(Box::new(reader));
-        Ok(Layer { reference, path: "/middle.qcow2".into(), size, allocated_size: 0, version: String::new(), data: Mutex::default(), never_cloned: AtomicBool::new(false), body })
+        Ok(Layer {
+            reference,
+            path: "/middle.qcow2".into(),
+            size,
+            allocated_size: 0,
+            version: String::new(),
+            data: Mutex::default(),
+            sharing: AtomicU64::new(UNKNOWN),
+            body,
+        })
     }
 
     /// Virtual size in bytes.
@@ -197,7 +232,7 @@ impl Layer {
     pub(super) fn cloneable(&self, at: u64, max: u64) -> Result<Answer<(Option<Cloneable<'_>>, u64)>> {
         match &self.body {
             Body::Raw(storage) => {
-                let possible = !self.never_cloned.load(Ordering::Relaxed);
+                let possible = self.sharing.load(Ordering::Relaxed) < NEVER;
                 Ok(Answer::Here((possible.then_some(Cloneable(self, &**storage)), max)))
             }
             Body::Qcow2(reader) => {

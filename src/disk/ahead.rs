@@ -24,6 +24,12 @@ pub struct ToRead {
 }
 
 impl ToRead {
+    /// What is to be read.
+    #[cfg(test)]
+    pub(super) fn runs(&self) -> &[Range<u64>] {
+        &self.runs
+    }
+
     /// Whether there is nothing to read.
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()

@@ -182,6 +182,7 @@ impl Disk {
         };
         let (from, run) = chain.cloneable(depth, at, data)?;
         Ok(match from {
+            Some(from) if !from.is_possible(&**self.reader().storage()) => (Way::Read, run.next_multiple_of(cluster_size).min(data)),
             Some(from) if run >= cluster_size => (Way::Clone(from), run - run % cluster_size),
             // The cluster in which the file ends, or in which another layer begins.
             Some(_) => (Way::Read, cluster_size.min(data)),
@@ -200,7 +201,10 @@ impl Disk {
     /// Allocate, clone, publish: whole clusters. Says how many bytes came up; where those are not all, the rest can be copied.
     fn clone_up(&self, image: &Image, held: &Exclusive<'_>, from: Cloneable<'_>, run: Range<u64>) -> Result<u64> {
         let bits = self.geometry().cluster_bits();
-        debug_assert!((run.start | run.end).is_multiple_of(self.cluster_size()), "the last cluster of the disk, if it is not whole, is read");
+        debug_assert!(
+            (run.start | run.end).is_multiple_of(self.cluster_size()),
+            "the last cluster of the disk, if it is not whole, is read"
+        );
         let mut at = run.start;
         while at < run.end {
             let allocation = image.allocate((run.end - at) >> bits)?;
@@ -328,3 +332,6 @@ fn is_zero(bytes: &[u8]) -> bool {
     let (words, rest) = bytes.as_chunks::<64>();
     rest.iter().all(|&byte| byte == 0) && words.iter().all(|word| word == &[0; 64])
 }
+
+#[cfg(test)]
+mod tests;

@@ -33,6 +33,8 @@ pub struct Operation {
     pub at: u64,
     /// How much, bytes; 0 for a barrier.
     pub len: u64,
+    /// It is one of the two sides of a clone. Whoever wants the bytes can do without it.
+    pub is_clone: bool,
 }
 
 /// A change as it was done, for [`SimStorage::recorded`].
@@ -231,6 +233,24 @@ impl SimStorage {
         Hold { storage: Arc::clone(self), id }
     }
 
+    /// A write, whichever way the bytes come.
+    fn change(&self, kind: WriteKind, offset: u64, data: &[u8], is_clone: bool) -> io::Result<()> {
+        let (mut state, failure) = self.begin(&Operation { action: Action::Write(kind), at: offset, len: data.len() as u64, is_clone });
+        match failure {
+            None => {
+                state.write(kind, offset, data);
+                Ok(())
+            }
+            Some(failure) => {
+                let done = failure.done(data.len());
+                if done > 0 {
+                    state.write(kind, offset, &data[..done]);
+                }
+                Err(failure.error())
+            }
+        }
+    }
+
     /// The begin of every operation: it may be stopped here, then it may fail.
     fn begin(&self, operation: &Operation) -> (MutexGuard<'_, State>, Option<Failure>) {
         let mut state = self.state.lock();
@@ -310,7 +330,7 @@ impl Storage for SimStorage {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        let (state, failure) = self.begin(&Operation { action: Action::Read, at: offset, len: buf.len() as u64 });
+        let (state, failure) = self.begin(&Operation { action: Action::Read, at: offset, len: buf.len() as u64, is_clone: false });
         if let Some(failure) = failure {
             return Err(failure.error());
         }
@@ -322,20 +342,12 @@ impl Storage for SimStorage {
     }
 
     fn write_at(&self, kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()> {
-        let (mut state, failure) = self.begin(&Operation { action: Action::Write(kind), at: offset, len: data.len() as u64 });
-        match failure {
-            None => {
-                state.write(kind, offset, data);
-                Ok(())
-            }
-            Some(failure) => {
-                let done = failure.done(data.len());
-                if done > 0 {
-                    state.write(kind, offset, &data[..done]);
-                }
-                Err(failure.error())
-            }
-        }
+        self.change(kind, offset, data, false)
+    }
+
+    fn can_clone(&self, source: CloneSource<'_>) -> io::Result<()> {
+        let possible = source.of_kind::<SimStorage>().is_some() && self.state.lock().clones > 0;
+        possible.then_some(()).ok_or(Errno::OPNOTSUPP.into())
     }
 
     /// Refuses what a file system refuses. The bytes are those of the moment of the clone; for order, faults and losses of power it is a write.
@@ -343,7 +355,7 @@ impl Storage for SimStorage {
         let block = self.state.lock().clones;
         let (Some(source), 1..) = (source.of_kind::<SimStorage>(), block) else { return Err(Errno::OPNOTSUPP.into()) };
         let bytes = {
-            let (state, failure) = source.begin(&Operation { action: Action::CloneFrom, at: from, len });
+            let (state, failure) = source.begin(&Operation { action: Action::CloneFrom, at: from, len, is_clone: true });
             if let Some(failure) = failure {
                 return Err(failure.error());
             }
@@ -353,11 +365,11 @@ impl Storage for SimStorage {
                 _ => return Err(Errno::INVAL.into()),
             }
         };
-        self.write_at(kind, to, &bytes)
+        self.change(kind, to, &bytes, true)
     }
 
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
-        let (mut state, failure) = self.begin(&Operation { action: Action::Punch, at: offset, len });
+        let (mut state, failure) = self.begin(&Operation { action: Action::Punch, at: offset, len, is_clone: false });
         if let Some(failure) = failure {
             return Err(failure.error());
         }
@@ -379,7 +391,7 @@ impl Storage for SimStorage {
             let covers = state.recorded.as_ref().map_or(0, Vec::len);
             (covers, state.observer.as_mut().map(|observer| observer.sync_began()))
         };
-        let (mut state, failure) = self.begin(&Operation { action: Action::Sync, at: 0, len: 0 });
+        let (mut state, failure) = self.begin(&Operation { action: Action::Sync, at: 0, len: 0, is_clone: false });
         if let Some(failure) = failure {
             return Err(failure.error());
         }

@@ -29,6 +29,8 @@ const BASE_NOTE: &str = "user.cordisk.base";
 const LONGEST_NOTE: usize = 2048;
 /// How often a walk that was disturbed by a rename is tried again.
 const OPEN_TRIES: u32 = 128;
+/// No file is so long (and it is odd).
+const NO_OFFSET: u64 = i64::MAX as u64 - 1024;
 /// statfs(2) of /proc and /sys (linux/magic.h).
 const PROC_SUPER_MAGIC: u64 = 0x9fa0;
 const SYSFS_MAGIC: u64 = 0x6265_6572;
@@ -217,6 +219,16 @@ impl FileStorage {
         File::open(directory)?.sync_all()
     }
 
+    /// FICLONERANGE.
+    fn share(&self, source: &FileStorage, from: u64, to: u64, len: NonZeroU64) -> io::Result<()> {
+        loop {
+            match ReflinkBlockBuilder::new(&source.file, &self.file, len).from_offset(from).to_offset(to).reflink_block() {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                done => return done,
+            }
+        }
+    }
+
     /// EIO, the answer where the file ends before the size we know (P9).
     fn shrank(&self, at: u64) -> io::Error {
         if !self.shrinking_reported.swap(true, Ordering::Relaxed) {
@@ -289,17 +301,21 @@ impl Storage for FileStorage {
         Ok(())
     }
 
+    fn can_clone(&self, source: CloneSource<'_>) -> io::Result<()> {
+        let Some(source) = source.of_kind::<FileStorage>() else { return Err(Errno::OPNOTSUPP.into()) };
+        // What is no byte of any file is refused by all, and by those who can share blocks for just that reason.
+        match self.share(source, NO_OFFSET, 0, NonZeroU64::MIN) {
+            Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => Ok(()),
+            Err(error) => Err(error),
+            Ok(()) => Err(Errno::OPNOTSUPP.into()),
+        }
+    }
+
     fn clone_range(&self, _kind: WriteKind, source: CloneSource<'_>, from: u64, to: u64, len: u64) -> io::Result<()> {
         let Some(source) = source.of_kind::<FileStorage>() else { return Err(Errno::OPNOTSUPP.into()) };
         // To the kernel no length is all there is.
         let Some(whole) = NonZeroU64::new(len) else { return Ok(()) };
-        loop {
-            match ReflinkBlockBuilder::new(&source.file, &self.file, whole).from_offset(from).to_offset(to).reflink_block() {
-                Ok(()) => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
+        self.share(source, from, to, whole)?;
         self.size.fetch_max(to + len, Ordering::AcqRel);
         Ok(())
     }

@@ -117,6 +117,14 @@ pub trait Storage: Any + Send + Sync + std::fmt::Debug {
     /// Those of pwrite(2); after an error any part of `data` may have been written.
     fn write_at(&self, kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()>;
 
+    /// Whether blocks of `source` may be shared with this file at all, as far as can be known without doing it. Changes nothing.
+    ///
+    /// # Errors
+    /// Why they cannot be, as of [`Storage::clone_range`].
+    fn can_clone(&self, _source: CloneSource<'_>) -> io::Result<()> {
+        Err(Errno::OPNOTSUPP.into())
+    }
+
     /// Makes the `len` bytes at `to`, which are of this kind then, those that `source` has at `from`, by sharing its blocks: nothing is read, and
     /// nothing copied. A write in every other respect: it grows the file where needed, and the next barrier makes it durable, together with the bytes
     /// of `source`, whether those were durable or not. What either file gets later the other one does not see.
