@@ -191,11 +191,12 @@ fn a_base_that_shrank_is_not_cloned() {
 /// Protects P13, R12: when a stream says that it is done, what it cloned survives a loss of power, although the base itself was never flushed.
 #[test]
 fn what_was_cloned_survives_a_loss_of_power() {
-    requires!("/dev/fuse", "root", "qemu-img", "losetup", "mkfs.xfs", "fs:xfs", "xfs_io");
-    let rig = Rig::new("xfs", Base::Beside, "");
-    // The names of both files are durable, and so is the empty overlay; the bytes of the base are written once more, and not flushed.
+    requires!("/dev/fuse", "root", "qemu-img", "losetup", "mkfs.xfs", "fs:xfs", "xfs_io", "filefrag");
+    let mut rig = Rig::new("xfs", Base::Beside, "");
+    // The names of both files are durable, and so is the empty overlay; what the base is to hold now is not.
     rig.used();
-    fs::write(&rig.base, &rig.below).expect("base");
+    rig.want = Pattern::new(92, 1).bytes(0, SIZE);
+    fs::write(&rig.base, &rig.want).expect("base");
     let disk = rig.mount("power");
     let completed = stream_to_the_end(&disk);
     assert_eq!(completed["data"].get("error"), None, "{completed}");
@@ -204,6 +205,7 @@ fn what_was_cloned_survives_a_loss_of_power() {
     let Rig { lower, overlay, want, scratch, .. } = rig;
     lower.umount().detach();
     let again = LoopMount::new(&scratch.join("lower.img"), "xfs", &scratch.join("lower"));
+    assert!(shared_extents(&overlay) > 0, "it was copied");
     qemu::assert_not_corrupt(&overlay);
     qemu::assert_independent(&overlay);
     assert_same("after the loss of power", &qemu::read_all(&overlay), &want);
