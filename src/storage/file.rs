@@ -29,6 +29,9 @@ const BASE_NOTE: &str = "user.cordisk.base";
 const LONGEST_NOTE: usize = 2048;
 /// How often a walk that was disturbed by a rename is tried again.
 const OPEN_TRIES: u32 = 128;
+/// statfs(2) of XFS and btrfs: those of which it is known that fdatasync(2) makes a clone durable, and that they refuse what is outside of a file
+/// without a look at where it should go. On a network file system both are up to a server.
+const SHARING: [u64; 2] = [0x5846_5342, 0x9123_683e];
 /// No file is so long (and it is odd).
 const NO_OFFSET: u64 = i64::MAX as u64 - 1024;
 /// statfs(2) of /proc and /sys (linux/magic.h).
@@ -303,6 +306,9 @@ impl Storage for FileStorage {
 
     fn can_clone(&self, source: CloneSource<'_>) -> io::Result<()> {
         let Some(source) = source.of_kind::<FileStorage>() else { return Err(Errno::OPNOTSUPP.into()) };
+        if !SHARING.contains(&(rustix::fs::fstatfs(&self.file)?.f_type as u64 & 0xffff_ffff)) {
+            return Err(Errno::OPNOTSUPP.into());
+        }
         // What is no byte of any file is refused by all, and by those who can share blocks for just that reason.
         match self.share(source, NO_OFFSET, 0, NonZeroU64::MIN) {
             Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => Ok(()),

@@ -117,7 +117,8 @@ pub trait Storage: Any + Send + Sync + std::fmt::Debug {
     /// Those of pwrite(2); after an error any part of `data` may have been written.
     fn write_at(&self, kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()>;
 
-    /// Whether blocks of `source` may be shared with this file at all, as far as can be known without doing it. Changes nothing.
+    /// Whether blocks of `source` may be shared with this file at all, as far as can be known without doing it, and [`Storage::clone_range`] keeps
+    /// its promise there. Changes nothing.
     ///
     /// # Errors
     /// Why they cannot be, as of [`Storage::clone_range`].

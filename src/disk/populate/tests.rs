@@ -197,7 +197,10 @@ fn a_write_during_the_clone_waits_and_wins() {
     let held = rig.base.hold(|operation| operation.action == Action::CloneFrom);
     thread::scope(|scope| {
         let clone = scope.spawn(|| rig.disk.populate(0..SIZE, 1).unwrap());
-        held.wait_for(1);
+        while held.stopped() == 0 {
+            assert!(!clone.is_finished(), "it should clone");
+            thread::yield_now();
+        }
         let writer = scope.spawn(|| rig.disk.write(3 * CLUSTER + 100, &[0xee; 2048]).unwrap());
         while rig.disk.waiting() == 0 {
             assert!(!writer.is_finished(), "it should have waited");
