@@ -87,7 +87,6 @@ impl Rig {
 
 /// Protects: what is whole is cloned and not read, whatever it holds; the cluster in which base or disk ends is copied (H19: zeros behind the end).
 #[test]
-#[expect(clippy::single_range_in_vec_init, reason = "lists of runs that happen to have one")]
 fn whole_clusters_are_cloned_and_the_ends_are_copied() {
     for (base_len, version, copied) in [
         (10 * CLUSTER + 100, 3, Some(10 * CLUSTER..11 * CLUSTER)),
