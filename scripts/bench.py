@@ -19,8 +19,11 @@ import threading
 import time
 
 import bench_report
+from bench_reflink import reflink
 from bench_targets import LIVE, Broken, all_targets
 from bench_workloads import MIB, SECTIONS, Bench
+
+SECTIONS["reflink"] = (reflink, "the whole image brought up where overlay and base share blocks, on an XFS in a file (root only)")
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or REPO / "target") / "bench"

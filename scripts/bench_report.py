@@ -40,6 +40,7 @@ BARS = (
     ("stream-raw", "qemu", 2.5, 2.5),
     ("stream-raw", "cp", 1 / 1.5, 1 / 1.5),
     ("stream-zlib", "qemu", 1.5, 1.5),
+    ("stream-reflink", "qemu", 20.0, 20.0),
     ("during-read-p99", "qemu", 2.0, 2.0),
     ("during-fsync-p99", "qemu", 2.0, 2.0),
     ("big-rss", "qemu", 1.0, 1.0),

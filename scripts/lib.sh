@@ -33,10 +33,11 @@ package_of() {
         # Debian 13 and later have it in qemu-utils, Debian 12 and Ubuntu in qemu-system-common. See install_missing.
         qemu-storage-daemon) echo qemu-utils ;;
         fusermount3) echo fuse3 ;;
-        mkfs.ext4 | e2fsck | debugfs) echo e2fsprogs ;;
+        mkfs.ext4 | e2fsck | debugfs | filefrag) echo e2fsprogs ;;
         mount | umount | losetup) echo mount ;;
         findmnt | fallocate | setpriv | setsid) echo util-linux ;;
         mkfs.xfs | xfs_io) echo xfsprogs ;;
+        mkfs.btrfs) echo btrfs-progs ;;
         nbdfuse) echo libnbd-bin ;;
         setfattr | getfattr) echo attr ;;
         *) echo "$1" ;;

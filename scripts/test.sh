@@ -156,7 +156,7 @@ tools() {
     have cargo || die "cargo is not in PATH; see https://rustup.rs"
     printf 'seed: CORDISK_SEED=%s\n' "$CORDISK_SEED"
     local status=0
-    install_missing cc qemu-img qemu-io qemu-storage-daemon fio fusermount3 mkfs.ext4 e2fsck debugfs mkfs.xfs xfs_io \
+    install_missing cc qemu-img qemu-io qemu-storage-daemon fio fusermount3 mkfs.ext4 e2fsck debugfs filefrag mkfs.xfs xfs_io mkfs.btrfs \
         losetup umount findmnt fallocate setpriv setfattr nbdkit nbdfuse python3 python3-venv || status=$?
     if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
         have rustup && rustup component add rustfmt clippy

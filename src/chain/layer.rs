@@ -1,5 +1,6 @@
 //! One layer of the chain.
 
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,7 +9,8 @@ use super::{Content, LayerInfo};
 use crate::error::Context;
 use crate::format::{BackingFormat, BackingReference, GuestOffset, Mapping, feature};
 use crate::image::{Extent, ImageReader};
-use crate::storage::{FileStorage, Holding, Storage};
+use crate::storage::{CannotClone, CloneSource, FileStorage, Holding, Storage, cannot_clone};
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, rank};
 use crate::{Error, ErrorKind, Result};
 
@@ -36,7 +38,52 @@ pub(super) struct Layer {
     /// The run of data of a raw file that was found last. To find the end of one can take a file system as long as the run has pages (tmpfs), and
     /// a stream asks every few of them.
     data: Mutex<{ rank::LEAF }, Range<u64>>,
+    /// Whether the host shares its blocks with the overlay: [`UNKNOWN`], [`POSSIBLE`] as far as it has said until now, or [`NEVER`], for good.
+    sharing: AtomicU64,
     body: Body,
+}
+
+/// Values of [`Layer::sharing`]; it only rises.
+const UNKNOWN: u64 = 0;
+const POSSIBLE: u64 = 1;
+const NEVER: u64 = 2;
+
+/// A raw layer as the place that blocks are shared with.
+#[derive(Clone, Copy, Debug)]
+pub struct Cloneable<'a>(&'a Layer, &'a dyn Storage);
+
+impl<'a> Cloneable<'a> {
+    /// The file.
+    pub fn source(self) -> CloneSource<'a> {
+        CloneSource::new(self.1)
+    }
+
+    /// Whether it is worth trying to share blocks with this file, always the same one. The host is asked once.
+    pub fn is_possible(self, overlay: &dyn Storage) -> bool {
+        let sharing = &self.0.sharing;
+        if sharing.load(Ordering::Relaxed) == UNKNOWN {
+            match overlay.can_clone(self.source()) {
+                Ok(()) => drop(sharing.fetch_max(POSSIBLE, Ordering::Relaxed)),
+                Err(error) => self.refused(&error),
+            }
+        }
+        sharing.load(Ordering::Relaxed) == POSSIBLE
+    }
+
+    /// Blocks of it could not be shared, for this reason. Unless another try may go better there is none: whoever asks for this layer copies.
+    pub fn refused(self, error: &io::Error) {
+        let layer = self.0;
+        let sorted = cannot_clone(error);
+        if sorted == CannotClone::Now || layer.sharing.fetch_max(NEVER, Ordering::Relaxed) == NEVER {
+            return;
+        }
+        let (path, why) = (layer.path.display(), crate::error::os_text(error));
+        if sorted == CannotClone::Ever {
+            log::debug!("{path}: its blocks cannot be shared with the overlay ({why}): they are copied");
+        } else {
+            log::warn!("{path}: its blocks could not be shared with the overlay ({why}): they are copied from now on");
+        }
+    }
 }
 
 /// What one layer says of a run: that it holds it (or knows it to be zero), or that the layer below decides.
@@ -66,7 +113,16 @@ impl Layer {
         if size > i64::MAX as u64 {
             return Err(Error::new(ErrorKind::InvalidImage, format!("{}: {size} bytes are too many", path.display())));
         }
-        Ok(Layer { reference: reference.clone(), path, size, allocated_size, version, data: Mutex::default(), body })
+        Ok(Layer {
+            reference: reference.clone(),
+            path,
+            size,
+            allocated_size,
+            version,
+            data: Mutex::default(),
+            sharing: AtomicU64::new(UNKNOWN),
+            body,
+        })
     }
 
     /// A raw layer that was not opened by name.
@@ -80,6 +136,7 @@ impl Layer {
             allocated_size: 0,
             version: String::new(),
             data: Mutex::default(),
+            sharing: AtomicU64::new(UNKNOWN),
             body: Body::Raw(storage),
         }
     }
@@ -91,7 +148,16 @@ impl Layer {
         let reader = ImageReader::open(storage)?;
         let size = reader.geometry().size();
         let body = Body::Qcow2(Box::new(reader));
-        Ok(Layer { reference, path: "/middle.qcow2".into(), size, allocated_size: 0, version: String::new(), data: Mutex::default(), body })
+        Ok(Layer {
+            reference,
+            path: "/middle.qcow2".into(),
+            size,
+            allocated_size: 0,
+            version: String::new(),
+            data: Mutex::default(),
+            sharing: AtomicU64::new(UNKNOWN),
+            body,
+        })
     }
 
     /// Virtual size in bytes.
@@ -157,6 +223,21 @@ impl Layer {
                 let len = extent.len as usize;
                 reader.read_extent(at, &extent, &mut buf[..len]).context(|| self.path.display().to_string())?;
                 Ok(Answer::Here(len))
+            }
+        }
+    }
+
+    /// Whose blocks hold what is at `at`, for at most `max` bytes: `Here` with how many bytes. `None` where they are nobody's that could be shared
+    /// as they are: compressed, zero, or of a qcow2 image, where they lie at another offset and may be anybody's. The range lies inside the layer.
+    pub(super) fn cloneable(&self, at: u64, max: u64) -> Result<Answer<(Option<Cloneable<'_>>, u64)>> {
+        match &self.body {
+            Body::Raw(storage) => {
+                let possible = self.sharing.load(Ordering::Relaxed) < NEVER;
+                Ok(Answer::Here((possible.then_some(Cloneable(self, &**storage)), max)))
+            }
+            Body::Qcow2(reader) => {
+                let extent = run(reader, GuestOffset(at), max).context(|| self.path.display().to_string())?;
+                Ok(if extent.mapping == Mapping::Unallocated { Answer::Below(extent.len) } else { Answer::Here((None, extent.len)) })
             }
         }
     }

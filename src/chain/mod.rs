@@ -24,7 +24,9 @@ mod roots;
 mod tests;
 
 pub use gate::Gate;
-use layer::{Answer, Layer};
+use layer::Answer;
+pub use layer::Cloneable;
+use layer::Layer;
 pub use roots::Roots;
 
 /// The longest chain that is opened. QEMU has no limit, cloud-hypervisor 10; longer ones are a loop or an accident.
@@ -42,17 +44,6 @@ pub enum Content {
     Zero,
     /// No layer that was looked at holds anything: the layer below those decides, or it is zeros where there is none.
     Unallocated,
-}
-
-impl Content {
-    /// Whether an overlay of this qcow2 version can hold it only as bytes: version 2 has no zero flag.
-    pub fn must_be_read(self, version: u32) -> bool {
-        match self {
-            Content::Data => true,
-            Content::Zero => version < 3,
-            Content::Unallocated => false,
-        }
-    }
 }
 
 /// Facts of one layer, for people and for QMP.
@@ -207,5 +198,25 @@ impl Chain {
             }
         }
         Ok((Content::Unallocated, len))
+    }
+
+    /// Whose blocks, at the same offset of a raw file, are what the first `depth` layers hold at `offset`, and for how many bytes, at most `max`
+    /// (> 0). `None` where the bytes have to be read: blocks of a qcow2 image are not shared, those past the end of a file are not there, and a layer
+    /// that has refused once is not asked again.
+    ///
+    /// # Errors
+    /// I/O, corruption.
+    pub fn cloneable(&self, depth: usize, offset: u64, max: u64) -> Result<(Option<Cloneable<'_>>, u64)> {
+        let mut len = max;
+        for layer in self.layers.iter().take(depth) {
+            if offset >= layer.size() {
+                break;
+            }
+            match layer.cloneable(offset, len.min(layer.size() - offset))? {
+                Answer::Here(answer) => return Ok(answer),
+                Answer::Below(run) => len = run,
+            }
+        }
+        Ok((None, len))
     }
 }

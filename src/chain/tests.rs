@@ -352,3 +352,31 @@ fn a_compressed_cluster_is_decompressed_once_for_many_small_reads() {
         assert_eq!(file.operations() - before, 1, "{compression}: it was pushed out");
     }
 }
+
+/// Whose bytes can be shared: those of the raw file, as far as it goes and nothing lies above, and only if it is looked at.
+#[test]
+fn only_what_a_raw_file_holds_can_be_cloned() {
+    let scratch = Scratch::new();
+    scratch.raw("base", &vec![7; 3 << 20]);
+    scratch.qcow2("middle", "4M", Some(("base", "raw")), &["write -q -P 9 1M 64k", "write -q -z 2M 64k"]);
+    let chain = scratch.opened("middle", BackingFormat::Qcow2);
+    let runs = |depth| {
+        let (mut at, mut list) = (0, Vec::new());
+        while at < 4 * MIB {
+            let (from, len) = chain.cloneable(depth, at, 4 * MIB - at).unwrap();
+            assert!((1..=4 * MIB - at).contains(&len));
+            list.push((from.is_some(), len));
+            at += len;
+        }
+        list
+    };
+    let others = MIB - 64 * KIB;
+    assert_eq!(runs(2), [(true, MIB), (false, 64 * KIB), (true, others), (false, 64 * KIB), (true, others), (false, MIB)]);
+    assert!(runs(1).iter().all(|(cloneable, _)| !cloneable), "the raw file is not among the layers that were asked");
+    let (from, _) = chain.cloneable(2, 0, 1).unwrap();
+    let from = from.unwrap();
+    from.refused(&std::io::Error::from_raw_os_error(28));
+    assert!(chain.cloneable(2, 0, 1).unwrap().0.is_some(), "no space: here and now");
+    from.refused(&std::io::Error::from_raw_os_error(18));
+    assert!(runs(2).iter().all(|(cloneable, _)| !cloneable), "two file systems are two file systems for good");
+}

@@ -2,12 +2,14 @@
 //!
 //! Nothing is held while a chunk is read ahead, and that is right: backing files do not change, and while there is one nothing in the overlay becomes
 //! unallocated (H17). So what [`Disk::populate_read`] finds missing under its guard was missing when it was read, and the bytes are still those.
-//! What the overlay got meanwhile is skipped like anything it holds (I4).
+//! What the overlay got meanwhile is skipped like anything it holds (I4). What can be cloned is not read at all; where that turns out to be impossible
+//! it is read when it is copied up.
 
 use std::ops::Range;
 
 use super::Disk;
 use super::bounce::Bounce;
+use super::populate::Way;
 use crate::chain::Chain;
 use crate::format::Mapping;
 use crate::{Error, Result};
@@ -22,6 +24,12 @@ pub struct ToRead {
 }
 
 impl ToRead {
+    /// What is to be read.
+    #[cfg(test)]
+    pub(super) fn runs(&self) -> &[Range<u64>] {
+        &self.runs
+    }
+
     /// Whether there is nothing to read.
     pub fn is_empty(&self) -> bool {
         self.runs.is_empty()
@@ -96,8 +104,8 @@ impl Disk {
         if extent.mapping != Mapping::Unallocated {
             return Ok((false, extent.len));
         }
-        let (content, len) = self.how_to_copy(chain, depth, range.start, extent.len)?;
-        Ok((content.must_be_read(self.geometry().version()), len))
+        let (way, len) = self.how_to_copy(chain, depth, range.start, extent.len)?;
+        Ok((matches!(way, Way::Read), len))
     }
 
     /// Reads from below, for [`Disk::populate_read`]. Changes nothing and holds nothing.

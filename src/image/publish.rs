@@ -1,12 +1,13 @@
 //! Pointing guest clusters at new host clusters, at zero, or at nothing.
 
+use std::io;
 use std::ops::Range;
 
 use super::Image;
 use crate::format::{Geometry, GuestCluster, HostCluster, Mapping};
 use crate::mutants::{Step, without};
 use crate::range_lock::Exclusive;
-use crate::storage::WriteKind;
+use crate::storage::{CloneSource, WriteKind};
 use crate::sync::atomic::Ordering;
 use crate::{Error, Result};
 
@@ -33,7 +34,8 @@ impl Drop for Allocation<'_> {
     }
 }
 
-/// New host clusters whose bytes are written. Only [`Image::fill`] makes one, so that nothing is published before its data (I3).
+/// New host clusters whose bytes are written. Only [`Image::fill`] and [`Image::fill_by_cloning`] make one, so that nothing is published before its
+/// data (I3).
 #[derive(Debug)]
 pub struct Filled<'a>(Allocation<'a>);
 
@@ -64,6 +66,18 @@ impl Image {
             .write_at(WriteKind::NewCluster, offset, data)
             .map_err(|error| Error::io(format!("data at {offset:#x}"), error))?;
         self.uncommitted.fetch_add(data.len() as u64, Ordering::Relaxed);
+        Ok(Filled(allocation))
+    }
+
+    /// As [`Image::fill`] with the bytes that `source` has from `from` on, by sharing its blocks: for the next barrier it is a write like that one.
+    ///
+    /// # Errors
+    /// Those of [`crate::storage::Storage::clone_range`], as they are, so that they can be sorted; the clusters are given back.
+    pub fn fill_by_cloning<'a>(&'a self, allocation: Allocation<'a>, source: CloneSource<'_>, from: u64) -> io::Result<Filled<'a>> {
+        let geometry = self.reader.geometry();
+        let (offset, len) = (geometry.host_offset(allocation.start).0, allocation.len << geometry.cluster_bits());
+        self.reader.storage.clone_range(WriteKind::NewCluster, source, from, offset, len)?;
+        self.uncommitted.fetch_add(len, Ordering::Relaxed);
         Ok(Filled(allocation))
     }
 

@@ -45,11 +45,14 @@ fn starts() -> Vec<Start> {
         // No L2 table, an L1 table that ends with the disk.
         Start { autoclear: 1 << 40, ..start("v3-empty", 3, 9, 5, 64 << 10, 160 << 10, &Vec::new()) },
         start("v3-4k-8bit", 3, 12, 3, 200 << 10, 100 << 10, &some),
+        // What comes up whole is cloned: from a base that ends inside a cluster, and inside the disk; and to the end of the disk and on.
+        Start { clones: 512, ..start("v3-cloned", 3, 9, 4, 64 << 10, (48 << 10) + 100, &some) },
+        Start { clones: 4096, ..start("v3-4k-cloned", 3, 12, 4, (125 << 10) + 512, 150 << 10, &some) },
     ]
 }
 
 fn files(start: &Start) -> Files {
-    Files { overlay: start.bytes(), base: Arc::new(base_bytes(start.base)) }
+    Files { overlay: start.bytes(), base: Arc::new(base_bytes(start.base)), clones: start.clones }
 }
 
 /// One operation of every kind, at the places where they meet.
@@ -236,6 +239,8 @@ crash_tests! {
     power_cuts_refcount_table_moves: "v3-table",
     power_cuts_first_l2_table: "v3-empty",
     power_cuts_large_clusters_of_eight_bits: "v3-4k-8bit",
+    power_cuts_after_clones: "v3-cloned",
+    power_cuts_after_clones_of_large_clusters: "v3-4k-cloned",
 }
 
 /// P7: a barrier fails, whichever; what it should have covered is on disk or was thrown away. Nothing more is written, and the file is

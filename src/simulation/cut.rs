@@ -5,7 +5,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::process::Command;
-use std::sync::Arc;
 
 use super::random::{Random, mix};
 use super::spec::{self, Layout};
@@ -260,7 +259,7 @@ impl Cutter<'_> {
             let pieces: Vec<_> = (0..chosen.len()).filter(|piece| chosen[*piece]).map(|piece| piece.to_string()).collect();
             let place = format!("{}/{prefix}/{}", self.label, pieces.join(","));
             println!("after the cut CORDISK_CRASH='{place}'");
-            let files = Files { overlay: bytes.to_vec(), base: Arc::clone(&self.story.files.base) };
+            let files = Files { overlay: bytes.to_vec(), ..self.story.files.clone() };
             use_again(&files, &place, id, tally);
         }
         for sector in sectors {

@@ -181,7 +181,7 @@ impl Cell {
     }
 }
 
-/// Whether a failed operation is no reason for a request to fail: a hint for the host.
+/// Whether a failed operation is no reason for a request to fail: a hint for the host, or a clone, in whose place bytes are copied.
 fn is_hint(operation: &Operation) -> bool {
-    operation.action == Action::Punch
+    operation.action == Action::Punch || operation.is_clone
 }

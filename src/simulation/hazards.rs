@@ -185,6 +185,6 @@ fn is_of_a_pass(operation: &Operation) -> bool {
     match operation.action {
         Action::Sync => true,
         Action::Write(kind) => !matches!(kind, WriteKind::Data | WriteKind::NewCluster),
-        Action::Read | Action::Punch => false,
+        Action::Read | Action::CloneFrom | Action::Punch => false,
     }
 }

@@ -27,6 +27,8 @@ pub struct Start {
     pub size: u64,
     /// Length of the raw backing file, bytes; none for 0. It is called `base.raw`.
     pub base: u64,
+    /// Blocks of so many bytes of the backing file can be cloned; none for 0.
+    pub clones: u64,
     /// Guest clusters that are there.
     pub clusters: Vec<(u64, Fill)>,
     /// Clusters that are counted although nothing is in them, up to this one: as after many crashes. The next one is where something must
@@ -74,7 +76,7 @@ impl Start {
     /// An empty image without a backing file, everything as small as it can be.
     pub fn new(name: &'static str, version: u32, cluster_bits: u32, refcount_order: u32, size: u64) -> Start {
         let (clusters, counted, free) = (Vec::new(), 0, 0);
-        Start { name, version, cluster_bits, refcount_order, size, base: 0, clusters, counted, free, table: 1, autoclear: 0 }
+        Start { name, version, cluster_bits, refcount_order, size, base: 0, clones: 0, clusters, counted, free, table: 1, autoclear: 0 }
     }
 
     /// The bytes of the file.

@@ -3,8 +3,10 @@
 use std::io;
 use std::sync::Arc;
 
+use rustix::io::Errno;
+
 use super::order::OrderChecker;
-use crate::storage::{Holding, Storage, WriteKind};
+use crate::storage::{CloneSource, Holding, Storage, WriteKind};
 use crate::sync::unranked::{Condvar, Mutex, MutexGuard};
 
 /// What an operation does.
@@ -12,6 +14,8 @@ use crate::sync::unranked::{Condvar, Mutex, MutexGuard};
 pub enum Action {
     /// [`Storage::read_at`].
     Read,
+    /// [`Storage::clone_range`] of this file into another one, where it is a [`Action::Write`] after that.
+    CloneFrom,
     /// [`Storage::write_at`].
     Write(WriteKind),
     /// [`Storage::punch_hole`].
@@ -29,6 +33,8 @@ pub struct Operation {
     pub at: u64,
     /// How much, bytes; 0 for a barrier.
     pub len: u64,
+    /// It is one of the two sides of a clone. Whoever wants the bytes can do without it.
+    pub is_clone: bool,
 }
 
 /// A change as it was done, for [`SimStorage::recorded`].
@@ -131,6 +137,8 @@ struct State {
     recorded: Option<Vec<Recorded>>,
     observer: Option<Box<dyn Observer>>,
     faults: Vec<Fault>,
+    /// Blocks of so many bytes can be shared with this file; 0 where none can be.
+    clones: u64,
     failures: u64,
     operations: u64,
     holds: Vec<HoldState>,
@@ -191,6 +199,11 @@ impl SimStorage {
         self.state.lock().observer = Some(observer);
     }
 
+    /// From now on blocks of `block` bytes can be cloned into this file, as into one on XFS or btrfs; 0 for none, as it is at first.
+    pub fn allow_clones(&self, block: u64) {
+        self.state.lock().clones = block;
+    }
+
     /// Adds a fault.
     pub fn inject(&self, fault: Fault) {
         self.state.lock().faults.push(fault);
@@ -218,6 +231,24 @@ impl SimStorage {
         state.next_hold += 1;
         state.holds.push(HoldState { id, matches: Box::new(matches), stopped: 0 });
         Hold { storage: Arc::clone(self), id }
+    }
+
+    /// A write, whichever way the bytes come.
+    fn change(&self, kind: WriteKind, offset: u64, data: &[u8], is_clone: bool) -> io::Result<()> {
+        let (mut state, failure) = self.begin(&Operation { action: Action::Write(kind), at: offset, len: data.len() as u64, is_clone });
+        match failure {
+            None => {
+                state.write(kind, offset, data);
+                Ok(())
+            }
+            Some(failure) => {
+                let done = failure.done(data.len());
+                if done > 0 {
+                    state.write(kind, offset, &data[..done]);
+                }
+                Err(failure.error())
+            }
+        }
     }
 
     /// The begin of every operation: it may be stopped here, then it may fail.
@@ -299,7 +330,7 @@ impl Storage for SimStorage {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        let (state, failure) = self.begin(&Operation { action: Action::Read, at: offset, len: buf.len() as u64 });
+        let (state, failure) = self.begin(&Operation { action: Action::Read, at: offset, len: buf.len() as u64, is_clone: false });
         if let Some(failure) = failure {
             return Err(failure.error());
         }
@@ -311,24 +342,34 @@ impl Storage for SimStorage {
     }
 
     fn write_at(&self, kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()> {
-        let (mut state, failure) = self.begin(&Operation { action: Action::Write(kind), at: offset, len: data.len() as u64 });
-        match failure {
-            None => {
-                state.write(kind, offset, data);
-                Ok(())
+        self.change(kind, offset, data, false)
+    }
+
+    fn can_clone(&self, source: CloneSource<'_>) -> io::Result<()> {
+        let possible = source.of_kind::<SimStorage>().is_some() && self.state.lock().clones > 0;
+        possible.then_some(()).ok_or(Errno::OPNOTSUPP.into())
+    }
+
+    /// Refuses what a file system refuses. The bytes are those of the moment of the clone; for order, faults and losses of power it is a write.
+    fn clone_range(&self, kind: WriteKind, source: CloneSource<'_>, from: u64, to: u64, len: u64) -> io::Result<()> {
+        let block = self.state.lock().clones;
+        let (Some(source), 1..) = (source.of_kind::<SimStorage>(), block) else { return Err(Errno::OPNOTSUPP.into()) };
+        let bytes = {
+            let (state, failure) = source.begin(&Operation { action: Action::CloneFrom, at: from, len, is_clone: true });
+            if let Some(failure) = failure {
+                return Err(failure.error());
             }
-            Some(failure) => {
-                let done = failure.done(data.len());
-                if done > 0 {
-                    state.write(kind, offset, &data[..done]);
-                }
-                Err(failure.error())
+            let whole = len > 0 && [from, to, len].iter().all(|number| number.is_multiple_of(block));
+            match state.bytes.get(from as usize..(from + len) as usize) {
+                Some(bytes) if whole => bytes.to_vec(),
+                _ => return Err(Errno::INVAL.into()),
             }
-        }
+        };
+        self.change(kind, to, &bytes, true)
     }
 
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
-        let (mut state, failure) = self.begin(&Operation { action: Action::Punch, at: offset, len });
+        let (mut state, failure) = self.begin(&Operation { action: Action::Punch, at: offset, len, is_clone: false });
         if let Some(failure) = failure {
             return Err(failure.error());
         }
@@ -350,7 +391,7 @@ impl Storage for SimStorage {
             let covers = state.recorded.as_ref().map_or(0, Vec::len);
             (covers, state.observer.as_mut().map(|observer| observer.sync_began()))
         };
-        let (mut state, failure) = self.begin(&Operation { action: Action::Sync, at: 0, len: 0 });
+        let (mut state, failure) = self.begin(&Operation { action: Action::Sync, at: 0, len: 0, is_clone: false });
         if let Some(failure) = failure {
             return Err(failure.error());
         }

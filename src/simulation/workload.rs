@@ -93,6 +93,8 @@ pub type Sector = [u8; 512];
 pub struct Files {
     pub overlay: Vec<u8>,
     pub base: Arc<Vec<u8>>,
+    /// Blocks of so many bytes of it can be cloned; none for 0.
+    pub clones: u64,
 }
 
 impl Files {
@@ -114,6 +116,7 @@ impl Files {
 
     /// The disk above these files.
     pub fn open(&self, storage: Arc<SimStorage>) -> Result<Disk> {
+        storage.allow_clones(self.clones);
         let image = Image::open(storage)?;
         let chain = image.reader().backing().map(|_| Chain::of_raw(SimStorage::new(self.base.to_vec())));
         image.begin_writing()?;

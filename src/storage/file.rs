@@ -2,15 +2,17 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use reflink_copy::ReflinkBlockBuilder;
 use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, ResolveFlags, XattrFlags};
 use rustix::io::{Errno, retry_on_intr};
 
-use super::{Holding, HostSpace, OpenMark, Storage, WriteKind, locks};
+use super::{CloneSource, Holding, HostSpace, OpenMark, Storage, WriteKind, locks};
 use crate::error::Context;
 use crate::mutants::{Step, without};
 use crate::{Error, ErrorKind};
@@ -27,6 +29,11 @@ const BASE_NOTE: &str = "user.cordisk.base";
 const LONGEST_NOTE: usize = 2048;
 /// How often a walk that was disturbed by a rename is tried again.
 const OPEN_TRIES: u32 = 128;
+/// statfs(2) of XFS and btrfs: those of which it is known that fdatasync(2) makes a clone durable, and that they refuse what is outside of a file
+/// without a look at where it should go. On a network file system both are up to a server.
+const SHARING: [u64; 2] = [0x5846_5342, 0x9123_683e];
+/// No file is so long (and it is odd).
+const NO_OFFSET: u64 = i64::MAX as u64 - 1024;
 /// statfs(2) of /proc and /sys (linux/magic.h).
 const PROC_SUPER_MAGIC: u64 = 0x9fa0;
 const SYSFS_MAGIC: u64 = 0x6265_6572;
@@ -215,6 +222,16 @@ impl FileStorage {
         File::open(directory)?.sync_all()
     }
 
+    /// FICLONERANGE.
+    fn share(&self, source: &FileStorage, from: u64, to: u64, len: NonZeroU64) -> io::Result<()> {
+        loop {
+            match ReflinkBlockBuilder::new(&source.file, &self.file, len).from_offset(from).to_offset(to).reflink_block() {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                done => return done,
+            }
+        }
+    }
+
     /// EIO, the answer where the file ends before the size we know (P9).
     fn shrank(&self, at: u64) -> io::Error {
         if !self.shrinking_reported.swap(true, Ordering::Relaxed) {
@@ -284,6 +301,28 @@ impl Storage for FileStorage {
             }
             self.size.fetch_max(offset + done as u64, Ordering::AcqRel);
         }
+        Ok(())
+    }
+
+    fn can_clone(&self, source: CloneSource<'_>) -> io::Result<()> {
+        let Some(source) = source.of_kind::<FileStorage>() else { return Err(Errno::OPNOTSUPP.into()) };
+        if !SHARING.contains(&(rustix::fs::fstatfs(&self.file)?.f_type as u64 & 0xffff_ffff)) {
+            return Err(Errno::OPNOTSUPP.into());
+        }
+        // What is no byte of any file is refused by all, and by those who can share blocks for just that reason.
+        match self.share(source, NO_OFFSET, 0, NonZeroU64::MIN) {
+            Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => Ok(()),
+            Err(error) => Err(error),
+            Ok(()) => Err(Errno::OPNOTSUPP.into()),
+        }
+    }
+
+    fn clone_range(&self, _kind: WriteKind, source: CloneSource<'_>, from: u64, to: u64, len: u64) -> io::Result<()> {
+        let Some(source) = source.of_kind::<FileStorage>() else { return Err(Errno::OPNOTSUPP.into()) };
+        // To the kernel no length is all there is.
+        let Some(whole) = NonZeroU64::new(len) else { return Ok(()) };
+        self.share(source, from, to, whole)?;
+        self.size.fetch_max(to + len, Ordering::AcqRel);
         Ok(())
     }
 

@@ -3,8 +3,11 @@
 //! **Touches:** the operating system. **Never:** knows qcow2 or what an offset means.
 //! **Locks:** none of ours. **Invariants:** reads are never short; a file that shrank is an error, not zeros (P9).
 
+use std::any::Any;
 use std::os::fd::OwnedFd;
 use std::{fmt, io};
+
+use rustix::io::Errno;
 
 mod file;
 mod locks;
@@ -72,10 +75,27 @@ pub enum OpenMark {
     Unsupported,
 }
 
+/// A file whose blocks may be shared with another one. Good for nothing else: whoever holds one can neither read nor write the file.
+#[derive(Clone, Copy, Debug)]
+pub struct CloneSource<'a>(&'a dyn Storage);
+
+impl<'a> CloneSource<'a> {
+    /// This file, as a source.
+    pub fn new(file: &'a dyn Storage) -> CloneSource<'a> {
+        CloneSource(file)
+    }
+
+    /// The file, if it is of the kind that asks: blocks are shared between files of one kind.
+    pub fn of_kind<T: Storage>(self) -> Option<&'a T> {
+        let file: &dyn Any = self.0;
+        file.downcast_ref()
+    }
+}
+
 /// The seam between the engine and the host: the file in `src`, memory and faulty ones in tests.
 ///
 /// Offsets and lengths are bytes. Errors are the operating system's.
-pub trait Storage: Send + Sync + std::fmt::Debug {
+pub trait Storage: Any + Send + Sync + std::fmt::Debug {
     /// The size of the file in bytes as far as this handle knows: the size at open, or the end of the farthest write since.
     fn size(&self) -> u64;
 
@@ -96,6 +116,27 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// Those of pwrite(2); after an error any part of `data` may have been written.
     fn write_at(&self, kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()>;
+
+    /// Whether blocks of `source` may be shared with this file at all, as far as can be known without doing it, and [`Storage::clone_range`] keeps
+    /// its promise there. Changes nothing.
+    ///
+    /// # Errors
+    /// Why they cannot be, as of [`Storage::clone_range`].
+    fn can_clone(&self, _source: CloneSource<'_>) -> io::Result<()> {
+        Err(Errno::OPNOTSUPP.into())
+    }
+
+    /// Makes the `len` bytes at `to`, which are of this kind then, those that `source` has at `from`, by sharing its blocks: nothing is read, and
+    /// nothing copied. A write in every other respect: it grows the file where needed, and the next barrier makes it durable, together with the bytes
+    /// of `source`, whether those were durable or not. What either file gets later the other one does not see.
+    ///
+    /// # Errors
+    /// Those of ioctl_ficlonerange(2); after one, any part may have been done. Above all that it cannot be done here: EOPNOTSUPP and ENOTTY (not by
+    /// this file system or kind of file), EXDEV (two file systems), EINVAL (not whole blocks of the file system, or not inside `source`, as where
+    /// that shrank), ETXTBSY (swap). The bytes can always be copied instead, so none of them says that the host is ill: see [`cannot_clone`].
+    fn clone_range(&self, _kind: WriteKind, _source: CloneSource<'_>, _from: u64, _to: u64, _len: u64) -> io::Result<()> {
+        Err(Errno::OPNOTSUPP.into())
+    }
 
     /// Gives the space of the range back to the host; it reads as zero afterwards. The size stays.
     ///
@@ -172,4 +213,34 @@ pub trait Storage: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// Those of lseek(2).
     fn holding(&self, offset: u64, max: u64) -> io::Result<(Holding, u64)>;
+}
+
+/// What an error of [`Storage::clone_range`] says of the next try.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum CannotClone {
+    /// Nothing: there was no space, for this one. XFS shares only inside a group of blocks, and says so where that one is full.
+    Now,
+    /// It will never be possible between these files.
+    Ever,
+    /// The host fails. Whoever copies will be told what is wrong with it, if anything is.
+    Failed,
+}
+
+/// Sorts the errors of [`Storage::clone_range`]. None of them is an error of whoever wanted the bytes.
+pub fn cannot_clone(error: &io::Error) -> CannotClone {
+    let Some(errno) = Errno::from_io_error(error) else { return CannotClone::Failed };
+    match errno {
+        Errno::NOSPC | Errno::DQUOT => CannotClone::Now,
+        Errno::OPNOTSUPP
+        | Errno::NOTTY
+        | Errno::NOSYS
+        | Errno::XDEV
+        | Errno::INVAL
+        | Errno::PERM
+        | Errno::ACCESS
+        | Errno::BADF
+        | Errno::ISDIR
+        | Errno::TXTBSY => CannotClone::Ever,
+        _ => CannotClone::Failed,
+    }
 }

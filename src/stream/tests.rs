@@ -376,6 +376,11 @@ fn wait_until(what: &str, done: impl Fn() -> bool) {
 
 /// A disk above a base in memory, and what the guest reads.
 fn simulated(bits: u32, chunks: u64) -> (Arc<Disk>, Arc<SimStorage>, Vec<u8>) {
+    on_host(bits, chunks, 0)
+}
+
+/// As [`simulated`] on a host that clones blocks of so many bytes; none for 0.
+fn on_host(bits: u32, chunks: u64, clones: u64) -> (Arc<Disk>, Arc<SimStorage>, Vec<u8>) {
     let size = chunks * STREAM_CHUNK;
     let content: Vec<u8> = (0..size).map(|at| (at / 4096 % 251 + 1) as u8).collect();
     let base = SimStorage::new(content.clone());
@@ -386,6 +391,7 @@ fn simulated(bits: u32, chunks: u64) -> (Arc<Disk>, Arc<SimStorage>, Vec<u8>) {
         overlay.write_at(WriteKind::Header, at, &bytes).unwrap();
     }
     let overlay = SimStorage::checked(overlay.bytes());
+    overlay.allow_clones(clones);
     (Arc::new(Disk::for_tests(Image::open(overlay).unwrap(), Some(Chain::of_raw(base.clone())))), base, content)
 }
 
@@ -454,4 +460,28 @@ fn hung_readers_do_not_keep_a_job_and_large_clusters_are_read_once() {
     let mut read = vec![0; content.len()];
     disk.read(0, &mut read).unwrap();
     assert!(read == content);
+}
+
+/// Protects: where the host can clone, a job reads nothing, also not ahead; its chunks, its progress and its speed are those of any job.
+#[test]
+fn what_can_be_cloned_is_not_read() {
+    let (disk, base, content) = on_host(16, 8, 4096);
+    let held = base.hold(|operation| operation.action == Action::Read);
+    let jobs = Jobs::new();
+    start(&disk, &jobs, StreamOptions { speed: 1, ..StreamOptions::new("job0") }).unwrap();
+    wait_until("the first chunk is free", || jobs.query()[0].progress.offset == STREAM_CHUNK);
+    jobs.pause("job0").unwrap();
+    assert_eq!((base.operations(), jobs.query()[0].progress.offset), (1, STREAM_CHUNK), "one chunk, one clone");
+    jobs.set_speed("job0", 0).unwrap();
+    jobs.resume("job0").unwrap();
+    jobs.settle("job0", PATIENCE);
+    let job = jobs.last().unwrap();
+    assert_eq!((job.error, job.work.copied, job.progress.offset), (None, 8 * STREAM_CHUNK, 8 * STREAM_CHUNK));
+    assert_eq!((held.stopped(), base.operations(), disk.stats().backing_reads.bytes), (0, 8, 0));
+    drop(held);
+    assert!(disk.info().unwrap().backing.is_empty());
+    let mut read = vec![0; content.len()];
+    disk.read(0, &mut read).unwrap();
+    assert!(read == content);
+    disk.close().unwrap();
 }

@@ -44,6 +44,9 @@ struct Run<'a> {
 /// Runs one cell. Panics where the disk does what it must not.
 pub(super) fn run(scenario: &Scenario, files: &Files, cell: &Cell, mapped: Mapped) -> Outcome {
     let (rig, model) = (Rig::new(files, scenario.copy_on_read), Model::new(files.content.clone()));
+    if scenario.clones {
+        rig.overlay.allow_clones(512);
+    }
     let mut run = Run { cell, files, mapped, rig, model, struck: Struck::default(), sticky: false, unclean: false, failed: Vec::new() };
     if !matches!(scenario.steps[0], Step::Open) {
         run.step(&Step::Open);

@@ -9,6 +9,8 @@ pub(super) struct Scenario {
     pub name: &'static str,
     pub shape: Shape,
     pub copy_on_read: bool,
+    /// Clusters can be cloned from the base.
+    pub clones: bool,
     /// Something in it holds the whole disk: whoever reads waits as well.
     pub drains: bool,
     pub overlay: Sketch,
@@ -27,11 +29,15 @@ pub(super) const USUAL: Shape = Shape { name: "v3-64k", version: 3, cluster_bits
 impl Scenario {
     fn new(name: &'static str, shape: Shape, steps: Vec<Step>) -> Scenario {
         let overlay = Sketch::usual(shape);
-        Scenario { name, shape, copy_on_read: false, drains: false, overlay, middle: None, before: Vec::new(), steps }
+        Scenario { name, shape, copy_on_read: false, clones: false, drains: false, overlay, middle: None, before: Vec::new(), steps }
     }
 
     fn copying(self) -> Scenario {
         Scenario { copy_on_read: true, ..self }
+    }
+
+    fn cloning(self) -> Scenario {
+        Scenario { clones: true, ..self }
     }
 
     fn draining(self) -> Scenario {
@@ -166,12 +172,19 @@ fn streams(shape: Shape) -> Vec<Scenario> {
     }
     let written = vec![Step::Write(c / 2..c + 9, 0x5a), Step::Discard(2 * c..3 * c)];
     let intermediate = Scenario::new("stream-to-intermediate", shape, vec![stream(Some(1), false)]).draining();
+    let cloned = Scenario::new("stream-cloned-from-under-a-layer", shape, vec![stream(None, false)]).draining().cloning();
     vec![
         Scenario::new("stream", shape, vec![stream(None, false)]).draining(),
         Scenario::new("stream-paused", shape, vec![stream(None, true)]).draining(),
         Scenario::new("stream-and-writes", shape, vec![stream(None, false), Step::Write(0..2 * c, 1), Step::Flush])
             .draining()
+            .after(written.clone()),
+        Scenario::new("stream-cloned", shape, vec![stream(None, false)]).draining().cloning(),
+        Scenario::new("stream-cloned-and-writes", shape, vec![stream(None, true), Step::Write(0..2 * c, 1), Step::Flush])
+            .draining()
+            .cloning()
             .after(written),
+        Scenario { middle: Some(middle.clone()), ..cloned.with(|sketch| sketch.backing = Some("middle.qcow2")) },
         Scenario { middle: Some(middle), ..intermediate.with(|sketch| sketch.backing = Some("middle.qcow2")) },
     ]
 }

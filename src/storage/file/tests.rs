@@ -7,6 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 use tempfile::TempDir;
 
 use super::*;
+use crate::storage::{CannotClone, cannot_clone};
 
 fn scratch(len: u64) -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
@@ -373,4 +374,61 @@ fn the_mark_can_be_left_to_somebody_else() {
     let again = FileStorage::open(&path, Access::ReadWrite).expect("nobody holds a lock");
     rustix::fs::fremovexattr(&theirs, name).unwrap();
     assert_eq!(again.open_mark().unwrap(), OpenMark::Absent);
+}
+
+/// Whatever this file system can: what it says beforehand is what it does, and a clone is a write.
+#[test]
+fn blocks_are_shared_or_the_host_says_why_not() {
+    let (dir, path) = scratch(1 << 20);
+    let below = vec![7; 1 << 20];
+    std::fs::write(&path, &below).unwrap();
+    let base = FileStorage::open(&path, Access::ReadOnly).unwrap();
+    let overlay = FileStorage::create_new(&dir.path().join("overlay")).unwrap();
+    let source = CloneSource::new(&base);
+    overlay.clone_range(WriteKind::NewCluster, source, 0, 0, 0).unwrap();
+    assert_eq!(overlay.size(), 0, "nothing is nothing, and not all there is");
+    let possible = overlay.can_clone(source);
+    assert_eq!((overlay.size(), overlay.file.metadata().unwrap().size()), (0, 0), "to ask changes nothing");
+    let cloned = overlay.clone_range(WriteKind::NewCluster, source, 64 << 10, 128 << 10, 256 << 10);
+    let mut read = vec![0xee; 384 << 10];
+    match (possible, cloned) {
+        (Ok(()), Ok(())) => {
+            assert_eq!(overlay.size(), 384 << 10);
+            overlay.read_at(0, &mut read).unwrap();
+            assert!(read[128 << 10..] == below[..256 << 10] && read[..128 << 10].iter().all(|&byte| byte == 0));
+        }
+        (Err(before), Err(error)) => {
+            assert_eq!(before.raw_os_error(), error.raw_os_error());
+            assert_eq!(cannot_clone(&error), CannotClone::Ever, "{error}");
+            assert_eq!(overlay.size(), 0);
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn files_of_two_kinds_share_nothing() {
+    let (_dir, path) = scratch(1 << 20);
+    let (file, memory) = (FileStorage::open(&path, Access::ReadWrite).unwrap(), crate::simulation::SimStorage::new(vec![1; 1 << 20]));
+    memory.allow_clones(512);
+    let answers = [
+        file.can_clone(CloneSource::new(&*memory)),
+        memory.can_clone(CloneSource::new(&file)),
+        file.clone_range(WriteKind::NewCluster, CloneSource::new(&*memory), 0, 0, 4096),
+        memory.clone_range(WriteKind::NewCluster, CloneSource::new(&file), 0, 0, 4096),
+    ];
+    for answer in answers {
+        assert_eq!(cannot_clone(&answer.unwrap_err()), CannotClone::Ever);
+    }
+}
+
+#[test]
+fn refusals_are_sorted() {
+    let sorted = |errno: Errno| cannot_clone(&errno.into());
+    for errno in [Errno::OPNOTSUPP, Errno::NOTTY, Errno::XDEV, Errno::INVAL, Errno::PERM, Errno::TXTBSY] {
+        assert_eq!(sorted(errno), CannotClone::Ever, "{errno}");
+    }
+    assert_eq!((sorted(Errno::NOSPC), sorted(Errno::DQUOT)), (CannotClone::Now, CannotClone::Now));
+    assert_eq!((sorted(Errno::IO), sorted(Errno::NOMEM)), (CannotClone::Failed, CannotClone::Failed));
+    assert_eq!(cannot_clone(&io::Error::other("no number")), CannotClone::Failed);
 }
