@@ -41,6 +41,7 @@ mod read;
 mod reserve;
 mod stats;
 mod write;
+mod write_out;
 
 #[cfg(test)]
 mod tests;
@@ -52,6 +53,7 @@ pub use stats::{DiskStats, RequestCount};
 use bounce::Bounces;
 use populate::FillHealth;
 use stats::Stats;
+use write_out::Placed;
 
 /// Runs that one seek looks at, at most: an image can be made of more of them than anybody can count (I8).
 const SEEK_RUNS: u32 = 1 << 20;
@@ -384,7 +386,7 @@ impl Disk {
         }
         let mut cluster = vec![0; self.cluster_size() as usize];
         self.read_through(start, &mut cluster[..(size - start) as usize])?;
-        self.store(image, drained, self.geometry().guest_cluster(GuestOffset(start)), &cluster)
+        self.store(image, drained, self.geometry().guest_cluster(GuestOffset(start)), &cluster, &mut Placed::default())
     }
 
     /// Makes whole clusters beyond the end of the disk read as zero.
@@ -396,7 +398,7 @@ impl Disk {
         let mut at = aligned.start;
         while at < aligned.end {
             let len = write::ZERO_PIECE.max(self.cluster_size()).min(aligned.end - at);
-            self.store(image, drained, self.geometry().guest_cluster(GuestOffset(at)), &vec![0; len as usize])?;
+            self.store(image, drained, self.geometry().guest_cluster(GuestOffset(at)), &vec![0; len as usize], &mut Placed::default())?;
             at += len;
         }
         Ok(())
