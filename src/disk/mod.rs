@@ -48,7 +48,7 @@ mod tests;
 
 pub use ahead::{Ahead, ToRead};
 pub use populate::Populated;
-pub use stats::{DiskStats, RequestCount};
+pub use stats::{Activity, Cost, DiskStats, RequestCount};
 
 use bounce::Bounces;
 use populate::FillHealth;
@@ -271,6 +271,11 @@ impl Disk {
     /// What was asked of the disk since it was opened.
     pub fn stats(&self) -> DiskStats {
         self.stats.snapshot()
+    }
+
+    /// What the guest is at, for whoever gives way to it.
+    pub fn activity(&self) -> Activity {
+        self.stats.activity()
     }
 
     /// Bytes the overlay occupies on the host (`st_blocks` × 512).

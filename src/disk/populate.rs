@@ -258,14 +258,7 @@ impl Disk {
     }
 
     /// Allocate, fill, publish: whole clusters of data from guest cluster `start` on. Notes where they lie.
-    pub(super) fn store(
-        &self,
-        image: &Image,
-        held: &Exclusive<'_>,
-        start: GuestCluster,
-        data: &[u8],
-        placed: &mut Placed,
-    ) -> Result<()> {
+    pub(super) fn store(&self, image: &Image, held: &Exclusive<'_>, start: GuestCluster, data: &[u8], placed: &mut Placed) -> Result<()> {
         let bits = self.geometry().cluster_bits();
         let mut done = 0;
         while done < data.len() {

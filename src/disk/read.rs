@@ -28,7 +28,7 @@ impl Disk {
     /// # Errors
     /// I/O, corruption.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        self.stats.read(buf.len(), || self.read_waiting(offset, buf))
+        self.stats.waiting_read(buf.len(), || self.read_waiting(offset, buf))
     }
 
     fn read_waiting(&self, offset: u64, buf: &mut [u8]) -> Result<()> {

@@ -48,7 +48,7 @@ impl Disk {
     /// # Errors
     /// I/O, corruption, read-only, [`crate::ErrorKind::NoSpace`]; part of the data may be written then.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        self.stats.write(offset, data.len() as u64, || self.write_waiting(offset, data))
+        self.stats.waiting_write(offset, data.len() as u64, || self.write_waiting(offset, data))
     }
 
     fn write_waiting(&self, offset: u64, data: &[u8]) -> Result<()> {
