@@ -115,14 +115,14 @@ impl Stats {
 
     /// Counts a read of `len` bytes by the guest.
     pub fn read<T: Served>(&self, len: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        self.count(&self.reads, len as u64, work)
+        self.count([&self.reads], len as u64, work)
     }
 
     /// Counts a write of `len` bytes at `offset`, or of zeroes.
     pub fn write<T: Served>(&self, offset: u64, len: u64, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        let written = self.count(&self.writes, len, work)?;
-        if written.is_served() && self.highest_written.load(Ordering::Relaxed) < offset + len {
-            self.highest_written.fetch_max(offset + len, Ordering::Relaxed);
+        let written = self.count([&self.writes], len, work)?;
+        if written.is_served() {
+            self.has_written(offset + len);
         }
         Ok(written)
     }
@@ -130,47 +130,55 @@ impl Stats {
     /// As [`Stats::read`], for one that may take long.
     pub fn waiting_read(&self, len: usize, work: impl FnOnce() -> Result<()>) -> Result<()> {
         let _running = Running::new(&self.waited_reads);
-        self.count(&self.waited_reads, len as u64, || self.read(len, work))
+        self.count([&self.reads, &self.waited_reads], len as u64, work)
     }
 
     /// As [`Stats::write`], for one that may take long.
     pub fn waiting_write(&self, offset: u64, len: u64, work: impl FnOnce() -> Result<()>) -> Result<()> {
         let _running = Running::new(&self.waited_writes);
-        self.count(&self.waited_writes, len, || self.write(offset, len, work))
+        self.count([&self.writes, &self.waited_writes], len, work)?;
+        self.has_written(offset + len);
+        Ok(())
+    }
+
+    fn has_written(&self, end: u64) {
+        if self.highest_written.load(Ordering::Relaxed) < end {
+            self.highest_written.fetch_max(end, Ordering::Relaxed);
+        }
     }
 
     /// Counts a flush.
     pub fn flush(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
         let _running = Running::new(&self.flushes);
-        self.count(&self.flushes, 0, work)
+        self.count([&self.flushes], 0, work)
     }
 
     /// Counts a discard of `len` bytes.
     pub fn discard(&self, len: u64, work: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.count(&self.discards, len, work)
+        self.count([&self.discards], len, work)
     }
 
     /// Counts a read of `len` bytes from below.
     pub fn read_below(&self, len: usize, work: impl FnOnce() -> Result<()>) -> Result<()> {
-        self.count(&self.backing_reads, len as u64, work)
+        self.count([&self.backing_reads], len as u64, work)
     }
 
-    fn count<T: Served>(&self, counter: &Counter, len: u64, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    fn count<T: Served, const N: usize>(&self, counters: [&Counter; N], len: u64, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let start = Instant::now();
         let result = work();
-        match &result {
-            Ok(served) if !served.is_served() => return result,
-            Ok(_) => {
-                let end = Instant::now();
+        if result.as_ref().is_ok_and(|served| !served.is_served()) {
+            return result;
+        }
+        let end = Instant::now();
+        for counter in counters {
+            if result.is_ok() {
                 counter.bytes.fetch_add(len, Ordering::Relaxed);
                 counter.operations.fetch_add(1, Ordering::Relaxed);
                 counter.nanoseconds.fetch_add(nanoseconds(end - start), Ordering::Relaxed);
-                counter.last.store(nanoseconds(end - self.opened), Ordering::Relaxed);
-            }
-            Err(_) => {
+            } else {
                 counter.failed.fetch_add(1, Ordering::Relaxed);
-                counter.last.store(nanoseconds(self.opened.elapsed()), Ordering::Relaxed);
             }
+            counter.last.store(nanoseconds(end - self.opened), Ordering::Relaxed);
         }
         result
     }
