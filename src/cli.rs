@@ -491,6 +491,7 @@ mod tests {
         assert!(config.copy_on_read && !config.read_only && !config.allow_other);
         assert_eq!((config.qmp, config.stream, config.backing_format, config.pidfile), (None, None, None, None));
         assert_eq!((config.user, config.sandbox, config.backing_roots), (None, sandbox::Mode::Try, vec![]));
+        assert_eq!(config.stream_priority, Priority::Low);
     }
 
     #[test]
@@ -507,6 +508,7 @@ mod tests {
         assert!(config.backing_roots.len() == 2 && config.backing_roots.iter().all(|root| root.is_absolute()));
         assert_eq!(mount(&["cordisk", "mount", "--background-child", "/i", "/m"]).role, Role::Child);
         assert_eq!(config.reserve, None);
+        assert_eq!(mount(&["cordisk", "mount", "--stream-priority", "normal", "/i", "/m"]).stream_priority, Priority::Normal);
         assert_eq!(mount(&["cordisk", "mount", "--reserve", "2G", "/i", "/m"]).reserve, Some(2 << 30));
         assert!(!mount(&["cordisk", "mount", "--no-copy-on-read", "/i", "/m"]).copy_on_read);
     }
@@ -545,6 +547,7 @@ mod tests {
             &["cordisk", "mount", "--speed", "1", "/i", "/m"],
             &["cordisk", "mount", "--stream", "--read-only", "/i", "/m"],
             &["cordisk", "mount", "--device", "0", "/i", "/m"],
+            &["cordisk", "mount", "--stream-priority", "high", "/i", "/m"],
             &["cordisk", "mount", "--reserve", "5%", "/i", "/m"],
             &["cordisk", "mount", "--sandbox", "maybe", "/i", "/m"],
             &["cordisk", "create", "o", "-b", "base"],

@@ -61,6 +61,10 @@ fn probe() {
                 let parent = rustix::process::getppid().unwrap();
                 rustix::process::test_kill_process(parent).map_err(io::Error::from)
             }
+            "priority of another" => {
+                let parent = rustix::process::getppid().unwrap();
+                rustix::process::setpriority_process(Some(parent), 0).map_err(io::Error::from)
+            }
             "another user" => nix::unistd::setuid(nix::unistd::Uid::from_raw(65534)).map_err(io::Error::from),
             "core files" => {
                 let all = Rlimit { current: None, maximum: None };
@@ -85,6 +89,9 @@ fn probe() {
                 server.shutdown(std::net::Shutdown::Both)?;
                 std::thread::Builder::new().name("another".into()).spawn(|| std::thread::sleep(Duration::from_millis(1)))?.join().unwrap();
                 drop(vec![1u8; 64 << 20]);
+                // A thread steps back behind the others.
+                rustix::process::setpriority_process(None, 10)?;
+                rustix::fs::fadvise(&file, 0, std::num::NonZeroU64::new(4096), rustix::fs::Advice::DontNeed)?;
                 Ok(())
             }
             "panic" => panic!("broken\n\u{1b}[31minvariant"),
@@ -149,6 +156,7 @@ fn everything_else_ends_the_process() {
         "listen",
         "connect",
         "kill",
+        "priority of another",
         "another user",
         "core files",
         "dumpable",
