@@ -90,7 +90,8 @@ fn probe() {
                 std::thread::Builder::new().name("another".into()).spawn(|| std::thread::sleep(Duration::from_millis(1)))?.join().unwrap();
                 drop(vec![1u8; 64 << 20]);
                 // A thread steps back behind the others.
-                rustix::process::setpriority_process(None, 10)?;
+                let nice = rustix::process::getpriority_process(None)?;
+                rustix::process::setpriority_process(None, nice.max(10))?;
                 rustix::fs::fadvise(&file, 0, std::num::NonZeroU64::new(4096), rustix::fs::Advice::DontNeed)?;
                 Ok(())
             }

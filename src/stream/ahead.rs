@@ -87,6 +87,14 @@ impl ReadAhead {
     }
 }
 
+/// Gives this thread, and on Linux no other, the priority of those that nobody waits for, if it has a higher one.
+fn step_back() {
+    if rustix::process::getpriority_process(None).is_ok_and(|nice| nice < NICE) {
+        // Where this is not allowed the thread competes with the guest as any other.
+        let _ = rustix::process::setpriority_process(None, NICE);
+    }
+}
+
 /// Threads that serve what is sent, until nothing can be sent any more. Where none can be started, sending fails.
 fn start_readers(priority: Priority) -> Sender<Request> {
     let (sender, requests) = unbounded::<Request>();
@@ -94,8 +102,7 @@ fn start_readers(priority: Priority) -> Sender<Request> {
         let requests = requests.clone();
         let started = thread::Builder::new().name("stream-read".into()).spawn(move || {
             if priority == Priority::Low {
-                // Linux: of this thread alone. Where that is not allowed they compete with the guest as before.
-                let _ = rustix::process::setpriority_process(None, NICE);
+                step_back();
             }
             for Request { disk, to_read, answer } in requests {
                 let bytes = disk.read_ahead(to_read);
