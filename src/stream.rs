@@ -1,11 +1,15 @@
 //! The one job we have: bring everything up, then cut the chain.
 //!
 //! ```text
-//! job's thread   checkpoint ─► ask for chunks n+1 … n+4 ─► take chunk n ─► copy it up ─► advance ─► checkpoint …
+//! job's thread   give way ─► checkpoint ─► ask for chunks n+1 … n+4 ─► take chunk n ─► copy it up, hand it to the disk ─► advance ─► give way …
 //! readers                        read them from below, decompress; nothing is held meanwhile
 //! ```
 //! Several chunks are read at the same time, and copied up one after the other: host clusters are handed out in guest order, and where a job
 //! stands, what it does about an error and when it obeys are those of a job that does one chunk at a time.
+//!
+//! Between chunks a job without a speed gives way to the guest ([`Priority::Low`], `stream/pace.rs`): it rests for as long as it takes to keep what the
+//! guest feels of it within a factor. A rest is a checkpoint that lasts: it ends at once with a pause, a cancel or a new speed. A job with a speed never
+//! rests beyond that: who sets one gets it, exactly.
 //!
 //! **Touches:** `disk`, `job`. **Never:** sockets, the image directly. **Locks:** none of its own.
 //! **Invariants:** guest order, steps of [`STREAM_CHUNK`]; the chain is cut only after every byte was dealt with, and only if nothing was
