@@ -90,6 +90,7 @@ mod tests {
         assert_holds(&overlay, &first, 0..2);
         disk.populate(0..CLUSTERS * CLUSTER, 1).unwrap();
         let all = overlay.write_outs();
+        assert!(all.len() < 1 + 3, "three runs more, and some are neighbours: {all:?}");
         assert_holds(&overlay, &all, (0..CLUSTERS).filter(|cluster| ![2, 3, 5, 7].contains(cluster)));
         disk.populate(0..CLUSTERS * CLUSTER, 1).unwrap();
         disk.write(0, &buf).unwrap();

@@ -68,6 +68,8 @@ struct Moment {
 struct Rest {
     begun: Instant,
     until: Instant,
+    /// It is long enough to learn from.
+    is_probe: bool,
     /// When the stream had settled.
     quiet: Option<Moment>,
 }
@@ -88,12 +90,16 @@ impl Pace {
             if length.is_zero() && !activity.is_flushing {
                 return None;
             }
-            self.resting = Some(Rest { begun: now, until: now + length, quiet: None });
+            self.resting = Some(Rest { begun: now, until: now + length, is_probe, quiet: None });
             return Some(if activity.is_flushing { LOOK } else { length.min(SETTLE) });
         };
         let settled = rest.begun + SETTLE;
         if rest.quiet.is_none() && now >= settled {
             rest.quiet = Some(moment);
+            if rest.is_probe {
+                // Waits end late.
+                rest.until = rest.until.max(now + QUIET);
+            }
         }
         // Also because it was paused meanwhile: whatever was the reason, it was quiet.
         let waits_for_flush = activity.is_flushing && now < rest.begun + LONGEST;
