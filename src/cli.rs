@@ -14,6 +14,7 @@ use crate::error::Context;
 use crate::format::BackingFormat;
 use crate::fuse::Transport;
 use crate::sandbox;
+use crate::stream::Priority;
 use crate::{Error, ErrorKind, Result};
 
 /// Device id, and job id of the stream it starts, where none is given: QEMU's name for the first drive.
@@ -120,6 +121,9 @@ struct MountArgs {
     /// Limit of --stream in bytes per second; K, M, G and T mean powers of 1024, 0 is unlimited
     #[arg(long, value_name = "RATE", requires = "stream", default_value = "0", value_parser = parse_size)]
     speed: u64,
+    /// What streams without a speed do while the guest reads, writes or syncs: `low` gives way to it, `normal` does not
+    #[arg(long, value_name = "PRIORITY", default_value = "low")]
+    stream_priority: PriorityArg,
     /// Write nothing: neither what the guest writes nor copies of what it reads
     #[arg(short, long)]
     read_only: bool,
@@ -176,6 +180,21 @@ impl From<TransportArg> for Transport {
             TransportArg::Auto => Transport::Auto,
             TransportArg::Dev => Transport::Dev,
             TransportArg::Uring => Transport::Uring,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum PriorityArg {
+    Low,
+    Normal,
+}
+
+impl From<PriorityArg> for Priority {
+    fn from(priority: PriorityArg) -> Self {
+        match priority {
+            PriorityArg::Low => Priority::Low,
+            PriorityArg::Normal => Priority::Normal,
         }
     }
 }
@@ -251,6 +270,8 @@ pub struct MountConfig {
     pub qmp: Option<PathBuf>,
     /// Speed of the stream job to start at once, in bytes per second (0: unlimited), if one is to be started.
     pub stream: Option<u64>,
+    /// Whether streams give way to the guest.
+    pub stream_priority: Priority,
     /// Nothing is written.
     pub read_only: bool,
     /// Reads copy up.
@@ -337,6 +358,7 @@ impl MountArgs {
             device: self.device,
             qmp: self.qmp.as_deref().map(absolute).transpose()?,
             stream: self.stream.then_some(self.speed),
+            stream_priority: self.stream_priority.into(),
             copy_on_read: !self.no_copy_on_read && !self.read_only,
             read_only: self.read_only,
             full_check: self.full_check,
@@ -469,6 +491,7 @@ mod tests {
         assert!(config.copy_on_read && !config.read_only && !config.allow_other);
         assert_eq!((config.qmp, config.stream, config.backing_format, config.pidfile), (None, None, None, None));
         assert_eq!((config.user, config.sandbox, config.backing_roots), (None, sandbox::Mode::Try, vec![]));
+        assert_eq!(config.stream_priority, Priority::Low);
     }
 
     #[test]
@@ -485,6 +508,7 @@ mod tests {
         assert!(config.backing_roots.len() == 2 && config.backing_roots.iter().all(|root| root.is_absolute()));
         assert_eq!(mount(&["cordisk", "mount", "--background-child", "/i", "/m"]).role, Role::Child);
         assert_eq!(config.reserve, None);
+        assert_eq!(mount(&["cordisk", "mount", "--stream-priority", "normal", "/i", "/m"]).stream_priority, Priority::Normal);
         assert_eq!(mount(&["cordisk", "mount", "--reserve", "2G", "/i", "/m"]).reserve, Some(2 << 30));
         assert!(!mount(&["cordisk", "mount", "--no-copy-on-read", "/i", "/m"]).copy_on_read);
     }
@@ -523,6 +547,7 @@ mod tests {
             &["cordisk", "mount", "--speed", "1", "/i", "/m"],
             &["cordisk", "mount", "--stream", "--read-only", "/i", "/m"],
             &["cordisk", "mount", "--device", "0", "/i", "/m"],
+            &["cordisk", "mount", "--stream-priority", "high", "/i", "/m"],
             &["cordisk", "mount", "--reserve", "5%", "/i", "/m"],
             &["cordisk", "mount", "--sandbox", "maybe", "/i", "/m"],
             &["cordisk", "create", "o", "-b", "base"],

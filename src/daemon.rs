@@ -263,7 +263,7 @@ fn serve_disk(
 /// The stream, the pidfile, and the news that the disk is there.
 fn announce(config: &MountConfig, disk: &Arc<Disk>, control: &Control, told: Announcement<'_>, mount: &KeptMount<'_>) -> Result<()> {
     if let Some(speed) = config.stream {
-        control.start_stream(disk, &config.device, speed)?;
+        control.start_stream(disk, &config.device, speed, config.stream_priority)?;
     }
     if let Some(pidfile) = told.pidfile {
         pidfile.write()?;

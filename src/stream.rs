@@ -1,11 +1,15 @@
 //! The one job we have: bring everything up, then cut the chain.
 //!
 //! ```text
-//! job's thread   checkpoint ─► ask for chunks n+1 … n+4 ─► take chunk n ─► copy it up ─► advance ─► checkpoint …
+//! job's thread   give way ─► checkpoint ─► ask for chunks n+1 … n+4 ─► take chunk n ─► copy it up, hand it to the disk ─► advance ─► give way …
 //! readers                        read them from below, decompress; nothing is held meanwhile
 //! ```
 //! Several chunks are read at the same time, and copied up one after the other: host clusters are handed out in guest order, and where a job
 //! stands, what it does about an error and when it obeys are those of a job that does one chunk at a time.
+//!
+//! Between chunks a job without a speed gives way to the guest ([`Priority::Low`], `stream/pace.rs`): it rests for as long as it takes to keep what the
+//! guest feels of it within a factor. A rest is a checkpoint that lasts: it ends at once with a pause, a cancel or a new speed. A job with a speed never
+//! rests beyond that: who sets one gets it, exactly.
 //!
 //! **Touches:** `disk`, `job`. **Never:** sockets, the image directly. **Locks:** none of its own.
 //! **Invariants:** guest order, steps of [`STREAM_CHUNK`]; the chain is cut only after every byte was dealt with, and only if nothing was
@@ -13,13 +17,16 @@
 
 use std::sync::Arc;
 use std::thread;
+use std::time::Instant;
 
 use crate::disk::{Disk, Populated};
 use crate::job::{Control, ErrorAction, Failure, JobSpec, Jobs, Next, OnError, Outcome, Work};
 use crate::{Error, ErrorKind, Result};
 use ahead::ReadAhead;
+use pace::Pace;
 
 mod ahead;
+mod pace;
 #[cfg(test)]
 mod tests;
 
@@ -48,6 +55,18 @@ pub struct StreamOptions {
     pub backing_file: Option<String>,
     /// As [`JobSpec::request`].
     pub request: String,
+    /// Whether it gives way to the guest.
+    pub priority: Priority,
+}
+
+/// What a stream without a speed does while the guest wants something.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Priority {
+    /// It gives way (`stream/pace.rs`), and what it reads ahead is read and decompressed on threads of low priority.
+    #[default]
+    Low,
+    /// It goes on as if nobody else were there.
+    Normal,
 }
 
 impl StreamOptions {
@@ -62,6 +81,7 @@ impl StreamOptions {
             auto_dismiss: true,
             backing_file: None,
             request: String::new(),
+            priority: Priority::default(),
         }
     }
 }
@@ -91,7 +111,7 @@ pub fn start(disk: &Arc<Disk>, jobs: &Jobs, options: StreamOptions) -> Result<()
     thread::Builder::new()
         .name("stream".into())
         .spawn(move || {
-            let outcome = copy_up(&disk, &control, depth, len);
+            let outcome = copy_up(&disk, &control, options.priority, depth, len);
             control.finish(outcome, || disk.detach_backing(depth, options.backing_file.as_deref()).map_err(Failure::from));
         })
         .map_err(|error| Error::io("stream thread", error))?;
@@ -99,12 +119,13 @@ pub fn start(disk: &Arc<Disk>, jobs: &Jobs, options: StreamOptions) -> Result<()
 }
 
 /// Walks the `len` bytes of the disk once.
-fn copy_up(disk: &Arc<Disk>, control: &Control, depth: usize, len: u64) -> Outcome {
-    let mut ahead = ReadAhead::new(disk, depth, len);
+fn copy_up(disk: &Arc<Disk>, control: &Control, priority: Priority, depth: usize, len: u64) -> Outcome {
+    let mut ahead = ReadAhead::new(disk, priority, depth, len);
+    let mut pace = (priority == Priority::Low).then(Pace::default);
     let mut offset = 0;
     let mut ignored = None;
     while offset < len {
-        if control.checkpoint() == Next::Cancel {
+        if give_way(disk, control, pace.as_mut()) == Next::Cancel || control.checkpoint() == Next::Cancel {
             return Outcome::Cancelled;
         }
         let end = len.min(offset + STREAM_CHUNK);
@@ -127,4 +148,16 @@ fn copy_up(disk: &Arc<Disk>, control: &Control, depth: usize, len: u64) -> Outco
         offset = end;
     }
     ignored.map_or(Outcome::Done, Outcome::Failed)
+}
+
+/// Waits for as long as the pace wants. A job with a speed does not wait: its user has said how fast it is to be.
+fn give_way(disk: &Disk, control: &Control, pace: Option<&mut Pace>) -> Next {
+    let Some(pace) = pace else { return Next::Continue };
+    while control.is_unlimited() {
+        let Some(rest) = pace.next(Instant::now(), &disk.activity()) else { break };
+        if control.rest(rest) == Next::Cancel {
+            return Next::Cancel;
+        }
+    }
+    Next::Continue
 }

@@ -12,7 +12,7 @@ use crate::disk::Disk;
 use crate::fuse::{Finished, SizeNotice};
 use crate::job::Jobs;
 use crate::qmp::{Server, ShutdownReason, Socket, Target};
-use crate::stream::{self, StreamOptions};
+use crate::stream::{self, Priority, StreamOptions};
 
 /// How long cancelled jobs may take to end: one step of a stream and a write-back. What they leave unfinished is only what they have not
 /// copied yet.
@@ -42,7 +42,14 @@ impl Control {
             let size_notice: Arc<OnceLock<SizeNotice>> = Arc::clone(&size_notice);
             Arc::new(move |size| size_notice.get().into_iter().for_each(|notice| notice.send(size)))
         };
-        let target = Target { disk: Arc::clone(disk), jobs: jobs.clone(), device: config.device.clone(), quit: sender, grown };
+        let target = Target {
+            disk: Arc::clone(disk),
+            jobs: jobs.clone(),
+            device: config.device.clone(),
+            priority: config.stream_priority,
+            quit: sender,
+            grown,
+        };
         let server = socket.map(|socket| Server::start(socket, target)).transpose()?;
         Ok(Control { jobs, server, quit, size_notice })
     }
@@ -61,8 +68,8 @@ impl Control {
     ///
     /// # Errors
     /// Those of [`stream::start`].
-    pub(super) fn start_stream(&self, disk: &Arc<Disk>, device: &str, speed: u64) -> Result<()> {
-        stream::start(disk, &self.jobs, StreamOptions { speed, ..StreamOptions::new(device) })
+    pub(super) fn start_stream(&self, disk: &Arc<Disk>, device: &str, speed: u64, priority: Priority) -> Result<()> {
+        stream::start(disk, &self.jobs, StreamOptions { speed, priority, ..StreamOptions::new(device) })
     }
 
     /// Tells QMP clients that the end has begun, and why; `None` where the disk was unmounted from outside.

@@ -41,17 +41,19 @@ mod read;
 mod reserve;
 mod stats;
 mod write;
+mod write_out;
 
 #[cfg(test)]
 mod tests;
 
 pub use ahead::{Ahead, ToRead};
 pub use populate::Populated;
-pub use stats::{DiskStats, RequestCount};
+pub use stats::{Activity, Cost, DiskStats, RequestCount};
 
 use bounce::Bounces;
 use populate::FillHealth;
 use stats::Stats;
+use write_out::Placed;
 
 /// Runs that one seek looks at, at most: an image can be made of more of them than anybody can count (I8).
 const SEEK_RUNS: u32 = 1 << 20;
@@ -271,6 +273,11 @@ impl Disk {
         self.stats.snapshot()
     }
 
+    /// What the guest is at, for whoever gives way to it.
+    pub fn activity(&self) -> Activity {
+        self.stats.activity()
+    }
+
     /// Bytes the overlay occupies on the host (`st_blocks` × 512).
     ///
     /// # Errors
@@ -384,7 +391,7 @@ impl Disk {
         }
         let mut cluster = vec![0; self.cluster_size() as usize];
         self.read_through(start, &mut cluster[..(size - start) as usize])?;
-        self.store(image, drained, self.geometry().guest_cluster(GuestOffset(start)), &cluster)
+        self.store(image, drained, self.geometry().guest_cluster(GuestOffset(start)), &cluster, &mut Placed::default())
     }
 
     /// Makes whole clusters beyond the end of the disk read as zero.
@@ -396,7 +403,7 @@ impl Disk {
         let mut at = aligned.start;
         while at < aligned.end {
             let len = write::ZERO_PIECE.max(self.cluster_size()).min(aligned.end - at);
-            self.store(image, drained, self.geometry().guest_cluster(GuestOffset(at)), &vec![0; len as usize])?;
+            self.store(image, drained, self.geometry().guest_cluster(GuestOffset(at)), &vec![0; len as usize], &mut Placed::default())?;
             at += len;
         }
         Ok(())

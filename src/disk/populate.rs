@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use super::bounce::Bounce;
 use super::reserve::Reserve;
+use super::write_out::Placed;
 use super::{Ahead, Disk};
 use crate::Result;
 use crate::chain::{Chain, Cloneable, Content};
@@ -119,7 +120,8 @@ impl FillHealth {
 impl Disk {
     /// Copies up what the first `depth` backing layers hold of `range` and the overlay does not, whole clusters.
     ///
-    /// Only clusters that are missing are held, so that a backing file that hangs delays nobody who wants what is beside them.
+    /// Only clusters that are missing are held, so that a backing file that hangs delays nobody who wants what is beside them. What was copied
+    /// is on its way to the disk when this returns (`write_out.rs`).
     ///
     /// # Errors
     /// I/O on either side, [`crate::ErrorKind::NoSpace`], corruption. What was copied before stays.
@@ -133,6 +135,14 @@ impl Disk {
     /// As [`Disk::populate`]; those of reading ahead, where what could not be read is still missing.
     pub fn populate_read(&self, range: Range<u64>, depth: usize, mut ahead: Ahead) -> Result<Populated> {
         self.check_range(&range)?;
+        let mut placed = Placed::default();
+        let populated = self.populate_missing(range, depth, &mut ahead, &mut placed);
+        // Nothing is held any more; what was copied before an error stays as well.
+        self.start_write_out(&placed);
+        populated
+    }
+
+    fn populate_missing(&self, range: Range<u64>, depth: usize, ahead: &mut Ahead, placed: &mut Placed) -> Result<Populated> {
         let mut populated = Populated::default();
         let aligned = self.aligned(&range);
         let end = aligned.end.min(self.size());
@@ -143,7 +153,7 @@ impl Disk {
             if extent.mapping == Mapping::Unallocated && self.chain().is_some() {
                 let run = at..at + extent.len;
                 let held = self.in_flight.exclusive(self.aligned(&run));
-                populated += self.populate_held(&held, run, depth, &mut ahead)?;
+                populated += self.populate_held(&held, run, depth, ahead, placed)?;
             } else {
                 populated.skipped += extent.len;
             }
@@ -153,7 +163,14 @@ impl Disk {
     }
 
     /// As [`Disk::populate_read`] for a range that is held.
-    fn populate_held(&self, held: &Exclusive<'_>, range: Range<u64>, depth: usize, ahead: &mut Ahead) -> Result<Populated> {
+    fn populate_held(
+        &self,
+        held: &Exclusive<'_>,
+        range: Range<u64>,
+        depth: usize,
+        ahead: &mut Ahead,
+        placed: &mut Placed,
+    ) -> Result<Populated> {
         let image = self.image()?;
         let mut populated = Populated::default();
         let size = self.size();
@@ -178,13 +195,13 @@ impl Disk {
                     populated.skipped += len;
                 }
                 Way::Clone(from) => match self.clone_up(image, held, from, at..at + len)? {
-                    0 => populated += self.read_up(image, held, &chain, at..at + len, ahead)?,
+                    0 => populated += self.read_up(image, held, &chain, at..at + len, ahead, placed)?,
                     cloned => {
                         populated.copied += cloned;
                         len = cloned;
                     }
                 },
-                Way::Read => populated += self.read_up(image, held, &chain, at..at + len, ahead)?,
+                Way::Read => populated += self.read_up(image, held, &chain, at..at + len, ahead, placed)?,
             }
             at += len;
         }
@@ -216,10 +233,18 @@ impl Disk {
     }
 
     /// Copies clusters up that are read, now unless they were read ahead.
-    fn read_up(&self, image: &Image, held: &Exclusive<'_>, chain: &Chain, run: Range<u64>, ahead: &Ahead) -> Result<Populated> {
+    fn read_up(
+        &self,
+        image: &Image,
+        held: &Exclusive<'_>,
+        chain: &Chain,
+        run: Range<u64>,
+        ahead: &Ahead,
+        placed: &mut Placed,
+    ) -> Result<Populated> {
         match ahead.get(&run, self.cluster_size()) {
-            Some(clusters) => self.fill(image, held, run.start, clusters),
-            None => self.fill(image, held, run.start, &self.read_clusters(chain, run.clone())?),
+            Some(clusters) => self.fill(image, held, run.start, clusters, placed),
+            None => self.fill(image, held, run.start, &self.read_clusters(chain, run.clone())?, placed),
         }
     }
 
@@ -290,7 +315,7 @@ impl Disk {
                 Copied::Buffer(len) => &buf[(at - unstored.offset) as usize..][..*len],
                 Copied::Bounce(bounce) => bounce,
             };
-            match self.fill(image, &unstored.held, *at, data) {
+            match self.fill(image, &unstored.held, *at, data, &mut Placed::default()) {
                 Ok(filled) => self.fills.reserve.copied(filled.copied),
                 Err(error) => {
                     self.fills.failed(&error);
@@ -314,7 +339,7 @@ impl Disk {
     }
 
     /// Stores whole clusters from guest offset `at` on: zeros as zero clusters where the version has them, the rest in contiguous runs.
-    fn fill(&self, image: &Image, held: &Exclusive<'_>, at: u64, data: &[u8]) -> Result<Populated> {
+    fn fill(&self, image: &Image, held: &Exclusive<'_>, at: u64, data: &[u8], placed: &mut Placed) -> Result<Populated> {
         let geometry = self.geometry();
         let cluster_size = geometry.cluster_size() as usize;
         let first = at >> geometry.cluster_bits();
@@ -330,7 +355,7 @@ impl Disk {
                 image.zero(held, start..GuestCluster(start.0 + run as u64))?;
                 populated.zeroed += (run * cluster_size) as u64;
             } else {
-                self.store(image, held, start, &data[done * cluster_size..][..run * cluster_size])?;
+                self.store(image, held, start, &data[done * cluster_size..][..run * cluster_size], placed)?;
                 populated.copied += (run * cluster_size) as u64;
             }
             done += run;
@@ -338,14 +363,15 @@ impl Disk {
         Ok(populated)
     }
 
-    /// Allocate, fill, publish: whole clusters of data from guest cluster `start` on.
-    pub(super) fn store(&self, image: &Image, held: &Exclusive<'_>, start: GuestCluster, data: &[u8]) -> Result<()> {
+    /// Allocate, fill, publish: whole clusters of data from guest cluster `start` on. Notes where they lie.
+    pub(super) fn store(&self, image: &Image, held: &Exclusive<'_>, start: GuestCluster, data: &[u8], placed: &mut Placed) -> Result<()> {
         let bits = self.geometry().cluster_bits();
         let mut done = 0;
         while done < data.len() {
             let allocation = image.allocate(((data.len() - done) >> bits) as u64)?;
             let len = (allocation.clusters() << bits) as usize;
             let filled = image.fill(allocation, &data[done..done + len])?;
+            placed.note(filled.place());
             image.publish(held, GuestCluster(start.0 + (done >> bits) as u64), filled)?;
             done += len;
         }

@@ -38,7 +38,7 @@ impl Disk {
     /// # Errors
     /// As [`Disk::read`]; `answer` has not been called then.
     pub fn read_and_answer(&self, offset: u64, buf: &mut [u8], answer: &mut dyn FnMut(&[u8])) -> Result<()> {
-        let unstored = self.stats.read(buf.len(), || self.read_waiting(offset, buf))?;
+        let unstored = self.stats.waiting_read(buf.len(), || self.read_waiting(offset, buf))?;
         match unstored {
             Some(unstored) if without(Step::CopyUpNeverFailsTheRead) => {
                 self.store_copies(unstored, buf)?;

@@ -588,4 +588,11 @@ fn requests_are_counted_once() {
     assert_eq!(numbers(stats.discards), count(65536, 1, 1));
     assert_eq!(numbers(stats.flushes), count(0, 1, 0));
     assert_eq!(stats.highest_written, 262_144 + 512);
+
+    let activity = disk.activity();
+    // At once: the second read; the zeroes. After a wait: the first read, the write. One flush.
+    assert_eq!(activity.costs.map(|cost| cost.operations), [1, 1, 1, 1, 1]);
+    let [read, _, waited, ..] = activity.costs;
+    assert_eq!(read.time + waited.time, stats.reads.time);
+    assert!(!activity.is_waiting && !activity.is_flushing && activity.idle.is_some());
 }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::write_out::Placed;
 use super::{Disk, Local};
 use crate::Result;
 use crate::chain::Content;
@@ -47,7 +48,7 @@ impl Disk {
     /// # Errors
     /// I/O, corruption, read-only, [`crate::ErrorKind::NoSpace`]; part of the data may be written then.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        self.stats.write(offset, data.len() as u64, || self.write_waiting(offset, data))
+        self.stats.waiting_write(offset, data.len() as u64, || self.write_waiting(offset, data))
     }
 
     fn write_waiting(&self, offset: u64, data: &[u8]) -> Result<()> {
@@ -124,9 +125,9 @@ impl Disk {
                     let start = self.geometry().guest_cluster(GuestOffset(at));
                     let is_whole = at.is_multiple_of(self.cluster_size()) && (part.len() as u64).is_multiple_of(self.cluster_size());
                     if is_whole {
-                        self.store(image, held, start, part)?;
+                        self.store(image, held, start, part, &mut Placed::default())?;
                     } else {
-                        self.store(image, held, start, &self.completed(at, part)?)?;
+                        self.store(image, held, start, &self.completed(at, part)?, &mut Placed::default())?;
                     }
                 }
             }

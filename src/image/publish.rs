@@ -39,6 +39,15 @@ impl Drop for Allocation<'_> {
 #[derive(Debug)]
 pub struct Filled<'a>(Allocation<'a>);
 
+impl Filled<'_> {
+    /// Where they lie in the file, bytes.
+    pub fn place(&self) -> Range<u64> {
+        let geometry = self.0.image.reader.geometry();
+        let start = geometry.host_offset(self.0.start).0;
+        start..start + (self.0.len << geometry.cluster_bits())
+    }
+}
+
 impl Image {
     /// Contiguous new clusters, at least one, at most `at_most` (> 0).
     ///

@@ -1,7 +1,7 @@
 //! The worker's side of a job.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{ErrorAction, Failure, IoStatus, JobEvent, Next, OnError, Outcome, Shared, Status, Work};
 
@@ -40,6 +40,20 @@ impl Control {
     /// To be called before every chunk: blocks while the job is paused, held ([`super::Jobs::hold`]) or faster than its speed; a change of any of them,
     /// and a cancel, end the wait at once. After [`Next::Cancel`] the worker cleans up and calls [`Control::finish`].
     pub fn checkpoint(&self) -> Next {
+        self.wait(None)
+    }
+
+    /// A checkpoint that waits for `rest` in any case, where the job has no limit: one with a speed has its pace by that alone.
+    pub fn rest(&self, rest: Duration) -> Next {
+        self.wait(Some(Instant::now() + rest))
+    }
+
+    /// Whether the job has no limit at present.
+    pub fn is_unlimited(&self) -> bool {
+        self.shared.registry.lock().job(self.serial).spec.speed == 0
+    }
+
+    fn wait(&self, not_before: Option<Instant>) -> Next {
         let mut registry = self.shared.registry.lock();
         loop {
             let held = registry.holds > 0;
@@ -51,7 +65,7 @@ impl Control {
             job.kicked = false;
             let delay = match job.user_paused || held && job.spec.len > 0 {
                 true => None,
-                false => match job.limit.delay(Instant::now()) {
+                false => match job.limit.delay(Instant::now()).or_else(|| job.rest_until(not_before)) {
                     Some(delay) => Some(delay),
                     None => {
                         job.parked = false;

@@ -1,7 +1,7 @@
 //! What the registry holds of its jobs. Every change of a status is made here, under the one lock, and asserted against the tables.
 
 use std::sync::Arc;
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use crossbeam_channel::Sender;
 
@@ -128,6 +128,12 @@ impl Registry {
 }
 
 impl Job {
+    /// How much of a rest is left. A job with a speed has none.
+    pub fn rest_until(&self, until: Option<Instant>) -> Option<Duration> {
+        let left = until?.saturating_duration_since(Instant::now());
+        (self.spec.speed == 0 && !left.is_zero()).then_some(left)
+    }
+
     pub fn new(serial: u64, spec: JobSpec) -> Self {
         let limit = RateLimit::new(spec.speed);
         Job {

@@ -291,3 +291,43 @@ fn a_subscriber_that_does_not_read_blocks_nobody() {
     }
     assert_eq!(words(&stalled).len(), 7000);
 }
+
+/// Protects: a worker that rests obeys as one that is at a checkpoint does, at once; and a job with a speed does not rest.
+#[test]
+fn a_rest_ends_when_anybody_wants_something() {
+    const FOR_EVER: Duration = Duration::from_secs(3600);
+    let limit = Duration::from_secs(10);
+    let resting = |speed| {
+        let jobs = Jobs::new();
+        let control = jobs.create(JobSpec { speed, ..spec("j") }).unwrap();
+        control.start();
+        let (sender, ended) = crossbeam_channel::bounded(1);
+        thread::spawn(move || {
+            let next = control.rest(FOR_EVER);
+            control.finish(Outcome::Cancelled, || unreachable!("it is cancelled"));
+            let _ = sender.send(next);
+        });
+        (jobs, ended)
+    };
+    let (jobs, ended) = resting(0);
+    wait_for(&jobs, |job| !job.busy);
+    jobs.cancel("j", Force::No).unwrap();
+    assert_eq!(ended.recv_timeout(limit), Ok(Next::Cancel));
+
+    let (jobs, ended) = resting(0);
+    wait_for(&jobs, |job| !job.busy);
+    jobs.pause("j").unwrap();
+    assert_eq!(jobs.query()[0].status, Status::Paused, "it sleeps already");
+    jobs.resume("j").unwrap();
+    wait_for(&jobs, |job| job.status == Status::Running && !job.busy);
+    jobs.set_speed("j", 1 << 30).unwrap();
+    assert_eq!(ended.recv_timeout(limit), Ok(Next::Continue));
+
+    let (_jobs, ended) = resting(1 << 30);
+    assert_eq!(ended.recv_timeout(limit), Ok(Next::Continue), "its speed is its pace");
+
+    let (jobs, ended) = resting(0);
+    wait_for(&jobs, |job| !job.busy);
+    assert!(jobs.cancel_all_and_wait(limit));
+    assert_eq!(ended.recv_timeout(limit), Ok(Next::Cancel));
+}

@@ -9,7 +9,7 @@ use super::nodes;
 use super::queries;
 use crate::disk::DiskInfo;
 use crate::job::{self, JobSpec, OnError};
-use crate::stream::{KIND, StreamOptions};
+use crate::stream::{KIND, Priority, StreamOptions};
 
 /// Which texts and classes errors have.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -67,6 +67,7 @@ fn start(call: &mut Call<'_>, dialect: Dialect) -> Result<Value, Refusal> {
         auto_dismiss: arguments.boolean("auto-dismiss").unwrap_or(true),
         backing_file: backing_file.map(String::from),
         request: arguments.to_text(),
+        priority: Priority::default(),
     };
     let speed = match non_negative(arguments.integer("speed").unwrap_or_default()) {
         Ok(speed) => speed,

@@ -11,7 +11,7 @@ use super::codec::Oob;
 use crate::Result;
 use crate::disk::{Disk, DiskInfo, DiskStats};
 use crate::job::{Hold, Jobs};
-use crate::stream::{self, StreamOptions};
+use crate::stream::{self, Priority, StreamOptions};
 
 /// What the commands act upon.
 #[derive(Clone)]
@@ -22,6 +22,8 @@ pub struct Target {
     pub jobs: Jobs,
     /// The name by which clients call the disk, and its jobs unless they say otherwise: a letter, then letters, digits, `-`, `.` and `_`.
     pub device: String,
+    /// That of the streams it starts.
+    pub priority: Priority,
     /// Where a client's wish to end the process is sent, without waiting: give the channel room for one.
     pub quit: Sender<()>,
     /// Called with the size in bytes that the disk has grown to, before the client that asked for it is answered.
@@ -49,10 +51,10 @@ pub(super) struct Backend {
 
 impl From<Target> for Backend {
     fn from(target: Target) -> Self {
-        let Target { disk, jobs, device, quit, grown } = target;
+        let Target { disk, jobs, device, priority, quit, grown } = target;
         let start_stream = {
             let (disk, jobs) = (Arc::clone(&disk), jobs.clone());
-            Box::new(move |options| stream::start(&disk, &jobs, options))
+            Box::new(move |options| stream::start(&disk, &jobs, StreamOptions { priority, ..options }))
         };
         let grow = {
             let disk = Arc::clone(&disk);

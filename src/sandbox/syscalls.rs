@@ -224,6 +224,10 @@ fn allowed() -> Result<Table> {
     limit(libc::SYS_prctl, vec![rule(0, Eq, libc::PR_SET_NAME as u64)?, rule(0, Eq, libc::PR_SET_VMA as u64)?]);
     limit(libc::SYS_ioctl, IOCTLS.iter().map(|&request| rule(1, Eq, request)).collect::<Result<_>>()?);
     limit(libc::SYS_fcntl, FCNTLS.iter().map(|&command| rule(1, Eq, u64::from(command.cast_unsigned()))).collect::<Result<_>>()?);
+    // A lower priority for the thread that asks for it.
+    for number in [libc::SYS_getpriority, libc::SYS_setpriority] {
+        limit(number, vec![conditions(&[(0, Dword, Eq, u64::from(libc::PRIO_PROCESS)), (1, Dword, Eq, 0)])?]);
+    }
     // Asking for limits of this process, not setting them.
     limit(libc::SYS_prlimit64, vec![conditions(&[(0, Dword, Eq, 0), (2, Qword, Eq, 0)])?]);
     Ok(table)

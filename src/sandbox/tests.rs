@@ -29,6 +29,8 @@ fn probe() {
     let file = File::options().read(true).write(true).create(true).truncate(false).open(&path).unwrap();
     let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
     let mut client = UnixStream::connect(dir.path().join("socket")).unwrap();
+    // Asked for now: in the sandbox the question alone would end the process.
+    let parent = rustix::process::getppid().unwrap();
     let (what, landlock_only) = match what.strip_prefix("landlock:") {
         Some(what) => (what.to_owned(), true),
         None => (what, false),
@@ -66,10 +68,8 @@ fn probe() {
             "socket" => std::net::UdpSocket::bind("127.0.0.1:0").map(drop),
             "listen" => std::net::TcpListener::bind("127.0.0.1:0").map(drop),
             "connect" => UnixStream::connect("/nowhere").map(drop),
-            "kill" => {
-                let parent = rustix::process::getppid().unwrap();
-                rustix::process::test_kill_process(parent).map_err(io::Error::from)
-            }
+            "kill" => rustix::process::test_kill_process(parent).map_err(io::Error::from),
+            "priority of another" => rustix::process::setpriority_process(Some(parent), 0).map_err(io::Error::from),
             "another user" => nix::unistd::setuid(nix::unistd::Uid::from_raw(65534)).map_err(io::Error::from),
             "core files" => {
                 let all = Rlimit { current: None, maximum: None };
@@ -94,6 +94,10 @@ fn probe() {
                 server.shutdown(std::net::Shutdown::Both)?;
                 std::thread::Builder::new().name("another".into()).spawn(|| std::thread::sleep(Duration::from_millis(1)))?.join().unwrap();
                 drop(vec![1u8; 64 << 20]);
+                // A thread steps back behind the others.
+                let nice = rustix::process::getpriority_process(None)?;
+                rustix::process::setpriority_process(None, nice.max(10))?;
+                rustix::fs::fadvise(&file, 0, std::num::NonZeroU64::new(4096), rustix::fs::Advice::DontNeed)?;
                 Ok(())
             }
             "panic" => panic!("broken\n\u{1b}[31minvariant"),
@@ -158,6 +162,7 @@ fn everything_else_ends_the_process() {
         "listen",
         "connect",
         "kill",
+        "priority of another",
         "another user",
         "core files",
         "dumpable",

@@ -1,6 +1,7 @@
 //! The file in memory.
 
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -141,6 +142,7 @@ struct State {
     clones: u64,
     failures: u64,
     operations: u64,
+    write_outs: Vec<Range<u64>>,
     holds: Vec<HoldState>,
     next_hold: u64,
 }
@@ -222,6 +224,11 @@ impl SimStorage {
     /// How many operations there were, failed ones included.
     pub fn operations(&self) -> u64 {
         self.state.lock().operations
+    }
+
+    /// Which bytes [`Storage::start_write_out`] was called for, in order.
+    pub fn write_outs(&self) -> Vec<Range<u64>> {
+        self.state.lock().write_outs.clone()
     }
 
     /// Stops operations from now on.
@@ -366,6 +373,11 @@ impl Storage for SimStorage {
             }
         };
         self.change(kind, to, &bytes, true)
+    }
+
+    /// A hint: no operation, so that it changes no schedule of those.
+    fn start_write_out(&self, offset: u64, len: u64) {
+        self.state.lock().write_outs.push(offset..offset + len);
     }
 
     fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {

@@ -150,6 +150,11 @@ pub trait Storage: Any + Send + Sync + std::fmt::Debug {
     /// Those of fdatasync(2). After an error nothing written before may be trusted (P7).
     fn sync(&self) -> io::Result<()>;
 
+    /// Asks for these bytes, which were just written, to be on their way to the disk before the next [`Storage::sync`], which then has little left to
+    /// do. A hint: it orders nothing, promises nothing and cannot fail. It may wait for a disk that is busy: never under a lock, and never before
+    /// a guest is answered.
+    fn start_write_out(&self, _offset: u64, _len: u64) {}
+
     /// The space where the file lies; `None` where nobody knows or it does not matter: memory, block devices, file systems that do not say.
     ///
     /// # Errors

@@ -6,13 +6,17 @@ use std::thread;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
-use super::STREAM_CHUNK;
+use super::{Priority, STREAM_CHUNK};
 use crate::disk::{Ahead, Disk, ToRead};
 
 /// Threads that read. One is enough where reading is copying; several decompress at the same time, and keep a slow host busy.
 const READERS: usize = 3;
 /// Chunks beyond the one whose turn it is that may be read already: what a job that is paused or slowed down has read too early, at most.
 const CHUNKS_AHEAD: usize = 4;
+
+/// The nice value of the readers of a stream that gives way. Only theirs: they hold nothing that a guest waits for, whereas the thread that copies up
+/// holds ranges and locks, and on a host without a free processor would hold them for as long as it is not let run.
+const NICE: i32 = 10;
 
 /// A chunk to be read, and where the bytes are wanted.
 struct Request {
@@ -31,6 +35,7 @@ struct Chunk {
 /// Reads the chunks of a stream ahead, in order. Threads are started when there is something to read; they end some time after this is dropped.
 pub(super) struct ReadAhead {
     disk: Arc<Disk>,
+    priority: Priority,
     depth: usize,
     /// Where the stream ends.
     len: u64,
@@ -43,8 +48,8 @@ pub(super) struct ReadAhead {
 }
 
 impl ReadAhead {
-    pub(super) fn new(disk: &Arc<Disk>, depth: usize, len: u64) -> ReadAhead {
-        ReadAhead { disk: Arc::clone(disk), depth, len, next: 0, asked_to: 0, chunks: VecDeque::new(), readers: None }
+    pub(super) fn new(disk: &Arc<Disk>, priority: Priority, depth: usize, len: u64) -> ReadAhead {
+        ReadAhead { disk: Arc::clone(disk), priority, depth, len, next: 0, asked_to: 0, chunks: VecDeque::new(), readers: None }
     }
 
     /// What was read of the chunk that starts at `start`; waits for it if it is being read. Chunks are taken in order. For one that is taken
@@ -75,19 +80,30 @@ impl ReadAhead {
             // Why nobody knows what to read is told in its turn.
             answer.send(self.disk.read_ahead(to_read)).ok()?;
         } else {
-            let readers = self.readers.get_or_insert_with(start_readers);
+            let readers = self.readers.get_or_insert_with(|| start_readers(self.priority));
             readers.send(Request { disk: Arc::clone(&self.disk), to_read, answer }).ok()?;
         }
         Some(bytes)
     }
 }
 
+/// Gives this thread, and on Linux no other, the priority of those that nobody waits for, if it has a higher one.
+fn step_back() {
+    if rustix::process::getpriority_process(None).is_ok_and(|nice| nice < NICE) {
+        // Where this is not allowed the thread competes with the guest as any other.
+        let _ = rustix::process::setpriority_process(None, NICE);
+    }
+}
+
 /// Threads that serve what is sent, until nothing can be sent any more. Where none can be started, sending fails.
-fn start_readers() -> Sender<Request> {
+fn start_readers(priority: Priority) -> Sender<Request> {
     let (sender, requests) = unbounded::<Request>();
     for _ in 0..READERS {
         let requests = requests.clone();
         let started = thread::Builder::new().name("stream-read".into()).spawn(move || {
+            if priority == Priority::Low {
+                step_back();
+            }
             for Request { disk, to_read, answer } in requests {
                 let bytes = disk.read_ahead(to_read);
                 // Before the answer: a job that has all its answers is the last to use the disk.

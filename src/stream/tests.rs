@@ -366,7 +366,7 @@ fn full_host_fails_the_job() {
 }
 
 /// Waits for what another thread does.
-fn wait_until(what: &str, done: impl Fn() -> bool) {
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let give_up = Instant::now() + PATIENCE;
     while !done() {
         assert!(Instant::now() < give_up, "{what}");
@@ -484,4 +484,56 @@ fn what_can_be_cloned_is_not_read() {
     disk.read(0, &mut read).unwrap();
     assert!(read == content);
     disk.close().unwrap();
+}
+
+/// Protects: a stream rests while a guest's flush runs, yet one that never ends does not stop it; a stream with a speed, or of normal priority, does not
+/// rest, and a cancel ends a rest.
+#[test]
+fn a_stream_gives_way_to_a_flush() {
+    let chunks = 5;
+    let (disk, overlay) = flushing(chunks);
+    let held = overlay.hold(|operation| operation.action == Action::Sync);
+    let flush = std::thread::spawn({
+        let disk = Arc::clone(&disk);
+        move || disk.flush()
+    });
+    held.wait_for(1);
+    let jobs = Jobs::new();
+    let rests = || jobs.query().first().is_some_and(|job| !job.busy && job.progress.offset < chunks * STREAM_CHUNK);
+    let offset = || jobs.query()[0].progress.offset;
+    start(&disk, &jobs, StreamOptions::new("job0")).unwrap();
+    wait_until("it rests", rests);
+    wait_until("it goes on", || offset() >= STREAM_CHUNK);
+    wait_until("it rests again", rests);
+    jobs.cancel("job0", crate::job::Force::Yes).unwrap();
+    jobs.settle("job0", PATIENCE);
+    assert!(jobs.last().is_some_and(|job| job.cancelled));
+
+    for (priority, speed) in [(Priority::Low, u64::MAX >> 1), (Priority::Normal, 0)] {
+        let options = StreamOptions { priority, speed, auto_finalize: false, ..StreamOptions::new("job1") };
+        start(&disk, &jobs, options).unwrap();
+        let mut has_rested = false;
+        wait_until("all is copied", || {
+            has_rested |= rests();
+            offset() == chunks * STREAM_CHUNK
+        });
+        assert!(!has_rested, "{priority:?}");
+        jobs.cancel("job1", crate::job::Force::Yes).unwrap();
+        jobs.settle("job1", PATIENCE);
+    }
+    drop(held);
+    flush.join().unwrap().unwrap();
+}
+
+/// A disk with something to flush, and the file of its overlay.
+fn flushing(chunks: u64) -> (Arc<Disk>, Arc<SimStorage>) {
+    let size = chunks * STREAM_CHUNK;
+    let backing = BackingReference { name: "base.raw".into(), format: Some(BackingFormat::Raw) };
+    let overlay = SimStorage::new(Vec::new());
+    for (at, bytes) in (NewImage { geometry: Geometry::new(3, 16, 4, size).unwrap(), backing: Some(backing) }).layout().unwrap() {
+        overlay.write_at(WriteKind::Header, at, &bytes).unwrap();
+    }
+    let disk = Disk::for_tests(Image::open(overlay.clone()).unwrap(), Some(Chain::of_raw(SimStorage::new(vec![7; size as usize]))));
+    disk.write(0, &[1]).unwrap();
+    (Arc::new(disk), overlay)
 }

@@ -667,6 +667,41 @@ fn stream_from_the_command_line() {
     rig.assert_standalone(&rig.content);
 }
 
+/// Protects: `--stream-priority` reaches the stream of the command line and those that clients start: the threads that read ahead step back behind
+/// everybody else, unless they are told not to. In the sandbox, which must let them.
+#[test]
+fn readers_of_a_stream_step_back() {
+    requires!("/dev/fuse", "qemu-img");
+    let ours = rustix::process::getpriority_process(None).expect("a priority");
+    let back = ours.max(10);
+    let cases = [(&["--stream-priority", "low"][..], back), (&[], back), (&["--stream-priority", "normal"], ours)];
+    for (args, nice) in cases {
+        for from_the_start in [true, false] {
+            let rig = Rig::new(8 * MIB);
+            let mount = rig.mount().args(args).qmp();
+            let disk = if from_the_start { mount.args(&["--stream", "--speed", "1"]).start() } else { mount.start() };
+            let mut client = disk.client();
+            if !from_the_start {
+                start_sleeping_job(&mut client);
+            }
+            let tasks = format!("/proc/{}/task", disk.pid().as_raw_nonzero());
+            let readers = || {
+                let stat = |task: std::io::Result<fs::DirEntry>| fs::read_to_string(task.ok()?.path().join("stat")).ok();
+                let stats = fs::read_dir(&tasks).expect("a process").filter_map(stat);
+                // Behind the name: state is the 3rd field, nice the 19th.
+                let nice = |stat: String| stat.split_once("(stream-read) ")?.1.split(' ').nth(16)?.parse::<i32>().ok();
+                stats.filter_map(nice).collect::<Vec<_>>()
+            };
+            let found = poll(Duration::from_secs(20), || (readers() == [nice; 3]).then_some(()));
+            assert!(found.is_some(), "{args:?}, from the start: {from_the_start}: {:?}", readers());
+            client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0}));
+            client.wait_completed();
+            disk.umount();
+            rig.assert_standalone(&rig.content);
+        }
+    }
+}
+
 /// Protects: `quit` cancels the job (it does not complete it), flushes, unmounts, answers last, and the process ends with status 0.
 #[test]
 fn quit_is_a_clean_end() {

@@ -432,3 +432,20 @@ fn refusals_are_sorted() {
     assert_eq!((sorted(Errno::IO), sorted(Errno::NOMEM)), (CannotClone::Failed, CannotClone::Failed));
     assert_eq!(cannot_clone(&io::Error::other("no number")), CannotClone::Failed);
 }
+
+/// A hint about any range, also one that the file does not have, changes nothing and is no error.
+#[test]
+fn a_write_out_changes_no_byte() {
+    let (_dir, path) = scratch(0);
+    let file = FileStorage::open(&path, Access::ReadWrite).unwrap();
+    let data: Vec<u8> = (0..1 << 20).map(|at: u32| (at / 4096 + at % 251) as u8).collect();
+    file.write_at(WriteKind::NewCluster, 0, &data).unwrap();
+    for (offset, len) in [(0, 1 << 20), (1000, 5000), (0, 0), (1 << 20, 4096), (0, u64::MAX), (u64::MAX, 1)] {
+        file.start_write_out(offset, len);
+        let mut read = vec![0; data.len()];
+        file.read_at(0, &mut read).unwrap();
+        assert!(read == data, "{offset} {len}");
+    }
+    file.sync().unwrap();
+    assert_eq!(file.size(), 1 << 20);
+}
