@@ -18,7 +18,9 @@ use fuser::{
     OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyOpen, ReplyWrite, ReplyXattr, Request, Session, WriteFlags,
 };
 
-use cordisk::fuse::{Answer, Changes, Durability, FileSystem, HostMount, MountPlan, Owner, Prepared, Stat, Times, Transport, Truncate};
+use cordisk::fuse::{
+    Answer, Changes, Durability, FileSystem, HostMount, MountPlan, Owner, Prepared, ReadAnswer, Stat, Times, Transport, Truncate,
+};
 use rustix::fs::StatVfs;
 
 const THREADS: usize = 2;
@@ -172,7 +174,7 @@ impl FileSystem for Passthrough {
         read_full(&self.file, offset, buf).map(Answer::Done).map_err(errno)
     }
 
-    fn read(&self, offset: u64, buf: &mut [u8], answer: &mut dyn FnMut(Result<&[u8], rustix::io::Errno>)) {
+    fn read(&self, offset: u64, buf: &mut [u8], answer: &mut ReadAnswer<'_>) {
         answer(read_full(&self.file, offset, buf).map(|len| &buf[..len]).map_err(errno));
     }
 

@@ -6,6 +6,9 @@ use rustix::io::Errno;
 use super::attributes::Changes;
 use super::handler::{Answer, Durability, Stat, Truncate};
 
+/// Gets the bytes of a read, or what went wrong.
+pub type ReadAnswer<'a> = dyn FnMut(Result<&[u8], Errno>) + 'a;
+
 /// One file. Any thread may call any method, at the same time as others.
 pub trait FileSystem: Send + Sync + std::fmt::Debug {
     /// stat(2).
@@ -34,7 +37,7 @@ pub trait FileSystem: Send + Sync + std::fmt::Debug {
 
     /// read(2), however long it takes, into `buf`; otherwise as [`FileSystem::read_local`]. `answer` is called once, when what the client wants is
     /// known: perhaps before this returns, and `buf` is in use until then.
-    fn read(&self, offset: u64, buf: &mut [u8], answer: &mut dyn FnMut(Result<&[u8], Errno>));
+    fn read(&self, offset: u64, buf: &mut [u8], answer: &mut ReadAnswer<'_>);
 
     /// write(2), if it overwrites in place and can be done at once. Not durable: the caller flushes where [`Durability::Now`] is asked for.
     /// The number of bytes is short where the write crosses the end of the disk.

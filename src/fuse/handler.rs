@@ -12,7 +12,7 @@ use rustix::fs::{FallocateFlags, OFlags, StatVfs};
 use rustix::io::Errno;
 
 use super::attributes::{Attributes, Changes, Owner, Times};
-use super::file_system::FileSystem;
+use super::file_system::{FileSystem, ReadAnswer};
 use super::log_limit::LogLimit;
 use crate::disk::{Disk, Local, Seek};
 use crate::mutants::{Step, without};
@@ -184,7 +184,7 @@ impl FileSystem for Handler {
         }
     }
 
-    fn read(&self, offset: u64, buf: &mut [u8], answer: &mut dyn FnMut(Result<&[u8], Errno>)) {
+    fn read(&self, offset: u64, buf: &mut [u8], answer: &mut ReadAnswer<'_>) {
         let len = self.clamp(offset, buf.len());
         if len == 0 {
             return answer(Ok(&[]));

@@ -48,7 +48,7 @@ use rustix::fs::{Mode, OFlags};
 
 pub use attach::Unmounted;
 pub use attributes::{Changes, Owner, TimeChange, Times};
-pub use file_system::FileSystem;
+pub use file_system::{FileSystem, ReadAnswer};
 pub use handler::{Answer, Durability, Handler, Stat, Truncate, errno};
 pub use host::{HostMount, MountPlan};
 
