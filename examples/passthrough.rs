@@ -174,6 +174,10 @@ impl FileSystem for Passthrough {
         read_full(&self.file, offset, buf).map(Answer::Done).map_err(errno)
     }
 
+    fn read_cached(&self, _offset: u64, _buf: &mut [u8], _answer: &mut ReadAnswer<'_>) -> Answer<()> {
+        Answer::Miss
+    }
+
     fn read(&self, offset: u64, buf: &mut [u8], answer: &mut ReadAnswer<'_>) {
         answer(read_full(&self.file, offset, buf).map(|len| &buf[..len]).map_err(errno));
     }

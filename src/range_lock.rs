@@ -115,16 +115,25 @@ impl RangeLock {
 
     /// As [`RangeLock::shared`], but gives up where it would have to wait.
     pub fn try_shared(&self, range: Range<u64>) -> Option<Shared<'_>> {
-        let mut registration = self.begin(range, Mode::Shared);
+        self.try_now(range, Mode::Shared).map(|registration| Shared { _registration: registration })
+    }
+
+    /// As [`RangeLock::exclusive`], but gives up where it would have to wait.
+    pub fn try_exclusive(&self, range: Range<u64>) -> Option<Exclusive<'_>> {
+        self.try_now(range, Mode::Exclusive).map(|registration| Exclusive { registration })
+    }
+
+    fn try_now(&self, range: Range<u64>, mode: Mode) -> Option<Registration<'_>> {
+        let mut registration = self.begin(range, mode);
         for stripe in bits(self.stripes_of(&registration.range)) {
             let mut queue = self.stripes[stripe].queue.lock();
-            if queue.entries.iter().any(|entry| entry.conflicts(&registration.range, Mode::Shared)) {
+            if queue.entries.iter().any(|entry| entry.conflicts(&registration.range, mode)) {
                 return None; // dropping the registration leaves the stripes entered so far
             }
-            queue.push(&registration.range, Mode::Shared, true);
+            queue.push(&registration.range, mode, true);
             registration.stripes |= 1 << stripe;
         }
-        Some(Shared { _registration: registration })
+        Some(registration)
     }
 
     /// How many stand in a queue and wait.

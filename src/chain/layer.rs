@@ -206,6 +206,14 @@ impl Layer {
         }
     }
 
+    /// Fills `buf` if this is a raw file that is long enough and nobody has to be waited for; says whether it has.
+    pub fn read_cached(&self, offset: u64, buf: &mut [u8]) -> bool {
+        match &self.body {
+            Body::Raw(storage) => storage.read_cached(offset, buf),
+            Body::Qcow2(_) => false,
+        }
+    }
+
     /// Reads the run at `at`, as much of it as `buf` takes: `Here` with how many bytes. The range lies inside the layer.
     pub(super) fn read(&self, at: u64, buf: &mut [u8]) -> Result<Answer<usize>> {
         match &self.body {

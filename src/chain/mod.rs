@@ -160,6 +160,11 @@ impl Chain {
         Ok(())
     }
 
+    /// As [`Chain::read`], if that takes no waiting: the uppermost layer is a raw file, and the host has the bytes in memory. Says whether `buf` is filled.
+    pub fn read_cached(&self, offset: u64, buf: &mut [u8]) -> bool {
+        self.layers.first().is_some_and(|layer| layer.read_cached(offset, buf))
+    }
+
     /// Fills the beginning of `buf`, as far as one layer decides; says how far (at least one byte).
     fn read_run(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
         let mut len = buf.len();

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use super::bounce::Bounce;
 use super::reserve::Reserve;
 use super::write_out::Placed;
-use super::{Ahead, Disk};
+use super::{Ahead, Disk, Local};
 use crate::Result;
 use crate::chain::{Chain, Cloneable, Content};
 use crate::format::{GuestCluster, GuestOffset, Mapping};
@@ -304,6 +304,25 @@ impl Disk {
             done += extent.len as usize;
         }
         Ok(Unstored { held, offset, copies })
+    }
+
+    /// As [`Disk::read_missing`] for `buf`, all of which is missing, in clusters (`aligned`) that lie on the disk: if the host has them in memory.
+    pub(super) fn copy_cached<'a>(
+        &self,
+        chain: &Chain,
+        held: Exclusive<'a>,
+        aligned: &Range<u64>,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<Option<Unstored<'a>>> {
+        let mut bounce = self.bounces.take((aligned.end - aligned.start) as usize);
+        let read = || Ok(if chain.read_cached(aligned.start, &mut bounce) { Local::Done } else { Local::Miss });
+        if self.stats.read_below((aligned.end - aligned.start) as usize, read)? == Local::Miss {
+            return Ok(None);
+        }
+        let start = (offset - aligned.start) as usize;
+        buf.copy_from_slice(&bounce[start..start + buf.len()]);
+        Ok(Some(Unstored { held, offset, copies: vec![(aligned.start, Copied::Bounce(bounce))] }))
     }
 
     /// Stores what a reader has in hand already: `buf` is the one that [`Disk::read_missing`] has filled, and nobody has changed it since (guest memory

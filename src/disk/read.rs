@@ -7,6 +7,9 @@ use crate::chain::Chain;
 use crate::format::{GuestOffset, Mapping};
 use crate::mutants::{Step, without};
 
+/// The most bytes that are copied up by who must not be kept long.
+const AT_ONCE: u64 = 128 << 10;
+
 impl Disk {
     /// Reads if the overlay alone can answer at once; never waits for another request or for a backing file.
     ///
@@ -22,6 +25,45 @@ impl Disk {
                 _ => Ok(Local::Miss),
             }
         })
+    }
+
+    /// Reads what [`Disk::read_local`] could not, if it takes no waiting either: all of it is missing, and the host has what lies below in memory. As
+    /// [`Disk::read_and_answer`] for the rest; what is stored afterwards is written to the overlay alone, like a write in place.
+    ///
+    /// # Errors
+    /// As [`Disk::read_local`].
+    pub fn read_cached(&self, offset: u64, buf: &mut [u8], answer: &mut dyn FnMut(&[u8])) -> Result<Local> {
+        let mut unstored = None;
+        let local = self.stats.read(buf.len(), || {
+            unstored = self.read_missing_now(offset, buf)?;
+            Ok(if unstored.is_some() { Local::Done } else { Local::Miss })
+        })?;
+        if let Some(unstored) = unstored {
+            answer(buf);
+            self.store_copies(unstored, buf)?;
+        }
+        Ok(local)
+    }
+
+    /// What was missing, all of `buf`, if it is here without waiting; what is to be stored.
+    fn read_missing_now(&self, offset: u64, buf: &mut [u8]) -> Result<Option<Unstored<'_>>> {
+        let range = offset..offset.saturating_add(buf.len() as u64);
+        self.check_range(&range)?;
+        let Overlay::Writable(image) = &self.overlay else { return Ok(None) };
+        let aligned = self.aligned(&range);
+        if !self.copy_on_read
+            || aligned.end > self.size()
+            || aligned.end - aligned.start > AT_ONCE
+            || !self.fills.are_welcome(&**self.reader().storage())
+        {
+            return Ok(None);
+        }
+        let (Some(held), Some(chain)) = (self.in_flight.try_exclusive(aligned.clone()), self.chain()) else { return Ok(None) };
+        let extent = image.map(GuestOffset(offset), buf.len() as u64)?;
+        if extent.mapping != Mapping::Unallocated || extent.len < buf.len() as u64 {
+            return Ok(None);
+        }
+        self.copy_cached(&chain, held, &aligned, offset, buf)
     }
 
     /// Reads, copying up what was missing if copy-on-read is on. A copy that fails does not fail the read (P5).

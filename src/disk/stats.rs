@@ -159,7 +159,7 @@ impl Stats {
     }
 
     /// Counts a read of `len` bytes from below.
-    pub fn read_below(&self, len: usize, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    pub fn read_below<T: Served>(&self, len: usize, work: impl FnOnce() -> Result<T>) -> Result<T> {
         self.count([&self.backing_reads], len as u64, work)
     }
 

@@ -35,6 +35,10 @@ pub trait FileSystem: Send + Sync + std::fmt::Debug {
     /// EIO and the like.
     fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Answer<usize>, Errno>;
 
+    /// read(2) after [`FileSystem::read_local`] was [`Answer::Miss`], if it takes no waiting all the same; `answer` as with [`FileSystem::read`], and
+    /// the same errors. [`Answer::Miss`] if `answer` was not called.
+    fn read_cached(&self, offset: u64, buf: &mut [u8], answer: &mut ReadAnswer<'_>) -> Answer<()>;
+
     /// read(2), however long it takes, into `buf`; otherwise as [`FileSystem::read_local`]. `answer` is called once, when what the client wants is
     /// known: perhaps before this returns, and `buf` is in use until then.
     fn read(&self, offset: u64, buf: &mut [u8], answer: &mut ReadAnswer<'_>);

@@ -184,6 +184,15 @@ impl FileSystem for Handler {
         }
     }
 
+    fn read_cached(&self, offset: u64, buf: &mut [u8], answer: &mut ReadAnswer<'_>) -> Answer<()> {
+        let len = self.clamp(offset, buf.len());
+        match self.disk.read_cached(offset, &mut buf[..len], &mut |bytes| answer(Ok(bytes))) {
+            Ok(Local::Done) => Answer::Done(()),
+            // What is wrong is told by who waits.
+            Ok(Local::Miss) | Err(_) => Answer::Miss,
+        }
+    }
+
     fn read(&self, offset: u64, buf: &mut [u8], answer: &mut ReadAnswer<'_>) {
         let len = self.clamp(offset, buf.len());
         if len == 0 {

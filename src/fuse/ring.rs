@@ -181,6 +181,15 @@ impl Port {
         }
     }
 
+    /// Takes the answers there now: whoever answers has something else to do before [`Port::wait`].
+    fn push(&mut self) -> io::Result<()> {
+        match self.ring.submit() {
+            // They go with the next wait.
+            Err(error) if !matches!(Errno::from_io_error(&error), Some(Errno::INTR | Errno::BUSY)) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// What has come out.
     fn next(&mut self) -> io::Result<Option<Completion>> {
         let Some(completion) = self.ring.completion().next() else { return Ok(None) };

@@ -260,16 +260,16 @@ impl Filesystem for Adapter {
         match self.file_system.read_local(offset, &mut buffer[..len]) {
             Ok(Answer::Done(len)) => reply.data(&buffer[..len]),
             Ok(Answer::Miss) => {
-                let file_system = Arc::clone(&self.file_system);
-                self.workers.miss(Box::new(move |buffer| {
-                    let buffer = buffer.first(len);
-                    let mut reply = Some(reply);
-                    file_system.read(offset, buffer, &mut |answer| match (reply.take(), answer) {
-                        (Some(reply), Ok(bytes)) => reply.data(bytes),
-                        (Some(reply), Err(errno)) => reply.error(wire(errno)),
-                        (None, _) => {}
-                    });
-                }));
+                let mut reply = Some(reply);
+                let mut answer = move |answer: Result<&[u8], _>| match (reply.take(), answer) {
+                    (Some(reply), Ok(bytes)) => reply.data(bytes),
+                    (Some(reply), Err(errno)) => reply.error(wire(errno)),
+                    (None, _) => {}
+                };
+                if self.file_system.read_cached(offset, &mut buffer[..len], &mut answer) == Answer::Miss {
+                    let file_system = Arc::clone(&self.file_system);
+                    self.workers.miss(Box::new(move |buffer| file_system.read(offset, buffer.first(len), &mut answer)));
+                }
             }
             Err(errno) => reply.error(wire(errno)),
         }

@@ -1,7 +1,7 @@
 //! The file of the host.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom};
+use std::io::{self, IoSliceMut, Seek, SeekFrom};
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use reflink_copy::ReflinkBlockBuilder;
 use rustix::fs::{Advice, CWD, FallocateFlags, Mode, OFlags, ResolveFlags, XattrFlags};
-use rustix::io::{Errno, retry_on_intr};
+use rustix::io::{Errno, ReadWriteFlags, retry_on_intr};
 
 use super::{CloneSource, Holding, HostSpace, OpenMark, Storage, WriteKind, locks};
 use crate::error::Context;
@@ -290,6 +290,15 @@ impl Storage for FileStorage {
             }
         }
         Ok(())
+    }
+
+    fn read_cached(&self, offset: u64, buf: &mut [u8]) -> bool {
+        if offset.checked_add(buf.len() as u64).is_none_or(|end| end > self.size()) {
+            return false;
+        }
+        // Short where a page is missing. Devices, tmpfs and most file systems of other machines do not know the flag.
+        let len = buf.len();
+        rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT) == Ok(len)
     }
 
     fn write_at(&self, _kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()> {

@@ -111,6 +111,12 @@ pub trait Storage: Any + Send + Sync + std::fmt::Debug {
     /// Those of pread(2); EIO where the file ends before [`Storage::size`], that is, where it shrank under us (P9).
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()>;
 
+    /// Fills `buf` from `offset` if nobody has to be waited for, no disk and no other machine: it is in memory. Says whether it has; if not, or if
+    /// something is wrong, `buf` holds anything, and [`Storage::read_at`] tells more.
+    fn read_cached(&self, _offset: u64, _buf: &mut [u8]) -> bool {
+        false
+    }
+
     /// Writes all of `data`, which is of this kind, at `offset`, growing the file where needed.
     ///
     /// # Errors

@@ -124,7 +124,8 @@ impl Rings {
             ] {
                 let port = Port::new(ring, device, queue, depth).context(|| "duplicating /dev/fuse")?;
                 let (file_system, workers) = (Arc::clone(file_system), workers.clone());
-                let server = Server { port, queue, file_system, workers, mailbox, address, role };
+                let buffer = vec![0; LARGE].into_boxed_slice();
+                let server = Server { port, queue, file_system, workers, mailbox, address, buffer, role };
                 thread::Builder::new()
                     .name(format!("{name}-{number}"))
                     .spawn(move || {
@@ -242,6 +243,8 @@ struct Server {
     mailbox: Mailbox,
     /// Of its own mailbox.
     address: Address,
+    /// For reads that are answered before they are done with.
+    buffer: Box<[u8]>,
     role: Role,
 }
 
@@ -315,7 +318,7 @@ impl Server {
             }
             _ => {}
         }
-        let Some((mut entry, result)) = self.attend(slot, entry, operation) else { return Ok(()) };
+        let Some((mut entry, result)) = self.attend(slot, entry, operation)? else { return Ok(()) };
         entry.answer(result);
         match &self.role {
             Role::Lane { home } if !is_large => {
@@ -326,16 +329,18 @@ impl Server {
         }
     }
 
-    /// The entry with what it is to be answered; `None` where a worker or the flush thread has it now.
-    fn attend(&self, slot: usize, mut entry: Entry, operation: Operation) -> Option<(Entry, Result<usize, Errno>)> {
+    /// The entry with what it is to be answered; `None` where it has been, or a worker or the flush thread has it now.
+    fn attend(&mut self, slot: usize, mut entry: Entry, operation: Operation) -> io::Result<Option<(Entry, Result<usize, Errno>)>> {
         let result = match operation {
             Operation::Read { offset, len } => {
                 let len = (len as usize).min(MAX_IO);
                 match self.file_system.read_local(offset, &mut entry.payload()[..len]) {
                     Ok(Answer::Done(len)) => Ok(len),
                     Ok(Answer::Miss) => {
-                        self.read_on_worker(slot, entry, offset, len);
-                        return None;
+                        if let Some(entry) = self.read_cached(slot, entry, offset, len)? {
+                            self.read_on_worker(slot, entry, offset, len);
+                        }
+                        return Ok(None);
                     }
                     Err(errno) => Err(errno),
                 }
@@ -345,7 +350,7 @@ impl Server {
                 match self.file_system.write_local(offset, &entry.payload()[..len]) {
                     Ok(Answer::Done(len)) if durability == Durability::Now => {
                         self.after_flush(slot, entry, move |entry| wire::written(len as u32, entry.payload()));
-                        return None;
+                        return Ok(None);
                     }
                     Ok(Answer::Done(len)) => Ok(wire::written(len as u32, entry.payload())),
                     Ok(Answer::Miss) => {
@@ -353,7 +358,7 @@ impl Server {
                             let written = file_system.write(offset, &entry.payload()[..len], durability)?;
                             Ok(wire::written(written as u32, entry.payload()))
                         });
-                        return None;
+                        return Ok(None);
                     }
                     Err(errno) => Err(errno),
                 }
@@ -361,17 +366,17 @@ impl Server {
             Operation::Close if !self.file_system.needs_flush() => Ok(0),
             Operation::Close | Operation::Sync => {
                 self.after_flush(slot, entry, |_| 0);
-                return None;
+                return Ok(None);
             }
             Operation::Allocate { offset, len, mode } => {
                 self.on_worker(slot, entry, move |file_system, _| file_system.fallocate(offset, len, mode).map(|()| 0));
-                return None;
+                return Ok(None);
             }
             Operation::Seek { offset, whence } => {
                 self.on_worker(slot, entry, move |file_system, entry| {
                     file_system.lseek(offset, whence).map(|found| wire::sought(found, entry.payload()))
                 });
-                return None;
+                return Ok(None);
             }
             Operation::GetAttributes => self.file_system.getattr().map(|stat| wire::attributes(&stat, ATTR_TTL, entry.payload())),
             Operation::SetAttributes { truncate, changes } => {
@@ -382,7 +387,26 @@ impl Server {
             Operation::Nothing => Ok(0),
             Operation::Refused(errno) => Err(errno),
         };
-        Some((entry, result))
+        Ok(Some((entry, result)))
+    }
+
+    /// A read that misses and need not wait: the answer is on its way before anything is stored. Returns the entry if it was not answered.
+    fn read_cached(&mut self, slot: usize, entry: Entry, offset: u64, len: usize) -> io::Result<Option<Entry>> {
+        if matches!(self.role, Role::Lane { .. }) || len > self.buffer.len() {
+            return Ok(Some(entry));
+        }
+        let (mut entry, mut handed_in) = (Some(entry), Ok(()));
+        let port = &mut self.port;
+        self.file_system.read_cached(offset, &mut self.buffer[..len], &mut |answer| {
+            let Some(mut entry) = entry.take() else { return };
+            let result = answer.map(|bytes| {
+                entry.payload()[..bytes.len()].copy_from_slice(bytes);
+                bytes.len()
+            });
+            entry.answer(result);
+            handed_in = port.commit(slot, entry).and_then(|()| port.push());
+        });
+        handed_in.map(|()| entry)
     }
 
     fn on_worker(
