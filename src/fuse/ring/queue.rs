@@ -392,7 +392,8 @@ impl Server {
 
     /// A read that misses and need not wait: the answer is on its way before anything is stored. Returns the entry if it was not answered.
     fn read_cached(&mut self, slot: usize, entry: Entry, offset: u64, len: usize) -> io::Result<Option<Entry>> {
-        if matches!(self.role, Role::Lane { .. }) || len > self.buffer.len() {
+        // Where several wait, more hands are better.
+        if matches!(self.role, Role::Lane { .. }) || len > self.buffer.len() || self.port.has_more() {
             return Ok(Some(entry));
         }
         let (mut entry, mut handed_in) = (Some(entry), Ok(()));
