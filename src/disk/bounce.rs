@@ -1,9 +1,10 @@
-//! Buffers for clusters on their way up. They are used again as they are: who takes one writes every byte of it before anybody reads it.
+//! Buffers for clusters on their way up. They are used again as they are: who takes one writes every byte of it before anybody reads it. The one that
+//! was given back last is taken first: it may still be in the processor's cache.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
-use crossbeam_queue::ArrayQueue;
+use crate::sync::{Mutex, rank};
 
 /// Buffers that are kept; with all of them at their largest that is 32 MiB.
 const KEPT: usize = 16;
@@ -14,16 +15,16 @@ const SMALLEST_MADE: usize = 512 << 10;
 
 /// The buffers that nobody uses at present.
 #[derive(Clone, Debug)]
-pub(super) struct Bounces(Arc<ArrayQueue<Vec<u8>>>);
+pub(super) struct Bounces(Arc<Mutex<{ rank::LEAF }, Vec<Vec<u8>>>>);
 
 impl Bounces {
     pub fn new() -> Bounces {
-        Bounces(Arc::new(ArrayQueue::new(KEPT)))
+        Bounces(Arc::default())
     }
 
     /// A buffer of `len` bytes that hold anything.
     pub fn take(&self, len: usize) -> Bounce {
-        let mut bytes = self.0.pop().unwrap_or_default();
+        let mut bytes = self.0.lock().pop().unwrap_or_default();
         if bytes.len() < len {
             bytes = vec![0; len.max(SMALLEST_MADE)];
         }
@@ -59,8 +60,10 @@ impl DerefMut for Bounce {
 impl Drop for Bounce {
     fn drop(&mut self) {
         if self.bytes.len() <= LARGEST_KEPT {
-            // Full: one is dropped.
-            let _ = self.home.0.push(std::mem::take(&mut self.bytes));
+            let mut kept = self.home.0.lock();
+            if kept.len() < KEPT {
+                kept.push(std::mem::take(&mut self.bytes));
+            }
         }
     }
 }
@@ -84,6 +87,6 @@ mod tests {
         let all: Vec<_> = (0..2 * KEPT).map(|_| bounces.take(1)).collect();
         assert!(all.iter().all(|bounce| bounce.bytes.len() <= LARGEST_KEPT));
         drop(all);
-        assert_eq!(bounces.0.len(), KEPT);
+        assert_eq!(bounces.0.lock().len(), KEPT);
     }
 }

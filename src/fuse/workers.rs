@@ -1,6 +1,7 @@
 //! Where requests wait that cannot be answered at once, so that session threads never do.
 //!
-//! *Misses* need a backing file, an allocation, or a range that is in use: [`MISS_WORKERS`] threads take them in order of arrival.
+//! *Misses* need a backing file, an allocation, or a range that is in use: [`MISS_WORKERS`] threads take them in order of arrival. Of those that have
+//! nothing to do the one that was busy last is woken: its buffer may still be in the processor's cache, and as many are used as are needed.
 //! *Flushes* have a thread of their own, so that they never sit behind misses that hang on a dead backing file. It answers all flushes
 //! that wait with one call of [`FileSystem::flush`]: whatever was answered before a flush was asked for was answered before that call (P1).
 //! (A *write* that hangs does hold up fsync, in the kernel: the write has the inode lock shared, fsync wants it exclusive.)
@@ -12,11 +13,13 @@
 //! A panic in a task is a broken invariant. In release it ends the process (`panic = "abort"`, architecture D7); in tests it ends its
 //! worker, and fuser answers the request with EIO when the reply is dropped.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::thread;
+use std::thread::{self, Thread};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use parking_lot::Mutex;
 use rustix::io::Errno;
 
 use super::file_system::FileSystem;
@@ -50,8 +53,91 @@ pub(super) type Flushed = Box<dyn FnOnce(Result<(), Errno>) + Send>;
 /// The queues. When the last clone is dropped, the threads finish what is queued and end.
 #[derive(Clone)]
 pub(super) struct Workers {
-    misses: Sender<Task>,
+    misses: Arc<Entrance>,
     flushes: Sender<Flushed>,
+}
+
+/// Where misses come in. When it is dropped no more come.
+struct Entrance(Arc<Misses>);
+
+/// Misses that wait for a worker, and workers that wait for a miss: never both.
+#[derive(Default)]
+struct Misses(Mutex<Waiting>);
+
+#[derive(Default)]
+struct Waiting {
+    /// In order of arrival.
+    tasks: VecDeque<Task>,
+    /// The one that was busy last is the last.
+    idle: Vec<Thread>,
+    /// Workers that have not ended.
+    alive: usize,
+    is_closed: bool,
+}
+
+impl Misses {
+    fn put(&self, task: Task) {
+        let mut waiting = self.0.lock();
+        // Without workers (all have panicked) the task drops its reply, which answers EIO.
+        if waiting.alive > 0 {
+            waiting.tasks.push_back(task);
+            let idle = waiting.idle.pop();
+            drop(waiting);
+            if let Some(worker) = idle {
+                worker.unpark();
+            }
+        }
+    }
+
+    /// The next task, waiting for it; `None` when no more come.
+    fn take(&self) -> Option<Task> {
+        let this = thread::current();
+        loop {
+            let mut waiting = self.0.lock();
+            // Who was woken without a reason stands on the list still.
+            waiting.idle.retain(|worker| worker.id() != this.id());
+            if let Some(task) = waiting.tasks.pop_front() {
+                return Some(task);
+            }
+            if waiting.is_closed {
+                return None;
+            }
+            waiting.idle.push(this.clone());
+            drop(waiting);
+            thread::park();
+        }
+    }
+
+    fn work(&self) {
+        let _leaves = Leaves(self);
+        let mut buffer = Buffer::default();
+        while let Some(task) = self.take() {
+            task(&mut buffer);
+        }
+    }
+}
+
+/// A worker; dropped when it ends, also by a panic.
+struct Leaves<'a>(&'a Misses);
+
+impl Drop for Leaves<'_> {
+    fn drop(&mut self) {
+        let mut waiting = self.0.0.lock();
+        waiting.alive -= 1;
+        let orphans = if waiting.alive == 0 { std::mem::take(&mut waiting.tasks) } else { VecDeque::new() };
+        drop(waiting);
+        drop(orphans);
+    }
+}
+
+impl Drop for Entrance {
+    fn drop(&mut self) {
+        let mut waiting = self.0.0.lock();
+        waiting.is_closed = true;
+        let idle = std::mem::take(&mut waiting.idle);
+        drop(waiting);
+        idle.iter().for_each(Thread::unpark);
+    }
 }
 
 /// Disconnected once all threads have ended.
@@ -63,17 +149,16 @@ impl Workers {
     /// # Errors
     /// The system has no more threads; those started end again.
     pub(super) fn start(file_system: &Arc<dyn FileSystem>) -> Result<(Workers, Ended)> {
-        let (misses, queue) = unbounded::<Task>();
+        let entrance = Entrance(Arc::default());
         let (flushes, flush_queue) = unbounded::<Flushed>();
         let (alive, ended) = crossbeam_channel::bounded::<Infallible>(0);
         for number in 0..MISS_WORKERS {
-            let (queue, alive) = (queue.clone(), alive.clone());
+            let (misses, alive) = (Arc::clone(&entrance.0), alive.clone());
+            // Before it starts: whoever has a task may come first.
+            misses.0.lock().alive += 1;
             spawn(format!("miss-{number}"), move || {
                 let _alive = alive;
-                let mut buffer = Buffer::default();
-                for task in queue {
-                    task(&mut buffer);
-                }
+                misses.work();
             })?;
         }
         let file_system = Arc::clone(file_system);
@@ -87,13 +172,12 @@ impl Workers {
                 }
             }
         })?;
-        Ok((Workers { misses, flushes }, ended))
+        Ok((Workers { misses: Arc::new(entrance), flushes }, ended))
     }
 
     /// Runs `task` on a miss worker. Never waits.
     pub(super) fn miss(&self, task: Task) {
-        // Fails only if all workers have panicked; the task then drops its reply, which answers EIO.
-        let _ = self.misses.send(task);
+        self.misses.0.put(task);
     }
 
     /// Runs `flushed` after a flush that has not begun yet. Never waits.
@@ -104,4 +188,76 @@ impl Workers {
 
 fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Result<()> {
     thread::Builder::new().name(name).spawn(body).map(drop).context(|| "starting a worker thread")
+}
+
+#[cfg(test)]
+mod tests {
+    use crossbeam_channel::bounded;
+
+    use super::*;
+
+    /// Tasks of all kinds of arrival, with workers that sleep, work and end: each is done once, and at the end all workers leave.
+    #[test]
+    fn every_task_is_done_and_then_all_leave() {
+        let entrance = Entrance(Arc::default());
+        let workers: Vec<_> = (0..4)
+            .map(|_| {
+                let misses = Arc::clone(&entrance.0);
+                misses.0.lock().alive += 1;
+                thread::spawn(move || misses.work())
+            })
+            .collect();
+        let (done, results) = unbounded();
+        for number in 0..1000 {
+            let done = done.clone();
+            entrance.0.put(Box::new(move |buffer| done.send(number + buffer.first(1).len()).unwrap()));
+            if number % 7 == 0 {
+                results.recv().unwrap();
+            }
+        }
+        drop(entrance);
+        workers.into_iter().for_each(|worker| worker.join().unwrap());
+        assert_eq!(results.try_iter().count(), 1000 - 1000_usize.div_ceil(7));
+    }
+
+    /// Tasks that arrive one at a time, each when the one before is done, stay with one worker.
+    #[test]
+    fn the_worker_that_was_busy_last_comes_first() {
+        let entrance = Entrance(Arc::default());
+        let misses = &entrance.0;
+        for _ in 0..3 {
+            let worker = Arc::clone(misses);
+            worker.0.lock().alive += 1;
+            thread::spawn(move || worker.work());
+        }
+        let idle = || misses.0.lock().idle.iter().map(Thread::id).collect::<Vec<_>>();
+        let all_idle = || {
+            while idle().len() < 3 {
+                thread::yield_now();
+            }
+            idle()
+        };
+        let mut last = all_idle()[2];
+        for _ in 0..50 {
+            let (done, ended) = bounded(1);
+            misses.put(Box::new(move |_| done.send(thread::current().id()).unwrap()));
+            assert_eq!(ended.recv().unwrap(), last);
+            last = all_idle()[2];
+        }
+    }
+
+    /// When the last worker has panicked nothing is kept: what waits is dropped, which is what answers it.
+    #[test]
+    fn without_workers_tasks_are_dropped() {
+        let entrance = Entrance(Arc::default());
+        let (done, ended) = bounded::<()>(0);
+        entrance.0.0.lock().alive += 1;
+        entrance.0.put(Box::new(|_| panic!("on purpose")));
+        let kept = done.clone();
+        entrance.0.put(Box::new(move |_| drop(kept)));
+        let misses = Arc::clone(&entrance.0);
+        assert!(thread::spawn(move || misses.work()).join().is_err());
+        entrance.0.put(Box::new(move |_| drop(done)));
+        assert!(ended.recv().is_err());
+    }
 }
