@@ -174,3 +174,6 @@ impl Disk {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

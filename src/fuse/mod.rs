@@ -3,7 +3,7 @@
 //! ```text
 //!  kernel ── /dev/fuse ── session (2 threads) ──▶ handler ──▶ Disk::read_local, write_local      a hit: answered where it arrived
 //!                            │                                                                   miss:
-//!                            └── workers ── 16 miss threads ──▶ handler ──▶ Disk::read, write, discard, seek
+//!                            └── workers ── miss threads ─────▶ handler ──▶ Disk::read, write, discard, seek
 //!                                       └── 1 flush thread  ──▶ handler ──▶ Disk::flush
 //! ```
 //!

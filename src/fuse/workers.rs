@@ -26,7 +26,7 @@ use super::file_system::FileSystem;
 use crate::Result;
 use crate::error::Context;
 
-/// Threads for misses. They wait for the disk most of the time, so this is not a number of cores: it is how many reads from below, and
+/// Threads for misses, at most: there is one, and one more whenever a miss comes and all are busy. They wait for the disk most of the time, so this is not a number of cores: it is how many reads from below, and
 /// how many requests for clusters in use, are in progress at once. Twice the depth at which one NVMe base saturates.
 const MISS_WORKERS: usize = 16;
 
@@ -58,7 +58,49 @@ pub(super) struct Workers {
 }
 
 /// Where misses come in. When it is dropped no more come.
-struct Entrance(Arc<Misses>);
+struct Entrance {
+    misses: Arc<Misses>,
+    /// Held by every worker.
+    alive: Sender<Infallible>,
+}
+
+impl Entrance {
+    /// One more worker.
+    fn hire(&self) -> Result<()> {
+        let (misses, alive) = (Arc::clone(&self.misses), self.alive.clone());
+        // Before it starts: whoever has a task may come first.
+        let number = {
+            let mut waiting = misses.0.lock();
+            if waiting.alive == MISS_WORKERS {
+                return Ok(()); // somebody else was faster
+            }
+            waiting.alive += 1;
+            waiting.alive - 1
+        };
+        let leaves = Leaves(Arc::clone(&misses));
+        spawn(format!("miss-{number}"), move || {
+            let (_alive, _leaves) = (alive, leaves);
+            misses.work();
+        })
+    }
+
+    fn put(&self, task: Task) {
+        if self.misses.put(task) == Hands::TooFew
+            && let Err(error) = self.hire()
+        {
+            // Those that there are come to it, one after the other.
+            log::warn!("{error}");
+        }
+    }
+}
+
+/// Whether somebody is there for a task that has come.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Hands {
+    Enough,
+    /// Nobody is idle, and there may be more workers.
+    TooFew,
+}
 
 /// Misses that wait for a worker, and workers that wait for a miss: never both.
 #[derive(Default)]
@@ -76,17 +118,21 @@ struct Waiting {
 }
 
 impl Misses {
-    fn put(&self, task: Task) {
+    fn put(&self, task: Task) -> Hands {
         let mut waiting = self.0.lock();
         // Without workers (all have panicked) the task drops its reply, which answers EIO.
-        if waiting.alive > 0 {
-            waiting.tasks.push_back(task);
-            let idle = waiting.idle.pop();
-            drop(waiting);
-            if let Some(worker) = idle {
-                worker.unpark();
-            }
+        if waiting.alive == 0 {
+            return Hands::Enough;
         }
+        waiting.tasks.push_back(task);
+        let (idle, alive) = (waiting.idle.pop(), waiting.alive);
+        drop(waiting);
+        match idle {
+            Some(worker) => worker.unpark(),
+            None if alive < MISS_WORKERS => return Hands::TooFew,
+            None => {}
+        }
+        Hands::Enough
     }
 
     /// The next task, waiting for it; `None` when no more come.
@@ -109,7 +155,6 @@ impl Misses {
     }
 
     fn work(&self) {
-        let _leaves = Leaves(self);
         let mut buffer = Buffer::default();
         while let Some(task) = self.take() {
             task(&mut buffer);
@@ -118,9 +163,9 @@ impl Misses {
 }
 
 /// A worker; dropped when it ends, also by a panic.
-struct Leaves<'a>(&'a Misses);
+struct Leaves(Arc<Misses>);
 
-impl Drop for Leaves<'_> {
+impl Drop for Leaves {
     fn drop(&mut self) {
         let mut waiting = self.0.0.lock();
         waiting.alive -= 1;
@@ -132,7 +177,7 @@ impl Drop for Leaves<'_> {
 
 impl Drop for Entrance {
     fn drop(&mut self) {
-        let mut waiting = self.0.0.lock();
+        let mut waiting = self.misses.0.lock();
         waiting.is_closed = true;
         let idle = std::mem::take(&mut waiting.idle);
         drop(waiting);
@@ -149,18 +194,10 @@ impl Workers {
     /// # Errors
     /// The system has no more threads; those started end again.
     pub(super) fn start(file_system: &Arc<dyn FileSystem>) -> Result<(Workers, Ended)> {
-        let entrance = Entrance(Arc::default());
         let (flushes, flush_queue) = unbounded::<Flushed>();
         let (alive, ended) = crossbeam_channel::bounded::<Infallible>(0);
-        for number in 0..MISS_WORKERS {
-            let (misses, alive) = (Arc::clone(&entrance.0), alive.clone());
-            // Before it starts: whoever has a task may come first.
-            misses.0.lock().alive += 1;
-            spawn(format!("miss-{number}"), move || {
-                let _alive = alive;
-                misses.work();
-            })?;
-        }
+        let entrance = Entrance { misses: Arc::default(), alive: alive.clone() };
+        entrance.hire()?;
         let file_system = Arc::clone(file_system);
         spawn("flush".to_string(), move || {
             let _alive = alive;
@@ -177,7 +214,7 @@ impl Workers {
 
     /// Runs `task` on a miss worker. Never waits.
     pub(super) fn miss(&self, task: Task) {
-        self.misses.0.put(task);
+        self.misses.put(task);
     }
 
     /// Runs `flushed` after a flush that has not begun yet. Never waits.
@@ -196,68 +233,92 @@ mod tests {
 
     use super::*;
 
+    fn entrance(workers: usize) -> (Entrance, Ended) {
+        let (alive, ended) = bounded(0);
+        let entrance = Entrance { misses: Arc::default(), alive };
+        (0..workers).for_each(|_| entrance.hire().unwrap());
+        (entrance, ended)
+    }
+
+    fn idle(entrance: &Entrance) -> Vec<thread::ThreadId> {
+        entrance.misses.0.lock().idle.iter().map(Thread::id).collect()
+    }
+
     /// Tasks of all kinds of arrival, with workers that sleep, work and end: each is done once, and at the end all workers leave.
     #[test]
     fn every_task_is_done_and_then_all_leave() {
-        let entrance = Entrance(Arc::default());
-        let workers: Vec<_> = (0..4)
-            .map(|_| {
-                let misses = Arc::clone(&entrance.0);
-                misses.0.lock().alive += 1;
-                thread::spawn(move || misses.work())
-            })
-            .collect();
+        let (entrance, ended) = entrance(1);
         let (done, results) = unbounded();
         for number in 0..1000 {
             let done = done.clone();
-            entrance.0.put(Box::new(move |buffer| done.send(number + buffer.first(1).len()).unwrap()));
+            entrance.put(Box::new(move |buffer| done.send(number + buffer.first(1).len()).unwrap()));
             if number % 7 == 0 {
                 results.recv().unwrap();
             }
         }
         drop(entrance);
-        workers.into_iter().for_each(|worker| worker.join().unwrap());
+        assert!(ended.recv().is_err());
         assert_eq!(results.try_iter().count(), 1000 - 1000_usize.div_ceil(7));
     }
 
     /// Tasks that arrive one at a time, each when the one before is done, stay with one worker.
     #[test]
     fn the_worker_that_was_busy_last_comes_first() {
-        let entrance = Entrance(Arc::default());
-        let misses = &entrance.0;
-        for _ in 0..3 {
-            let worker = Arc::clone(misses);
-            worker.0.lock().alive += 1;
-            thread::spawn(move || worker.work());
-        }
-        let idle = || misses.0.lock().idle.iter().map(Thread::id).collect::<Vec<_>>();
+        let (entrance, _ended) = entrance(3);
         let all_idle = || {
-            while idle().len() < 3 {
+            while idle(&entrance).len() < 3 {
                 thread::yield_now();
             }
-            idle()
+            idle(&entrance)
         };
         let mut last = all_idle()[2];
         for _ in 0..50 {
             let (done, ended) = bounded(1);
-            misses.put(Box::new(move |_| done.send(thread::current().id()).unwrap()));
+            entrance.put(Box::new(move |_| done.send(thread::current().id()).unwrap()));
             assert_eq!(ended.recv().unwrap(), last);
             last = all_idle()[2];
         }
     }
 
+    /// As many workers as there are tasks that hang, up to the limit; what comes then waits for the first that is free.
+    #[test]
+    fn there_are_as_many_workers_as_are_needed() {
+        let (entrance, ended) = entrance(1);
+        let (release, held) = bounded::<()>(0);
+        let (done, results) = unbounded();
+        for number in 0..MISS_WORKERS + 5 {
+            let (held, done) = (held.clone(), done.clone());
+            entrance.put(Box::new(move |_| {
+                let _ = held.recv();
+                done.send(number).unwrap();
+            }));
+            assert!(entrance.misses.0.lock().alive <= (number + 2).min(MISS_WORKERS));
+        }
+        assert_eq!(entrance.misses.0.lock().alive, MISS_WORKERS);
+        assert!(results.is_empty());
+        drop(release);
+        drop(entrance);
+        assert!(ended.recv().is_err());
+        assert_eq!(results.try_iter().count(), MISS_WORKERS + 5);
+    }
+
     /// When the last worker has panicked nothing is kept: what waits is dropped, which is what answers it.
     #[test]
     fn without_workers_tasks_are_dropped() {
-        let entrance = Entrance(Arc::default());
+        let (entrance, _ended) = entrance(1);
         let (done, ended) = bounded::<()>(0);
-        entrance.0.0.lock().alive += 1;
-        entrance.0.put(Box::new(|_| panic!("on purpose")));
         let kept = done.clone();
-        entrance.0.put(Box::new(move |_| drop(kept)));
-        let misses = Arc::clone(&entrance.0);
-        assert!(thread::spawn(move || misses.work()).join().is_err());
-        entrance.0.put(Box::new(move |_| drop(done)));
+        let (held, hold) = bounded::<()>(0);
+        entrance.misses.put(Box::new(move |_| {
+            let _ = hold.recv();
+            panic!("on purpose");
+        }));
+        entrance.misses.put(Box::new(move |_| drop(kept)));
+        drop(held);
+        while entrance.misses.0.lock().alive > 0 {
+            thread::yield_now();
+        }
+        entrance.put(Box::new(move |_| drop(done)));
         assert!(ended.recv().is_err());
     }
 }

@@ -140,6 +140,7 @@ struct State {
     faults: Vec<Fault>,
     /// Blocks of so many bytes can be shared with this file; 0 where none can be.
     clones: u64,
+    in_memory: bool,
     failures: u64,
     operations: u64,
     write_outs: Vec<Range<u64>>,
@@ -204,6 +205,11 @@ impl SimStorage {
     /// From now on blocks of `block` bytes can be cloned into this file, as into one on XFS or btrfs; 0 for none, as it is at first.
     pub fn allow_clones(&self, block: u64) {
         self.state.lock().clones = block;
+    }
+
+    /// From now on, or not any more, all of the file is in the host's memory: reads that would not wait come to pass. They are no operations.
+    pub fn keep_in_memory(&self, keep: bool) {
+        self.state.lock().in_memory = keep;
     }
 
     /// Adds a fault.
@@ -346,6 +352,13 @@ impl Storage for SimStorage {
         buf[..here].copy_from_slice(&state.bytes[start..start + here]);
         buf[here..].fill(0);
         Ok(())
+    }
+
+    fn read_cached(&self, offset: u64, buf: &mut [u8]) -> bool {
+        let state = self.state.lock();
+        let place = usize::try_from(offset).ok().and_then(|start| Some(start..start.checked_add(buf.len())?));
+        let bytes = place.and_then(|place| state.bytes.get(place)).filter(|_| state.in_memory);
+        bytes.map(|bytes| buf.copy_from_slice(bytes)).is_some()
     }
 
     fn write_at(&self, kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()> {

@@ -1,0 +1,164 @@
+//! Reads that miss: when they are answered, what they leave in the overlay, and what they leave to others.
+
+use std::sync::Arc;
+
+use super::*;
+use crate::chain::Chain;
+use crate::format::{BackingFormat, BackingReference, Geometry, NewImage};
+use crate::image::Image;
+use crate::simulation::{Action, Failure, Fault, SimStorage, Times};
+use crate::storage::{Storage, WriteKind};
+
+const CLUSTER: u64 = 4096;
+const CLUSTERS: u64 = 64;
+/// The last cluster is not whole.
+const SIZE: u64 = CLUSTERS * CLUSTER - 1024;
+
+struct Rig {
+    disk: Arc<Disk>,
+    base: Arc<SimStorage>,
+    overlay: Arc<SimStorage>,
+    content: Vec<u8>,
+}
+
+/// A disk that copies up what is read, above a base with other bytes in every cluster, all of it in the host's memory.
+fn rig() -> Rig {
+    let content: Vec<u8> = (0..SIZE).map(|at| 1 + (at / CLUSTER) as u8).collect();
+    let backing = BackingReference { name: "base.raw".into(), format: Some(BackingFormat::Raw) };
+    let new = SimStorage::new(Vec::new());
+    for (at, piece) in (NewImage { geometry: Geometry::new(3, 12, 4, SIZE).unwrap(), backing: Some(backing) }).layout().unwrap() {
+        new.write_at(WriteKind::Header, at, &piece).unwrap();
+    }
+    let overlay = SimStorage::checked(new.bytes());
+    let base = SimStorage::new(content.clone());
+    base.keep_in_memory(true);
+    let image = Image::open(overlay.clone()).unwrap();
+    let disk = Disk::for_tests(image, Some(Chain::of_raw(base.clone()))).copying_up(true);
+    Rig { disk: Arc::new(disk), base, overlay, content }
+}
+
+impl Rig {
+    fn is_local(&self, cluster: u64) -> bool {
+        matches!(self.disk.map(cluster * CLUSTER, 1).unwrap().mapping, Mapping::Data { .. })
+    }
+
+    /// Reads what is in memory: the bytes that were answered, if they were.
+    fn cached(&self, offset: u64, len: u64) -> Option<Vec<u8>> {
+        let (mut answers, mut buf) = (Vec::new(), vec![0; len as usize]);
+        let local = self.disk.read_cached(offset, &mut buf, &mut |bytes| answers.push(bytes.to_vec())).unwrap();
+        assert_eq!(local == Local::Done, answers.len() == 1, "{local:?}, {} answers", answers.len());
+        answers.pop()
+    }
+
+    fn shown(&self, offset: u64, len: u64) -> Option<Vec<u8>> {
+        Some(self.content[offset as usize..(offset + len) as usize].to_vec())
+    }
+}
+
+/// Protects: nothing but the clusters of the request is copied up, whole, once, and with no other read of the base; and the image is sound.
+#[test]
+fn what_is_in_memory_is_answered_and_copied_up() {
+    let rig = rig();
+    let before = rig.base.operations();
+    assert_eq!(rig.cached(3 * CLUSTER + 100, CLUSTER), rig.shown(3 * CLUSTER + 100, CLUSTER));
+    assert_eq!(rig.base.operations(), before, "not read in any other way");
+    assert_eq!([2, 3, 4, 5].map(|cluster| rig.is_local(cluster)), [false, true, true, false]);
+    let stats = rig.disk.stats();
+    assert_eq!((stats.reads.operations, stats.reads.bytes, stats.backing_reads.bytes), (1, CLUSTER, 2 * CLUSTER));
+    rig.base.inject(Fault {
+        matches: Box::new(|operation| operation.action == Action::Read),
+        after: 0,
+        failure: Failure::Errno(5),
+        times: Times::ForEver,
+    });
+    rig.base.keep_in_memory(false);
+    let mut buf = vec![0; 2 * CLUSTER as usize];
+    rig.disk.read(3 * CLUSTER, &mut buf).unwrap();
+    assert!(Some(buf) == rig.shown(3 * CLUSTER, 2 * CLUSTER), "from the overlay alone");
+    rig.disk.close().unwrap();
+}
+
+/// Protects: what would have to wait, or is not all missing, is left alone, and nothing has changed.
+#[test]
+fn everything_else_is_left_to_who_may_wait() {
+    let rig = rig();
+    rig.base.keep_in_memory(false);
+    assert_eq!(rig.cached(0, 512), None, "not in memory");
+    rig.base.keep_in_memory(true);
+    rig.disk.write(7 * CLUSTER, &[0xee; 10]).unwrap();
+    assert_eq!(rig.cached(6 * CLUSTER, 2 * CLUSTER), None, "half of it is in the overlay");
+    assert_eq!(rig.cached((CLUSTERS - 1) * CLUSTER, 512), None, "its last cluster ends behind the disk");
+    assert_eq!(rig.cached(0, AT_ONCE + 1), None, "too large");
+    let reader = rig.disk.in_flight.shared(CLUSTER..CLUSTER + 1);
+    std::thread::scope(|scope| {
+        scope.spawn(|| assert_eq!(rig.cached(CLUSTER + 2048, 512), None, "somebody reads the same cluster"));
+    });
+    drop(reader);
+    assert!((0..CLUSTERS).filter(|&cluster| rig.is_local(cluster)).eq([7]));
+    assert_eq!(rig.disk.stats().reads.operations, 0, "counted by who does it");
+
+    let plain = Disk::for_tests(Image::open(SimStorage::new(rig.overlay.bytes())).unwrap(), Some(Chain::of_raw(rig.base.clone())));
+    assert_eq!(plain.read_cached(0, &mut [0; 512], &mut |_| panic!("answered")).unwrap(), Local::Miss, "reads do not copy up");
+    rig.disk.close().unwrap();
+}
+
+/// Protects: the answer comes before anything is written, and whoever wants the same cluster then gets it from the overlay and waits for that; a guest's
+/// write to it is not lost (I4). For reads on session threads and on workers.
+#[test]
+fn the_answer_does_not_wait_for_the_copy() {
+    for waits in [false, true] {
+        let rig = rig();
+        let held = rig.overlay.hold(|operation| operation.action == Action::Write(WriteKind::NewCluster));
+        let (answered, answer) = crossbeam_channel::bounded(1);
+        let reader = std::thread::spawn({
+            let disk = Arc::clone(&rig.disk);
+            move || {
+                let mut buf = vec![0; 512];
+                let mut send = |bytes: &[u8]| answered.send(bytes.to_vec()).unwrap();
+                match waits {
+                    true => disk.read_and_answer(2 * CLUSTER, &mut buf, &mut send).map(|()| Local::Done),
+                    false => disk.read_cached(2 * CLUSTER, &mut buf, &mut send),
+                }
+            }
+        });
+        assert_eq!(answer.recv().ok(), rig.shown(2 * CLUSTER, 512));
+        held.wait_for(1);
+        assert!(!rig.is_local(2));
+        let mut buf = [0; 512];
+        assert_eq!(rig.disk.read_local(2 * CLUSTER, &mut buf).unwrap(), Local::Miss, "the cluster is held");
+        assert_eq!(rig.disk.read_local(3 * CLUSTER, &mut []).unwrap(), Local::Done, "and no other");
+        let writer = std::thread::spawn({
+            let disk = Arc::clone(&rig.disk);
+            move || disk.write(2 * CLUSTER, &[0xee; 100])
+        });
+        while rig.disk.in_flight.waiting() == 0 {
+            std::thread::yield_now();
+        }
+        drop(held);
+        assert_eq!(reader.join().unwrap().unwrap(), Local::Done);
+        writer.join().unwrap().unwrap();
+        rig.disk.read(2 * CLUSTER, &mut buf).unwrap();
+        assert_eq!((buf[99], buf[100]), (0xee, rig.content[2 * CLUSTER as usize]));
+        rig.disk.close().unwrap();
+    }
+}
+
+/// Protects: P5 when the copy fails after the answer: the read was good, the next one is good, and nothing points to a cluster that was not written.
+#[test]
+fn a_copy_that_fails_after_the_answer_changes_nothing() {
+    let rig = rig();
+    rig.overlay.inject(Fault {
+        matches: Box::new(|operation| operation.action == Action::Write(WriteKind::NewCluster)),
+        after: 0,
+        failure: Failure::Errno(28),
+        times: Times::ForEver,
+    });
+    assert_eq!(rig.cached(0, 512), rig.shown(0, 512));
+    assert!(!rig.is_local(0));
+    assert_eq!(rig.cached(0, 512), None, "copying up pauses");
+    rig.overlay.heal();
+    let mut buf = vec![0; 512];
+    rig.disk.read(0, &mut buf).unwrap();
+    assert_eq!(Some(buf), rig.shown(0, 512));
+    rig.disk.close().unwrap();
+}
