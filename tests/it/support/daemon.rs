@@ -76,8 +76,8 @@ impl Mount {
             let exited = daemon.try_wait();
             assert!(exited.is_none(), "the daemon ended before it had mounted: {exited:?}\n{}", daemon.log());
             let connects = |path: &PathBuf| std::os::unix::net::UnixStream::connect(path).is_ok();
-            // A mount that nobody serves is what an earlier daemon has left there.
-            (daemon.is_mounted() && !mounts::is_dead(&daemon.mountpoint) && daemon.socket.as_ref().is_none_or(connects)).then_some(())
+            // A mount that nobody serves is what an earlier daemon has left there. In this order: once that is gone, a mount is the new one.
+            (!mounts::is_dead(&daemon.mountpoint) && daemon.is_mounted() && daemon.socket.as_ref().is_none_or(connects)).then_some(())
         });
         assert!(ready.is_some(), "the daemon did not mount within {START:?}\n{}", daemon.log());
         daemon
