@@ -3,8 +3,9 @@
 //! # The idea
 //!
 //! 1. A request is one plain call stack, [`fuse`] → [`disk`] → ([`image`] | [`chain`]) → [`storage`]; reading a backtrace is reading the
-//!    architecture. What the overlay holds is answered on the thread that received the request. A miss (it must read below, or allocate) goes
-//!    whole to a worker that runs the same stack, so a slow or hung backing file never delays what is local already.
+//!    architecture. What the overlay holds is answered on the thread that received the request, and so is a small read of a raw file below that the
+//!    host has in memory. Any other miss (it must read below, or allocate) goes whole to a worker that runs the same stack, so a slow or hung backing
+//!    file never delays what is local already.
 //! 2. [`image`] knows only its own file; [`chain`] knows only what lies below; [`disk`] is the only room that knows both.
 //! 3. One concurrency rule: a guest cluster changes its mapping only while its range is held exclusively; reads and in-place writes hold it
 //!    shared ([`range_lock`]). Copy-on-read, allocating write, zero, discard and stream are then the same critical section.
@@ -51,6 +52,12 @@
 //! * A miss is not split between threads, and the queue of misses is not bounded by us but by the kernel (one request per blocked client thread
 //!   and `max_background`): a bounded queue would have to block a session thread when full, which is what it is there to prevent.
 //! * The range lock is striped from the start, so that no lock is taken exclusively by all requests.
+//! * A read that misses is answered before its copy is stored (`disk/read.rs`): storing costs more than reading, and only who wants the same cluster
+//!   has a reason to wait for it.
+//! * A queue of FUSE over io_uring has two servers (`fuse/ring/queue.rs`): one on the CPU of whoever asks is best for small requests, and too slow for
+//!   several large ones.
+//! * Early write-out is posix_fadvise(2) instead of sync_file_range(2), which no crate offers without `unsafe` (`disk/write_out.rs`).
+//! * Reads do not clone, only streams do (`disk/populate.rs`): what was cloned is not in the page cache, where the guest wants it.
 //! * Who mounts is a child of the process that serves, not its parent (`keeper`): the id, the signals and the exit status that a user or a
 //!   supervisor sees stay those of the disk.
 //! * Flushes share a pass by counting passes (`image/write_back.rs`) instead of asking a committer thread; the 1 s timer only calls the same.

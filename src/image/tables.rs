@@ -240,32 +240,36 @@ impl Tables {
     /// V24 to V27 for a table as it comes from disk. For a backing file only what reading needs.
     fn check_entries(&self, entries: &[u64], geometry: &Geometry) -> Result<()> {
         let size = self.storage.size();
+        let mut data = Vec::new();
+        let mut refers = |cluster, in_place, index| {
+            if self.allocator.is_some() {
+                data.push((cluster, in_place, index));
+            }
+        };
         for (index, &raw) in entries.iter().enumerate() {
-            let mapping = Mapping::decode(raw, geometry)?;
-            let host = match mapping {
-                Mapping::Unallocated | Mapping::Zero { reserved: None } => continue,
+            match Mapping::decode(raw, geometry)? {
+                Mapping::Unallocated | Mapping::Zero { reserved: None } => {}
                 Mapping::Compressed { at, len } => {
                     let end = at.0.checked_add(u64::from(len));
                     if end.is_none_or(|end| end > size.next_multiple_of(512)) {
                         return Err(corrupt(format!("index {index}: compressed cluster at {at} is outside the file")));
                     }
-                    if let Some(allocator) = &self.allocator {
-                        for cluster in geometry.host_cluster(at).0..=(at.0 + u64::from(len) - 1) >> geometry.cluster_bits() {
-                            allocator.check_data(HostCluster(cluster), false).map_err(|error| error.context(format!("index {index}")))?;
-                        }
-                    }
-                    continue;
+                    let clusters = geometry.host_cluster(at).0..=(at.0 + u64::from(len) - 1) >> geometry.cluster_bits();
+                    clusters.for_each(|cluster| refers(HostCluster(cluster), false, index));
                 }
                 Mapping::Zero { reserved: Some((host, in_place)) } | Mapping::Data { host, in_place } => {
-                    if let Some(allocator) = &self.allocator {
-                        allocator.check_data(host, in_place).map_err(|error| error.context(format!("index {index}")))?;
+                    if geometry.host_offset(host).0 >= size {
+                        return Err(corrupt(format!("index {index}: cluster at {} is outside the file", geometry.host_offset(host))));
                     }
-                    host
+                    refers(host, in_place, index);
                 }
-            };
-            if geometry.host_offset(host).0 >= size {
-                return Err(corrupt(format!("index {index}: cluster at {} is outside the file", geometry.host_offset(host))));
             }
+        }
+        let Some(allocator) = &self.allocator else { return Ok(()) };
+        // In the order of the file: each refcount block is looked at once, wherever the entries point.
+        data.sort_unstable();
+        for (cluster, in_place, index) in data {
+            allocator.check_data(cluster, in_place).map_err(|error| error.context(format!("index {index}")))?;
         }
         Ok(())
     }

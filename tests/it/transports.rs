@@ -93,6 +93,64 @@ fn a_guest_sees_no_difference() {
     }
 }
 
+/// How often each thread of a process whose name starts so has run.
+fn runs(pid: u32, name: &str) -> u64 {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("threads").map(|thread| thread.expect("thread").path());
+    let named = threads.filter(|path| fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.starts_with(name)));
+    let count = |path: std::path::PathBuf| fs::read_to_string(path.join("schedstat")).ok()?.split_whitespace().nth(2)?.parse::<u64>().ok();
+    named.filter_map(count).sum()
+}
+
+/// Protects: requests that the second server of a queue takes are answered like any other, writes and reads, large ones and small ones that come to
+/// entries it has; and all entries find their way home, so that the disk ends. That it took some is seen in its thread.
+#[test]
+fn large_requests_side_by_side() {
+    requires!("/dev/fuse", "qemu-img");
+    if !has_uring() {
+        return;
+    }
+    let (threads, rounds) = (8u64, 24u64);
+    let rig = Rig::new(threads * MIB);
+    let disk = rig.mount().args(&["--transport", "uring"]).start();
+    let pid = u32::try_from(disk.pid().as_raw_nonzero().get()).expect("a pid");
+    let file = File::options().read(true).write(true).custom_flags(OFlags::DIRECT.bits().cast_signed()).open(disk.path()).expect("open");
+    let before = runs(pid, "fuse-lane");
+    let mut want = rig.content.clone();
+    std::thread::scope(|scope| {
+        for (number, part) in want.chunks_mut(MIB as usize).enumerate() {
+            let file = &file;
+            scope.spawn(move || {
+                let start = number as u64 * MIB;
+                for round in 0..rounds {
+                    // Everything, and then a page of it, which comes to whichever entry was used last.
+                    part.copy_from_slice(&Pattern::new(number as u32, round as u32).bytes(start, MIB));
+                    for range in [0..MIB, (round * 4 * KIB)..(round * 4 * KIB + 4 * KIB)] {
+                        let bytes = &part[range.start as usize..range.end as usize];
+                        assert_eq!(direct(bytes, |aligned| file.write_at(aligned, start + range.start).expect("write")).1, bytes.len());
+                        let (got, len) = direct(&vec![0; bytes.len()], |aligned| file.read_at(aligned, start + range.start).expect("read"));
+                        assert_eq!(len, bytes.len());
+                        assert_same("what was just written", &got, bytes);
+                    }
+                }
+            });
+        }
+    });
+    assert!(runs(pid, "fuse-lane") > before, "all of it was done by the first servers");
+    drop(file);
+    disk.umount();
+    assert_same("in the image", &crate::support::qemu::read_all(&rig.overlay), &want);
+}
+
+/// Calls `io` with a copy of the bytes that lies as direct I/O wants it; the copy afterwards, and what `io` returned.
+fn direct(bytes: &[u8], io: impl FnOnce(&mut [u8]) -> usize) -> (Vec<u8>, usize) {
+    let mut buffer = vec![0; bytes.len() + 4096];
+    let start = buffer.as_ptr().align_offset(4096);
+    let aligned = &mut buffer[start..start + bytes.len()];
+    aligned.copy_from_slice(bytes);
+    let len = io(aligned);
+    (aligned.to_vec(), len)
+}
+
 /// Protects: who insists on io_uring is told in one line why there is none; the default goes on without.
 #[test]
 fn a_transport_that_is_not_there_is_an_error_only_for_who_insists() {
