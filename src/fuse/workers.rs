@@ -21,6 +21,7 @@ use std::thread::{self, Thread};
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use parking_lot::Mutex;
 use rustix::io::Errno;
+use rustix::thread::CpuSet;
 
 use super::file_system::FileSystem;
 use crate::Result;
@@ -62,6 +63,8 @@ struct Entrance {
     misses: Arc<Misses>,
     /// Held by every worker.
     alive: Sender<Infallible>,
+    /// Where workers may run. A thread inherits that from the one that starts it, and the servers of rings keep to one processor each.
+    processors: Option<CpuSet>,
 }
 
 impl Entrance {
@@ -77,9 +80,12 @@ impl Entrance {
             waiting.alive += 1;
             waiting.alive - 1
         };
-        let leaves = Leaves(Arc::clone(&misses));
+        let (leaves, processors) = (Leaves(Arc::clone(&misses)), self.processors);
         spawn(format!("miss-{number}"), move || {
             let (_alive, _leaves) = (alive, leaves);
+            if let Some(processors) = processors {
+                let _ = rustix::thread::sched_setaffinity(None, &processors);
+            }
             misses.work();
         })
     }
@@ -196,7 +202,8 @@ impl Workers {
     pub(super) fn start(file_system: &Arc<dyn FileSystem>) -> Result<(Workers, Ended)> {
         let (flushes, flush_queue) = unbounded::<Flushed>();
         let (alive, ended) = crossbeam_channel::bounded::<Infallible>(0);
-        let entrance = Entrance { misses: Arc::default(), alive: alive.clone() };
+        let processors = rustix::thread::sched_getaffinity(None).ok();
+        let entrance = Entrance { misses: Arc::default(), alive: alive.clone(), processors };
         entrance.hire()?;
         let file_system = Arc::clone(file_system);
         spawn("flush".to_string(), move || {
@@ -235,7 +242,7 @@ mod tests {
 
     fn entrance(workers: usize) -> (Entrance, Ended) {
         let (alive, ended) = bounded(0);
-        let entrance = Entrance { misses: Arc::default(), alive };
+        let entrance = Entrance { misses: Arc::default(), alive, processors: rustix::thread::sched_getaffinity(None).ok() };
         (0..workers).for_each(|_| entrance.hire().unwrap());
         (entrance, ended)
     }
@@ -300,6 +307,34 @@ mod tests {
         drop(entrance);
         assert!(ended.recv().is_err());
         assert_eq!(results.try_iter().count(), MISS_WORKERS + 5);
+    }
+
+    /// A worker that a thread starts which keeps to one processor may run on all of them.
+    #[test]
+    fn workers_run_anywhere() {
+        let (entrance, _ended) = entrance(1);
+        let all = rustix::thread::sched_getaffinity(None).unwrap();
+        let first = (0..CpuSet::MAX_CPU).find(|&cpu| all.is_set(cpu)).unwrap();
+        let (release, held) = bounded::<()>(0);
+        let (done, results) = unbounded();
+        thread::spawn(move || {
+            let mut one = CpuSet::new();
+            one.set(first);
+            rustix::thread::sched_setaffinity(None, &one).unwrap();
+            for _ in 0..3 {
+                let (held, done) = (held.clone(), done.clone());
+                entrance.put(Box::new(move |_| {
+                    done.send(rustix::thread::sched_getaffinity(None).unwrap()).unwrap();
+                    let _ = held.recv();
+                }));
+            }
+        })
+        .join()
+        .unwrap();
+        for _ in 0..3 {
+            assert_eq!(results.recv().unwrap().count(), all.count());
+        }
+        drop(release);
     }
 
     /// When the last worker has panicked nothing is kept: what waits is dropped, which is what answers it.
