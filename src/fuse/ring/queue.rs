@@ -46,9 +46,10 @@ const POSSIBLE_CPUS: &str = "/sys/devices/system/cpu/possible";
 const QUEUES_AT_MOST: usize = 64;
 
 /// Requests that may be in work at a time, over all queues.
-const REQUESTS: usize = 64;
-/// And of one queue, at least: a single client must be able to keep its disk busy.
-const REQUESTS_OF_QUEUE: usize = 32;
+const REQUESTS: usize = 128;
+/// And of one queue, at least. A request keeps its entry until it is answered, so when as many from one CPU hang in a dead backing file, what is local
+/// waits as well if it is asked for from there: so many are as many as there may be asynchronous ones (`MAX_BACKGROUND`), and then some.
+const REQUESTS_OF_QUEUE: usize = 96;
 
 /// Bytes of data from which on a request is large: copying them takes longer than to wake another thread.
 const LARGE: usize = 128 << 10;
