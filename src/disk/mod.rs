@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! read   shared(range); read what the overlay holds; all of it?  ─► done
-//!        else drop; exclusive(the missing clusters); look again; populate; answer from the same buffer; go on behind them
+//!        else drop; exclusive(the missing clusters); look again; read below; go on behind them; answer; store, from the same buffer
 //! write  per run: Data { in_place }? ─► shared(run); look again; overwrite
 //!        else exclusive(its clusters); look again; in place │ allocate, complete the clusters from below, fill, publish
 //! stream populate(512 KiB) … ; detach_backing

@@ -9,7 +9,7 @@ use super::handler::{Answer, Durability, Stat, Truncate};
 /// Gets the bytes of a read, or what went wrong.
 pub type ReadAnswer<'a> = dyn FnMut(Result<&[u8], Errno>) + 'a;
 
-/// One file. Any thread may call any method, at the same time as others.
+/// One file. Any thread may call any method, at the same time as others. Offsets and lengths are bytes.
 pub trait FileSystem: Send + Sync + std::fmt::Debug {
     /// stat(2).
     ///

@@ -10,7 +10,7 @@
 //!    opened, since each thread that serves it has a descriptor of its own (measured: a tenth more requests than with one for all).
 //! 3. seccomp: the list in `syscalls.rs`. What is not on it kills the process, and the kernel logs the number of the call.
 //!
-//! **Touches:** the rights of this process; the user database, before. **Never:** gives another right back; opens a file afterwards.
+//! **Touches:** the rights of this process; the user database, before. **Never:** gives another right back.
 //! **Locks:** none. **Invariants:** [`enter`] is called while there is one thread. Filters are inherited, so there is no thread without them.
 
 use std::io::{self, Write};
