@@ -206,6 +206,11 @@ impl Layer {
         }
     }
 
+    /// Whether it is plain bytes.
+    pub fn is_raw(&self) -> bool {
+        matches!(self.body, Body::Raw(_))
+    }
+
     /// Fills `buf` if this is a raw file that is long enough and nobody has to be waited for; says whether it has.
     pub fn read_cached(&self, offset: u64, buf: &mut [u8]) -> bool {
         match &self.body {

@@ -160,6 +160,11 @@ impl Chain {
         Ok(())
     }
 
+    /// Whether [`Chain::read_cached`] may ever fill anything: nobody else should go to the trouble of asking.
+    pub fn has_cached(&self) -> bool {
+        self.layers.first().is_some_and(|layer| layer.is_raw())
+    }
+
     /// As [`Chain::read`], if that takes no waiting: the uppermost layer is a raw file, and the host has the bytes in memory. Says whether `buf` is filled.
     pub fn read_cached(&self, offset: u64, buf: &mut [u8]) -> bool {
         self.layers.first().is_some_and(|layer| layer.read_cached(offset, buf))

@@ -58,6 +58,10 @@ impl Disk {
         {
             return Ok(None);
         }
+        // Looked at before the range is held, to spare who reads above qcow2 the way; which chain it is counts only afterwards.
+        if !self.chain().is_some_and(|chain| chain.has_cached()) {
+            return Ok(None);
+        }
         let (Some(held), Some(chain)) = (self.in_flight.try_exclusive(aligned.clone()), self.chain()) else { return Ok(None) };
         let extent = image.map(GuestOffset(offset), buf.len() as u64)?;
         if extent.mapping != Mapping::Unallocated || extent.len < buf.len() as u64 {
