@@ -32,8 +32,8 @@
 //! | 6 | [`fuse`] | kernel request ⇄ `disk` call | jobs, QMP, the image |
 //! | 6 | [`qmp`] | JSON ⇄ jobs, `stream::start`, facts of the disk | FUSE, the image |
 //! | 7 | [`keeper`] | the second process: mounts, unmounts, removes | images, clients |
-//! | 7 | [`cli`] | what was typed, checked | the disk |
-//! | 8 | [`daemon`] | wiring and lifetime | logic that a test would want |
+//! | 8 | [`cli`] | what was typed, checked | the disk |
+//! | 9 | [`daemon`] | wiring and lifetime | logic that a test would want |
 //!
 //! # Locks
 //!

@@ -1,0 +1,225 @@
+//! The command line, in two steps: what was typed ([`Args`], by clap) and what it means ([`Command`], checked).
+//!
+//! **Touches:** `format`, `create` and `check` for their option types, the current directory (paths are made absolute here, because the daemon
+//! moves to `/`). **Never:** opens a file. Wrong usage is reported by clap and ends with exit status 2 (1 for `check`).
+
+use std::ffi::OsStr;
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::Result;
+use crate::check::{CheckOptions, Output, Repair};
+use crate::create::CreateOptions;
+
+mod mount;
+mod values;
+
+pub use mount::{MountConfig, Role};
+
+use mount::MountArgs;
+use values::{FormatArg, parse_cluster_size, parse_size};
+
+/// A copy-on-read virtual disk: mounts a qcow2 overlay as a raw file, fills it from its backing file as it is read,
+/// streams the rest in the background, and is controlled over QMP.
+#[derive(Debug, Parser)]
+#[command(name = "cordisk", version, max_term_width = 100, disable_help_subcommand = true)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Typed,
+}
+
+#[derive(Debug, Subcommand)]
+enum Typed {
+    /// Create a qcow2 overlay above a backing file
+    Create(CreateArgs),
+    /// Mount a qcow2 image as a raw disk file
+    ///
+    /// The guest's disk appears as one regular file at MOUNTPOINT. The command returns when the disk is mounted (and the QMP socket
+    /// accepts), and a daemon stays in the background until the file is unmounted: `umount MOUNTPOINT`, or `fusermount3 -u MOUNTPOINT`
+    /// for whoever is not root. SIGTERM unmounts as well; while the file is in use the daemon writes everything back and goes on serving,
+    /// until a second SIGTERM.
+    ///
+    /// After a daemon was killed, the same command mounts again: it replaces the dead mount of this image at MOUNTPOINT, and gives back the
+    /// clusters that were leaked.
+    #[command(after_help = "Example: cordisk mount --qmp qmp.sock overlay.qcow2 disk")]
+    Mount(MountArgs),
+    /// Check a qcow2 image, and give back what a crash has leaked in it
+    ///
+    /// Counts all references inside the image and holds its refcounts against them, with the output and the exit status of qemu-img check:
+    /// 0 all is well, 1 the check could not be done, 2 there are corruptions, 3 clusters are leaked and nothing else. Backing files are not
+    /// opened. An image that is mounted cannot be checked. A read-write mount after a crash gives leaks back by itself.
+    #[command(after_help = "Example: cordisk check --repair leaks overlay.qcow2")]
+    Check(CheckArgs),
+    /// The process that `mount` starts to mount and unmount.
+    #[command(hide = true)]
+    KeepMount,
+}
+
+#[derive(Debug, clap::Args)]
+struct CheckArgs {
+    /// The qcow2 image
+    image: PathBuf,
+    /// Repair what is wrong: "leaks" lowers the refcounts of leaked clusters, if there are no corruptions; nothing else is repaired
+    #[arg(short, long, value_name = "WHAT")]
+    repair: Option<RepairArg>,
+    /// For people, or as one JSON object with the members of qemu-img check
+    #[arg(long, value_name = "FORMAT", default_value = "human")]
+    output: OutputArg,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum RepairArg {
+    Leaks,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OutputArg {
+    Human,
+    Json,
+}
+
+#[derive(Debug, clap::Args)]
+struct CreateArgs {
+    /// The file to create; it must not exist
+    overlay: PathBuf,
+    /// Backing file. A relative name is relative to the directory of OVERLAY and is stored as given
+    #[arg(short, long = "backing", value_name = "BASE")]
+    base: String,
+    /// Format of the backing file; it is never guessed
+    #[arg(short = 'F', long = "backing-format", value_name = "FORMAT")]
+    format: FormatArg,
+    /// Size of the disk in bytes; K, M, G and T mean powers of 1024 [default: that of the backing file]
+    #[arg(value_parser = parse_size)]
+    size: Option<u64>,
+    /// Unit of allocation and of copying up, a power of two from 512 to 2M
+    #[arg(long, value_name = "SIZE", default_value = "64K", value_parser = parse_cluster_size)]
+    cluster_size: u64,
+}
+
+/// What the program is asked to do, checked.
+#[derive(Debug)]
+pub enum Command {
+    /// `cordisk create`.
+    Create(CreateOptions),
+    /// `cordisk mount`.
+    Mount(MountConfig),
+    /// `cordisk check`.
+    Check(CheckOptions),
+    /// What `cordisk mount` runs as its mount keeper.
+    KeepMount,
+}
+
+/// Parses the command line of this process. Prints help or usage errors itself and ends the process then.
+///
+/// # Errors
+/// The current directory, to which relative paths refer, is gone.
+pub fn parse() -> Result<Command> {
+    match Args::try_parse() {
+        Ok(args) => args.check(),
+        Err(error) => {
+            // Where this fails nobody listens.
+            let _ = error.print();
+            std::process::exit(usage_status(&error, std::env::args_os().nth(1).as_deref()));
+        }
+    }
+}
+
+/// The exit status of help and of wrong usage. That of `check` must not be taken for corruptions, so there it is 1, as with qemu-img.
+fn usage_status(error: &clap::Error, command: Option<&OsStr>) -> i32 {
+    match error.exit_code() {
+        0 => 0,
+        _ if command == Some(OsStr::new("check")) => 1,
+        status => status,
+    }
+}
+
+impl Args {
+    /// The second step: from what was typed to what it means.
+    fn check(self) -> Result<Command> {
+        Ok(match self.command {
+            Typed::Create(args) => Command::Create(CreateOptions {
+                overlay: args.overlay,
+                base: args.base,
+                format: args.format.into(),
+                size: args.size,
+                cluster_size: args.cluster_size,
+            }),
+            Typed::Mount(args) => Command::Mount(args.check()?),
+            Typed::Check(args) => Command::Check(CheckOptions {
+                image: args.image,
+                repair: args.repair.map(|RepairArg::Leaks| Repair::Leaks),
+                output: match args.output {
+                    OutputArg::Human => Output::Human,
+                    OutputArg::Json => Output::Json,
+                },
+            }),
+            Typed::KeepMount => Command::KeepMount,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::format::BackingFormat;
+
+    fn command(line: &[&str]) -> Command {
+        Args::try_parse_from(line).unwrap().check().unwrap()
+    }
+
+    fn usage_error(line: &[&str]) -> i32 {
+        Args::try_parse_from(line).unwrap_err().exit_code()
+    }
+
+    #[test]
+    fn clap_finds_no_contradiction_in_the_definition() {
+        <Args as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn create_takes_the_size_as_an_option() {
+        let Command::Create(options) = command(&["cordisk", "create", "o", "-b", "base", "-F", "raw"]) else { panic!("not create") };
+        assert_eq!((options.size, options.cluster_size, options.base.as_str()), (None, 65536, "base"));
+        let Command::Create(options) = command(&["cordisk", "create", "o", "-b", "base", "-F", "qcow2", "1G", "--cluster-size", "4K"])
+        else {
+            panic!("not create")
+        };
+        assert_eq!((options.size, options.cluster_size, options.format), (Some(1 << 30), 4096, BackingFormat::Qcow2));
+    }
+
+    #[test]
+    fn check_takes_what_qemu_img_takes() {
+        let Command::Check(options) = command(&["cordisk", "check", "--repair", "leaks", "--output", "json", "i"]) else {
+            panic!("not check")
+        };
+        assert_eq!((options.image.as_path(), options.repair, options.output), (Path::new("i"), Some(Repair::Leaks), Output::Json));
+        let Command::Check(options) = command(&["cordisk", "check", "i"]) else { panic!("not check") };
+        assert_eq!((options.repair, options.output), (None, Output::Human));
+        let error = Args::try_parse_from(["cordisk", "check", "--repair", "all", "i"]).unwrap_err();
+        assert_eq!(usage_status(&error, Some(OsStr::new("check"))), 1, "2 means corruptions");
+        assert_eq!(usage_status(&error, Some(OsStr::new("mount"))), 2);
+        let help = Args::try_parse_from(["cordisk", "check", "--help"]).unwrap_err();
+        assert_eq!(usage_status(&help, Some(OsStr::new("check"))), 0);
+    }
+
+    #[test]
+    fn wrong_usage_is_status_2() {
+        for line in [
+            &["cordisk"][..],
+            &["cordisk", "mount", "/i"],
+            &["cordisk", "mount", "--speed", "1", "/i", "/m"],
+            &["cordisk", "mount", "--stream", "--read-only", "/i", "/m"],
+            &["cordisk", "mount", "--device", "0", "/i", "/m"],
+            &["cordisk", "mount", "--stream-priority", "high", "/i", "/m"],
+            &["cordisk", "mount", "--reserve", "5%", "/i", "/m"],
+            &["cordisk", "mount", "--sandbox", "maybe", "/i", "/m"],
+            &["cordisk", "create", "o", "-b", "base"],
+            &["cordisk", "create", "o", "-b", "base", "-F", "vmdk"],
+        ] {
+            assert_eq!(usage_error(line), 2, "{line:?}");
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! `cordisk mount`: its options, and what they mean.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+
+use super::values::{FormatArg, absolute, parse_device, parse_size};
+use crate::Result;
+use crate::format::BackingFormat;
+use crate::fuse::Transport;
+use crate::sandbox;
+use crate::stream::Priority;
+
+/// Device id, and job id of the stream it starts, where none is given: QEMU's name for the first drive.
+const DEFAULT_DEVICE: &str = "drive0";
+
+#[derive(Debug, clap::Args)]
+pub(super) struct MountArgs {
+    /// The qcow2 image
+    image: PathBuf,
+    /// Where the disk appears: a regular file, or a name that does not exist, which is created and removed again at the end
+    mountpoint: PathBuf,
+    /// Stay in the foreground and log to standard error
+    #[arg(short, long)]
+    foreground: bool,
+    /// Name of the disk on the QMP socket, and of the job of --stream
+    #[arg(long, value_name = "ID", default_value = DEFAULT_DEVICE, value_parser = parse_device)]
+    device: String,
+    /// Listen for QMP clients on this Unix socket
+    #[arg(long, value_name = "SOCKET")]
+    qmp: Option<PathBuf>,
+    /// Copy everything up in the background, then drop the backing file (as block-stream does)
+    #[arg(long, conflicts_with = "read_only")]
+    stream: bool,
+    /// Limit of --stream in bytes per second; K, M, G and T mean powers of 1024, 0 is unlimited
+    #[arg(long, value_name = "RATE", requires = "stream", default_value = "0", value_parser = parse_size)]
+    speed: u64,
+    /// What streams without a speed do while the guest reads, writes or syncs: `low` gives way to it, `normal` does not
+    #[arg(long, value_name = "PRIORITY", default_value = "low")]
+    stream_priority: PriorityArg,
+    /// Write nothing: neither what the guest writes nor copies of what it reads
+    #[arg(short, long)]
+    read_only: bool,
+    /// Do not copy up what is read from the backing file
+    #[arg(long)]
+    no_copy_on_read: bool,
+    /// Do not copy up what is read while less than this is free where IMAGE lies; 0 is no limit. Writes and --stream are not affected
+    /// [default: the smaller of 1G and 5 % of the file system]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    reserve: Option<u64>,
+    /// Let other users open the disk, as far as its mode and owner allow (/etc/fuse.conf must permit it for whoever is not root)
+    #[arg(long)]
+    allow_other: bool,
+    /// How requests come from the kernel: over io_uring where it offers that, over /dev/fuse otherwise
+    #[arg(long, value_name = "TRANSPORT", default_value = "auto")]
+    transport: TransportArg,
+    /// Format of the first backing file, where the image does not say; it is never guessed
+    #[arg(long, value_name = "FORMAT")]
+    backing_format: Option<FormatArg>,
+    /// Open backing files below this directory only, whatever names the images have in them; may be given several times [default: anywhere]
+    #[arg(long = "backing-root", value_name = "DIR")]
+    backing_roots: Vec<PathBuf>,
+    /// Before writing, count all references in the image and refuse it if its refcounts do not add up, for images you do not trust
+    #[arg(long, conflicts_with = "read_only")]
+    full_check: bool,
+    /// Write the daemon's process id to this file; locked while it runs, removed at the end
+    #[arg(long, value_name = "FILE")]
+    pidfile: Option<PathBuf>,
+    /// As root: become this user once everything is open and mounted. The disk and the QMP socket are that user's; without GROUP, the user's own
+    #[arg(long, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+    /// What the daemon may still do once it serves. `try`: with Landlock and seccomp, as far as the kernel has them, open, remove, execute and
+    /// connect to nothing. `require`: refuse to start without both. `off`: whatever its user may
+    #[arg(long, value_name = "MODE", default_value = "try")]
+    sandbox: SandboxArg,
+    /// Set by `mount` when it starts itself again as the background process.
+    #[arg(long, hide = true)]
+    background_child: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum TransportArg {
+    /// io_uring if the kernel offers it (echo Y > /sys/module/fuse/parameters/enable_uring), otherwise /dev/fuse
+    Auto,
+    /// /dev/fuse
+    Dev,
+    /// io_uring, or an error
+    Uring,
+}
+
+impl From<TransportArg> for Transport {
+    fn from(transport: TransportArg) -> Self {
+        match transport {
+            TransportArg::Auto => Transport::Auto,
+            TransportArg::Dev => Transport::Dev,
+            TransportArg::Uring => Transport::Uring,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum PriorityArg {
+    Low,
+    Normal,
+}
+
+impl From<PriorityArg> for Priority {
+    fn from(priority: PriorityArg) -> Self {
+        match priority {
+            PriorityArg::Low => Priority::Low,
+            PriorityArg::Normal => Priority::Normal,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum SandboxArg {
+    Try,
+    Require,
+    Off,
+}
+
+impl From<SandboxArg> for sandbox::Mode {
+    fn from(mode: SandboxArg) -> Self {
+        match mode {
+            SandboxArg::Try => sandbox::Mode::Try,
+            SandboxArg::Require => sandbox::Mode::Require,
+            SandboxArg::Off => sandbox::Mode::Off,
+        }
+    }
+}
+
+/// Which of the processes of `cordisk mount` this one is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Role {
+    /// Serves in the foreground (`-f`).
+    Foreground,
+    /// Started by the user without `-f`: starts a [`Role::Child`], waits until it is ready, ends.
+    Parent,
+    /// Serves in the background; says "ready" on standard output once the disk is mounted.
+    Child,
+}
+
+/// `cordisk mount`, checked. All paths are absolute.
+#[derive(Debug)]
+pub struct MountConfig {
+    /// The qcow2 image.
+    pub image: PathBuf,
+    /// Where the disk appears.
+    pub mountpoint: PathBuf,
+    /// Which process this is.
+    pub role: Role,
+    /// Device id and default job id.
+    pub device: String,
+    /// Where QMP clients connect.
+    pub qmp: Option<PathBuf>,
+    /// Speed of the stream job to start at once, in bytes per second (0: unlimited), if one is to be started.
+    pub stream: Option<u64>,
+    /// Whether streams give way to the guest.
+    pub stream_priority: Priority,
+    /// Nothing is written.
+    pub read_only: bool,
+    /// Reads copy up.
+    pub copy_on_read: bool,
+    /// Free bytes of the overlay's file system below which reads do not copy up, where given.
+    pub reserve: Option<u64>,
+    /// Other users may open the disk.
+    pub allow_other: bool,
+    /// How requests come from the kernel.
+    pub transport: Transport,
+    /// Format of the first backing file, where the image does not say.
+    pub backing_format: Option<BackingFormat>,
+    /// The image is checked in full before it is written.
+    pub full_check: bool,
+    /// Where the process id goes.
+    pub pidfile: Option<PathBuf>,
+    /// Directories that backing files must lie in, if there are any.
+    pub backing_roots: Vec<PathBuf>,
+    /// Who to become, as typed: looked up by the process that serves.
+    pub user: Option<String>,
+    /// How much of a sandbox there has to be.
+    pub sandbox: sandbox::Mode,
+}
+
+impl MountArgs {
+    pub(super) fn check(self) -> Result<MountConfig> {
+        Ok(MountConfig {
+            image: absolute(&self.image)?,
+            mountpoint: absolute(&self.mountpoint)?,
+            role: match (self.background_child, self.foreground) {
+                (true, _) => Role::Child,
+                (false, true) => Role::Foreground,
+                (false, false) => Role::Parent,
+            },
+            device: self.device,
+            qmp: self.qmp.as_deref().map(absolute).transpose()?,
+            stream: self.stream.then_some(self.speed),
+            stream_priority: self.stream_priority.into(),
+            copy_on_read: !self.no_copy_on_read && !self.read_only,
+            read_only: self.read_only,
+            full_check: self.full_check,
+            reserve: self.reserve,
+            allow_other: self.allow_other,
+            transport: self.transport.into(),
+            backing_format: self.backing_format.map(BackingFormat::from),
+            pidfile: self.pidfile.as_deref().map(absolute).transpose()?,
+            backing_roots: self.backing_roots.iter().map(|root| absolute(root)).collect::<Result<_>>()?,
+            user: self.user,
+            sandbox: self.sandbox.into(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clap::Parser;
+
+    use super::super::{Args, Command};
+    use super::*;
+
+    fn mount(line: &[&str]) -> MountConfig {
+        match Args::try_parse_from([&["cordisk", "mount"], line].concat()).unwrap().check().unwrap() {
+            Command::Mount(config) => config,
+            other => panic!("not mount: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn mount_defaults() {
+        let config = mount(&["/i", "/m"]);
+        assert_eq!(config.role, Role::Parent);
+        assert_eq!((config.image.as_path(), config.mountpoint.as_path()), (Path::new("/i"), Path::new("/m")));
+        assert_eq!(config.device, "drive0");
+        assert!(config.copy_on_read && !config.read_only && !config.allow_other);
+        assert_eq!((config.qmp, config.stream, config.backing_format, config.pidfile), (None, None, None, None));
+        assert_eq!((config.user, config.sandbox, config.backing_roots), (None, sandbox::Mode::Try, vec![]));
+        assert_eq!(config.stream_priority, Priority::Low);
+    }
+
+    #[test]
+    fn mount_options_mean_what_they_say() {
+        let config = mount(&["-f", "--stream", "--speed", "10M", "--qmp", "s", "--device", "d", "/i", "/m"]);
+        assert_eq!((config.role, config.stream, config.device.as_str()), (Role::Foreground, Some(10 << 20), "d"));
+        assert!(config.qmp.unwrap().is_absolute());
+        let config = mount(&["-r", "--backing-format", "raw", "/i", "/m"]);
+        assert!(config.read_only && !config.copy_on_read);
+        assert_eq!(config.backing_format, Some(BackingFormat::Raw));
+        let config = mount(&["--user", "u:g", "--sandbox", "require", "--backing-root", "a", "--backing-root=/b", "/i", "/m"]);
+        assert_eq!((config.user.as_deref(), config.sandbox), (Some("u:g"), sandbox::Mode::Require));
+        assert!(config.backing_roots.len() == 2 && config.backing_roots.iter().all(|root| root.is_absolute()));
+        assert_eq!(mount(&["--background-child", "/i", "/m"]).role, Role::Child);
+        assert_eq!(config.reserve, None);
+        assert_eq!(mount(&["--stream-priority", "normal", "/i", "/m"]).stream_priority, Priority::Normal);
+        assert_eq!(mount(&["--reserve", "2G", "/i", "/m"]).reserve, Some(2 << 30));
+        assert!(!mount(&["--no-copy-on-read", "/i", "/m"]).copy_on_read);
+    }
+}
