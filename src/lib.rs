@@ -30,6 +30,7 @@
 //! | 4 | [`disk`] | the guest's bytes | FUSE, JSON, jobs |
 //! | 5 | [`stream`], [`create`], [`check`] | bring everything up, then cut the chain; a new overlay; what is wrong with an image | sockets |
 //! | 5 | [`map`] | what is where: extents, a picture for a terminal, a PNG | the guest's bytes, sockets |
+//! | 6 | [`info`] | what an image says of itself, whoever uses it | locks, guest data |
 //! | 6 | [`fuse`] | kernel request ⇄ `disk` call | jobs, QMP, the image |
 //! | 6 | [`qmp`] | JSON ⇄ jobs, `stream::start`, facts of the disk | FUSE, the image |
 //! | 7 | [`keeper`] | the second process: mounts, unmounts, removes | images, clients |
@@ -71,6 +72,7 @@
 pub mod chain;
 pub mod check;
 pub mod cli;
+pub mod client;
 pub mod create;
 pub mod daemon;
 pub mod disk;
@@ -78,6 +80,7 @@ pub mod error;
 pub mod format;
 pub mod fuse;
 pub mod image;
+pub mod info;
 pub mod job;
 pub mod keeper;
 pub mod map;

@@ -120,6 +120,14 @@ impl Cells {
             .map(|place| (start(place)..start(place + 1)).map(|index| self.shares(index)).fold(Shares::default(), Shares::plus))
             .collect()
     }
+
+    /// The whole disk in exactly so many places: as [`Cells::spread`], and where there are fewer cells, each takes several places.
+    pub fn stretched(&self, places: usize) -> Vec<Shares> {
+        if places <= self.len() || self.is_empty() {
+            return self.spread(places);
+        }
+        (0..places).map(|place| self.shares(place * self.len() / places)).collect()
+    }
 }
 
 #[cfg(test)]
@@ -174,6 +182,9 @@ mod tests {
             assert!(spread.iter().all(|shares| shares.total() > 0));
         }
         assert_eq!(cells.spread(0), vec![]);
+        assert_eq!((cells.stretched(50), cells.stretched(200).len()), (cells.spread(50), 200));
+        assert_eq!((cells.stretched(200)[198], cells.stretched(200)[199]), (cells.shares(99), cells.shares(99)));
+        assert_eq!(Cells::default().stretched(9), vec![]);
         assert_eq!(cells.spread(50)[49], Shares { local: 98 + 99, zero: 0, remote: 3 });
     }
 }

@@ -1,0 +1,2 @@
+//! x **Never:**
+mod top;

@@ -1,0 +1,5 @@
+//! `cordisk top`.
+mod bars;
+mod facts;
+mod model;
+mod screen;
