@@ -76,6 +76,19 @@ fn run(command: Command) -> Result<ExitCode> {
             start_log(log::LevelFilter::Warn);
             crate::check::run(&options)
         }
+        Command::Map(options) => {
+            start_log(log::LevelFilter::Warn);
+            crate::client::map(&options)
+        }
+        Command::Info(options) => {
+            start_log(log::LevelFilter::Warn);
+            crate::client::info(&options)
+        }
+        Command::Top(options) => {
+            // What is logged would go into the picture.
+            start_log(log::LevelFilter::Off);
+            crate::client::top(&options)
+        }
         Command::KeepMount => keeper::run().map(|()| ExitCode::SUCCESS),
         Command::Mount(config) => match config.role {
             Role::Parent => background::start(),

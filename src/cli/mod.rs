@@ -10,15 +10,18 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::Result;
 use crate::check::{CheckOptions, Output, Repair};
+use crate::client::{InfoOptions, MapOptions, TopOptions};
 use crate::create::CreateOptions;
 
 mod mount;
 mod values;
+mod views;
 
 pub use mount::{MountConfig, Role};
 
 use mount::MountArgs;
 use values::{FormatArg, parse_cluster_size, parse_size};
+use views::{InfoArgs, MapArgs, TopArgs};
 
 /// A copy-on-read virtual disk: mounts a qcow2 overlay as a raw file, fills it from its backing file as it is read,
 /// streams the rest in the background, and is controlled over QMP.
@@ -51,6 +54,24 @@ enum Typed {
     /// opened. An image that is mounted cannot be checked. A read-write mount after a crash gives leaks back by itself.
     #[command(after_help = "Example: cordisk check --repair leaks overlay.qcow2")]
     Check(CheckArgs),
+    /// Show what of a disk is local, zero, and still in the backing files
+    ///
+    /// Draws the disk as rows of characters, in blocks and colours on a terminal, in ASCII elsewhere, with a legend in bytes and percent. What is
+    /// not in the image itself counts as remote, also where a backing file has nothing but zeros there; --json says that as well.
+    #[command(after_help = "Example: cordisk map --png disk.png /srv/vm.raw")]
+    Map(MapArgs),
+    /// Show facts of an image or of a mounted disk
+    ///
+    /// Reads headers and nothing else, so that an image may be in use. Of an image that is mounted the daemon is asked, if its mountpoint or its
+    /// control socket is named. A file that does not begin like a qcow2 image is a raw one; formats of backing files are never guessed.
+    #[command(after_help = "Example: cordisk info --backing-chain overlay.qcow2")]
+    Info(InfoArgs),
+    /// Watch disks live: throughput, latencies, hits, jobs, and the map filling
+    ///
+    /// Keys: q, Esc or Ctrl-C quit, up and down choose a disk, p pauses its job or lets it go on, ? shows help. Where standard output is no
+    /// terminal, what goes on during one interval is printed.
+    #[command(after_help = "Example: cordisk top --interval 0.5 /srv/vm.raw")]
+    Top(TopArgs),
     /// The process that `mount` starts to mount and unmount.
     #[command(hide = true)]
     KeepMount,
@@ -106,6 +127,12 @@ pub enum Command {
     Mount(MountConfig),
     /// `cordisk check`.
     Check(CheckOptions),
+    /// `cordisk map`.
+    Map(MapOptions),
+    /// `cordisk info`.
+    Info(InfoOptions),
+    /// `cordisk top`.
+    Top(TopOptions),
     /// What `cordisk mount` runs as its mount keeper.
     KeepMount,
 }
@@ -154,6 +181,9 @@ impl Args {
                     OutputArg::Json => Output::Json,
                 },
             }),
+            Typed::Map(args) => Command::Map(args.into()),
+            Typed::Info(args) => Command::Info(args.into()),
+            Typed::Top(args) => Command::Top(args.into()),
             Typed::KeepMount => Command::KeepMount,
         })
     }
