@@ -13,6 +13,7 @@ pub mod pattern;
 pub mod qemu;
 pub mod qmp;
 pub mod rig;
+pub mod terminal;
 
 use std::collections::BTreeMap;
 use std::fs;
