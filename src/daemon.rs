@@ -26,6 +26,7 @@ use rustix::fs::Mode;
 
 use crate::chain::{Gate, Roots};
 use crate::cli::{self, Command, MountConfig, Role};
+use crate::client;
 use crate::disk::{Disk, DiskOptions};
 use crate::error::{Context, one_line};
 use crate::fuse::{self, Finished, MountOptions, Mounted, Unmounted};
@@ -75,6 +76,22 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Check(options) => {
             start_log(log::LevelFilter::Warn);
             crate::check::run(&options)
+        }
+        Command::Stream(options) => {
+            start_log(log::LevelFilter::Warn);
+            client::stream(&options)
+        }
+        Command::Job(options) => {
+            start_log(log::LevelFilter::Warn);
+            client::job(&options)
+        }
+        Command::Status(options) => {
+            start_log(log::LevelFilter::Warn);
+            client::status(&options)
+        }
+        Command::Umount(options) => {
+            start_log(log::LevelFilter::Warn);
+            client::umount(&options)
         }
         Command::KeepMount => keeper::run().map(|()| ExitCode::SUCCESS),
         Command::Mount(config) => match config.role {

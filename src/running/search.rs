@@ -1,9 +1,10 @@
 //! Looking for daemons.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Metadata};
 use std::io::Read;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::time::SystemTime;
 
 use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
@@ -22,6 +23,8 @@ pub struct Found {
     pub entry: Entry,
     /// The user whose directory it lies in. Root is believed everything; others only what concerns their own mounts.
     pub owner: u32,
+    /// When it was written: the disk was mounted then.
+    pub since: SystemTime,
     file: File,
 }
 
@@ -60,11 +63,14 @@ fn read(path: &Path, pid: u32, owner: u32) -> Option<Found> {
     // Whoever owns the directory may have put anything there: what would block, and what lies elsewhere.
     let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
     let file = File::options().read(true).custom_flags(flags).open(path).ok()?;
-    if !file.metadata().ok()?.is_file() {
-        return None;
-    }
+    let metadata = file.metadata().ok().filter(Metadata::is_file)?;
     let mut text = Vec::new();
     (&file).take(LONGEST).read_to_end(&mut text).ok()?;
     let entry: Entry = serde_json::from_slice(&text).ok()?;
-    (entry.pid == pid && entry.mountpoint.is_absolute() && entry.qmp.is_absolute()).then_some(Found { entry, owner, file })
+    (entry.pid == pid && entry.mountpoint.is_absolute() && entry.qmp.is_absolute()).then_some(Found {
+        entry,
+        owner,
+        since: metadata.modified().ok()?,
+        file,
+    })
 }
