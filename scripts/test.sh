@@ -99,6 +99,8 @@ finish() {
 # All scratch directories of all tests lie below this one, so that what is left behind is known to be ours.
 scratch=$(realpath "$(mktemp -d "${TMPDIR:-/tmp}/cordisk-tests.XXXXXX")")
 chmod 755 "$scratch" # tests look at a disk as another user
+mkdir "$scratch/run"
+export CORDISK_RUNTIME_DIR=$scratch/run # disks that tests mount are entered there, whatever else runs here
 mounts_before=$(cordisk_mounts)
 rm -f "$logs"/*.log
 

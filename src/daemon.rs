@@ -1,10 +1,10 @@
 //! The program's life: composition root, wiring, orderly shutdown. No logic that a test would want.
 //!
-//! Start: the mount keeper, lock the pidfile, open the disk, bind the QMP socket, mount, become `--user`, enter the sandbox; only then threads:
+//! Start: the mount keeper, lock the pidfile and the entry, open the disk, bind the QMP socket, mount, fill the entry in, become `--user`, enter the sandbox; only then threads:
 //! signals, QMP, the session, the stream; say "ready". Shutdown, whatever the reason, strictly in this order: unmount, stop jobs, close the
 //! disk, close QMP, let the keeper go. After that point every acknowledged write is durable or the exit status says otherwise.
 //!
-//! **Touches:** everything once. **Never:** leaves a mount, placeholder, socket or pidfile behind, on any path but a kill; starts a thread or
+//! **Touches:** everything once. **Never:** leaves a mount, placeholder, socket, pidfile or entry behind, on any path but a kill; starts a thread or
 //! answers anybody before the sandbox is entered.
 //! **Locks:** none; events come over one channel to the one thread that decides (`serve`).
 //! **Invariants:** after the mount no path is looked up that could lead through our own mountpoint: the current directory is `/`, all
@@ -26,11 +26,12 @@ use rustix::fs::Mode;
 
 use crate::chain::{Gate, Roots};
 use crate::cli::{self, Command, MountConfig, Role};
+use crate::client;
 use crate::disk::{Disk, DiskOptions};
 use crate::error::{Context, one_line};
 use crate::fuse::{self, Finished, MountOptions, Mounted, Unmounted};
-use crate::keeper::{self, EntrustedMark, Keeper, KeptMount, Leftover, Messages};
-use crate::qmp::Socket;
+use crate::keeper::{self, Entrusted, EntrustedMark, Keeper, KeptMount, Leftover, Messages};
+use crate::running::{LockedFile, Registration};
 use crate::sandbox::{self, Identity};
 use crate::{Error, Result};
 
@@ -76,18 +77,34 @@ fn run(command: Command) -> Result<ExitCode> {
             start_log(log::LevelFilter::Warn);
             crate::check::run(&options)
         }
+        Command::Stream(options) => {
+            start_log(log::LevelFilter::Warn);
+            client::stream(&options)
+        }
+        Command::Job(options) => {
+            start_log(log::LevelFilter::Warn);
+            client::job(&options)
+        }
+        Command::Status(options) => {
+            start_log(log::LevelFilter::Warn);
+            client::status(&options)
+        }
+        Command::Umount(options) => {
+            start_log(log::LevelFilter::Warn);
+            client::umount(&options)
+        }
         Command::Map(options) => {
             start_log(log::LevelFilter::Warn);
-            crate::client::map(&options)
+            client::map(&options)
         }
         Command::Info(options) => {
             start_log(log::LevelFilter::Warn);
-            crate::client::info(&options)
+            client::info(&options)
         }
         Command::Top(options) => {
             // What is logged would go into the picture.
             start_log(log::LevelFilter::Off);
-            crate::client::top(&options)
+            client::top(&options)
         }
         Command::KeepMount => keeper::run().map(|()| ExitCode::SUCCESS),
         Command::Mount(config) => match config.role {
@@ -134,14 +151,9 @@ fn serve(config: &MountConfig) -> Result<()> {
 fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> Result<()> {
     let signals = signals::register()?;
     let mut pidfile = config.pidfile.as_deref().map(Pidfile::acquire).transpose()?;
-    let _pidfile = match &mut pidfile {
-        Some(pidfile) => {
-            let entrusted = keeper.entrust(Leftover::Pidfile, pidfile.path(), pidfile.identity()?)?;
-            pidfile.entrust();
-            Some(entrusted)
-        }
-        None => None,
-    };
+    let _pidfile = pidfile.as_mut().map(|pidfile| entrust(keeper, Leftover::Pidfile, pidfile.file())).transpose()?;
+    // Before the current directory changes, to which the variable may refer.
+    let registration = Registration::begin();
     rustix::process::chdir("/").map_err(std::io::Error::from).context(|| "chdir to /")?;
 
     let options = DiskOptions {
@@ -153,7 +165,8 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     };
     let disk = Arc::new(Disk::open(&config.image, &options)?);
     // The socket before the mount: one that cannot be bound should not make a disk appear and vanish.
-    let mut socket = config.qmp.as_deref().map(Socket::listen).transpose()?;
+    let (mut socket, mut registration) = control::listen(config, registration)?;
+    let _entry = registration.as_mut().ok().map(|place| entrust(keeper, Leftover::Entry, place.file())).transpose()?;
     let socket_file = match &mut socket {
         Some(socket) => {
             let entrusted = keeper.entrust(Leftover::Socket, socket.path(), socket.identity())?;
@@ -179,6 +192,8 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
         // Nothing has been served: closing has nothing to wait for.
         Err(error) => return first_of(Err(error), close()),
     };
+    // Held, and so locked, to the end.
+    let _registration = control::register(config, registration, socket.as_ref(), mount.path());
     let confined = user.map_or(Ok(()), Identity::become_it).and_then(|()| sandbox::enter(config.sandbox));
     if let Err(error) = confined {
         drop((mount, device));
@@ -215,6 +230,13 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     drop(socket_file);
     control.close(&closed);
     first_of(served, closed)
+}
+
+/// Leaves a locked file to the keeper, to be removed when what is returned is dropped.
+fn entrust<'a>(keeper: &'a Keeper, what: Leftover, file: &mut LockedFile) -> Result<Entrusted<'a>> {
+    let entrusted = keeper.entrust(what, file.path(), file.identity()?)?;
+    file.entrust();
+    Ok(entrusted)
 }
 
 /// Closes the disk, and has the mark of an open image removed, where that was left to the keeper.

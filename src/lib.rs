@@ -25,6 +25,7 @@
 //! | 1 | [`storage`] | one host file, and QEMU's locks on it | qcow2 |
 //! | 1 | [`job`] | the life of a background job | disk, qcow2, JSON |
 //! | 1 | [`sandbox`] | what the serving process may do, and who it is | gives a right back |
+//! | 1 | [`running`] | which disks run here, and where their sockets are | connects to one |
 //! | 2 | [`image`] | one qcow2 file | backing files, sockets |
 //! | 3 | [`chain`] | what is below the overlay | writing anything |
 //! | 4 | [`disk`] | the guest's bytes | FUSE, JSON, jobs |
@@ -34,6 +35,7 @@
 //! | 6 | [`fuse`] | kernel request ⇄ `disk` call | jobs, QMP, the image |
 //! | 6 | [`qmp`] | JSON ⇄ jobs, `stream::start`, facts of the disk | FUSE, the image |
 //! | 7 | [`keeper`] | the second process: mounts, unmounts, removes | images, clients |
+//! | 7 | [`client`] | the other end of the socket: commands about disks that run | the image, serving |
 //! | 8 | [`cli`] | what was typed, checked | the disk |
 //! | 9 | [`daemon`] | wiring and lifetime | logic that a test would want |
 //!
@@ -87,6 +89,7 @@ pub mod map;
 mod mutants;
 pub mod qmp;
 pub mod range_lock;
+pub mod running;
 pub mod sandbox;
 #[cfg(any(test, fuzzing))]
 pub mod simulation;

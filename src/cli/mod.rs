@@ -1,6 +1,6 @@
 //! The command line, in two steps: what was typed ([`Args`], by clap) and what it means ([`Command`], checked).
 //!
-//! **Touches:** `format`, `create` and `check` for their option types, the current directory (paths are made absolute here, because the daemon
+//! **Touches:** `format`, `create`, `check` and `client` for their option types, the current directory (paths are made absolute here, because the daemon
 //! moves to `/`). **Never:** opens a file. Wrong usage is reported by clap and ends with exit status 2 (1 for `check`).
 
 use std::ffi::OsStr;
@@ -10,15 +10,17 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::Result;
 use crate::check::{CheckOptions, Output, Repair};
-use crate::client::{InfoOptions, MapOptions, TopOptions};
+use crate::client::{InfoOptions, JobOptions, MapOptions, StatusOptions, StreamOptions, TopOptions, UmountOptions};
 use crate::create::CreateOptions;
 
+mod control;
 mod mount;
 mod values;
 mod views;
 
 pub use mount::{MountConfig, Role};
 
+use control::{JobArgs, StatusArgs, StreamArgs, UmountArgs};
 use mount::MountArgs;
 use values::{FormatArg, parse_cluster_size, parse_size};
 use views::{InfoArgs, MapArgs, TopArgs};
@@ -54,6 +56,27 @@ enum Typed {
     /// opened. An image that is mounted cannot be checked. A read-write mount after a crash gives leaks back by itself.
     #[command(after_help = "Example: cordisk check --repair leaks overlay.qcow2")]
     Check(CheckArgs),
+    /// Copy everything up from the backing file, and show how far it is
+    ///
+    /// Starts a stream on a mounted disk: everything that is still in the backing file is copied into the image in the background, then the image
+    /// stands alone. The disk can be used meanwhile. With --wait the command stays until the stream is complete; Ctrl-C then leaves it running.
+    #[command(after_help = "Example: cordisk stream disk --speed 50M --wait")]
+    Stream(StreamArgs),
+    /// Pause, resume or cancel the job of a disk, or change its speed
+    #[command(after_help = "Example: cordisk job speed disk 20M")]
+    Job(JobArgs),
+    /// Show a disk, or all that are mounted
+    ///
+    /// Of one disk: its image and chain, how much of it is local, its job and the last one, requests, its daemon. Of all: a line each. Mounts that a
+    /// killed daemon has left are shown as dead; the exit status is 1 if the disk that was asked for is.
+    #[command(after_help = "Example: cordisk status disk")]
+    Status(StatusArgs),
+    /// Unmount a disk, and wait until its image is free
+    ///
+    /// Unlike umount(8) it returns when everything is written back and the daemon has ended, so that the image may be used by others at once.
+    /// A disk that is in use stays mounted. What a killed daemon has left is removed as well.
+    #[command(after_help = "Example: cordisk umount disk")]
+    Umount(UmountArgs),
     /// Show what of a disk is local, zero, and still in the backing files
     ///
     /// Draws the disk as rows of characters, in blocks and colours on a terminal, in ASCII elsewhere, with a legend in bytes and percent. What is
@@ -127,6 +150,14 @@ pub enum Command {
     Mount(MountConfig),
     /// `cordisk check`.
     Check(CheckOptions),
+    /// `cordisk stream`.
+    Stream(StreamOptions),
+    /// `cordisk job`.
+    Job(JobOptions),
+    /// `cordisk status`.
+    Status(StatusOptions),
+    /// `cordisk umount`.
+    Umount(UmountOptions),
     /// `cordisk map`.
     Map(MapOptions),
     /// `cordisk info`.
@@ -181,6 +212,10 @@ impl Args {
                     OutputArg::Json => Output::Json,
                 },
             }),
+            Typed::Stream(args) => Command::Stream(args.into()),
+            Typed::Job(args) => Command::Job(args.into()),
+            Typed::Status(args) => Command::Status(args.into()),
+            Typed::Umount(args) => Command::Umount(args.into()),
             Typed::Map(args) => Command::Map(args.into()),
             Typed::Info(args) => Command::Info(args.into()),
             Typed::Top(args) => Command::Top(args.into()),

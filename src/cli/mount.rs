@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 
-use super::values::{FormatArg, absolute, parse_device, parse_size};
+use super::values::{FormatArg, absolute, parse_device, parse_size, parse_speed};
 use crate::Result;
 use crate::format::BackingFormat;
 use crate::fuse::Transport;
@@ -33,7 +33,7 @@ pub(super) struct MountArgs {
     #[arg(long, conflicts_with = "read_only")]
     stream: bool,
     /// Limit of --stream in bytes per second; K, M, G and T mean powers of 1024, 0 is unlimited
-    #[arg(long, value_name = "RATE", requires = "stream", default_value = "0", value_parser = parse_size)]
+    #[arg(long, value_name = "RATE", requires = "stream", default_value = "0", value_parser = parse_speed)]
     speed: u64,
     /// What streams without a speed do while the guest reads, writes or syncs: `low` gives way to it, `normal` does not
     #[arg(long, value_name = "PRIORITY", default_value = "low")]

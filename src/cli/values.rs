@@ -55,6 +55,11 @@ pub(super) fn parse_size(text: &str) -> std::result::Result<u64, String> {
         .ok_or_else(|| "number too large".to_string())
 }
 
+/// How fast a job may be, in bytes per second; 0 is unlimited.
+pub(super) fn parse_speed(text: &str) -> std::result::Result<u64, String> {
+    parse_size(text)
+}
+
 /// A cluster size that qcow2 knows and QEMU opens.
 pub(super) fn parse_cluster_size(text: &str) -> std::result::Result<u64, String> {
     let size = parse_size(text)?;

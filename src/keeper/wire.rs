@@ -46,6 +46,8 @@ pub enum Leftover {
     Pidfile,
     /// The file of the control socket.
     Socket,
+    /// The entry in the runtime directory.
+    Entry,
 }
 
 /// A path, byte by byte.

@@ -260,4 +260,5 @@ pub(super) const EVENTS: &[(&str, &[Member])] = &[
     ("BLOCK_JOB_PENDING", &[always("type", JOB_TYPE), always("id", Str)]),
     ("X_JOB_PROGRESS", &PROGRESS),
     ("BLOCK_EXPORT_DELETED", &[always("id", Str)]),
+    ("X_CLOSE_FAILED", &[always("error", Str)]),
 ];

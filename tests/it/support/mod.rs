@@ -36,6 +36,9 @@ pub const MIB: u64 = 1 << 20;
 /// The program under test.
 pub const CORDISK: &str = env!("CARGO_BIN_EXE_cordisk");
 
+/// The variable that names the directory in which running disks are entered.
+pub const RUNTIME_DIR: &str = "CORDISK_RUNTIME_DIR";
+
 /// Skips the test with a reason when something is missing; fails instead where everything has to be there (CI).
 ///
 /// A need is `"root"`, a path that must exist (`"/dev/fuse"`), a file system that the kernel can mount (`"fs:xfs"`), or the name of a program.
@@ -88,11 +91,26 @@ impl Scratch {
     pub fn new() -> Scratch {
         let dir = tempfile::Builder::new().prefix("cordisk-test-").tempdir().expect("scratch directory");
         let path = dir.path().canonicalize().expect("scratch directory has a real path");
-        Scratch { dir, path }
+        let scratch = Scratch { dir, path };
+        // Here already, so that nothing is new where a disk was mounted.
+        fs::create_dir(scratch.runtime_dir()).expect("runtime directory");
+        scratch
     }
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Where the disks of this test are entered, for `CORDISK_RUNTIME_DIR`.
+    pub fn runtime_dir(&self) -> PathBuf {
+        self.path.join("run")
+    }
+
+    /// The program under test, told where disks are entered.
+    pub fn cordisk(&self) -> Command {
+        let mut command = Command::new(CORDISK);
+        command.env(RUNTIME_DIR, self.runtime_dir());
+        command
     }
 
     pub fn join(&self, name: impl AsRef<Path>) -> PathBuf {
