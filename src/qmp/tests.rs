@@ -19,7 +19,7 @@ use super::call::Backend;
 use super::schema::tests::{check_event, check_return};
 use super::server::Server;
 use crate::chain::LayerInfo;
-use crate::disk::{DiskInfo, DiskStats, RequestCount};
+use crate::disk::{CopyCount, DiskInfo, DiskStats, LATENCY_BUCKETS, RequestCount};
 use crate::format::{BackingFormat, BackingReference};
 use crate::job::{ErrorAction, Failure, JobSpec, Jobs, Next, Outcome, Work};
 use crate::stream::StreamOptions;
@@ -63,13 +63,21 @@ fn disk_info() -> DiskInfo {
 }
 
 fn disk_stats() -> DiskStats {
-    let count = |n| RequestCount { bytes: n * 512, operations: n, failed: 1, time: Duration::from_nanos(n) };
+    let count = |n| {
+        let mut latency = [0; LATENCY_BUCKETS];
+        latency[0] = n;
+        RequestCount { bytes: n * 512, operations: n, failed: 1, time: Duration::from_nanos(n), latency }
+    };
     DiskStats {
         reads: count(1),
         writes: count(2),
         flushes: count(3),
         discards: count(4),
         backing_reads: count(5),
+        misses: 1,
+        copied_up: CopyCount { bytes: 65536, operations: 1, failed: 2 },
+        streamed: 3,
+        commits: 4,
         highest_written: 6,
         idle: Some(Duration::from_nanos(7)),
     }
