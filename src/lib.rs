@@ -29,6 +29,7 @@
 //! | 3 | [`chain`] | what is below the overlay | writing anything |
 //! | 4 | [`disk`] | the guest's bytes | FUSE, JSON, jobs |
 //! | 5 | [`stream`], [`create`], [`check`] | bring everything up, then cut the chain; a new overlay; what is wrong with an image | sockets |
+//! | 5 | [`map`] | what is where, as `qemu-img map` tells it | the guest's bytes |
 //! | 6 | [`fuse`] | kernel request ⇄ `disk` call | jobs, QMP, the image |
 //! | 6 | [`qmp`] | JSON ⇄ jobs, `stream::start`, facts of the disk | FUSE, the image |
 //! | 7 | [`keeper`] | the second process: mounts, unmounts, removes | images, clients |
@@ -79,6 +80,7 @@ pub mod fuse;
 pub mod image;
 pub mod job;
 pub mod keeper;
+pub mod map;
 mod mutants;
 pub mod qmp;
 pub mod range_lock;

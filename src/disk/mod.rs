@@ -36,6 +36,7 @@ use crate::{Error, ErrorKind, Result};
 
 mod ahead;
 mod bounce;
+mod locate;
 mod populate;
 mod read;
 mod reserve;
@@ -48,6 +49,7 @@ mod write_out;
 mod tests;
 
 pub use ahead::{Ahead, ToRead};
+pub use locate::Locator;
 pub use populate::Populated;
 pub use survey::{MOST_CELLS, Survey, Totals};
 pub use stats::{Activity, CopyCount, Cost, DiskStats, LATENCY_BOUNDS, LATENCY_BUCKETS, Latency, RequestCount};
