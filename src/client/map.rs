@@ -68,14 +68,22 @@ impl Source {
                 let what = || "the daemon's answer is of another version of cordisk";
                 let Answer { extents, next } =
                     serde_json::from_value(answer).map_err(|error| Error::wrap(ErrorKind::InvalidArgument, what(), error))?;
-                // Otherwise there would be no end.
-                if next.is_some_and(|next| next <= from) {
+                // Otherwise there would be no end, or none that can be counted.
+                if follow(&extents, from).is_none_or(|end| next.is_some_and(|next| next != end || next == from)) {
                     return Err(Error::new(ErrorKind::InvalidArgument, what()));
                 }
                 Ok(Page { extents, next })
             }
         }
     }
+}
+
+/// Where the extents end if they follow each other without a gap from `from` on, and have numbers that files can have.
+fn follow(extents: &[Extent], from: u64) -> Option<u64> {
+    extents.iter().try_fold(from, |at, extent| {
+        let fits = extent.start == at && extent.length > 0 && extent.offset.is_none_or(|offset| offset.checked_add(extent.length).is_some());
+        extent.start.checked_add(extent.length).filter(|&end| fits && i64::try_from(end).is_ok())
+    })
 }
 
 /// An image that is in use: who has it, if that is one of ours.
@@ -226,6 +234,18 @@ mod tests {
                     \"compressed\": false, \"offset\": 327680}";
         assert_eq!(entry("[", &extent), want);
         assert!(entry(",\n", &Extent { offset: None, ..extent }).ends_with("\"compressed\": false}"));
+    }
+
+    #[test]
+    fn lists_of_a_daemon_have_no_gap_and_an_end() {
+        let extent = |start, length| Extent { start, length, depth: 0, present: true, zero: false, data: true, compressed: false, offset: Some(9) };
+        assert_eq!(follow(&[extent(5, 3), extent(8, 1)], 5), Some(9));
+        assert_eq!(follow(&[], 5), Some(5));
+        let end = i64::MAX as u64;
+        for wrong in [vec![extent(6, 3)], vec![extent(5, 0)], vec![extent(5, 3), extent(9, 1)], vec![extent(5, end - 4)], vec![extent(5, u64::MAX)]] {
+            assert_eq!(follow(&wrong, 5), None, "{wrong:?}");
+        }
+        assert_eq!(follow(&[Extent { offset: Some(u64::MAX), ..extent(5, 3) }], 5), None);
     }
 
     #[test]

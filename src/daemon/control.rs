@@ -89,6 +89,7 @@ impl Control {
         };
         let target = Target {
             disk: Arc::clone(disk),
+            mountpoint: config.mountpoint.clone(),
             jobs: jobs.clone(),
             device: config.device.clone(),
             priority: config.stream_priority,

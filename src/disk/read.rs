@@ -40,6 +40,7 @@ impl Disk {
         })?;
         if let Some(unstored) = unstored {
             answer(buf);
+            self.stats.missed();
             self.store_copies(unstored, buf)?;
         }
         Ok(local)
@@ -84,7 +85,11 @@ impl Disk {
     /// # Errors
     /// As [`Disk::read`]; `answer` has not been called then.
     pub fn read_and_answer(&self, offset: u64, buf: &mut [u8], answer: &mut dyn FnMut(&[u8])) -> Result<()> {
-        let unstored = self.stats.waiting_read(buf.len(), || self.read_waiting(offset, buf))?;
+        let mut missed = false;
+        let unstored = self.stats.waiting_read(buf.len(), || self.read_waiting(offset, buf, &mut missed))?;
+        if missed {
+            self.stats.missed();
+        }
         match unstored {
             Some(unstored) if without(Step::CopyUpNeverFailsTheRead) => {
                 self.store_copies(unstored, buf)?;
@@ -99,8 +104,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Reads, and stores copies of all that was missing but the last run, which is returned.
-    fn read_waiting(&self, offset: u64, buf: &mut [u8]) -> Result<Option<Unstored<'_>>> {
+    /// Reads, and stores copies of all that was missing but the last run, which is returned. `missed` becomes true where anything was.
+    fn read_waiting(&self, offset: u64, buf: &mut [u8], missed: &mut bool) -> Result<Option<Unstored<'_>>> {
         let range = offset..offset.saturating_add(buf.len() as u64);
         self.check_range(&range)?;
         let mut done = 0;
@@ -115,6 +120,7 @@ impl Disk {
                 let at = offset + done as u64;
                 at..at + self.map(at, range.end - at)?.len
             };
+            *missed = true;
             let part = &mut buf[done..done + (missing.end - missing.start) as usize];
             let copies_up = self.copy_on_read && !self.is_read_only() && self.fills.are_welcome(&**self.reader().storage());
             done += part.len();

@@ -26,6 +26,7 @@ mod hung_backing;
 mod image_interop;
 mod kill_restart;
 mod lower_power_cut;
+mod map_differential;
 mod qmp_client;
 mod qmp_error_policy;
 mod qmp_facts;
