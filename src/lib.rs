@@ -30,7 +30,7 @@
 //! | 4 | [`disk`] | the guest's bytes | FUSE, JSON, jobs |
 //! | 5 | [`stream`], [`create`], [`check`] | bring everything up, then cut the chain; a new overlay; what is wrong with an image | sockets |
 //! | 6 | [`fuse`] | kernel request ⇄ `disk` call | jobs, QMP, the image |
-//! | 6 | [`qmp`] | JSON ⇄ jobs, `stream::start`, facts of the disk | FUSE, the image |
+//! | 6 | [`qmp`] | JSON ⇄ jobs, streams, facts of the disk | FUSE, the image |
 //! | 7 | [`keeper`] | the second process: mounts, unmounts, removes | images, clients |
 //! | 8 | [`cli`] | what was typed, checked | the disk |
 //! | 9 | [`daemon`] | wiring and lifetime | logic that a test would want |

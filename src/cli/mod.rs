@@ -15,7 +15,8 @@ use crate::create::CreateOptions;
 mod mount;
 mod values;
 
-pub use mount::{MountConfig, Role};
+pub use mount::{MountConfig, Role, StreamSpeed};
+pub use values::{parse_minute, parse_speed};
 
 use mount::MountArgs;
 use values::{FormatArg, parse_cluster_size, parse_size};

@@ -36,6 +36,7 @@ use crate::{Error, ErrorKind, Result};
 
 mod ahead;
 mod bounce;
+mod note;
 mod populate;
 mod read;
 mod reserve;
@@ -47,6 +48,7 @@ mod write_out;
 mod tests;
 
 pub use ahead::{Ahead, ToRead};
+pub use note::LONGEST_STREAM_NOTE;
 pub use populate::Populated;
 pub use stats::{Activity, Cost, DiskStats, RequestCount};
 
