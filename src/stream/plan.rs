@@ -34,7 +34,7 @@ const WINDOW: Duration = Duration::from_secs(30);
 const MEASURED: Duration = Duration::from_secs(10);
 /// It is too slow where it does fewer hundredths than these of what it needs, so many looks in a row.
 const CLEARLY: u128 = 80;
-const LOOKS_IN_A_ROW: u32 = 3;
+const LOOKS_IN_A_ROW: u32 = 5;
 /// More entries than anybody types, and few enough for a note beside the image.
 const MOST_ENTRIES: usize = 48;
 const MINUTES_OF_A_DAY: u16 = 24 * 60;
