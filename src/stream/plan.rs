@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! schedule   08:00=20M,20:00=0    at any local time the speed of the latest entry at or before it; before the first one, that of the last
-//! deadline   06:00                (bytes left × MARGIN) / time left, anew at every look; after it, no limit
+//! deadline   06:00                bytes left / time left and a little more, anew at every look; after it, no limit
 //! ```
 //! A local time is what a clock on the wall shows, daylight saving time included: an hour that comes twice is governed alike both times, and a deadline
 //! in it is the first of the two that is still to come; one in the hour that is left out is as much later as the clock was put forward.
@@ -26,8 +26,10 @@ mod tests;
 
 /// How often a plan is looked at: a schedule is not late by more, and a deadline has the speed that it needs.
 pub const LOOK: Duration = Duration::from_secs(2);
-/// How much faster than needed, in hundredths: what a guest or a slow disk takes away for a moment is made good.
+/// How much faster than needed, in hundredths: what a guest or a slow disk takes away for a moment is made good …
 const MARGIN: u128 = 105;
+/// … and so many milliseconds before the deadline: what is left is divided anew at every look, so who aims at the very end gets there at the very end.
+const RESERVE: u128 = 30_000;
 /// The rate of the job is that of so much time at most …
 const WINDOW: Duration = Duration::from_secs(30);
 /// … and at least: a job at the lowest speed does a step in a second.
@@ -335,7 +337,7 @@ impl Governor {
             return Order { speed: 0, needed: None, feasible: self.feasible, news };
         }
         let needed = per_second(left, time);
-        let speed = per_second(left * MARGIN / 100, time).max(STREAM_CHUNK);
+        let speed = per_second(left * MARGIN / 100, time.saturating_sub(RESERVE).max(time / 2)).max(STREAM_CHUNK);
         let news = self.judge(at, needed, speed, look);
         Order { speed, needed: Some(needed), feasible: self.feasible, news }
     }

@@ -142,10 +142,10 @@ fn a_deadline_has_the_speed_that_it_needs() {
     let mut world = World::new(18_000 * MIB);
     let order = world.order(false);
     assert_eq!(order.needed, Some(10 * MIB));
-    assert_eq!(order.speed, 10 * MIB * 105 / 100);
+    assert_eq!(order.speed, (18_000 * MIB * 105 / 100).div_ceil(1770));
     // A disk that can do a lot more is not used for more; one that pauses for a while is made up for.
     world.run(300 * SECOND, 1000 * MIB);
-    assert!((3000 * MIB..3300 * MIB).contains(&world.offset), "{}", world.offset);
+    assert!((3000 * MIB..3400 * MIB).contains(&world.offset), "{}", world.offset);
     let order = world.run(300 * SECOND, 8 * MIB);
     assert!(order.needed.is_some_and(|needed| needed > 10 * MIB), "{order:?}");
     let order = world.run(1200 * SECOND, 1000 * MIB);
