@@ -15,6 +15,7 @@ mod control;
 mod pidfile;
 mod signals;
 
+use std::ffi::OsStr;
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -30,10 +31,12 @@ use crate::client;
 use crate::disk::{Disk, DiskOptions};
 use crate::error::{Context, one_line};
 use crate::fuse::{self, Finished, MountOptions, Mounted, Unmounted};
+use crate::job::Batch;
 use crate::keeper::{self, Entrusted, EntrustedMark, Keeper, KeptMount, Leftover, Messages};
+use crate::qmp::Socket;
 use crate::running::{LockedFile, Registration};
 use crate::sandbox::{self, Identity};
-use crate::{Error, Result};
+use crate::{Error, Result, stream};
 
 use control::Control;
 use pidfile::Pidfile;
@@ -178,12 +181,17 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
         }
         None => None,
     };
+    if let Some(command) = &config.on_complete {
+        entrust_command(keeper, command, config, socket.as_ref(), user)?;
+    }
     // That user may perhaps not touch the attributes of the overlay.
     let mark = user.map(|_| disk.entrust_open_mark()).transpose()?.flatten();
     let mark = mark.map(|(image, name)| keeper.entrust_mark(&image, name)).transpose()?;
     let close = || close(&disk, config, mark.as_ref());
     let ready = (config.role == Role::Child).then(background::Ready::prepare).transpose()?;
     let owner = user.unwrap_or_else(Identity::current);
+    // While files can be opened.
+    let zone = stream::local_zone();
     let (mountpoint, allow_other) = (config.mountpoint.clone(), config.allow_other);
     let prepared =
         fuse::prepare(&disk, MountOptions { mountpoint, allow_other, uid: owner.uid, gid: owner.gid, transport: config.transport })?;
@@ -202,7 +210,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
 
     // From here on there are threads.
     let (sender, events) = unbounded();
-    let started = signals.start(sender).and_then(|signals| Ok((signals, Control::start(socket, config, &disk)?)));
+    let started = signals.start(sender).and_then(|signals| Ok((signals, Control::start(socket, config, &disk, zone)?)));
     let (_signals, control) = match started {
         Ok(started) => started,
         Err(error) => {
@@ -219,6 +227,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     };
     // No request comes any more: the jobs, then the disk, then the socket.
     let jobs = control.stop_jobs(&config.device);
+    control.told().try_iter().for_each(|batch| on_complete(&batch, || keeper.run_command()));
     let closed = if (requests, jobs) == (Finished::Quiet, Finished::Quiet) {
         close()
     } else {
@@ -237,6 +246,26 @@ fn entrust<'a>(keeper: &'a Keeper, what: Leftover, file: &mut LockedFile) -> Res
     let entrusted = keeper.entrust(what, file.path(), file.identity()?)?;
     file.entrust();
     Ok(entrusted)
+}
+
+/// Names the command of `--on-complete` to the keeper, and what it will be told.
+fn entrust_command(keeper: &Keeper, command: &OsStr, config: &MountConfig, socket: Option<&Socket>, user: Option<Identity>) -> Result<()> {
+    let mut environment = vec![
+        ("CORDISK_IMAGE", config.image.as_os_str()),
+        ("CORDISK_MOUNTPOINT", config.mountpoint.as_os_str()),
+        ("CORDISK_DEVICE", OsStr::new(&config.device)),
+    ];
+    environment.extend(socket.map(|socket| ("CORDISK_QMP", socket.path().as_os_str())));
+    keeper.entrust_command(command, &environment, user)
+}
+
+/// Has the command of `--on-complete` run once for each stream that has completed.
+fn on_complete(batch: &Batch, run: impl Fn() -> Result<()>) {
+    for _ in 0..control::completed(batch) {
+        if let Err(error) = run() {
+            log::warn!("{error}");
+        }
+    }
 }
 
 /// Closes the disk, and has the mark of an open image removed, where that was left to the keeper.
@@ -297,9 +326,7 @@ fn serve_disk(
 
 /// The stream, the pidfile, and the news that the disk is there.
 fn announce(config: &MountConfig, disk: &Arc<Disk>, control: &Control, told: Announcement<'_>, mount: &KeptMount<'_>) -> Result<()> {
-    if let Some(speed) = config.stream {
-        control.start_stream(disk, &config.device, speed, config.stream_priority)?;
-    }
+    control.start_stream(disk, config)?;
     if let Some(pidfile) = told.pidfile {
         pidfile.write()?;
     }
@@ -318,6 +345,12 @@ fn wait_for_end(mount: &KeptMount<'_>, mounted: &Mounted, disk: &Disk, events: &
             recv(mounted.ended()) -> end => {
                 control.announce_shutdown(asked);
                 return end.unwrap_or(Ok(())).context(|| "reading requests from /dev/fuse");
+            }
+            recv(control.told()) -> batch => {
+                if let Ok(batch) = batch {
+                    on_complete(&batch, || mount.run_command());
+                }
+                continue;
             }
             recv(events) -> event => event.unwrap_or(Event::Terminate),
             recv(control.quit()) -> _ => Event::Quit,

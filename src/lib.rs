@@ -33,7 +33,7 @@
 //! | 5 | [`map`] | what is where: extents, a picture for a terminal, a PNG | the guest's bytes, sockets |
 //! | 6 | [`info`] | what an image says of itself, whoever uses it | locks, guest data |
 //! | 6 | [`fuse`] | kernel request ⇄ `disk` call | jobs, QMP, the image |
-//! | 6 | [`qmp`] | JSON ⇄ jobs, `stream::start`, facts of the disk | FUSE, the image |
+//! | 6 | [`qmp`] | JSON ⇄ jobs, streams, facts of the disk | FUSE, the image |
 //! | 7 | [`keeper`] | the second process: mounts, unmounts, removes | images, clients |
 //! | 7 | [`client`] | the other end of the socket: commands about disks that run | the image, serving |
 //! | 8 | [`cli`] | what was typed, checked | the disk |

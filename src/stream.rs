@@ -11,24 +11,34 @@
 //! guest feels of it within a factor. A rest is a checkpoint that lasts: it ends at once with a pause, a cancel or a new speed. A job with a speed never
 //! rests beyond that: who sets one gets it, exactly.
 //!
-//! **Touches:** `disk`, `job`. **Never:** sockets, the image directly. **Locks:** none of its own.
+//! While it runs, a note of its arguments stands beside the image (`stream/note.rs`), by which the next mount starts it again if this process does not
+//! live to see its end. Its speed may follow a plan (`stream/plan.rs`).
+//!
+//! **Touches:** `disk`, `job`, the clock. **Never:** sockets, the image directly. **Locks:** that of [`Streams`], before the jobs'.
 //! **Invariants:** guest order, steps of [`STREAM_CHUNK`]; the chain is cut only after every byte was dealt with, and only if nothing was
 //! skipped by an error (R12, QEMU `stream_prepare`). A job that ends waits for no reader: one may hang in a read that never returns.
 
 use std::sync::Arc;
-use std::thread;
 use std::time::Instant;
 
+use crate::Result;
 use crate::disk::{Disk, Populated};
-use crate::job::{Control, ErrorAction, Failure, JobSpec, Jobs, Next, OnError, Outcome, Work};
-use crate::{Error, ErrorKind, Result};
+use crate::job::{Control, ErrorAction, Failure, Jobs, Next, OnError, Outcome, Work};
 use ahead::ReadAhead;
 use pace::Pace;
 
 mod ahead;
+mod note;
 mod pace;
+mod plan;
+mod streams;
 #[cfg(test)]
 mod tests;
+
+pub use plan::{FinishBy, Minute, Plan, PlanInfo, Schedule, Speed, parse_bytes};
+pub use streams::{Streams, local_zone};
+
+use streams::Progress;
 
 /// Bytes per step (QEMU: STREAM_CHUNK): the unit in which a failing place is reported and the speed is charged.
 pub const STREAM_CHUNK: u64 = 512 << 10;
@@ -43,8 +53,12 @@ pub struct StreamOptions {
     pub job_id: String,
     /// How many backing layers, from the top, are copied up; `None` for all of them (the backing link is dropped at the end).
     pub depth: Option<usize>,
-    /// Bytes per second; 0 is unlimited.
+    /// Bytes per second; 0 is unlimited. Of no meaning with a plan.
     pub speed: u64,
+    /// What the speed follows.
+    pub plan: Option<Plan>,
+    /// It waits for a user to resume it.
+    pub paused: bool,
     /// What an error does.
     pub on_error: OnError,
     /// The chain is cut without an order.
@@ -76,6 +90,8 @@ impl StreamOptions {
             job_id: job_id.into(),
             depth: None,
             speed: 0,
+            plan: None,
+            paused: false,
             on_error: OnError::Report,
             auto_finalize: true,
             auto_dismiss: true,
@@ -86,40 +102,16 @@ impl StreamOptions {
     }
 }
 
-/// Starts the job on a thread of its own.
+/// Starts the job on a thread of its own, as the only stream that this disk ever has. See [`Streams`].
 ///
 /// # Errors
-/// [`ErrorKind::ReadOnly`] for a read-only disk; what [`Jobs::create`] refuses; the thread could not be made.
+/// Those of [`Streams::start`].
 pub fn start(disk: &Arc<Disk>, jobs: &Jobs, options: StreamOptions) -> Result<()> {
-    if disk.is_read_only() {
-        return Err(Error::new(ErrorKind::ReadOnly, "a read-only disk cannot be streamed into"));
-    }
-    let depth = options.depth.unwrap_or(usize::MAX);
-    let len = disk.stream_len(depth);
-    let control = jobs.create(JobSpec {
-        id: options.job_id,
-        kind: KIND,
-        len,
-        speed: options.speed,
-        auto_finalize: options.auto_finalize,
-        auto_dismiss: options.auto_dismiss,
-        on_error: options.on_error,
-        request: options.request,
-    })?;
-    let disk = Arc::clone(disk);
-    control.start();
-    thread::Builder::new()
-        .name("stream".into())
-        .spawn(move || {
-            let outcome = copy_up(&disk, &control, options.priority, depth, len);
-            control.finish(outcome, || disk.detach_backing(depth, options.backing_file.as_deref()).map_err(Failure::from));
-        })
-        .map_err(|error| Error::io("stream thread", error))?;
-    Ok(())
+    Streams::new(disk, jobs, "", jiff::tz::TimeZone::UTC).start(disk, options)
 }
 
 /// Walks the `len` bytes of the disk once.
-fn copy_up(disk: &Arc<Disk>, control: &Control, priority: Priority, depth: usize, len: u64) -> Outcome {
+fn copy_up(disk: &Arc<Disk>, control: &Control, priority: Priority, depth: usize, len: u64, progress: &mut Progress<'_>) -> Outcome {
     let mut ahead = ReadAhead::new(disk, priority, depth, len);
     let mut pace = (priority == Priority::Low).then(Pace::default);
     let mut offset = 0;
@@ -146,6 +138,7 @@ fn copy_up(disk: &Arc<Disk>, control: &Control, priority: Priority, depth: usize
             }
         }
         offset = end;
+        progress.at(offset);
     }
     ignored.map_or(Outcome::Done, Outcome::Failed)
 }

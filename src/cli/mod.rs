@@ -18,7 +18,8 @@ mod mount;
 mod values;
 mod views;
 
-pub use mount::{MountConfig, Role};
+pub use mount::{MountConfig, Role, StreamSpeed};
+pub use values::{parse_minute, parse_speed};
 
 use control::{JobArgs, StatusArgs, StreamArgs, UmountArgs};
 use mount::MountArgs;

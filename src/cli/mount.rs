@@ -1,15 +1,16 @@
 //! `cordisk mount`: its options, and what they mean.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::ValueEnum;
 
-use super::values::{FormatArg, absolute, parse_device, parse_size, parse_speed};
+use super::values::{FormatArg, absolute, parse_device, parse_minute, parse_size, parse_speed};
 use crate::Result;
 use crate::format::BackingFormat;
 use crate::fuse::Transport;
 use crate::sandbox;
-use crate::stream::Priority;
+use crate::stream::{Minute, Plan, Priority, Speed};
 
 /// Device id, and job id of the stream it starts, where none is given: QEMU's name for the first drive.
 const DEFAULT_DEVICE: &str = "drive0";
@@ -32,9 +33,20 @@ pub(super) struct MountArgs {
     /// Copy everything up in the background, then drop the backing file (as block-stream does)
     #[arg(long, conflicts_with = "read_only")]
     stream: bool,
-    /// Limit of --stream in bytes per second; K, M, G and T mean powers of 1024, 0 is unlimited
-    #[arg(long, value_name = "RATE", requires = "stream", default_value = "0", value_parser = parse_speed)]
-    speed: u64,
+    /// Limit of --stream in bytes per second; K, M, G and T mean powers of 1024, 0 is unlimited. Or by the local time of day, such as
+    /// 08:00=20M,20:00=0
+    #[arg(long, value_name = "RATE|SCHEDULE", requires = "stream", default_value = "0", value_parser = parse_speed)]
+    speed: Speed,
+    /// Give --stream the speed that it needs to be finished by this local time, and say in the log when it cannot
+    #[arg(long, value_name = "HH:MM", requires = "stream", conflicts_with = "speed", value_parser = parse_minute)]
+    finish_by: Option<Minute>,
+    /// Do not start the stream again that was running when the last daemon of this image ended; it is not forgotten
+    #[arg(long)]
+    no_resume: bool,
+    /// Run this with /bin/sh when a stream has completed, outside of the sandbox, as the user that the daemon becomes. It has CORDISK_IMAGE,
+    /// CORDISK_MOUNTPOINT, CORDISK_DEVICE and CORDISK_QMP in its environment
+    #[arg(long, value_name = "CMD")]
+    on_complete: Option<OsString>,
     /// What streams without a speed do while the guest reads, writes or syncs: `low` gives way to it, `normal` does not
     #[arg(long, value_name = "PRIORITY", default_value = "low")]
     stream_priority: PriorityArg,
@@ -141,6 +153,24 @@ pub enum Role {
     Child,
 }
 
+/// How fast the stream of `--stream` is to be.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum StreamSpeed {
+    /// Bytes per second; 0 is unlimited.
+    Fixed(u64),
+    /// As the time of day or a deadline want it.
+    Planned(Plan),
+}
+
+impl From<Speed> for StreamSpeed {
+    fn from(speed: Speed) -> Self {
+        match speed {
+            Speed::Fixed(speed) => StreamSpeed::Fixed(speed),
+            Speed::Schedule(schedule) => StreamSpeed::Planned(Plan::Schedule(schedule)),
+        }
+    }
+}
+
 /// `cordisk mount`, checked. All paths are absolute.
 #[derive(Debug)]
 pub struct MountConfig {
@@ -154,8 +184,12 @@ pub struct MountConfig {
     pub device: String,
     /// Where QMP clients connect.
     pub qmp: Option<PathBuf>,
-    /// Speed of the stream job to start at once, in bytes per second (0: unlimited), if one is to be started.
-    pub stream: Option<u64>,
+    /// Speed of the stream job to start at once, if one is to be started.
+    pub stream: Option<StreamSpeed>,
+    /// A stream that was interrupted is started again.
+    pub resume: bool,
+    /// Run when a stream has completed.
+    pub on_complete: Option<OsString>,
     /// Whether streams give way to the guest.
     pub stream_priority: Priority,
     /// Nothing is written.
@@ -194,7 +228,12 @@ impl MountArgs {
             },
             device: self.device,
             qmp: self.qmp.as_deref().map(absolute).transpose()?,
-            stream: self.stream.then_some(self.speed),
+            stream: self.stream.then(|| match self.finish_by {
+                Some(at) => StreamSpeed::Planned(at.into()),
+                None => self.speed.into(),
+            }),
+            resume: !self.no_resume,
+            on_complete: self.on_complete,
             stream_priority: self.stream_priority.into(),
             copy_on_read: !self.no_copy_on_read && !self.read_only,
             read_only: self.read_only,
@@ -242,7 +281,10 @@ mod tests {
     #[test]
     fn mount_options_mean_what_they_say() {
         let config = mount(&["-f", "--stream", "--speed", "10M", "--qmp", "s", "--device", "d", "/i", "/m"]);
-        assert_eq!((config.role, config.stream, config.device.as_str()), (Role::Foreground, Some(10 << 20), "d"));
+        assert_eq!(
+            (config.role, config.stream.clone(), config.device.as_str()),
+            (Role::Foreground, Some(StreamSpeed::Fixed(10 << 20)), "d")
+        );
         assert!(config.qmp.unwrap().is_absolute());
         let config = mount(&["-r", "--backing-format", "raw", "/i", "/m"]);
         assert!(config.read_only && !config.copy_on_read);
@@ -255,5 +297,24 @@ mod tests {
         assert_eq!(mount(&["--stream-priority", "normal", "/i", "/m"]).stream_priority, Priority::Normal);
         assert_eq!(mount(&["--reserve", "2G", "/i", "/m"]).reserve, Some(2 << 30));
         assert!(!mount(&["--no-copy-on-read", "/i", "/m"]).copy_on_read);
+    }
+
+    #[test]
+    fn what_becomes_of_streams_is_said_on_the_command_line() {
+        let config = mount(&["/i", "/m"]);
+        assert_eq!((config.resume, config.on_complete), (true, None));
+        let config = mount(&["--no-resume", "--on-complete", "true", "/i", "/m"]);
+        assert_eq!((config.resume, config.on_complete), (false, Some("true".into())));
+        let speed = |line: &[&str]| mount(&[line, &["/i", "/m"]].concat()).stream;
+        assert_eq!(speed(&["--stream"]), Some(StreamSpeed::Fixed(0)));
+        let schedule = Plan::Schedule("08:00=20M,20:00=0".parse().unwrap());
+        assert_eq!(speed(&["--stream", "--speed", "08:00=20M,20:00=0"]), Some(StreamSpeed::Planned(schedule)));
+        let six: Minute = "06:00".parse().unwrap();
+        assert_eq!(speed(&["--stream", "--finish-by", "06:00"]), Some(StreamSpeed::Planned(six.into())));
+        let refused = |line: &[&str]| Args::try_parse_from([&["cordisk", "mount"], line, &["/i", "/m"]].concat()).unwrap_err().to_string();
+        assert!(refused(&["--stream", "--speed", "1M", "--finish-by", "06:00"]).contains("cannot be used with"));
+        assert!(refused(&["--finish-by", "06:00"]).contains("--stream"));
+        assert!(refused(&["--stream", "--finish-by", "24:00"]).contains("HH:MM"));
+        assert!(refused(&["--stream", "--speed", "08:00=20X"]).contains("08:00=20M,20:00=0"));
     }
 }

@@ -6,6 +6,7 @@ use clap::ValueEnum;
 
 use crate::error::Context;
 use crate::format::BackingFormat;
+use crate::stream::{Minute, Speed};
 use crate::{Error, ErrorKind, Result};
 
 /// Longest device id. QMP job ids are bounded to the same length.
@@ -36,28 +37,17 @@ pub(super) fn absolute(path: &Path) -> Result<PathBuf> {
 
 /// Bytes, or bytes per second: a decimal number and at most one of K, M, G, T (powers of 1024, either case).
 pub(super) fn parse_size(text: &str) -> std::result::Result<u64, String> {
-    let (digits, shift) = match text.bytes().last().map(|unit| unit.to_ascii_uppercase()) {
-        Some(b'K') => (&text[..text.len() - 1], 10),
-        Some(b'M') => (&text[..text.len() - 1], 20),
-        Some(b'G') => (&text[..text.len() - 1], 30),
-        Some(b'T') => (&text[..text.len() - 1], 40),
-        _ => (text, 0),
-    };
-    if digits.is_empty() || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
-        return Err("expected a number of bytes, such as 65536, 64K or 10G".to_string());
-    }
-    // Sizes and QMP speeds are signed 64-bit numbers in every interface that they pass through.
-    digits
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(1 << shift))
-        .filter(|&bytes| i64::try_from(bytes).is_ok())
-        .ok_or_else(|| "number too large".to_string())
+    crate::stream::parse_bytes(text)
 }
 
-/// How fast a job may be, in bytes per second; 0 is unlimited.
-pub(super) fn parse_speed(text: &str) -> std::result::Result<u64, String> {
-    parse_size(text)
+/// Bytes per second, as [`parse_size`] reads them, or a schedule: `08:00=20M,20:00=0`.
+pub fn parse_speed(text: &str) -> std::result::Result<Speed, String> {
+    text.parse()
+}
+
+/// A time of day, HH:MM.
+pub fn parse_minute(text: &str) -> std::result::Result<Minute, String> {
+    text.parse()
 }
 
 /// A cluster size that qcow2 knows and QEMU opens.

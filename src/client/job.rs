@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::connection::{Connection, Heard};
 use super::facts::{self, Job};
+use super::limit::Limit;
 use super::stream::say;
 use super::{find, show};
 use crate::error::one_line;
@@ -34,8 +35,8 @@ pub enum JobAction {
     Resume,
     /// To end before it is complete.
     Cancel,
-    /// To copy at most so many bytes per second; 0 is unlimited.
-    Speed(u64),
+    /// To be as fast as this.
+    Speed(Limit),
 }
 
 /// Runs the command.
@@ -46,15 +47,15 @@ pub fn run(options: &JobOptions) -> Result<ExitCode> {
     let (mut connection, disk) = find::connect(&options.target)?;
     let name = one_line(&disk.name);
     let Some(job) = facts::job(&mut connection)? else { return Err(no_job(&name)) };
-    let (command, mut arguments) = match options.action {
-        JobAction::Pause => ("block-job-pause", json!({})),
-        JobAction::Resume => ("block-job-resume", json!({})),
-        JobAction::Cancel => ("block-job-cancel", json!({})),
-        JobAction::Speed(speed) => ("block-job-set-speed", json!({ "speed": speed })),
+    let device = json!({ "device": job.id });
+    let told = match &options.action {
+        JobAction::Pause => connection.ask("block-job-pause", device)?.map(drop),
+        JobAction::Resume => connection.ask("block-job-resume", device)?.map(drop),
+        JobAction::Cancel => connection.ask("block-job-cancel", device)?.map(drop),
+        JobAction::Speed(limit) => limit.set(&mut connection, &job.id)?,
     };
-    arguments["device"] = job.id.as_str().into();
-    match connection.ask(command, arguments)? {
-        Ok(_) => {}
+    match told {
+        Ok(()) => {}
         Err(refusal) if refusal.class == "DeviceNotActive" => return Err(no_job(&name)),
         Err(refusal) => {
             let text = format!("stream of {name} ({}): {}", job.status, refusal.description);
@@ -62,11 +63,10 @@ pub fn run(options: &JobOptions) -> Result<ExitCode> {
         }
     }
     let at = show::percent(job.offset, job.len);
-    say(&match options.action {
+    say(&match &options.action {
         JobAction::Pause => format!("stream of {name} paused at {at}"),
         JobAction::Resume => format!("stream of {name} goes on at {at}"),
-        JobAction::Speed(0) => format!("stream of {name} runs without a limit now"),
-        JobAction::Speed(speed) => format!("stream of {name} runs at {} at most now", show::rate(speed)),
+        JobAction::Speed(limit) => format!("stream of {name} runs {limit} now"),
         JobAction::Cancel => {
             wait_until_gone(&mut connection, &job, &name)?;
             format!("stream of {name} cancelled at {at}; what was copied stays in the image")

@@ -12,6 +12,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::connection::{Connection, Heard};
 use super::facts::{self, Job};
+use super::limit::Limit;
 use super::progress::Progress;
 use super::{find, show};
 use crate::error::{Context, one_line};
@@ -29,8 +30,8 @@ const LOOK: Duration = Duration::from_millis(100);
 pub struct StreamOptions {
     /// The disk: its mountpoint or its socket.
     pub target: PathBuf,
-    /// Bytes per second, 0 is unlimited, where a limit was asked for.
-    pub speed: Option<u64>,
+    /// How fast it may be, where that was asked for.
+    pub limit: Option<Limit>,
     /// The file of the chain that stays below; all of it is copied up without.
     pub base: Option<String>,
     /// Stay until it is complete.
@@ -42,7 +43,7 @@ pub struct StreamOptions {
 impl StreamOptions {
     /// Asks for nothing but to see how it goes.
     fn only_waits(&self) -> bool {
-        self.wait && self.speed.is_none() && self.base.is_none()
+        self.wait && self.limit.is_none() && self.base.is_none()
     }
 }
 
@@ -94,14 +95,19 @@ fn busy(name: &str, target: &Path, job: Option<&Job>) -> Error {
 fn start(connection: &mut Connection, options: &StreamOptions, name: &str) -> Result<String> {
     let device = facts::device(connection)?;
     let mut arguments = json!({ "device": device });
-    if let Some(speed) = options.speed {
-        arguments["speed"] = speed.into();
+    if let Some(limit) = &options.limit {
+        arguments["speed"] = limit.at_first().into();
     }
     if let Some(base) = &options.base {
         arguments["base"] = base.as_str().into();
     }
     match connection.ask("block-stream", arguments)? {
-        Ok(_) => Ok(device),
+        Ok(_) => {
+            if let Some(limit) = options.limit.as_ref().filter(|limit| limit.is_plan()) {
+                plan(connection, limit, &device, name)?;
+            }
+            Ok(device)
+        }
         Err(refusal) if refusal.class == "DeviceInUse" || refusal.description.contains("in use") => Err(busy(name, &options.target, None)),
         Err(refusal) => {
             let hint = match (&options.base, refusal.description.contains("read-only")) {
@@ -112,6 +118,17 @@ fn start(connection: &mut Connection, options: &StreamOptions, name: &str) -> Re
             Err(Error::new(ErrorKind::InvalidArgument, format!("{name}: {}{hint}", refusal.description)))
         }
     }
+}
+
+/// Gives the job that has just begun its plan, or takes it back.
+fn plan(connection: &mut Connection, limit: &Limit, id: &str, name: &str) -> Result<()> {
+    let Err(refusal) = limit.set(connection, id)? else { return Ok(()) };
+    // One that had next to nothing to do is complete already.
+    if facts::job(connection)?.is_none_or(|job| job.id != id) {
+        return Ok(());
+    }
+    let _ = connection.ask("block-job-cancel", json!({ "device": id }))?;
+    Err(Error::new(ErrorKind::InvalidArgument, format!("{name}: {}", refusal.description)))
 }
 
 /// Whether somebody wants us to end. The second time it is not asked: the process ends.

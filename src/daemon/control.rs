@@ -5,16 +5,17 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use crossbeam_channel::Receiver;
+use jiff::tz::TimeZone;
 
 use super::Event;
 use crate::Result;
-use crate::cli::MountConfig;
+use crate::cli::{MountConfig, StreamSpeed};
 use crate::disk::Disk;
 use crate::fuse::{Finished, SizeNotice};
-use crate::job::Jobs;
+use crate::job::{Batch, JobEvent, Jobs};
 use crate::qmp::{Server, ShutdownReason, Socket, Target};
 use crate::running::{Entry, Registration};
-use crate::stream::{self, Priority, StreamOptions};
+use crate::stream::{KIND, StreamOptions, Streams};
 
 /// How long cancelled jobs may take to end: one step of a stream and a write-back. What they leave unfinished is only what they have not
 /// copied yet.
@@ -63,23 +64,34 @@ pub(super) fn register(
     })
 }
 
+/// How many streams have completed, of what was told.
+pub(super) fn completed(batch: &Batch) -> usize {
+    let completed = |event: &&JobEvent| matches!(event, JobEvent::Completed { progress, error: None } if progress.kind == KIND);
+    batch.events.iter().filter(completed).count()
+}
+
 /// The job registry and, if asked for, the QMP server.
 pub(super) struct Control {
     jobs: Jobs,
+    streams: Streams,
     server: Option<Server>,
     /// A client wants the process to end.
     quit: Receiver<()>,
     /// How the kernel learns of a new size, once the disk is mounted.
     size_notice: Arc<OnceLock<SizeNotice>>,
+    /// What happens to jobs, where somebody wants to know.
+    told: Receiver<Arc<Batch>>,
 }
 
 impl Control {
-    /// Starts to serve `socket`, if there is one.
+    /// Starts to serve `socket`, if there is one. Schedules and deadlines are in the time of `zone`.
     ///
     /// # Errors
     /// No more threads.
-    pub(super) fn start(socket: Option<Socket>, config: &MountConfig, disk: &Arc<Disk>) -> Result<Control> {
+    pub(super) fn start(socket: Option<Socket>, config: &MountConfig, disk: &Arc<Disk>, zone: TimeZone) -> Result<Control> {
         let jobs = Jobs::new();
+        let streams = Streams::new(disk, &jobs, &config.device, zone);
+        let told = if config.on_complete.is_some() { jobs.subscribe() } else { crossbeam_channel::never() };
         // Room for one: who asks does not wait, and a second request adds nothing.
         let (sender, quit) = crossbeam_channel::bounded(1);
         let size_notice = Arc::new(OnceLock::new());
@@ -91,13 +103,14 @@ impl Control {
             disk: Arc::clone(disk),
             mountpoint: config.mountpoint.clone(),
             jobs: jobs.clone(),
+            streams: streams.clone(),
             device: config.device.clone(),
             priority: config.stream_priority,
             quit: sender,
             grown,
         };
         let server = socket.map(|socket| Server::start(socket, target)).transpose()?;
-        Ok(Control { jobs, server, quit, size_notice })
+        Ok(Control { jobs, streams, server, quit, size_notice, told })
     }
 
     /// The session runs: from now on the kernel is told when it grows.
@@ -110,12 +123,28 @@ impl Control {
         if self.server.is_some() { self.quit.clone() } else { crossbeam_channel::never() }
     }
 
-    /// Starts the job of `--stream`.
+    /// Starts the job of `--stream`, or else the one that was interrupted when the last process ended that had this image.
     ///
     /// # Errors
-    /// Those of [`stream::start`].
-    pub(super) fn start_stream(&self, disk: &Arc<Disk>, device: &str, speed: u64, priority: Priority) -> Result<()> {
-        stream::start(disk, &self.jobs, StreamOptions { speed, priority, ..StreamOptions::new(device) })
+    /// Those of [`Streams::start`], for the job of `--stream`.
+    pub(super) fn start_stream(&self, disk: &Arc<Disk>, config: &MountConfig) -> Result<()> {
+        let priority = config.stream_priority;
+        let (speed, plan) = match &config.stream {
+            Some(StreamSpeed::Fixed(speed)) => (*speed, None),
+            Some(StreamSpeed::Planned(plan)) => (0, Some(plan.clone())),
+            None => {
+                if config.resume {
+                    self.streams.resume(disk, priority);
+                }
+                return Ok(());
+            }
+        };
+        self.streams.start(disk, StreamOptions { speed, plan, priority, ..StreamOptions::new(&config.device) })
+    }
+
+    /// Where it is told what happens to jobs, if `--on-complete` wants to know; silent for ever otherwise.
+    pub(super) fn told(&self) -> &Receiver<Arc<Batch>> {
+        &self.told
     }
 
     /// Tells QMP clients that the end has begun, and why; `None` where the disk was unmounted from outside.

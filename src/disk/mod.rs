@@ -37,6 +37,7 @@ use crate::{Error, ErrorKind, Result};
 mod ahead;
 mod bounce;
 mod locate;
+mod note;
 mod populate;
 mod read;
 mod reserve;
@@ -50,9 +51,10 @@ mod tests;
 
 pub use ahead::{Ahead, ToRead};
 pub use locate::Locator;
+pub use note::LONGEST_STREAM_NOTE;
 pub use populate::Populated;
-pub use survey::{MOST_CELLS, Survey, Totals};
 pub use stats::{Activity, CopyCount, Cost, DiskStats, LATENCY_BOUNDS, LATENCY_BUCKETS, Latency, RequestCount};
+pub use survey::{MOST_CELLS, Survey, Totals};
 
 use bounce::Bounces;
 use populate::FillHealth;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{ErrorAction, Failure, IoStatus, JobEvent, Next, OnError, Outcome, Shared, Status, Work};
+use super::{Ending, ErrorAction, Failure, IoStatus, JobEvent, Next, OnError, Outcome, Shared, Status, Work};
 
 /// The handle by which the thread that works on a job obeys its users and tells of its progress. Dropped without [`Control::finish`], it fails
 /// the job; dropped before [`Control::start`], it takes the job back.
@@ -137,11 +137,23 @@ impl Control {
     /// The work is over. `prepare` makes a success take effect: it runs without any lock, only for [`Outcome::Done`], after the order to finalize where
     /// that is a user's, and its failure is the job's. A job that was cancelled before the work was over is cancelled, whatever `outcome` says; from
     /// then on a cancel comes too late, except while a job waits for the order to finalize.
-    pub fn finish(mut self, outcome: Outcome, prepare: impl FnOnce() -> Result<(), Failure>) {
+    pub fn finish(self, outcome: Outcome, prepare: impl FnOnce() -> Result<(), Failure>) {
+        self.finish_noting(outcome, prepare, |_| {});
+    }
+
+    /// As [`Control::finish`]; `ended` learns how, after the result has taken effect and before anybody else does, without any lock.
+    pub fn finish_noting(mut self, outcome: Outcome, prepare: impl FnOnce() -> Result<(), Failure>, ended: impl FnOnce(Ending)) {
         let outcome = match outcome {
             Outcome::Done => self.complete(prepare),
             other => other,
         };
+        let abandoned = self.shared.registry.lock().job(self.serial).abandoned;
+        ended(match outcome {
+            Outcome::Done => Ending::Completed,
+            _ if abandoned => Ending::Abandoned,
+            Outcome::Cancelled => Ending::Cancelled,
+            Outcome::Failed(_) => Ending::Failed,
+        });
         self.conclude(outcome);
     }
 

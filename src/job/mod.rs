@@ -95,6 +95,19 @@ pub enum Outcome {
     Failed(Failure),
 }
 
+/// How a job has ended.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Ending {
+    /// All is done.
+    Completed,
+    /// It could not go on, or skipped something.
+    Failed,
+    /// A user has given it up.
+    Cancelled,
+    /// The process ends; nobody has given the job up ([`Jobs::cancel_all_and_wait`]).
+    Abandoned,
+}
+
 /// What the worker of a job was doing when a verb was applied.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Worker {
@@ -381,6 +394,9 @@ impl Jobs {
         let give_up = Instant::now() + patience;
         let mut registry = self.shared.registry.lock();
         registry.closed = true;
+        for job in registry.jobs.iter_mut().filter(|job| job.status.accepts(Verb::Cancel) && !job.cancelled) {
+            job.abandoned = true;
+        }
         let events = registry.jobs.iter_mut().filter(|job| job.status.accepts(Verb::Cancel)).filter_map(Job::cancel).collect();
         registry.emit(events);
         self.shared.changed.notify_all();

@@ -40,6 +40,8 @@ pub(super) struct Job {
     pub user_paused: bool,
     /// To be given up.
     pub cancelled: bool,
+    /// To be given up, because the process ends and for no other reason.
+    pub abandoned: bool,
     /// Its worker waits inside a checkpoint, and looks again at everything here before it leaves.
     pub parked: bool,
     /// Sleep no longer than the limiter, asked again, says.
@@ -144,6 +146,7 @@ impl Job {
             limit,
             user_paused: false,
             cancelled: false,
+            abandoned: false,
             parked: false,
             kicked: false,
             finalize: false,

@@ -3,15 +3,17 @@
 //! ```text
 //!  serving process (images, clients, requests; in the sandbox)        keeper (mount, umount, files that go away at the end)
 //!     │  starts it before anything is opened                             │  /proc/self/exe, a session of its own, cwd /
-//!     ├── Remember pidfile, Remember socket ── SOCK_SEQPACKET ──────────▶│
+//!     ├── Remember pidfile, socket, command ── SOCK_SEQPACKET ──────────▶│
 //!     ├── Mount ────────────────────────────────────────────────────────▶│ placeholder, mount(2) or fusermount3
 //!     │◀────────────────────────────────────────────── /dev/fuse ────────┤ and keeps no copy of it
 //!     │  (becomes --user, enters the sandbox, serves)                    │
-//!     ├── Unmount, Detach, Release, Remove ─────────────────────────────▶│
+//!     ├── Unmount, Detach, Release, Remove, RunCommand ─────────────────▶│
 //! ```
 //!
 //! A process under Landlock cannot unmount, not even lazily, and cannot remove a file. Somebody else has to, and it should be somebody who reads no
-//! image and no client: the keeper knows eight requests about one mount, two files and one attribute, all named before the sandbox was entered.
+//! image and no client: the keeper knows ten requests about one mount, two files, one attribute and one command, all named before the sandbox was
+//! entered. A serving process that was taken over can have the command run when no stream has completed, more than once, or never; it cannot
+//! have another one run, nor tell it anything.
 //!
 //! It is the *child* of the serving process, not its parent: so the process that the user started, whose id stands in the pidfile, which gets the
 //! signals and whose exit status counts, stays the one that serves the disk; a supervisor sees what it saw without a keeper.
@@ -21,12 +23,13 @@
 //! unmount, and says so at the end.
 //!
 //! **Touches:** one child process and the socket to it; there, the host side of [`crate::fuse`], the removal of files and, with `--user`, of the mark
-//! of an open image. **Never:** reads an
+//! of an open image, and the command of `--on-complete`. **Never:** reads an
 //! image or what a client sends; takes orders about another mount; removes a file that is not (device, inode) the one that was named, or from another
 //! directory.
 //! **Locks:** one leaf, the socket: a request and its reply belong together.
 
 use std::cell::Cell;
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -37,8 +40,10 @@ use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType};
 
 use crate::error::Context;
 use crate::fuse::{MountPlan, Unmounted};
+use crate::sandbox::Identity;
 use crate::{Error, ErrorKind, Result};
 
+mod hook;
 mod process;
 mod wire;
 
@@ -50,10 +55,10 @@ use wire::{Answer, Reply, Request};
 /// The hidden subcommand that a keeper is started with (see `cli`).
 const SUBCOMMAND: &str = "keep-mount";
 
-/// What the keeper's own standard error is.
+/// What the keeper's own standard output and standard error are.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Messages {
-    /// That of this process. Only a panic ever writes there.
+    /// Those of this process. Only a panic ever writes there, and the command of `--on-complete`.
     Inherited,
     /// Nowhere: somebody waits for the end of this one's.
     Dropped,
@@ -76,16 +81,17 @@ impl Keeper {
         let (ours, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .map_err(io::Error::from)
             .context(what)?;
+        let output = || match messages {
+            Messages::Inherited => Stdio::inherit(),
+            Messages::Dropped => Stdio::null(),
+        };
         let name = std::env::args_os().next().unwrap_or_else(|| "cordisk".into());
         Command::new("/proc/self/exe")
             .arg0(name)
             .arg(SUBCOMMAND)
             .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .stderr(match messages {
-                Messages::Inherited => Stdio::inherit(),
-                Messages::Dropped => Stdio::null(),
-            })
+            .stdout(output())
+            .stderr(output())
             .spawn()
             .context(what)?;
         Ok(Keeper { socket: ours, lost: Cell::new(false) })
@@ -109,6 +115,24 @@ impl Keeper {
     pub fn entrust_mark(&self, image: &OwnedFd, name: &str) -> Result<EntrustedMark<'_>> {
         self.ask_with(&Request::RememberMark(name.to_owned()), Some(image.as_fd()))?;
         Ok(EntrustedMark { keeper: self })
+    }
+
+    /// From now on [`Keeper::run_command`] runs `command`, with these variables in its environment, as `user` if there is one.
+    ///
+    /// # Errors
+    /// It is too long; the keeper is gone.
+    pub fn entrust_command(&self, command: &OsStr, environment: &[(&str, &OsStr)], user: Option<Identity>) -> Result<()> {
+        let environment = environment.iter().map(|(name, value)| (OsStr::new(name).into(), (*value).into())).collect();
+        let user = user.map(|Identity { uid, gid }| (uid, gid));
+        self.ask(&Request::RememberCommand { command: command.into(), environment, user }).map(drop)
+    }
+
+    /// Starts the command, and does not wait for it. It is neither waited for nor ended when the keeper ends.
+    ///
+    /// # Errors
+    /// There is none, it cannot be started, or the keeper is gone.
+    pub fn run_command(&self) -> Result<()> {
+        self.ask(&Request::RunCommand).map(drop)
     }
 
     /// Mounts. Returns the mount and the open /dev/fuse that serves it.
@@ -214,6 +238,14 @@ impl KeptMount<'_> {
     /// The mountpoint: absolute, without symbolic links.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// As [`Keeper::run_command`].
+    ///
+    /// # Errors
+    /// Those of [`Keeper::run_command`].
+    pub fn run_command(&self) -> Result<()> {
+        self.keeper.run_command()
     }
 
     /// Unmounts unless somebody has the disk open. The session ends a moment later.

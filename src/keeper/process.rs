@@ -12,6 +12,7 @@ use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
+use super::hook::Hook;
 use super::wire::{self, Answer, Failure, Leftover, Reply, Request};
 use crate::error::Context;
 use crate::fuse::{HostMount, Unmounted};
@@ -23,6 +24,7 @@ struct Kept {
     files: Vec<KeptFile>,
     /// The image and the name of its attribute that says that it is open.
     mark: Option<(OwnedFd, String)>,
+    hook: Option<Hook>,
     /// There was a mount: nothing new is taken.
     sealed: bool,
     mount: Option<HostMount>,
@@ -116,7 +118,7 @@ impl Kept {
     fn answer(&mut self, request: Request, descriptor: Option<OwnedFd>) -> Result<(Answer, Option<OwnedFd>)> {
         let done = Ok((Answer::Done, None));
         match request {
-            Request::Remember { .. } | Request::RememberMark(_) | Request::Mount(_) if self.sealed => {
+            Request::Remember { .. } | Request::RememberMark(_) | Request::RememberCommand { .. } | Request::Mount(_) if self.sealed => {
                 Err(Error::new(ErrorKind::InvalidArgument, "the mount keeper keeps one mount, and has it"))
             }
             Request::Remember { what, path, identity } => {
@@ -127,6 +129,15 @@ impl Kept {
                 let image = descriptor.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "no image"))?;
                 self.mark = Some((image, name));
                 done
+            }
+            Request::RememberCommand { command, environment, user } => {
+                let environment = environment.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
+                self.hook = Some(Hook::new(command.into(), environment, user));
+                done
+            }
+            Request::RunCommand => {
+                let hook = self.hook.as_ref().ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "no command was named"))?;
+                hook.run().and(done)
             }
             Request::Mount(plan) => {
                 let (mount, device) = HostMount::mount(&plan.into())?;

@@ -1,5 +1,6 @@
 //! What the serving process and the keeper say to each other: one message of at most [`LONGEST`] bytes each, a request and its reply in turns.
 
+use std::ffi::{OsStr, OsString};
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,7 +16,7 @@ use crate::error::Context;
 use crate::fuse::MountPlan;
 use crate::{Error, ErrorKind, Result};
 
-/// Paths are at most 4096 bytes, and there are at most three in a message.
+/// Paths are at most 4096 bytes, and there are at most four in a message; the rest is for a command.
 const LONGEST: usize = 128 << 10;
 
 /// Asked by the serving process.
@@ -25,6 +26,8 @@ pub(super) enum Request {
     Remember { what: Leftover, path: Name, identity: (u64, u64) },
     /// With the image: its attribute of this name is to be removed at the end. Only before the mount.
     RememberMark(String),
+    /// To be run when a stream has completed, with these variables, as this user and group. Only before the mount.
+    RememberCommand { command: Name, environment: Vec<(Name, Name)>, user: Option<(u32, u32)> },
     /// Mount; the reply brings /dev/fuse. Once.
     Mount(Plan),
     /// Unmount unless it is in use.
@@ -37,6 +40,8 @@ pub(super) enum Request {
     Remove(Leftover),
     /// Remove the attribute that was remembered: the image was closed.
     RemoveMark,
+    /// Start the command that was remembered.
+    RunCommand,
 }
 
 /// A file beside the mountpoint that goes away at the end.
@@ -50,7 +55,7 @@ pub enum Leftover {
     Entry,
 }
 
-/// A path, byte by byte.
+/// A path or a piece of a command, byte by byte.
 #[derive(Debug, Deserialize, Serialize)]
 pub(super) struct Name(Vec<u8>);
 
@@ -60,9 +65,21 @@ impl From<&Path> for Name {
     }
 }
 
+impl From<&OsStr> for Name {
+    fn from(text: &OsStr) -> Name {
+        Path::new(text).into()
+    }
+}
+
+impl From<Name> for OsString {
+    fn from(name: Name) -> OsString {
+        OsString::from_vec(name.0)
+    }
+}
+
 impl From<Name> for PathBuf {
     fn from(name: Name) -> PathBuf {
-        std::ffi::OsString::from_vec(name.0).into()
+        OsString::from(name).into()
     }
 }
 
@@ -150,7 +167,7 @@ impl From<Failure> for Error {
 pub(super) fn send(socket: impl AsFd, message: &impl Serialize, descriptor: Option<BorrowedFd<'_>>) -> Result<()> {
     let bytes = serde_json::to_vec(message).map_err(|error| Error::wrap(ErrorKind::InvalidArgument, "message", error))?;
     if bytes.len() > LONGEST {
-        return Err(Error::new(ErrorKind::InvalidArgument, "path too long"));
+        return Err(Error::new(ErrorKind::InvalidArgument, "path or command too long"));
     }
     let descriptors: Vec<BorrowedFd<'_>> = descriptor.into_iter().collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];

@@ -62,6 +62,8 @@ fn start(call: &mut Call<'_>, dialect: Dialect) -> Result<Value, Refusal> {
         job_id: arguments.text("job-id").unwrap_or(default_id).into(),
         depth,
         speed: 0,
+        plan: None,
+        paused: false,
         on_error: on_error(arguments.text("on-error")),
         auto_finalize: arguments.boolean("auto-finalize").unwrap_or(true),
         auto_dismiss: arguments.boolean("auto-dismiss").unwrap_or(true),

@@ -13,7 +13,7 @@ use crate::Result;
 use crate::disk::{Disk, DiskInfo, DiskStats, Survey, Totals};
 use crate::job::{Hold, Jobs};
 use crate::map::{self, Page};
-use crate::stream::{self, Priority, StreamOptions};
+use crate::stream::{Priority, StreamOptions, Streams};
 
 /// What the commands act upon.
 #[derive(Clone)]
@@ -24,6 +24,8 @@ pub struct Target {
     pub mountpoint: PathBuf,
     /// Its jobs.
     pub jobs: Jobs,
+    /// Its streams, which are among those jobs.
+    pub streams: Streams,
     /// The name by which clients call the disk, and its jobs unless they say otherwise: a letter, then letters, digits, `-`, `.` and `_`.
     pub device: String,
     /// That of the streams it starts.
@@ -43,6 +45,7 @@ impl std::fmt::Debug for Target {
 /// [`Target`] with the disk behind two functions, so that the conversation can be tested without one.
 pub(super) struct Backend {
     pub jobs: Jobs,
+    pub streams: Streams,
     pub device: String,
     pub quit: Sender<()>,
     /// Between the look at the jobs there are and the start of another one, or a change of size. Taken while no other lock is held.
@@ -81,11 +84,11 @@ impl Facts {
 
 impl From<Target> for Backend {
     fn from(target: Target) -> Self {
-        let Target { disk, mountpoint, jobs, device, priority, quit, grown } = target;
+        let Target { disk, mountpoint, jobs, streams, device, priority, quit, grown } = target;
         let facts = Facts::of(&disk, mountpoint);
         let start_stream = {
-            let (disk, jobs) = (Arc::clone(&disk), jobs.clone());
-            Box::new(move |options| stream::start(&disk, &jobs, StreamOptions { priority, ..options }))
+            let (disk, streams) = (Arc::clone(&disk), streams.clone());
+            Box::new(move |options| streams.start(&disk, StreamOptions { priority, ..options }))
         };
         let grow = {
             let disk = Arc::clone(&disk);
@@ -95,7 +98,18 @@ impl From<Target> for Backend {
             let disk = Arc::clone(&disk);
             Box::new(move || disk.stats())
         };
-        Backend { jobs, device, quit, starting: Mutex::default(), info: Box::new(move || disk.info()), stats, facts, grow, start_stream }
+        Backend {
+            jobs,
+            streams,
+            device,
+            quit,
+            starting: Mutex::default(),
+            info: Box::new(move || disk.info()),
+            stats,
+            facts,
+            grow,
+            start_stream,
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use super::codec::{self, Decoder, MAX_SIZE, MAX_TOKENS};
 use super::dispatch::Answer;
 use super::lexer::Token;
 use crate::job::Jobs;
+use crate::stream::Streams;
 use crate::{Error, ErrorKind};
 
 /// What a decoder may hold: the text of one message, its tokens, and the byte that is one too many.
@@ -59,8 +60,10 @@ impl Connection {
 /// A backend without a disk, whose answers are always the same.
 fn backend() -> Backend {
     let no_disk = || Error::new(ErrorKind::Io, "no disk");
+    let jobs = Jobs::new();
     Backend {
-        jobs: Jobs::new(),
+        streams: Streams::without_notes(&jobs, "drive0", jiff::tz::TimeZone::UTC),
+        jobs,
         device: "drive0".into(),
         quit: crossbeam_channel::bounded(1).0,
         starting: Mutex::default(),

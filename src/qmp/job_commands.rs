@@ -34,6 +34,7 @@ fn block_job_verb(call: &mut Call<'_>, argument: &str, verb: Verb) -> Result<Val
     hold(call, verb);
     let id = call.arguments.mandatory_text(argument);
     let worker = call.backend.jobs.apply(id, verb).map_err(block_job(id))?;
+    noted(call, id, verb);
     settle(call, id, verb, worker);
     done()
 }
@@ -42,8 +43,16 @@ fn job_verb(call: &mut Call<'_>, verb: Verb) -> Result<Value, Refusal> {
     hold(call, verb);
     let id = call.arguments.mandatory_text("id");
     let worker = call.backend.jobs.apply(id, verb).map_err(job)?;
+    noted(call, id, verb);
     settle(call, id, verb, worker);
     done()
+}
+
+/// A stream that is paused is so after a restart, too, when the reply is sent.
+fn noted(call: &Call<'_>, id: &str, verb: Verb) {
+    if matches!(verb, Verb::Pause | Verb::Resume) {
+        call.backend.streams.changed(id);
+    }
 }
 
 /// What sets a job to work is answered before that work shows.
@@ -66,7 +75,7 @@ pub(super) fn block_job_set_speed(call: &mut Call<'_>) -> Result<Value, Refusal>
     let speed = call.arguments.integer("value").or(call.arguments.integer("speed"));
     let speed = speed.ok_or_else(|| Refusal::generic("Parameter 'value' is missing"))?;
     call.backend.jobs.check(id, Verb::SetSpeed).map_err(block_job(id))?;
-    call.backend.jobs.set_speed(id, non_negative(speed)?).map_err(block_job(id))?;
+    call.backend.streams.set_speed(id, non_negative(speed)?).map_err(block_job(id))?;
     done()
 }
 

@@ -1,14 +1,14 @@
 //! The control socket: QMP, the protocol of QEMU's monitors, as QEMU 10.2 speaks it, with the names of 2012 besides.
 //!
 //! ```text
-//!  socket ─▶ Decoder ─▶ Session ─▶ command table ─▶ Jobs, stream::start, facts of the Disk, Disk::grow
+//!  socket ─▶ Decoder ─▶ Session ─▶ command table ─▶ Jobs, Streams, facts of the Disk, Disk::grow
 //!   (one thread per client)                │ reply
 //!  socket ◀─ Outbox ◀── Fanout ◀───────────┘
 //!   (one more thread)    ▲ events, before the replies that come after them
 //!                        └── Jobs::subscribe
 //! ```
 //!
-//! **Touches:** one Unix socket, `job`, `stream::start`, facts and the size of the `disk`, the list of `map`. **Never:** FUSE, the image, a file that a client names; I/O of the disk's bytes.
+//! **Touches:** one Unix socket, `job`, `stream::Streams`, facts and the size of the `disk`, the list of `map`. **Never:** FUSE, the image, a file that a client names; I/O of the disk's bytes.
 //! **Locks:** the fan-out (order of what clients are sent), then the jobs' or one outbox (its bytes); neither is held while a socket is read or written,
 //! nor while a command runs. Before all of them, whatever starts a job or changes the size of the disk.
 //! **Invariants:** replies to a client come in the order of its requests; an event that happened before a reply was made is sent before it; a client that has
@@ -33,6 +33,7 @@ mod lexer;
 mod map;
 mod nodes;
 mod parser;
+mod plan;
 mod progress;
 #[cfg(test)]
 mod properties;

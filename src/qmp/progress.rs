@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::call::{Call, ProgressEvents};
 use super::codec::{self, Refusal};
+use super::plan;
 use crate::job::{JobInfo, Work};
 
 /// The event of a client that has asked for it.
@@ -16,7 +17,16 @@ const DEFAULT_INTERVAL: i64 = 500;
 const INTERVALS: std::ops::RangeInclusive<i64> = 100..=24 * 3600 * 1000;
 
 pub(super) fn x_query_job_progress(call: &mut Call<'_>) -> Result<Value, Refusal> {
-    Ok(call.backend.jobs.query().iter().map(progress).collect())
+    let plan = call.backend.streams.plan();
+    let jobs = call.backend.jobs.query();
+    let described = jobs.iter().map(|info| {
+        let mut value = progress(info);
+        if let Some(plan) = plan.as_ref().filter(|plan| plan.id == info.progress.id) {
+            value["plan"] = plan::facts(plan);
+        }
+        value
+    });
+    Ok(described.collect())
 }
 
 /// One job, as the query and the event have it.

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::call::Call;
 use super::codec::{self, Refusal};
 use super::statistics::nanoseconds;
-use super::{progress, queries};
+use super::{plan, progress, queries};
 use crate::chain::LayerInfo;
 use crate::disk::{DiskStats, LATENCY_BOUNDS, MOST_CELLS, RequestCount, Survey, Totals};
 use crate::format::BackingFormat;
@@ -35,6 +35,9 @@ pub(super) fn x_query_status(call: &mut Call<'_>) -> Result<Value, Refusal> {
     }
     if let Some(last) = jobs.last() {
         status["last-job"] = progress::last_job(&last);
+    }
+    if let Some(plan) = call.backend.streams.plan() {
+        status["plan"] = plan::facts(&plan);
     }
     Ok(status)
 }

@@ -23,7 +23,7 @@ use crate::disk::{CopyCount, DiskInfo, DiskStats, LATENCY_BUCKETS, RequestCount,
 use crate::format::{BackingFormat, BackingReference};
 use crate::job::{ErrorAction, Failure, JobSpec, Jobs, Next, Outcome, Work};
 use crate::map::{Extent, Page};
-use crate::stream::StreamOptions;
+use crate::stream::{StreamOptions, Streams};
 
 const CHUNK: u64 = 512 << 10;
 const SIZE: u64 = 8 * CHUNK;
@@ -161,6 +161,7 @@ impl Fixture {
         };
         let backend = Backend {
             jobs: jobs.clone(),
+            streams: Streams::without_notes(&jobs, "drive0", jiff::tz::TimeZone::UTC),
             device: "drive0".into(),
             quit: sender,
             starting: Mutex::default(),

@@ -56,6 +56,18 @@ pub(super) const OBJECTS: &[(&str, &[Member])] = &[
     (EMPTY, &[]),
     ("Timestamp", &[always("seconds", Int), always("microseconds", Int)]),
     ("JobProgress", &PROGRESS),
+    (
+        "Plan",
+        &[
+            always("id", Str),
+            maybe("schedule", Str),
+            maybe("finish-by", Str),
+            maybe("deadline", Object("Timestamp")),
+            always("speed", Int),
+            maybe("needed", Int),
+            maybe("feasible", Bool),
+        ],
+    ),
     ("LastJob", &LAST_JOB),
     ("DiskStatus", &STATUS),
     ("DiskBytes", &[always("local", Int), always("zero", Int), always("remote", Int), always("age-ms", Int)]),
@@ -270,7 +282,7 @@ const MAP_ENTRY: [Member; 8] = [
 ];
 
 /// Bytes copied, found zero, passed over and given up add up to the offset, but for clusters that are larger than a step.
-const PROGRESS: [Member; 13] = [
+const PROGRESS: [Member; 14] = [
     always("id", Str),
     always("type", JOB_TYPE),
     always("status", JOB_STATUS),
@@ -284,6 +296,8 @@ const PROGRESS: [Member; 13] = [
     always("start-time", Object("Timestamp")),
     always("rate", Int),
     maybe("seconds-left", Int),
+    // Of a query only, and of a job that has one.
+    maybe("plan", Object("Plan")),
 ];
 const LAST_JOB: [Member; 15] = {
     let [id, kind, status, speed, offset, len, copied, zero, skipped, failed, start, ..] = PROGRESS;

@@ -12,7 +12,7 @@ use reflink_copy::ReflinkBlockBuilder;
 use rustix::fs::{Advice, CWD, FallocateFlags, Mode, OFlags, ResolveFlags, XattrFlags};
 use rustix::io::{Errno, ReadWriteFlags, retry_on_intr};
 
-use super::{CloneSource, Holding, HostSpace, OpenMark, Storage, WriteKind, locks};
+use super::{CloneSource, Holding, HostSpace, LONGEST_STREAM_NOTE, OpenMark, Storage, WriteKind, locks};
 use crate::error::Context;
 use crate::mutants::{Step, without};
 use crate::{Error, ErrorKind};
@@ -27,6 +27,8 @@ const OPEN_MARK: &str = "user.cordisk.open";
 /// The extended attribute that says what the backing files were like, and more bytes than it ever has.
 const BASE_NOTE: &str = "user.cordisk.base";
 const LONGEST_NOTE: usize = 2048;
+/// The extended attribute by which a stream is resumed.
+const STREAM_NOTE: &str = "user.cordisk.stream";
 /// How often a walk that was disturbed by a rename is tried again.
 const OPEN_TRIES: u32 = 128;
 /// statfs(2) of XFS and btrfs: those of which it is known that fdatasync(2) makes a clone durable, and that they refuse what is outside of a file
@@ -382,6 +384,28 @@ impl Storage for FileStorage {
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS | Errno::NOSPC | Errno::DQUOT | Errno::ACCESS) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn stream_note(&self) -> io::Result<Option<Vec<u8>>> {
+        let mut note = vec![0; LONGEST_STREAM_NOTE];
+        match retry_on_intr(|| rustix::fs::fgetxattr(&self.file, STREAM_NOTE, &mut note)) {
+            Ok(len) => {
+                note.truncate(len);
+                Ok(Some(note))
+            }
+            Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn set_stream_note(&self, note: Option<&str>) -> io::Result<()> {
+        let Some(note) = note else {
+            return match retry_on_intr(|| rustix::fs::fremovexattr(&self.file, STREAM_NOTE)) {
+                Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS) => Ok(()),
+                Err(error) => Err(error.into()),
+            };
+        };
+        Ok(retry_on_intr(|| rustix::fs::fsetxattr(&self.file, STREAM_NOTE, note.as_bytes(), XattrFlags::empty()))?)
     }
 
     fn open_mark(&self) -> io::Result<OpenMark> {

@@ -185,6 +185,24 @@ pub trait Storage: Any + Send + Sync + std::fmt::Debug {
         Ok(())
     }
 
+    /// What [`Storage::set_stream_note`] has left beside the bytes; `None` where there is none or the file cannot have any. Whoever made the file may
+    /// have written it.
+    ///
+    /// # Errors
+    /// Those of fgetxattr(2), among them ERANGE for one that is longer than [`LONGEST_STREAM_NOTE`].
+    fn stream_note(&self) -> io::Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+
+    /// Leaves a note of the running stream beside the bytes, or removes it. Not durable by itself: an fsync(2) of its own would take an error away
+    /// from the next [`Storage::sync`], whose business it is (P7).
+    ///
+    /// # Errors
+    /// Those of fsetxattr(2), among them that the file cannot have any; those of fremovexattr(2).
+    fn set_stream_note(&self, _note: Option<&str>) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Whether [`Storage::set_open_mark`] was called without [`Storage::remove_open_mark`] after it. A storage that does not outlive its user
     /// has none.
     ///
@@ -225,6 +243,9 @@ pub trait Storage: Any + Send + Sync + std::fmt::Debug {
     /// Those of lseek(2).
     fn holding(&self, offset: u64, max: u64) -> io::Result<(Holding, u64)>;
 }
+
+/// Bytes of the longest note of a stream: with the other attributes it fits the one block that ext4 has for them.
+pub const LONGEST_STREAM_NOTE: usize = 3072;
 
 /// What an error of [`Storage::clone_range`] says of the next try.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

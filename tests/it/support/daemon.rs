@@ -27,6 +27,7 @@ pub struct Mount {
     args: Vec<String>,
     has_socket: bool,
     open_umask: bool,
+    environment: Vec<(String, String)>,
 }
 
 impl Mount {
@@ -47,7 +48,15 @@ impl Mount {
             args: Vec::new(),
             has_socket: false,
             open_umask: false,
+            environment: Vec::new(),
         }
+    }
+
+    /// With this in its environment.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Mount {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
     }
 
     #[must_use]
@@ -102,6 +111,7 @@ impl Mount {
         if std::env::var_os("RUST_LOG").is_none() {
             command.env("RUST_LOG", "info");
         }
+        command.envs(self.environment);
         let child = command.spawn().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a pid");
         let child = Arc::new(Mutex::new(child));

@@ -1,0 +1,406 @@
+//! A stream that the end of its daemon interrupts goes on at the next mount, as it was asked for; one that has ended by itself does not come back.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::fs::{XattrFlags, fgetxattr, fremovexattr, fsetxattr};
+use rustix::io::Errno;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::support::{Daemon, KIB, MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, mounts, poll, qemu, run_ok, wait_until};
+
+/// The first step of a job is free of charge: a job at 1 byte per second sleeps after it.
+const FIRST_STEP: u64 = 512 * KIB;
+const NOTE: &str = "user.cordisk.stream";
+
+/// What stands beside the image.
+fn note(image: &Path) -> Option<Value> {
+    let mut text = [0; 8192];
+    match fgetxattr(File::open(image).expect("image"), NOTE, &mut text) {
+        Ok(len) => Some(serde_json::from_slice(&text[..len]).expect("the note is JSON")),
+        Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM) => None,
+        Err(error) => panic!("{}: {error}", image.display()),
+    }
+}
+
+fn set_note(image: &Path, text: &[u8]) {
+    fsetxattr(File::open(image).expect("image"), NOTE, text, XattrFlags::empty()).expect("fsetxattr");
+}
+
+/// Whether scratch directories lie where files can have notes.
+fn have_notes(image: &Path) -> bool {
+    let file = File::open(image).expect("image");
+    let noted = fsetxattr(&file, NOTE, b"x", XattrFlags::empty()).and_then(|()| fremovexattr(&file, NOTE));
+    if noted.is_err() {
+        eprintln!("skipped: no user attributes where scratch directories are");
+    }
+    noted.is_ok()
+}
+
+fn jobs(client: &mut QmpClient) -> Vec<Value> {
+    client.ok("query-block-jobs", json!({})).as_array().expect("a list").clone()
+}
+
+/// Waits until the one job, at a speed of next to nothing, sleeps after its first step: what is there already costs it nothing. Returns its offset.
+fn wait_for_first_step(client: &mut QmpClient) -> u64 {
+    let asleep = |job: &Value| job["busy"] == json!(false) && job["offset"].as_u64() >= Some(FIRST_STEP);
+    let job = poll(Duration::from_secs(20), || Some(client.job()).filter(asleep));
+    job.unwrap_or_else(|| panic!("the first step of 512 KiB is free of charge: {}", client.job()))["offset"].as_u64().expect("a number")
+}
+
+/// How a daemon can end with a stream at work.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum End {
+    Kill,
+    Term,
+    Umount,
+    Quit,
+}
+
+fn end(mut disk: Daemon, how: End) {
+    match how {
+        End::Kill => disk.kill9(),
+        End::Umount => disk.umount(),
+        End::Term => {
+            disk.signal(Signal::TERM);
+            disk.assert_clean_end();
+        }
+        End::Quit => {
+            disk.client().ok("quit", json!({}));
+            disk.assert_clean_end();
+        }
+    }
+}
+
+/// Protects: whatever ends the daemon, the stream goes on at the next mount, at the speed that was set last, under its own name, with the words of
+/// its client; it completes, and the content is that of the base. Interrupted twice, it goes on twice.
+#[test]
+fn a_stream_goes_on_at_the_next_mount() {
+    requires!("/dev/fuse", "qemu-img");
+    for how in [End::Kill, End::Term, End::Umount, End::Quit] {
+        let rig = Rig::new(8 * MIB);
+        if !have_notes(&rig.overlay) {
+            return;
+        }
+        let disk = rig.mount().qmp().start();
+        let mut client = disk.client();
+        assert_eq!(note(&rig.overlay), None);
+        let asked = json!({"device": "drive0", "job-id": "j1", "speed": 1, "on-error": "stop", "auto-dismiss": false});
+        client.ok("block-stream", asked.clone());
+        assert_eq!(wait_for_first_step(&mut client), FIRST_STEP);
+        // A higher speed would copy more; this one sleeps as well.
+        client.ok("block-job-set-speed", json!({"device": "j1", "speed": 2}));
+        let written = note(&rig.overlay).expect("a note");
+        assert_eq!((&written["speed"], &written["on-error"], &written["job-id"]), (&json!(2), &json!("stop"), &json!("j1")));
+        let mut offset = wait_for_first_step(&mut client);
+        drop(client);
+        end(disk, how);
+        assert!(note(&rig.overlay).is_some(), "{how:?}: the note outlives the daemon");
+
+        for round in 0..2 {
+            let disk = Mount::named(&rig.scratch, &rig.overlay, &format!("disk{round}")).qmp().start();
+            let mut client = disk.client();
+            let before = offset;
+            offset = wait_for_first_step(&mut client);
+            let job = client.job();
+            assert_eq!((&job["device"], &job["speed"], &job["auto-dismiss"]), (&json!("j1"), &json!(2), &json!(false)), "{how:?} {round}");
+            assert_eq!(job["paused"], json!(false));
+            assert!(disk.log().contains("resuming the stream that was interrupted at "), "{}", disk.log());
+            if how != End::Kill {
+                let percent = format!("interrupted at {} %", before * 100 / rig.size());
+                assert!(disk.log().contains(&percent), "{percent}: {}", disk.log());
+                assert!(offset > before, "what was copied stays copied");
+            }
+            drop(client);
+            end(disk, how);
+        }
+        let disk = rig.mount().qmp().start();
+        let mut client = disk.client();
+        wait_for_first_step(&mut client);
+        client.finish_job("j1");
+        assert_eq!(note(&rig.overlay), None, "who sees the completion does not find the note");
+        let last = client.ok("x-query-last-job", json!({}));
+        assert_eq!((&last["arguments"], &last["result"]), (&asked, &json!("success")));
+        client.ok("block-job-dismiss", json!({"id": "j1"}));
+        assert_same("disk", &disk.read_all(), &rig.content);
+        drop(client);
+        end(disk, how);
+        if how != End::Kill {
+            rig.assert_standalone(&rig.content);
+        }
+    }
+}
+
+/// base.raw ← mid.qcow2 ← top.qcow2, with content of its own in the middle. Returns what the disk shows.
+fn three_layers(scratch: &Scratch) -> Vec<u8> {
+    scratch.raw("base.raw", 4 * MIB, Pattern::new(70, 1));
+    let (mid, top) = (scratch.join("mid.qcow2"), scratch.join("top.qcow2"));
+    qemu::create(&mid, None, "", Some(("base.raw", "raw")));
+    qemu::write_pattern(&mid, Pattern::new(70, 2), &[0..3 * MIB]);
+    qemu::create(&top, None, "", Some(("mid.qcow2", "qcow2")));
+    qemu::read_all(&top)
+}
+
+/// Protects: the base means the same after a restart: what lies above it is copied up, and the overlay stands on it in the end, by the name that was
+/// asked for.
+#[test]
+fn the_base_means_the_same_after_a_restart() {
+    requires!("/dev/fuse", "qemu-img");
+    let scratch = Scratch::new();
+    let want = three_layers(&scratch);
+    let top = scratch.join("top.qcow2");
+    if !have_notes(&top) {
+        return;
+    }
+    let disk = Mount::new(&scratch, &top).qmp().start();
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0", "base": "base.raw", "backing-file": "./base.raw", "speed": 1}));
+    wait_for_first_step(&mut client);
+    drop(client);
+    disk.kill9();
+    let disk = Mount::new(&scratch, &top).qmp().start();
+    let mut client = disk.client();
+    client.finish_job("drive0");
+    assert_same("disk", &disk.read_all(), &want);
+    disk.umount();
+    let info = qemu::info(&top);
+    assert_eq!(info["backing-filename"], json!("./base.raw"), "{info}");
+    fs::remove_file(scratch.join("mid.qcow2")).expect("not needed any more");
+    qemu::assert_clean(&top);
+    assert_same("top over base", &qemu::read_all(&top), &want);
+}
+
+/// Protects: a stream to a base that the chain no longer has is not started, and somebody is told; the disk is served. A stream that had cut its chain
+/// when it died is over, quietly.
+#[test]
+fn another_chain_is_not_streamed_and_a_cut_one_is_over() {
+    requires!("/dev/fuse", "qemu-img");
+    let scratch = Scratch::new();
+    let want = three_layers(&scratch);
+    let top = scratch.join("top.qcow2");
+    if !have_notes(&top) {
+        return;
+    }
+    let disk = Mount::named(&scratch, &top, "first").qmp().start();
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0", "base": "mid.qcow2", "speed": 1}));
+    client.wait_completed();
+    assert_eq!(note(&top), None, "nothing lay above that base");
+    client.ok("block-stream", json!({"device": "drive0", "base": "base.raw", "speed": 1}));
+    wait_for_first_step(&mut client);
+    drop(client);
+    disk.kill9();
+    let kept = note(&top).expect("a note");
+    // Rebased to a copy of the middle that has no base: the chain is shorter, and another one.
+    run_ok(Command::new("qemu-img").args(["convert", "-O", "qcow2"]).arg(scratch.join("mid.qcow2")).arg(scratch.join("flat.qcow2")));
+    qemu::img(&["rebase", "-u", "-b", "flat.qcow2", "-F", "qcow2", top.to_str().expect("UTF-8")]);
+    let disk = Mount::named(&scratch, &top, "second").qmp().start();
+    assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new());
+    assert!(disk.log().contains("not resumed: the chain of backing files is another one"), "{}", disk.log());
+    assert_same("disk", &disk.read_all(), &want);
+    assert_eq!(note(&top), Some(kept.clone()), "it may be put right again");
+    disk.umount();
+
+    // As if it had died between the cut and the removal of its note.
+    qemu::img(&["rebase", "-u", "-b", "base.raw", "-F", "raw", top.to_str().expect("UTF-8")]);
+    let disk = Mount::named(&scratch, &top, "third").qmp().start();
+    assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new());
+    assert!(!disk.log().contains("resum"), "{}", disk.log());
+    assert_eq!(note(&top), None);
+    disk.umount();
+
+    let rig = Rig::new(MIB);
+    let disk = rig.mount().args(&["--stream"]).start();
+    wait_until("the stream has ended", || qemu::img(&["info", "-U", rig.overlay.to_str().expect("UTF-8")]).find("backing file").is_none());
+    disk.umount();
+    let whole = json!({"version": 1, "speed": 1, "on-error": "report", "auto-finalize": true, "auto-dismiss": true, "request": "",
+        "paused": false, "offset": 0, "len": MIB});
+    set_note(&rig.overlay, whole.to_string().as_bytes());
+    let disk = rig.mount().qmp().start();
+    assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new());
+    assert_eq!(note(&rig.overlay), None);
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: what a user has paused stays paused over a restart, until a user resumes it; and what was resumed does not.
+#[test]
+fn a_paused_stream_is_paused_after_a_restart() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(4 * MIB);
+    if !have_notes(&rig.overlay) {
+        return;
+    }
+    let disk = rig.mount().qmp().start();
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
+    wait_for_first_step(&mut client);
+    client.ok("block-job-pause", json!({"device": "drive0"}));
+    client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0}));
+    drop(client);
+    disk.kill9();
+    let disk = rig.mount().qmp().start();
+    let mut client = disk.client();
+    let paused = poll(Duration::from_secs(20), || (client.job()["status"] == "paused").then_some(()));
+    assert!(paused.is_some(), "{}", client.job());
+    let job = client.job();
+    assert_eq!((&job["offset"], &job["paused"], &job["speed"]), (&json!(0), &json!(true), &json!(0)), "{job}");
+    client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 1}));
+    client.ok("job-resume", json!({"id": "drive0"}));
+    assert_eq!(note(&rig.overlay).expect("a note")["paused"], json!(false));
+    wait_for_first_step(&mut client);
+    drop(client);
+    disk.kill9();
+    let disk = rig.mount().qmp().start();
+    let mut client = disk.client();
+    wait_for_first_step(&mut client);
+    assert_eq!(client.job()["paused"], json!(false));
+    client.finish_job("drive0");
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: what has ended by itself does not come back: completed, cancelled by a user, failed.
+#[test]
+fn what_has_ended_does_not_come_back() {
+    requires!("/dev/fuse", "qemu-img");
+    for ending in ["completed", "cancelled", "failed"] {
+        let rig = Rig::new(2 * MIB);
+        if !have_notes(&rig.overlay) {
+            return;
+        }
+        let disk = rig.mount().qmp().start();
+        let mut client = disk.client();
+        match ending {
+            "completed" => {
+                client.ok("block-stream", json!({"device": "drive0"}));
+                client.wait_completed();
+            }
+            "cancelled" => {
+                client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
+                wait_for_first_step(&mut client);
+                assert!(note(&rig.overlay).is_some());
+                client.ok("block-job-cancel", json!({"device": "drive0"}));
+                client.wait_event("BLOCK_JOB_CANCELLED");
+            }
+            _ => {
+                // A base that shrinks while in use cannot be read to its end.
+                fs::OpenOptions::new().write(true).open(&rig.base).expect("base").set_len(MIB).expect("truncate");
+                client.ok("block-stream", json!({"device": "drive0"}));
+                let event = client.wait_event("BLOCK_JOB_COMPLETED");
+                assert!(event["data"]["error"].is_string(), "{event}");
+            }
+        }
+        assert_eq!(note(&rig.overlay), None, "{ending}: removed before anybody is told");
+        drop(client);
+        disk.kill9();
+        let disk = rig.mount().qmp().start();
+        assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new(), "{ending}");
+        disk.kill9();
+    }
+}
+
+/// Protects: `--no-resume` starts nothing and forgets nothing; a read-only mount likewise; `--stream` has its own arguments, whatever the note says.
+#[test]
+fn the_command_line_has_the_last_word() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(4 * MIB);
+    if !have_notes(&rig.overlay) {
+        return;
+    }
+    let disk = rig.mount().qmp().args(&["--stream", "--speed", "1"]).start();
+    wait_for_first_step(&mut disk.client());
+    disk.kill9();
+    let kept = note(&rig.overlay).expect("a note");
+    for option in ["--no-resume", "--read-only"] {
+        let disk = rig.mount().qmp().args(&[option]).start();
+        assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new(), "{option}");
+        disk.umount();
+        assert_eq!(note(&rig.overlay), Some(kept.clone()), "{option}: the note stays for a later mount");
+    }
+    let disk = rig.mount().qmp().args(&["--stream", "--speed", "3"]).start();
+    let mut client = disk.client();
+    assert_eq!(client.job()["speed"], json!(3));
+    assert_eq!(note(&rig.overlay).expect("a note")["speed"], json!(3));
+    client.finish_job("drive0");
+    assert_eq!(note(&rig.overlay), None);
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: a note may come from anywhere. Whatever it says, the disk is served, nothing is started that could not have been asked for, and one
+/// line says why.
+#[test]
+fn notes_from_anywhere_hurt_nobody() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    if !have_notes(&rig.overlay) {
+        return;
+    }
+    let good = json!({"version": 1, "speed": 1, "on-error": "report", "auto-finalize": true, "auto-dismiss": true, "request": "",
+        "paused": false, "offset": 0, "len": 0});
+    let with = |name: &str, value: Value| {
+        let mut text = good.clone();
+        text[name] = value;
+        text.to_string().into_bytes()
+    };
+    let long = vec![b'x'; 3500];
+    for (number, hostile) in [
+        b"".to_vec(),
+        b"\xff\x00{".to_vec(),
+        b"{}".to_vec(),
+        long,
+        with("version", json!(99)),
+        with("job-id", json!("../../etc")),
+        with("speed", json!(-1)),
+        with("backing-file", json!("/etc/passwd")),
+        with("on-complete", json!("touch /tmp/owned")),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        set_note(&rig.overlay, &hostile);
+        let disk = Mount::named(&rig.scratch, &rig.overlay, &format!("disk{number}")).qmp().start();
+        assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new(), "{}", String::from_utf8_lossy(&hostile));
+        let log = disk.log();
+        assert_eq!(
+            log.matches("the note of an interrupted stream is not obeyed").count(),
+            1,
+            "{}: {log}",
+            String::from_utf8_lossy(&hostile)
+        );
+        assert_same("disk", &disk.read_all(), &rig.content);
+        disk.umount();
+    }
+    rig.assert_overlay(&rig.content);
+}
+
+/// Protects: where files have no attributes a stream runs all the same, and one line says what is lost.
+#[test]
+fn without_attributes_a_stream_runs_all_the_same() {
+    requires!("/dev/fuse", "qemu-img", "root", "fs:vfat", "mkfs.vfat");
+    let scratch = Scratch::new();
+    let (file, dir) = (scratch.join("vfat.img"), scratch.dir("vfat"));
+    File::create(&file).expect("image of the file system").set_len(40 * MIB).expect("size");
+    run_ok(Command::new("mkfs.vfat").arg(&file));
+    run_ok(Command::new("mount").args(["-t", "vfat", "-o", "loop"]).arg(&file).arg(&dir));
+    let content = Pattern::new(71, 1).bytes(0, 4 * MIB);
+    fs::write(dir.join("base.raw"), &content).expect("base");
+    let overlay = dir.join("overlay.qcow2");
+    qemu::create(&overlay, None, "", Some(("base.raw", "raw")));
+    let disk = Mount::new(&scratch, &overlay).qmp().start();
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
+    wait_for_first_step(&mut client);
+    client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 2}));
+    let log = disk.log();
+    assert_eq!(log.matches("would not be resumed after a restart").count(), 1, "once: {log}");
+    client.finish_job("drive0");
+    assert_same("disk", &disk.read_all(), &content);
+    disk.umount();
+    qemu::assert_independent(&overlay);
+    mounts::umount(&dir);
+}

@@ -1,0 +1,182 @@
+//! Speeds by the time of day, and by a deadline. What time it is for a daemon is up to its time zone, which a test chooses to the second.
+
+use std::fs::File;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::fgetxattr;
+use serde_json::{Value, json};
+
+use crate::hung_backing::Stopped;
+use crate::support::{KIB, MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, poll, qemu, wait_until};
+
+const GIB: u64 = 1 << 30;
+const FIRST_STEP: u64 = 512 * KIB;
+const HOUR: u64 = 3600;
+/// How much later than the test thinks a daemon may look at its clock.
+const LATE: u64 = 120;
+
+/// Seconds since 1970, and the zone in which that is `hour:minute:second`.
+fn when_it_is(hour: u64, minute: u64, second: u64) -> (u64, String) {
+    const DAY: i64 = 24 * 3600;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs();
+    let wanted = i64::try_from(hour * 3600 + minute * 60 + second).expect("small");
+    let mut ahead = wanted - i64::try_from(now % 86_400).expect("small");
+    // As near to Greenwich as it can be.
+    if ahead > DAY / 2 {
+        ahead -= DAY;
+    } else if ahead < -DAY / 2 {
+        ahead += DAY;
+    }
+    // In this notation what is west of Greenwich is positive.
+    let (sign, size) = if ahead > 0 { ('-', ahead) } else { ('+', -ahead) };
+    (now, format!("TST{sign}{:02}:{:02}:{:02}", size / 3600, size / 60 % 60, size % 60))
+}
+
+fn speed(client: &mut QmpClient) -> u64 {
+    client.job()["speed"].as_u64().expect("a number")
+}
+
+/// The plan of the one job.
+fn plan(client: &mut QmpClient) -> Option<Value> {
+    client.ok("x-query-job-progress", json!({}))[0].get("plan").cloned()
+}
+
+fn wait_for_first_step(client: &mut QmpClient) {
+    let copied = poll(Duration::from_secs(20), || (client.job()["offset"] == json!(FIRST_STEP)).then_some(()));
+    assert!(copied.is_some(), "the first step of 512 KiB is free of charge: {}", client.job());
+}
+
+/// Protects: the speed is that of the latest entry at or before the local time, from the first moment, and changes when the next one's time has come.
+#[test]
+fn a_schedule_is_followed() {
+    requires!("/dev/fuse", "qemu-img");
+    for (hour, want) in [(12, 7), (14, 9), (3, 9)] {
+        let rig = Rig::new(2 * MIB);
+        let (_, zone) = when_it_is(hour, 0, 0);
+        let disk = rig.mount().qmp().env("TZ", &zone).args(&["--stream", "--speed", "13:00=9,11:00=7"]).start();
+        let mut client = disk.client();
+        assert_eq!(speed(&mut client), want, "at {hour}:00, {zone}");
+        assert_eq!(plan(&mut client), Some(json!({"id": "drive0", "schedule": "13:00=9,11:00=7", "speed": want})));
+        disk.umount();
+    }
+    let rig = Rig::new(2 * MIB);
+    let (_, zone) = when_it_is(12, 59, 50);
+    let disk = rig.mount().qmp().env("TZ", &zone).args(&["--stream", "--speed", "12:00=1,13:00=0"]).start();
+    let mut client = disk.client();
+    client.wait_completed();
+    assert_same("disk", &disk.read_all(), &rig.content);
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: a plan of a client governs a job that runs; the speed that a client sets ends the plan, and stays; neither plan leaves the speed as it is.
+#[test]
+fn what_a_user_sets_last_counts() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(4 * MIB);
+    let disk = rig.mount().qmp().start();
+    let mut client = disk.client();
+    let set = |client: &mut QmpClient, name: &str, value: &str| client.ok("x-job-set-plan", json!({"id": "drive0", name: value}));
+    client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
+    wait_for_first_step(&mut client);
+    assert_eq!(plan(&mut client), None);
+    set(&mut client, "schedule", "03:00=7");
+    assert_eq!((speed(&mut client), plan(&mut client).expect("a plan")["schedule"].clone()), (7, json!("03:00=7")));
+    client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 5}));
+    assert_eq!((speed(&mut client), plan(&mut client)), (5, None));
+    // Longer than a plan takes to look again: whoever still followed it would show by now.
+    client.listen(Duration::from_millis(2500));
+    assert_eq!((speed(&mut client), plan(&mut client)), (5, None));
+    set(&mut client, "schedule", "03:00=3");
+    set(&mut client, "schedule", "03:00=4");
+    assert_eq!(speed(&mut client), 4);
+    client.ok("x-job-set-plan", json!({"id": "drive0"}));
+    assert_eq!((speed(&mut client), plan(&mut client)), (4, None));
+
+    let mut refused = |arguments: Value| client.err("x-job-set-plan", arguments).desc;
+    assert_eq!(refused(json!({"id": "nope", "schedule": "03:00=7"})), "Job not found");
+    let both = refused(json!({"id": "drive0", "schedule": "03:00=7", "finish-by": "06:00"}));
+    assert_eq!(both, "'schedule' and 'finish-by' cannot be specified at the same time");
+    assert!(refused(json!({"id": "drive0", "schedule": "24:00=1"})).contains("08:00=20M,20:00=0"));
+    assert!(refused(json!({"id": "drive0", "finish-by": "6"})).contains("HH:MM"));
+    client.finish_job("drive0");
+    assert_eq!(client.err("x-job-set-plan", json!({"id": "drive0", "finish-by": "06:00"})).desc, "Job not found");
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: a deadline sets the speed that it needs for what is left, and means the same instant after a restart, whatever the clock on the wall shows
+/// there.
+#[test]
+fn a_deadline_sets_the_speed_that_it_needs() {
+    requires!("/dev/fuse", "qemu-img");
+    let scratch = Scratch::new();
+    // What is left counts, be it data or not, so that a lot of it takes no room here. The job sleeps in the data at the start.
+    let size = 16 * GIB;
+    let base = scratch.raw("base.raw", 4 * MIB, Pattern::new(80, 1));
+    File::options().write(true).open(&base).and_then(|file| file.set_len(size)).expect("a large base");
+    let overlay = scratch.join("overlay.qcow2");
+    qemu::create(&overlay, None, "", Some(("base.raw", "raw")));
+    let (now, zone) = when_it_is(12, 0, 0);
+    let disk = Mount::new(&scratch, &overlay).qmp().env("TZ", &zone).start();
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
+    wait_for_first_step(&mut client);
+    client.ok("block-job-pause", json!({"device": "drive0"}));
+    client.ok("x-job-set-plan", json!({"id": "drive0", "finish-by": "13:00"}));
+    let left = size - FIRST_STEP;
+    // A twentieth more than needed, and half a minute early.
+    let within = |speed: u64, most: u64| speed >= left * 21 / 20 / (HOUR - 30) && speed <= left * 21 / 20 / (HOUR - 30 - most) + 1;
+    let set = speed(&mut client);
+    assert!(within(set, LATE), "{set}");
+    let facts = plan(&mut client).expect("a plan");
+    assert_eq!((&facts["finish-by"], &facts["deadline"]["seconds"]), (&json!("13:00"), &json!(now + HOUR)));
+    let needed = facts["needed"].as_u64().expect("a number");
+    assert!(needed >= left / HOUR && needed <= left / (HOUR - LATE) + 1, "{facts}");
+    assert_eq!(facts.get("feasible"), None, "nobody can tell of a job that is paused");
+    drop(client);
+    disk.kill9();
+
+    if fgetxattr(File::open(&overlay).expect("image"), "user.cordisk.stream", &mut [0; 4096]).is_err() {
+        eprintln!("skipped: no user attributes where scratch directories are");
+        return;
+    }
+    let (_, elsewhere) = when_it_is(20, 0, 0);
+    let disk = Mount::new(&scratch, &overlay).qmp().env("TZ", &elsewhere).start();
+    let mut client = disk.client();
+    let facts = plan(&mut client).expect("a plan");
+    assert_eq!((&facts["finish-by"], &facts["deadline"]["seconds"]), (&json!("13:00"), &json!(now + HOUR)));
+    let set = speed(&mut client);
+    assert!(set >= left * 21 / 20 / (HOUR - 30) && set <= size * 21 / 20 / (HOUR - 30 - 2 * LATE) + 1, "{set}");
+    disk.kill9();
+}
+
+/// Protects: whoever cannot make it says so, once, with both numbers; and the job goes on.
+#[test]
+fn a_deadline_that_cannot_be_met_is_told() {
+    requires!("/dev/fuse", "qemu-img");
+    let scratch = Scratch::new();
+    let content = Pattern::new(81, 1).bytes(0, 8 * MIB);
+    let served = scratch.join("served.qcow2");
+    qemu::create_full(&served, 8 * MIB, "", Pattern::new(81, 1));
+    let lower = Mount::named(&scratch, &served, "lower").start();
+    let overlay = scratch.join("overlay.qcow2");
+    qemu::create(&overlay, None, "", Some((lower.path().to_str().expect("UTF-8"), "raw")));
+    let (_, zone) = when_it_is(12, 0, 0);
+    let upper = Mount::named(&scratch, &overlay, "upper").qmp().env("TZ", &zone).start();
+    let mut client = upper.client();
+    let stopped = Stopped::stop(lower.pid());
+    client.ok("block-stream", json!({"device": "drive0"}));
+    client.ok("x-job-set-plan", json!({"id": "drive0", "finish-by": "13:00"}));
+    let told = poll(Duration::from_secs(90), || (plan(&mut client)?["feasible"] == json!(false)).then_some(()));
+    assert!(told.is_some(), "{:?}", plan(&mut client));
+    let log = upper.log();
+    assert_eq!(log.matches("will not be finished by 13:00: it needs 2 KiB/s and runs at 0 KiB/s").count(), 1, "{log}");
+    drop(stopped);
+    client.finish_job("drive0");
+    assert_same("disk", &upper.read_all(), &content);
+    wait_until("the overlay stands alone", || qemu::img(&["info", "-U", overlay.to_str().expect("UTF-8")]).find("backing file").is_none());
+    drop(client);
+    upper.umount();
+    lower.umount();
+}
