@@ -24,6 +24,7 @@ pub struct Mount {
     socket: PathBuf,
     log: PathBuf,
     args: Vec<String>,
+    environment: Vec<(String, String)>,
     has_socket: bool,
     open_umask: bool,
 }
@@ -43,6 +44,7 @@ impl Mount {
             socket: file("sock"),
             log: file("log"),
             args: Vec::new(),
+            environment: Vec::new(),
             has_socket: false,
             open_umask: false,
         }
@@ -51,6 +53,13 @@ impl Mount {
     #[must_use]
     pub fn args(mut self, args: &[&str]) -> Mount {
         self.args.extend(args.iter().map(|arg| (*arg).to_owned()));
+        self
+    }
+
+    /// With a variable in its environment.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: &str) -> Mount {
+        self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -99,6 +108,7 @@ impl Mount {
         if std::env::var_os("RUST_LOG").is_none() {
             command.env("RUST_LOG", "info");
         }
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         let child = command.spawn().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a pid");
         let child = Arc::new(Mutex::new(child));
