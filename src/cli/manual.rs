@@ -14,7 +14,7 @@ use super::{Args, helper};
 use crate::Result;
 use crate::error::Context;
 
-/// Where manuals of a system belong to.
+/// The manual that the pages belong to.
 const MANUAL: &str = "Cordisk Manual";
 
 /// The headings under which examples stand in a help text.
@@ -26,9 +26,23 @@ const EXAMPLE_HEADINGS: [&str; 2] = ["Examples:", "Example:"];
 /// Nobody reads them.
 pub fn completions(shell: Shell) -> Result<()> {
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Args::command(), "cordisk", &mut script);
+    // Shells would offer what is hidden, too.
+    clap_complete::generate(shell, &mut without_hidden(&Args::command()), "cordisk", &mut script);
     let mut output = std::io::stdout().lock();
     output.write_all(&script).and_then(|()| output.flush()).context(|| "standard output")
+}
+
+/// `command` with what a shell needs of it.
+fn without_hidden(command: &Command) -> Command {
+    let mut shown = Command::new(command.get_name().to_string()).disable_help_subcommand(true);
+    if let Some(version) = command.get_version() {
+        shown = shown.version(version.to_string());
+    }
+    if let Some(about) = command.get_about() {
+        shown = shown.about(about.clone());
+    }
+    let below = command.get_subcommands().filter(|below| !below.is_hide_set()).map(without_hidden);
+    shown.args(command.get_arguments().filter(|argument| !argument.is_hide_set())).subcommands(below)
 }
 
 /// Writes the manual pages into `directory`, which is made if it is not there: one for the program, one for each command that is not hidden, and the one

@@ -1,17 +1,18 @@
 //! What a service manager is told (sd_notify(3)), through a socket of the test's own.
 
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::hung_backing::Stopped;
 use crate::support::mounts::{LoopMount, make_fs};
-use crate::support::{CLUSTER, Daemon, MIB, Mount, Pattern, Scratch, assert_same, qemu, read_at, run_ok, wait_until};
+use crate::support::{CLUSTER, Daemon, MIB, Mount, Pattern, Scratch, assert_same, poll, qemu, read_at, run_ok, wait_until};
 
 /// Of the watchdog: pings come every half of it.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -88,13 +89,14 @@ fn environment_of(process: &str) -> String {
 fn a_manager_is_told_when_the_disk_is_there_and_what_it_does() {
     requires!("/dev/fuse", "qemu-img");
     let scratch = Scratch::new();
-    let content = Pattern::new(62, 1).bytes(0, 4 * MIB);
+    let content = Pattern::new(62, 1).bytes(0, 8 * MIB);
     let overlay = overlay_in(scratch.path(), &scratch, &content);
     let manager = Manager::new(&scratch);
     let mut disk: Daemon = manager.starts(Mount::new(&scratch, &overlay).args(&["--stream", "--speed", "1M"])).spawn();
     let path = disk.path().to_owned();
     wait_until("READY=1", || manager.heard("READY=1"));
-    assert_same("the disk, at once", &fs::read(&path).expect("read"), &content);
+    // Not all of it: that would leave nothing to stream.
+    assert_same("the disk, at once", &read_at(&File::open(&path).expect("open"), 0, 4096), &content[..4096]);
     let serving = format!("STATUS=serving {} on {}", overlay.display(), path.display());
     assert!(manager.heard(&serving), "{:?}", manager.lines());
     let process = disk.pid().as_raw_nonzero().to_string();
@@ -135,19 +137,31 @@ fn a_daemon_in_the_background_tells_nobody() {
     assert_eq!(manager.lines(), [""; 0]);
 }
 
-/// Thaws a file system when dropped, so that nothing that waits for it can hang the clean-up.
-struct Frozen<'a>(&'a Path);
+/// A shell that freezes a file system when told to, and thaws it when this is dropped. It is there before: whoever starts a process closes our files in it,
+/// and each close of the disk is a flush, which commits, or would wait for the thaw.
+struct Freezer(Child);
 
-impl Frozen<'_> {
-    fn freeze(dir: &Path) -> Frozen<'_> {
-        run_ok(Command::new("fsfreeze").arg("-f").arg(dir));
-        Frozen(dir)
+impl Freezer {
+    fn prepare(dir: &Path) -> Freezer {
+        let script = "read go && fsfreeze -f \"$1\" && echo frozen; read go; fsfreeze -u \"$1\"";
+        let mut command = Command::new("sh");
+        command.args(["-c", script, "sh"]).arg(dir).stdin(Stdio::piped()).stdout(Stdio::piped());
+        Freezer(command.spawn().expect("sh"))
+    }
+
+    fn freeze(&mut self) {
+        let (go, done) = (self.0.stdin.as_mut().expect("stdin"), self.0.stdout.as_mut().expect("stdout"));
+        go.write_all(b"go\n").expect("tell the shell");
+        let mut said = [0; 7];
+        done.read_exact(&mut said).expect("fsfreeze");
+        assert_eq!(&said, b"frozen\n");
     }
 }
 
-impl Drop for Frozen<'_> {
+impl Drop for Freezer {
     fn drop(&mut self) {
-        let _ = Command::new("fsfreeze").arg("-u").arg(self.0).status();
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
     }
 }
 
@@ -167,22 +181,26 @@ fn a_commit_that_hangs_ends_the_pings() {
     assert_same("what becomes local", &read_at(&file, 0, 4096), &content[..4096]);
     manager.wait_for_more_pings(3);
 
-    let frozen = Frozen::freeze(host.dir());
-    // Allocates, and so leaves something to commit.
-    let (sender, written) = channel();
-    let path = disk.path().to_owned();
-    std::thread::spawn(move || {
-        let file = File::options().write(true).open(path).expect("open");
-        let _ = sender.send(file.write_all_at(&[7; 4096], 2 * MIB).and_then(|()| file.sync_all()));
-    });
-    wait_until("no more pings", || manager.is_silent());
-    assert!(written.try_recv().is_err(), "the file system is frozen");
+    // The commit timer may be faster than fsfreeze(8): then nothing is left that it would have to write.
+    let mut frozen = None;
+    for round in 0..10 {
+        let mut freezer = Freezer::prepare(host.dir());
+        file.write_all_at(&[7; 4096], MIB + round * CLUSTER).expect("a write that allocates");
+        freezer.freeze();
+        if poll(SILENCE * 2, || manager.is_silent().then_some(())).is_some() {
+            frozen = Some(freezer);
+            break;
+        }
+        eprintln!("round {round}: all was committed already");
+    }
+    assert!(frozen.is_some(), "a pass that hangs has to end the pings");
     assert_same("what is local", &read_at(&file, 0, 4096), &content[..4096]);
     assert!(manager.is_silent());
 
     drop(frozen);
     manager.wait_for_more_pings(3);
-    written.recv_timeout(Duration::from_secs(30)).expect("an end").expect("the write, and its fsync");
+    file.sync_all().expect("fsync");
+    assert_same("what was written", &read_at(&file, MIB, 4096), &[7; 4096]);
     drop(file);
     disk.umount();
     host.umount().detach();
