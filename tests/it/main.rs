@@ -39,6 +39,7 @@ mod reflink;
 mod release_log;
 mod second_reader;
 mod service;
+mod service_unit;
 mod stream_qmp;
 mod torture;
 mod transports;
