@@ -35,11 +35,15 @@ package_of() {
         fusermount3) echo fuse3 ;;
         mkfs.ext4 | e2fsck | debugfs | filefrag) echo e2fsprogs ;;
         mount | umount | losetup) echo mount ;;
-        findmnt | fallocate | setpriv | setsid) echo util-linux ;;
+        findmnt | fallocate | setpriv | setsid | fsfreeze | unshare) echo util-linux ;;
         mkfs.xfs | xfs_io) echo xfsprogs ;;
         mkfs.btrfs) echo btrfs-progs ;;
         nbdfuse) echo libnbd-bin ;;
         setfattr | getfattr) echo attr ;;
+        man) echo man-db ;;
+        groff) echo groff-base ;;
+        systemd-analyze) echo systemd ;;
+        strip) echo binutils ;;
         *) echo "$1" ;;
     esac
 }

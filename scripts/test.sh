@@ -11,7 +11,7 @@ usage: scripts/test.sh [--quick | --torture N] [--require-all]
 Formatting, lints, documentation, the release build, and every test. As root it installs with
 apt what is missing; otherwise it says what is missing. Leaves nothing mounted and nothing running.
 
-  --quick        without the slow parts: release tests beside the dev-dependencies, the quickstart
+  --quick        without the slow parts: release tests beside the dev-dependencies, the quickstart, the Debian package
   --torture N    only this: N times the daemon is killed at a random moment, and N / 5
                  times the power fails below it on each of ext4 and XFS; --torture 1000 takes about half an hour
   --require-all  a missing tool is an error instead of a skip (also: CI=true)
@@ -159,7 +159,8 @@ tools() {
     printf 'seed: CORDISK_SEED=%s\n' "$CORDISK_SEED"
     local status=0
     install_missing cc qemu-img qemu-io qemu-storage-daemon fio fusermount3 mkfs.ext4 e2fsck debugfs filefrag mkfs.xfs xfs_io mkfs.btrfs \
-        losetup umount findmnt fallocate setpriv setfattr nbdkit nbdfuse python3 python3-venv || status=$?
+        losetup umount findmnt fallocate setpriv setfattr fsfreeze unshare nbdkit nbdfuse python3 python3-venv \
+        man groff zsh fish systemd-analyze strip || status=$?
     if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
         have rustup && rustup component add rustfmt clippy
     fi
@@ -233,9 +234,20 @@ release_with_dev_dependencies() {
         --config profile.release.debug=false --test it -- release_log
 }
 
+# The first time, cargo-deb is built for it, which takes a few minutes.
+package() {
+    if ! have dpkg-deb; then
+        echo 'skipped: no dpkg-deb, so this is not Debian'
+        [[ -z $require_all ]]
+        return
+    fi
+    scripts/package.sh --check
+}
+
 scripts_parse() {
     local file
     for file in scripts/*.sh .ci/run; do bash -n "$file"; done
+    for file in contrib/debian/*; do sh -n "$file"; done
     python3 - scripts/*.py tests/qmp_client.py <<'END'
 import ast, sys
 for name in sys.argv[1:]:
@@ -265,3 +277,4 @@ section doc-tests cargo test --locked --doc
 section schedules schedules
 [[ -n $quick ]] || section release-with-dev-dependencies release_with_dev_dependencies
 [[ -n $quick ]] || section quickstart scripts/quickstart.sh
+[[ -n $quick ]] || section package package

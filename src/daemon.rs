@@ -12,8 +12,11 @@
 
 mod background;
 mod control;
+mod helper;
+mod notify;
 mod pidfile;
 mod signals;
+mod watchdog;
 
 use std::ffi::OsStr;
 use std::io::Write;
@@ -39,7 +42,9 @@ use crate::sandbox::{self, Identity};
 use crate::{Error, Result, stream};
 
 use control::Control;
+use notify::Manager;
 use pidfile::Pidfile;
+use watchdog::{Heartbeat, Reporter};
 
 /// How often metadata is written back without anybody asking: what a kill can cost at most (P2). syncfs(2) never reaches a FUSE daemon,
 /// so nobody else would do it (data-safety 0.8).
@@ -71,58 +76,52 @@ pub fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> Result<ExitCode> {
+    if let Some(level) = log_level(&command) {
+        start_log(level);
+    }
     match command {
-        Command::Create(options) => {
-            start_log(log::LevelFilter::Warn);
-            crate::create::create(&options).map(|()| ExitCode::SUCCESS)
-        }
-        Command::Check(options) => {
-            start_log(log::LevelFilter::Warn);
-            crate::check::run(&options)
-        }
-        Command::Stream(options) => {
-            start_log(log::LevelFilter::Warn);
-            client::stream(&options)
-        }
-        Command::Job(options) => {
-            start_log(log::LevelFilter::Warn);
-            client::job(&options)
-        }
-        Command::Status(options) => {
-            start_log(log::LevelFilter::Warn);
-            client::status(&options)
-        }
-        Command::Umount(options) => {
-            start_log(log::LevelFilter::Warn);
-            client::umount(&options)
-        }
-        Command::Map(options) => {
-            start_log(log::LevelFilter::Warn);
-            client::map(&options)
-        }
-        Command::Info(options) => {
-            start_log(log::LevelFilter::Warn);
-            client::info(&options)
-        }
-        Command::Top(options) => {
-            // What is logged would go into the picture.
-            start_log(log::LevelFilter::Off);
-            client::top(&options)
-        }
+        Command::Create(options) => crate::create::create(&options).map(|()| ExitCode::SUCCESS),
+        Command::Check(options) => crate::check::run(&options),
+        Command::Stream(options) => client::stream(&options),
+        Command::Job(options) => client::job(&options),
+        Command::Status(options) => client::status(&options),
+        Command::Umount(options) => client::umount(&options),
+        Command::Map(options) => client::map(&options),
+        Command::Info(options) => client::info(&options),
+        Command::Top(options) => client::top(&options),
+        Command::Completions(shell) => cli::completions(shell).map(|()| ExitCode::SUCCESS),
+        Command::Man(directory) => cli::manual_pages(&directory).map(|()| ExitCode::SUCCESS),
         Command::KeepMount => keeper::run().map(|()| ExitCode::SUCCESS),
+        Command::Helper(call) => Ok(helper::run(&call)),
         Command::Mount(config) => match config.role {
-            Role::Parent => background::start(),
-            Role::Foreground => {
-                start_log(log::LevelFilter::Info);
-                serve(&config).map(|()| ExitCode::SUCCESS)
-            }
+            Role::Parent => background::start(std::env::args_os().skip(1), &[]).map(status),
+            Role::Foreground => serve(&config).map(|()| ExitCode::SUCCESS),
             Role::Child => {
-                start_log(log::LevelFilter::Warn);
                 background::leave_terminal()?;
                 serve(&config).map(|()| ExitCode::SUCCESS)
             }
         },
     }
+}
+
+/// What a command logs unless `RUST_LOG` says otherwise; `None` for those that have nothing to log, or start a process that does.
+fn log_level(command: &Command) -> Option<log::LevelFilter> {
+    match command {
+        Command::Mount(config) => match config.role {
+            Role::Parent => None,
+            Role::Foreground => Some(log::LevelFilter::Info),
+            Role::Child => Some(log::LevelFilter::Warn),
+        },
+        Command::KeepMount | Command::Helper(_) | Command::Completions(_) | Command::Man(_) => None,
+        // It would go into the picture.
+        Command::Top(_) => Some(log::LevelFilter::Off),
+        _ => Some(log::LevelFilter::Warn),
+    }
+}
+
+/// 0 for a background process that serves, 1 for one that has said why it does not.
+fn status(serves: bool) -> ExitCode {
+    if serves { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// Log lines go to standard error; `RUST_LOG` overrides. fuser is silent by default: it calls it an error when a client was killed
@@ -145,7 +144,7 @@ fn serve(config: &MountConfig) -> Result<()> {
     let user = config.user.as_deref().map(Identity::find).transpose()?;
     sandbox::check(config.sandbox)?;
     // In the background somebody waits for the end of our standard error.
-    let keeper = Keeper::start(if config.role == Role::Child { Messages::Dropped } else { Messages::Inherited })?;
+    let keeper = Keeper::start(if config.role == Role::Child { Messages::Dropped } else { Messages::Inherited }, &notify::VARIABLES)?;
     let served = serve_kept(config, user, &keeper);
     first_of(served, keeper.finish())
 }
@@ -153,6 +152,8 @@ fn serve(config: &MountConfig) -> Result<()> {
 /// As [`serve`], with a keeper: what was entrusted to it has been removed afterwards.
 fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> Result<()> {
     let signals = signals::register()?;
+    // Only who stays in the foreground is the process that a service manager has started.
+    let manager = if config.role == Role::Foreground { Manager::connect() } else { None };
     let mut pidfile = config.pidfile.as_deref().map(Pidfile::acquire).transpose()?;
     let _pidfile = pidfile.as_mut().map(|pidfile| entrust(keeper, Leftover::Pidfile, pidfile.file())).transpose()?;
     // Before the current directory changes, to which the variable may refer.
@@ -218,8 +219,11 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
             return first_of(Err(error), close());
         }
     };
+    let heartbeat = Heartbeat::new();
+    let reporter = manager.map(|manager| Reporter::start(manager, &disk, control.jobs(), heartbeat.clone()));
+    let announcement = Announcement { pidfile: pidfile.as_ref(), ready, reporter: reporter.as_ref(), heartbeat };
     let (served, requests) = match prepared.serve(device) {
-        Ok(mounted) => serve_disk(config, &disk, Announcement { pidfile: pidfile.as_ref(), ready }, &control, &events, mount, mounted),
+        Ok(mounted) => serve_disk(config, &disk, announcement, &control, &events, mount, mounted),
         Err(error) => {
             drop(mount);
             (Err(error), Finished::Quiet)
@@ -296,6 +300,9 @@ fn first_of(first: Result<()>, second: Result<()>) -> Result<()> {
 struct Announcement<'a> {
     pidfile: Option<&'a Pidfile>,
     ready: Option<background::Ready>,
+    reporter: Option<&'a Reporter>,
+    /// Beats as long as commits end.
+    heartbeat: Heartbeat,
 }
 
 /// Everything between the open disk and its close: mounted, served, unmounted. Also tells whether requests are still running.
@@ -309,14 +316,16 @@ fn serve_disk(
     mounted: Mounted,
 ) -> (Result<()>, Finished) {
     control.mounted(mounted.size_notice());
+    let (reporter, heartbeat) = (announcement.reporter, announcement.heartbeat.clone());
     let announced = announce(config, disk, control, announcement, &mount);
-    let timer = CommitTimer::start(Arc::clone(disk));
+    let timer = CommitTimer::start(Arc::clone(disk), heartbeat);
     let ended = announced.and_then(|()| wait_for_end(&mount, &mounted, disk, events, control));
     if ended.is_err()
         && let Err(error) = mount.detach()
     {
         log::error!("{error}");
     }
+    reporter.into_iter().for_each(Reporter::stopping);
     let finished = mounted.finish();
     // With the placeholder.
     drop(mount);
@@ -331,6 +340,9 @@ fn announce(config: &MountConfig, disk: &Arc<Disk>, control: &Control, told: Ann
         pidfile.write()?;
     }
     log::info!("mounted {} on {}", config.image.display(), mount.path().display());
+    if let Some(reporter) = told.reporter {
+        reporter.ready(format!("serving {} on {}", config.image.display(), mount.path().display()));
+    }
     told.ready.map_or(Ok(()), background::Ready::say)
 }
 
@@ -384,7 +396,8 @@ struct CommitTimer {
 }
 
 impl CommitTimer {
-    fn start(disk: Arc<Disk>) -> CommitTimer {
+    fn start(disk: Arc<Disk>, heartbeat: Heartbeat) -> CommitTimer {
+        let unused = heartbeat.clone();
         let (stop, stopped) = crossbeam_channel::bounded(0);
         let body = move || {
             let mut last = None;
@@ -396,6 +409,7 @@ impl CommitTimer {
                     default(COMMIT_INTERVAL) => {}
                 }
                 let error = disk.flush_if_dirty().err().map(|error: Error| error.to_string());
+                heartbeat.beat();
                 // Once per cause: an error of fdatasync stays for ever (P7).
                 if let Some(error) = &error
                     && last.as_ref() != Some(error)
@@ -409,6 +423,7 @@ impl CommitTimer {
             Ok(thread) => CommitTimer { stop: Some(stop), thread: Some(thread) },
             Err(error) => {
                 log::error!("starting the commit timer: {error}; only flushes of the guest are durable");
+                unused.retire();
                 CommitTimer { stop: None, thread: None }
             }
         }

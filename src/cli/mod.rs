@@ -1,12 +1,15 @@
 //! The command line, in two steps: what was typed ([`Args`], by clap) and what it means ([`Command`], checked).
 //!
 //! **Touches:** `format`, `create`, `check` and `client` for their option types, the current directory (paths are made absolute here, because the daemon
-//! moves to `/`). **Never:** opens a file. Wrong usage is reported by clap and ends with exit status 2 (1 for `check`).
+//! moves to `/`); with `man`, the directory that it is given. **Never:** opens a file otherwise. Wrong usage is reported by clap and ends with exit
+//! status 2 (1 for `check`).
 
 use std::ffi::OsStr;
+use std::io::Write;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 
 use crate::Result;
 use crate::check::{CheckOptions, Output, Repair};
@@ -14,10 +17,14 @@ use crate::client::{InfoOptions, JobOptions, MapOptions, StatusOptions, StreamOp
 use crate::create::CreateOptions;
 
 mod control;
+mod helper;
+mod manual;
 mod mount;
 mod values;
 mod views;
 
+pub use helper::HelperMount;
+pub use manual::{completions, manual_pages};
 pub use mount::{MountConfig, Role, StreamSpeed};
 pub use values::{parse_minute, parse_speed};
 
@@ -38,6 +45,7 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 enum Typed {
     /// Create a qcow2 overlay above a backing file
+    #[command(after_help = "Example: cordisk create --backing golden.raw --backing-format raw overlay.qcow2")]
     Create(CreateArgs),
     /// Mount a qcow2 image as a raw disk file
     ///
@@ -96,6 +104,20 @@ enum Typed {
     /// terminal, what goes on during one interval is printed.
     #[command(after_help = "Example: cordisk top --interval 0.5 /srv/vm.raw")]
     Top(TopArgs),
+    /// Print the completions of a shell
+    ///
+    /// For this shell only: source <(cordisk completions bash). The Debian package has them for bash, zsh and fish.
+    #[command(after_help = "Example: cordisk completions bash > /etc/bash_completion.d/cordisk")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the manual pages into a directory
+    #[command(hide = true)]
+    Man {
+        /// The directory; it is made if it is not there
+        directory: PathBuf,
+    },
     /// The process that `mount` starts to mount and unmount.
     #[command(hide = true)]
     KeepMount,
@@ -165,15 +187,29 @@ pub enum Command {
     Info(InfoOptions),
     /// `cordisk top`.
     Top(TopOptions),
+    /// A call of mount(8), under the name of its helper.
+    Helper(HelperMount),
+    /// `cordisk completions`.
+    Completions(Shell),
+    /// `cordisk man`, with the directory.
+    Man(PathBuf),
     /// What `cordisk mount` runs as its mount keeper.
     KeepMount,
 }
 
-/// Parses the command line of this process. Prints help or usage errors itself and ends the process then.
+/// Parses the command line of this process, or that of mount(8)'s helper, if it was called by that name. Prints help or usage errors itself and ends
+/// the process then.
 ///
 /// # Errors
 /// The current directory, to which relative paths refer, is gone.
 pub fn parse() -> Result<Command> {
+    if helper::is_helper(std::env::args_os().next().as_deref()) {
+        return Ok(Command::Helper(helper::parse(std::env::args_os()).unwrap_or_else(|(text, is_help)| {
+            // Where this fails nobody listens. 1 is what mount(8) calls wrong usage.
+            let _ = if is_help { std::io::stdout().write_all(text.as_bytes()) } else { std::io::stderr().write_all(text.as_bytes()) };
+            std::process::exit(i32::from(!is_help))
+        })));
+    }
     match Args::try_parse() {
         Ok(args) => args.check(),
         Err(error) => {
@@ -220,6 +256,8 @@ impl Args {
             Typed::Map(args) => Command::Map(args.into()),
             Typed::Info(args) => Command::Info(args.into()),
             Typed::Top(args) => Command::Top(args.into()),
+            Typed::Completions { shell } => Command::Completions(shell),
+            Typed::Man { directory } => Command::Man(directory),
             Typed::KeepMount => Command::KeepMount,
         })
     }

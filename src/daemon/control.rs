@@ -113,6 +113,11 @@ impl Control {
         Ok(Control { jobs, streams, server, quit, size_notice, told })
     }
 
+    /// The registry of jobs.
+    pub(super) fn jobs(&self) -> Jobs {
+        self.jobs.clone()
+    }
+
     /// The session runs: from now on the kernel is told when it grows.
     pub(super) fn mounted(&self, notice: SizeNotice) {
         let _ = self.size_notice.set(notice);

@@ -16,15 +16,28 @@ impl Disk {
     /// # Errors
     /// I/O, corruption.
     pub fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Local> {
-        self.stats.read(buf.len(), || {
-            let range = offset..offset.saturating_add(buf.len() as u64);
-            self.check_range(&range)?;
-            let range = if without(Step::ReadersHoldTheirRange) { 0..0 } else { range };
-            match self.in_flight.try_shared(range) {
-                Some(_shared) if self.read_overlay(offset, buf)? == buf.len() => Ok(Local::Done),
-                _ => Ok(Local::Miss),
-            }
-        })
+        self.stats.read(buf.len(), || self.read_local_uncounted(offset, buf))
+    }
+
+    fn read_local_uncounted(&self, offset: u64, buf: &mut [u8]) -> Result<Local> {
+        let range = offset..offset.saturating_add(buf.len() as u64);
+        self.check_range(&range)?;
+        let range = if without(Step::ReadersHoldTheirRange) { 0..0 } else { range };
+        match self.in_flight.try_shared(range) {
+            Some(_shared) if self.read_overlay(offset, buf)? == buf.len() => Ok(Local::Done),
+            _ => Ok(Local::Miss),
+        }
+    }
+
+    /// Reads the first sector as [`Disk::read_local`] does, for nobody: it is no request of the guest, and not counted as one. That it returns at all says
+    /// that the locks and tables of the disk can be had, and that the file answers.
+    ///
+    /// # Errors
+    /// As [`Disk::read_local`].
+    pub fn probe(&self) -> Result<Local> {
+        let mut sector = [0; 512];
+        let len = self.size().min(sector.len() as u64) as usize;
+        self.read_local_uncounted(0, &mut sector[..len])
     }
 
     /// Reads what [`Disk::read_local`] could not, if it takes no waiting either: all of it is missing, and the host has what lies below in memory. As
