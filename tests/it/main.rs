@@ -33,6 +33,7 @@ mod qmp_shell;
 mod qmp_stress;
 mod qmp_transcripts;
 mod readme;
+mod real_guest;
 mod reflink;
 mod release_log;
 mod second_reader;
