@@ -78,7 +78,7 @@ for module in "${modules[@]}"; do add_module "$module"; done
 cat >"$root/init" <<'END'
 #!/bin/busybox sh
 # Mounts the disk and hands over to the init that is on it.
-b=/bin/busybox
+b=/bin/busybox # until it has its names
 $b mount -t proc proc /proc
 $b mount -t sysfs sysfs /sys
 $b mount -t devtmpfs devtmpfs /dev
@@ -86,13 +86,12 @@ $b mount -t tmpfs tmpfs /run
 $b mkdir /run/bin
 $b --install -s /run/bin
 export PATH=/run/bin
-cp /bin/busybox /run/busybox
 for module in $(cat /modules/order); do insmod /modules/$module.ko || echo "@ FAILED to load $module"; done
 tries=0
 until [ -b /dev/vda ] || [ $tries = 100 ]; do sleep 0.1; tries=$((tries + 1)); done
 if mount -t ext4 /dev/vda /root; then
     for dir in proc sys dev run; do mount --move /$dir /root/$dir; done
-    exec switch_root /root /sbin/init
+    exec /bin/busybox switch_root /root /sbin/init
 fi
 echo "@ FAILED to mount the disk"
 poweroff -f

@@ -22,9 +22,14 @@ pub const BUSYBOX: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/guest/bus
 const PATIENCE: Duration = Duration::from_secs(180);
 
 /// How the processor of the guest is made: `CORDISK_TEST_ACCEL`, else KVM where this user may use it, else emulation.
+/// A /dev/kvm without the processor's help (neither vmx nor svm: what some clouds offer inside of their guests) does not boot every kernel.
 pub fn accelerator() -> String {
     let usable = || OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
-    std::env::var("CORDISK_TEST_ACCEL").unwrap_or_else(|_| if usable() { "kvm" } else { "tcg" }.to_owned())
+    let in_hardware = || {
+        let processor = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        processor.split_whitespace().any(|flag| flag == "vmx" || flag == "svm")
+    };
+    std::env::var("CORDISK_TEST_ACCEL").unwrap_or_else(|_| if in_hardware() && usable() { "kvm" } else { "tcg" }.to_owned())
 }
 
 /// A running guest. Dropping it kills QEMU.
@@ -32,8 +37,7 @@ pub fn accelerator() -> String {
 pub struct Machine {
     child: Child,
     keyboard: ChildStdin,
-    lines: Receiver<String>,
-    started: Instant,
+    lines: Receiver<(Duration, String)>,
     /// All that appeared on the console, with times.
     console: Vec<String>,
     complaints: PathBuf,
@@ -53,24 +57,25 @@ impl Machine {
         let keyboard = child.stdin.take().expect("piped");
         let mut screen = BufReader::new(child.stdout.take().expect("piped"));
         let (sender, lines) = channel();
+        let started = Instant::now();
         std::thread::spawn(move || {
             let mut line = Vec::new();
             while screen.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
-                if sender.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
+                if sender.send((started.elapsed(), String::from_utf8_lossy(&line).trim_end().to_owned())).is_err() {
                     return;
                 }
                 line.clear();
             }
         });
-        Machine { child, keyboard, lines, started: Instant::now(), console: Vec::new(), complaints: complaints.to_owned() }
+        Machine { child, keyboard, lines, console: Vec::new(), complaints: complaints.to_owned() }
     }
 
     /// The next thing that the guest says to us, without the `@ `; `None` when QEMU has ended.
     fn hear(&mut self) -> Option<String> {
         loop {
             match self.lines.recv_timeout(PATIENCE) {
-                Ok(line) => {
-                    self.console.push(format!("{:8.3} {line}", self.started.elapsed().as_secs_f64()));
+                Ok((time, line)) => {
+                    self.console.push(format!("{:8.3} {line}", time.as_secs_f64()));
                     if let Some(said) = line.strip_prefix("@ ") {
                         return Some(said.to_owned());
                     }
