@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::support::machine::{self, Machine};
-use crate::support::{CORDISK, Daemon, MIB, Mount, Pattern, Rng, Scratch, assert_same, qemu, run_ok, run_within};
+use crate::support::{CORDISK, Daemon, MIB, Mount, Pattern, Rng, Scratch, assert_same, qemu, run_ok, run_within, sha256};
 
 const DISK: u64 = 384 * MIB;
 /// Files that the guest reads at its start, files that it leaves alone until its end, files that it overwrites in place.
@@ -25,10 +25,6 @@ type Files = BTreeMap<String, Vec<u8>>;
 /// What the guest writes: `generate` of real_guest_init.sh.
 fn content(seed: u64, kind: &str, round: u64, lines: u64) -> Vec<u8> {
     (1..=lines).flat_map(|line| format!("{seed} {kind} {round} {line}\n").into_bytes()).collect()
-}
-
-fn sha256(path: &Path) -> String {
-    run_ok(Command::new("sha256sum").arg(path)).split_whitespace().next().expect("a sum").to_owned()
 }
 
 /// A root file system and its files.

@@ -224,6 +224,11 @@ pub fn run_ok(command: &mut Command) -> String {
     done.stdout
 }
 
+/// The SHA-256 of a file, in hexadecimal. For files that are too large to be held twice.
+pub fn sha256(path: &Path) -> String {
+    run_ok(Command::new("sha256sum").arg(path)).split_whitespace().next().expect("a sum").to_owned()
+}
+
 /// Asks until there is an answer or the time is over.
 pub fn poll<T>(limit: Duration, mut ask: impl FnMut() -> Option<T>) -> Option<T> {
     let start = Instant::now();
