@@ -20,6 +20,7 @@ apt what is missing; otherwise it says what is missing. Leaves nothing mounted a
 Environment:
   CORDISK_SEED=N  repeats the random tests of an earlier run (every run prints its seed)
   CORDISK_KEEP=1  keeps the scratch directories
+  CORDISK_TEST_ACCEL=tcg|kvm  how the guests of QEMU run: emulated, or on KVM (default: KVM if the processor offers it)
   CORDISK_SCHEDULES=N  so many schedules of each program in src/simulation/schedules.rs
 END
 }
@@ -159,8 +160,8 @@ tools() {
     printf 'seed: CORDISK_SEED=%s\n' "$CORDISK_SEED"
     local status=0
     install_missing cc qemu-img qemu-io qemu-storage-daemon fio fusermount3 mkfs.ext4 e2fsck debugfs filefrag mkfs.xfs xfs_io mkfs.btrfs \
-        losetup umount findmnt fallocate setpriv setfattr fsfreeze unshare nbdkit nbdfuse python3 python3-venv \
-        man groff zsh fish systemd-analyze strip || status=$?
+        losetup umount findmnt fallocate setpriv setfattr fsfreeze fstrim unshare nbdkit nbdfuse python3 python3-venv \
+        xfs_repair qemu-system-x86_64 man groff zsh fish systemd-analyze strip || status=$?
     if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
         have rustup && rustup component add rustfmt clippy
     fi
@@ -189,6 +190,13 @@ pypi_client() {
         fi
     fi
     "$venv/bin/python" -c 'import importlib.metadata as m, qemu.qmp.qmp_shell; print("qemu.qmp", m.version("qemu.qmp"))'
+}
+
+# The kernel and the busybox of the guests in tests/it/real_guest.rs.
+guest() {
+    scripts/guest.sh && return
+    echo 'missing: what scripts/guest.sh fetches; the tests that boot a guest are skipped' >&2
+    [[ -z $require_all ]]
 }
 
 tests() {
@@ -271,6 +279,7 @@ section release-build cargo build --locked --release
 export CORDISK_RELEASE_BIN=$repo/target/release/cordisk
 section pypi-client pypi_client
 export CORDISK_QMP_PYTHON=$repo/target/qmp-venv/bin/python
+section guest guest
 section tests tests
 section over-io-uring over_io_uring
 section doc-tests cargo test --locked --doc

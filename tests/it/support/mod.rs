@@ -7,6 +7,7 @@ pub mod daemon;
 pub mod guest;
 pub mod header;
 pub mod ledger;
+pub mod machine;
 pub mod mounts;
 pub mod nbd;
 pub mod pattern;
@@ -240,6 +241,11 @@ pub fn run_ok(command: &mut Command) -> String {
     let done = run_within(command, Duration::from_secs(120));
     assert!(done.status.success(), "{command:?} failed: {}\nstdout: {}\nstderr: {}", done.status, done.stdout, done.stderr);
     done.stdout
+}
+
+/// The SHA-256 of a file, in hexadecimal. For files that are too large to be held twice.
+pub fn sha256(path: &Path) -> String {
+    run_ok(Command::new("sha256sum").arg(path)).split_whitespace().next().expect("a sum").to_owned()
 }
 
 /// Asks until there is an answer or the time is over.
