@@ -30,6 +30,7 @@ use crate::disk::{Disk, DiskOptions};
 use crate::error::{Context, one_line};
 use crate::fuse::{self, Finished, MountOptions, Mounted, Unmounted};
 use crate::keeper::{self, EntrustedMark, Keeper, KeptMount, Leftover, Messages};
+use crate::metrics;
 use crate::qmp::Socket;
 use crate::sandbox::{self, Identity};
 use crate::{Error, Result};
@@ -131,6 +132,8 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     };
     rustix::process::chdir("/").map_err(std::io::Error::from).context(|| "chdir to /")?;
 
+    // Before anything is opened: an address that is taken should leave no trace.
+    let metrics = config.metrics.as_ref().map(metrics::Listener::bind).transpose()?;
     let options = DiskOptions {
         read_only: config.read_only,
         copy_on_read: config.copy_on_read,
@@ -174,7 +177,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
 
     // From here on there are threads.
     let (sender, events) = unbounded();
-    let started = signals.start(sender).and_then(|signals| Ok((signals, Control::start(socket, config, &disk)?)));
+    let started = signals.start(sender).and_then(|signals| Ok((signals, Control::start(socket, metrics, config, &disk)?)));
     let (_signals, control) = match started {
         Ok(started) => started,
         Err(error) => {

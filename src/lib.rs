@@ -32,6 +32,7 @@
 //! | 5 | [`map`] | what is where, as `qemu-img map` tells it | the guest's bytes |
 //! | 6 | [`fuse`] | kernel request ⇄ `disk` call | jobs, QMP, the image |
 //! | 6 | [`qmp`] | JSON ⇄ jobs, `stream::start`, facts of the disk | FUSE, the image |
+//! | 6 | [`metrics`] | HTTP and OpenMetrics ⇄ facts of the disk and its jobs | FUSE, images, backing files |
 //! | 7 | [`keeper`] | the second process: mounts, unmounts, removes | images, clients |
 //! | 8 | [`cli`] | what was typed, checked | the disk |
 //! | 9 | [`daemon`] | wiring and lifetime | logic that a test would want |
@@ -81,6 +82,7 @@ pub mod image;
 pub mod job;
 pub mod keeper;
 pub mod map;
+pub mod metrics;
 mod mutants;
 pub mod qmp;
 pub mod range_lock;

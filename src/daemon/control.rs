@@ -1,7 +1,7 @@
-//! Jobs and the QMP socket: the only file of the daemon that knows either.
+//! Jobs, the QMP socket and the metrics: the only file of the daemon that knows any of them.
 
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crossbeam_channel::Receiver;
 
@@ -11,6 +11,7 @@ use crate::cli::MountConfig;
 use crate::disk::Disk;
 use crate::fuse::{Finished, SizeNotice};
 use crate::job::Jobs;
+use crate::metrics;
 use crate::qmp::{Server, ShutdownReason, Socket, Target};
 use crate::stream::{self, Priority, StreamOptions};
 
@@ -18,10 +19,11 @@ use crate::stream::{self, Priority, StreamOptions};
 /// copied yet.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The job registry and, if asked for, the QMP server.
+/// The job registry and, if asked for, the QMP server and the one of metrics.
 pub(super) struct Control {
     jobs: Jobs,
     server: Option<Server>,
+    metrics: Option<metrics::Server>,
     /// A client wants the process to end.
     quit: Receiver<()>,
     /// How the kernel learns of a new size, once the disk is mounted.
@@ -29,11 +31,16 @@ pub(super) struct Control {
 }
 
 impl Control {
-    /// Starts to serve `socket`, if there is one.
+    /// Starts to serve `socket`, and `metrics`, where they are there.
     ///
     /// # Errors
     /// No more threads.
-    pub(super) fn start(socket: Option<Socket>, config: &MountConfig, disk: &Arc<Disk>) -> Result<Control> {
+    pub(super) fn start(
+        socket: Option<Socket>,
+        metrics: Option<metrics::Listener>,
+        config: &MountConfig,
+        disk: &Arc<Disk>,
+    ) -> Result<Control> {
         let jobs = Jobs::new();
         // Room for one: who asks does not wait, and a second request adds nothing.
         let (sender, quit) = crossbeam_channel::bounded(1);
@@ -51,8 +58,16 @@ impl Control {
             quit: sender,
             grown,
         };
+        let source = metrics::Source {
+            disk: Arc::clone(disk),
+            jobs: jobs.clone(),
+            device: config.device.clone(),
+            mountpoint: config.mountpoint.clone(),
+            started: SystemTime::now(),
+        };
+        let metrics = metrics.map(|listener| metrics::Server::start(listener, source)).transpose()?;
         let server = socket.map(|socket| Server::start(socket, target)).transpose()?;
-        Ok(Control { jobs, server, quit, size_notice })
+        Ok(Control { jobs, server, metrics, quit, size_notice })
     }
 
     /// The session runs: from now on the kernel is told when it grows.
@@ -95,8 +110,9 @@ impl Control {
         if jobs && settled { Finished::Quiet } else { Finished::StillRunning }
     }
 
-    /// Last of all, with the disk closed: the socket. Clients that asked to quit are told how closing went.
+    /// Last of all, with the disk closed: the metrics, and the socket. Clients that asked to quit are told how closing went.
     pub(super) fn close(self, closed: &Result<()>) {
+        drop(self.metrics);
         if let Some(server) = self.server {
             server.shutdown(closed);
         }

@@ -35,6 +35,7 @@ const ROOMS: &[Room] = &[
     Room { name: "map", floor: 5, never: &["job", "image", "storage", "sandbox"] }, // where bytes are, not what they are
     Room { name: "fuse", floor: 6, never: &["job", "stream", "create", "image", "storage", "sandbox"] },
     Room { name: "qmp", floor: 6, never: &["create", "image", "storage", "sandbox"] },
+    Room { name: "metrics", floor: 6, never: &["chain", "image", "storage", "stream", "create", "sandbox"] },
     Room { name: "keeper", floor: 7, never: &["disk", "chain", "image", "storage", "job", "stream", "create"] }, // reads no image
     Room { name: "cli", floor: 8, never: &["image", "storage"] },
     Room { name: "daemon", floor: 9, never: &[] },

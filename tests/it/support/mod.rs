@@ -7,6 +7,7 @@ pub mod daemon;
 pub mod guest;
 pub mod header;
 pub mod ledger;
+pub mod metrics;
 pub mod mounts;
 pub mod nbd;
 pub mod pattern;
