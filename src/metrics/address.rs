@@ -72,7 +72,9 @@ mod tests {
         ] {
             assert_eq!(text.parse::<Address>().unwrap().to_string(), meant, "{text}");
         }
-        for text in ["", ":", "localhost", "localhost:", "::1", "::1:80", "[::1]", "[]:80", "1:65536", "1:-1", "1:+1", "a b:1", "a/b:1", "x:1x"] {
+        for text in
+            ["", ":", "localhost", "localhost:", "::1", "::1:80", "[::1]", "[]:80", "1:65536", "1:-1", "1:+1", "a b:1", "a/b:1", "x:1x"]
+        {
             assert!(text.parse::<Address>().is_err(), "{text}");
         }
     }

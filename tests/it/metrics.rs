@@ -154,7 +154,12 @@ fn an_address_in_use_makes_no_disk_appear() {
     let rig = Rig::new(MIB);
     let taken = TcpListener::bind("127.0.0.1:0").expect("bind");
     let address = taken.local_addr().expect("address").to_string();
-    refused_in(&rig.scratch, None, &["--metrics", &address, "overlay.qcow2", "disk"], &[&format!("--metrics {address}: cannot listen there")]);
+    refused_in(
+        &rig.scratch,
+        None,
+        &["--metrics", &address, "overlay.qcow2", "disk"],
+        &[&format!("--metrics {address}: cannot listen there")],
+    );
     refused_in(&rig.scratch, None, &["--metrics", "no.such.host.invalid:1", "overlay.qcow2", "disk"], &["cannot listen there"]);
 }
 
@@ -181,12 +186,14 @@ fn the_dashboard_shows_what_there_is() {
             asked.insert(word.to_owned());
         }
     }
-    for name in ["request_bytes_total", "requests_total", "request_duration_seconds_bucket", "disk_bytes", "job_offset_bytes", "storage_failed"]
+    for name in
+        ["request_bytes_total", "requests_total", "request_duration_seconds_bucket", "disk_bytes", "job_offset_bytes", "storage_failed"]
     {
         assert!(asked.contains(&format!("cordisk_{name}")), "nobody shows {name}");
     }
     // Whoever imports it chooses the source; every panel uses that.
-    let variables: Vec<&str> = dashboard["templating"]["list"].as_array().expect("list").iter().filter_map(|v| v["name"].as_str()).collect();
+    let variables: Vec<&str> =
+        dashboard["templating"]["list"].as_array().expect("list").iter().filter_map(|v| v["name"].as_str()).collect();
     assert_eq!(variables, ["datasource", "device"]);
     let panels = dashboard["panels"].as_array().expect("panels");
     let ids: BTreeSet<_> = panels.iter().map(|panel| panel["id"].as_u64().expect("id")).collect();
