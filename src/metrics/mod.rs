@@ -6,7 +6,7 @@
 //! **Touches:** one TCP socket that listens, facts of `disk` and `job`. **Never:** FUSE, images, backing files; changes anything; waits for a request.
 //! **Locks:** the leaves that it asks take theirs.
 //! **Invariants:** the socket is bound before the sandbox is entered, in which nothing can be; a client that is slow, silent or hostile costs one of
-//! [`MOST_CONNECTIONS`] places for [`CONNECTION_TIME`] at most, and loses it earlier when others come; what a client sends is read by hyper and
+//! a few places for some seconds at most, and loses it earlier when others come; what a client sends is read by hyper and
 //! looked at for method and path alone.
 
 mod address;
