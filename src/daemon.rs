@@ -36,12 +36,13 @@ use crate::error::{Context, one_line};
 use crate::fuse::{self, Finished, MountOptions, Mounted, Unmounted};
 use crate::job::Batch;
 use crate::keeper::{self, Entrusted, EntrustedMark, Keeper, KeptMount, Leftover, Messages};
+use crate::metrics;
 use crate::qmp::Socket;
 use crate::running::{LockedFile, Registration};
 use crate::sandbox::{self, Identity};
 use crate::{Error, Result, stream};
 
-use control::Control;
+use control::{Control, Servers};
 use notify::Manager;
 use pidfile::Pidfile;
 use watchdog::{Heartbeat, Reporter};
@@ -160,6 +161,8 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     let registration = Registration::begin();
     rustix::process::chdir("/").map_err(std::io::Error::from).context(|| "chdir to /")?;
 
+    // Before anything is opened: an address that is taken should leave no trace.
+    let metrics = config.metrics.as_ref().map(metrics::Listener::bind).transpose()?;
     let options = DiskOptions {
         read_only: config.read_only,
         copy_on_read: config.copy_on_read,
@@ -201,8 +204,9 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
         // Nothing has been served: closing has nothing to wait for.
         Err(error) => return first_of(Err(error), close()),
     };
+    let servers = Servers { socket, metrics };
     // Held, and so locked, to the end.
-    let _registration = control::register(config, registration, socket.as_ref(), mount.path());
+    let _registration = control::register(config, registration, &servers, mount.path());
     let confined = user.map_or(Ok(()), Identity::become_it).and_then(|()| sandbox::enter(config.sandbox));
     if let Err(error) = confined {
         drop((mount, device));
@@ -211,7 +215,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
 
     // From here on there are threads.
     let (sender, events) = unbounded();
-    let started = signals.start(sender).and_then(|signals| Ok((signals, Control::start(socket, config, &disk, zone)?)));
+    let started = signals.start(sender).and_then(|signals| Ok((signals, Control::start(servers, config, &disk, zone)?)));
     let (_signals, control) = match started {
         Ok(started) => started,
         Err(error) => {

@@ -1,8 +1,8 @@
-//! Jobs, the QMP socket and where it is found: the only file of the daemon that knows any of them.
+//! Jobs, the QMP socket and where it is found, and the metrics: the only file of the daemon that knows any of them.
 
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crossbeam_channel::Receiver;
 use jiff::tz::TimeZone;
@@ -13,6 +13,7 @@ use crate::cli::{MountConfig, StreamSpeed};
 use crate::disk::Disk;
 use crate::fuse::{Finished, SizeNotice};
 use crate::job::{Batch, JobEvent, Jobs};
+use crate::metrics;
 use crate::qmp::{Server, ShutdownReason, Socket, Target};
 use crate::running::{Entry, Registration};
 use crate::stream::{KIND, StreamOptions, Streams};
@@ -40,18 +41,18 @@ pub(super) fn listen(config: &MountConfig, registration: Result<Registration>) -
 pub(super) fn register(
     config: &MountConfig,
     registration: Result<Registration>,
-    socket: Option<&Socket>,
+    servers: &Servers,
     mountpoint: &Path,
 ) -> Result<Registration> {
     let registered = registration.and_then(|place| {
-        let Some(socket) = socket else { return Ok(place) };
+        let Some(socket) = &servers.socket else { return Ok(place) };
         place.publish(&Entry {
             pid: std::process::id(),
             mountpoint: mountpoint.into(),
             image: config.image.clone(),
             device: config.device.clone(),
             qmp: socket.path().into(),
-            metrics: None,
+            metrics: servers.metrics.as_ref().map(|listener| listener.address().to_string()),
         })?;
         Ok(place)
     });
@@ -70,11 +71,20 @@ pub(super) fn completed(batch: &Batch) -> usize {
     batch.events.iter().filter(completed).count()
 }
 
-/// The job registry and, if asked for, the QMP server.
+/// Where the disk is controlled and watched from, open and not served yet.
+pub(super) struct Servers {
+    /// The control socket.
+    pub socket: Option<Socket>,
+    /// Of `--metrics`.
+    pub metrics: Option<metrics::Listener>,
+}
+
+/// The job registry and, if asked for, the QMP server and the one of metrics.
 pub(super) struct Control {
     jobs: Jobs,
     streams: Streams,
     server: Option<Server>,
+    metrics: Option<metrics::Server>,
     /// A client wants the process to end.
     quit: Receiver<()>,
     /// How the kernel learns of a new size, once the disk is mounted.
@@ -84,11 +94,12 @@ pub(super) struct Control {
 }
 
 impl Control {
-    /// Starts to serve `socket`, if there is one. Schedules and deadlines are in the time of `zone`.
+    /// Starts to serve, where there is something to serve. Schedules and deadlines are in the time of `zone`.
     ///
     /// # Errors
     /// No more threads.
-    pub(super) fn start(socket: Option<Socket>, config: &MountConfig, disk: &Arc<Disk>, zone: TimeZone) -> Result<Control> {
+    pub(super) fn start(servers: Servers, config: &MountConfig, disk: &Arc<Disk>, zone: TimeZone) -> Result<Control> {
+        let Servers { socket, metrics } = servers;
         let jobs = Jobs::new();
         let streams = Streams::new(disk, &jobs, &config.device, zone);
         let told = if config.on_complete.is_some() { jobs.subscribe() } else { crossbeam_channel::never() };
@@ -109,8 +120,16 @@ impl Control {
             quit: sender,
             grown,
         };
+        let source = metrics::Source {
+            disk: Arc::clone(disk),
+            jobs: jobs.clone(),
+            device: config.device.clone(),
+            mountpoint: config.mountpoint.clone(),
+            started: SystemTime::now(),
+        };
+        let metrics = metrics.map(|listener| metrics::Server::start(listener, source)).transpose()?;
         let server = socket.map(|socket| Server::start(socket, target)).transpose()?;
-        Ok(Control { jobs, streams, server, quit, size_notice, told })
+        Ok(Control { jobs, streams, server, metrics, quit, size_notice, told })
     }
 
     /// The registry of jobs.
@@ -174,8 +193,9 @@ impl Control {
         if jobs && settled { Finished::Quiet } else { Finished::StillRunning }
     }
 
-    /// Last of all, with the disk closed: the socket. Clients that asked to quit are told how closing went.
+    /// Last of all, with the disk closed: the metrics, and the socket. Clients that asked to quit are told how closing went.
     pub(super) fn close(self, closed: &Result<()>) {
+        drop(self.metrics);
         if let Some(server) = self.server {
             server.shutdown(closed);
         }

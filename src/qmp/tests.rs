@@ -902,7 +902,7 @@ fn the_status_is_of_the_schema() {
     let fixture = Fixture::new();
     let mut client = fixture.client();
     let mut returned = |command: &str, arguments: Value| {
-        let reply = client.ask(&json!({ "execute": command, "arguments": arguments }).to_string());
+        let reply = client.ask(json!({ "execute": command, "arguments": arguments }).to_string());
         let mut reply: Value = serde_json::from_str(&reply).unwrap();
         let value = reply["return"].take();
         if !value.is_null() {

@@ -27,6 +27,7 @@ mod image_interop;
 mod kill_restart;
 mod lower_power_cut;
 mod map_differential;
+mod metrics;
 mod mount_helper;
 mod on_complete;
 mod qmp_client;
