@@ -81,7 +81,8 @@ impl Source {
 /// Where the extents end if they follow each other without a gap from `from` on, and have numbers that files can have.
 fn follow(extents: &[Extent], from: u64) -> Option<u64> {
     extents.iter().try_fold(from, |at, extent| {
-        let fits = extent.start == at && extent.length > 0 && extent.offset.is_none_or(|offset| offset.checked_add(extent.length).is_some());
+        let fits =
+            extent.start == at && extent.length > 0 && extent.offset.is_none_or(|offset| offset.checked_add(extent.length).is_some());
         extent.start.checked_add(extent.length).filter(|&end| fits && i64::try_from(end).is_ok())
     })
 }
@@ -238,11 +239,14 @@ mod tests {
 
     #[test]
     fn lists_of_a_daemon_have_no_gap_and_an_end() {
-        let extent = |start, length| Extent { start, length, depth: 0, present: true, zero: false, data: true, compressed: false, offset: Some(9) };
+        let extent =
+            |start, length| Extent { start, length, depth: 0, present: true, zero: false, data: true, compressed: false, offset: Some(9) };
         assert_eq!(follow(&[extent(5, 3), extent(8, 1)], 5), Some(9));
         assert_eq!(follow(&[], 5), Some(5));
         let end = i64::MAX as u64;
-        for wrong in [vec![extent(6, 3)], vec![extent(5, 0)], vec![extent(5, 3), extent(9, 1)], vec![extent(5, end - 4)], vec![extent(5, u64::MAX)]] {
+        for wrong in
+            [vec![extent(6, 3)], vec![extent(5, 0)], vec![extent(5, 3), extent(9, 1)], vec![extent(5, end - 4)], vec![extent(5, u64::MAX)]]
+        {
             assert_eq!(follow(&wrong, 5), None, "{wrong:?}");
         }
         assert_eq!(follow(&[Extent { offset: Some(u64::MAX), ..extent(5, 3) }], 5), None);

@@ -51,8 +51,8 @@ mod tests;
 pub use ahead::{Ahead, ToRead};
 pub use locate::Locator;
 pub use populate::Populated;
-pub use survey::{MOST_CELLS, Survey, Totals};
 pub use stats::{Activity, CopyCount, Cost, DiskStats, LATENCY_BOUNDS, LATENCY_BUCKETS, Latency, RequestCount};
+pub use survey::{MOST_CELLS, Survey, Totals};
 
 use bounce::Bounces;
 use populate::FillHealth;

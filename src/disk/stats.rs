@@ -414,10 +414,12 @@ mod tests {
     fn operations_are_the_sum_of_the_buckets() {
         let stats = Stats::new();
         stats.read(10, || Ok(Local::Done)).unwrap();
-        stats.waiting_read(20, || {
-            std::thread::sleep(Duration::from_millis(3));
-            Ok(())
-        }).unwrap();
+        stats
+            .waiting_read(20, || {
+                std::thread::sleep(Duration::from_millis(3));
+                Ok(())
+            })
+            .unwrap();
         stats.read(40, || Ok(Local::Miss)).unwrap();
         stats.read::<Local>(80, || Err(crate::Error::new(crate::ErrorKind::Io, "no"))).unwrap_err();
         stats.missed();

@@ -42,7 +42,10 @@ fn a_page_ends_with_an_extent() {
     let disk = disk();
     disk.write(100 * CLUSTER, &[1; 7 * CLUSTER as usize]).unwrap();
     let whole = all(&disk).unwrap();
-    assert_eq!(whole.iter().map(|extent| (extent.length / CLUSTER, extent.present)).collect::<Vec<_>>(), [(100, false), (7, true), (1941, false)]);
+    assert_eq!(
+        whole.iter().map(|extent| (extent.length / CLUSTER, extent.present)).collect::<Vec<_>>(),
+        [(100, false), (7, true), (1941, false)]
+    );
     let (first, second) = (extents(&disk, 0, 2).unwrap(), extents(&disk, 107 * CLUSTER, 2).unwrap());
     assert_eq!((&first.extents[..], first.next), (&whole[..2], Some(107 * CLUSTER)));
     assert_eq!((&second.extents[..], second.next), (&whole[2..], None));

@@ -34,7 +34,7 @@ const ROOMS: &[Room] = &[
     Room { name: "check", floor: 5, never: &["job", "chain", "disk", "sandbox"] }, // the image alone, never what lies below
     Room { name: "stream", floor: 5, never: &["image", "storage", "sandbox"] },    // the disk's public face is enough
     Room { name: "map", floor: 5, never: &["job", "image", "storage", "sandbox"] }, // where bytes are, not what they are
-    Room { name: "info", floor: 6, never: &["job", "sandbox", "disk", "image"] }, // headers alone
+    Room { name: "info", floor: 6, never: &["job", "sandbox", "disk", "image"] },  // headers alone
     Room { name: "fuse", floor: 6, never: &["job", "stream", "create", "image", "storage", "sandbox"] },
     Room { name: "qmp", floor: 6, never: &["create", "image", "storage", "sandbox"] },
     Room { name: "keeper", floor: 7, never: &["disk", "chain", "image", "storage", "job", "stream", "create"] }, // reads no image

@@ -23,7 +23,6 @@ use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, Ke
 use ratatui::text::Text;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use super::{Target, find};
 use crate::Result;
 use crate::error::Context;
 use model::{DiskView, Model};
