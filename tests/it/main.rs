@@ -40,3 +40,4 @@ mod second_reader;
 mod stream_qmp;
 mod torture;
 mod transports;
+mod views;

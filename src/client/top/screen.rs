@@ -56,6 +56,11 @@ fn filled() -> Style {
     plain().fg(colour(Colour::Local))
 }
 
+/// The filled part of a bar; its last character may be filled in part.
+fn bar_filled() -> Style {
+    filled().patch(hollow())
+}
+
 /// The empty part of a bar.
 fn hollow() -> Style {
     plain().bg(colour(Colour::Zero))
@@ -73,7 +78,7 @@ pub(super) fn screen(model: &Model, width: usize, height: usize) -> Vec<Line<'st
     }
     let footer = layout.footer(model);
     match model.selected() {
-        None => lines.push(Line::from(" no disk is running here; `cordisk mount IMAGE MOUNTPOINT` starts one")),
+        None => lines.push(Line::from("  no disk is running here; `cordisk mount IMAGE MOUNTPOINT` starts one")),
         Some(disk) => {
             layout.list(model, height, &mut lines);
             layout.details(disk, &mut lines);
@@ -112,7 +117,7 @@ impl Layout {
             count => format!("{count} disks, "),
         };
         let right = format!("{count}every {} s ", units::significant(model.interval));
-        let left = " cordisk top";
+        let left = "  cordisk top";
         let gap = self.width.saturating_sub(left.len() + right.len());
         Line::from(vec![Span::styled(left, bold()), Span::raw(" ".repeat(gap)), Span::styled(right, dim())])
     }
@@ -161,7 +166,7 @@ impl Layout {
             spans.push(Span::raw(format!("{:>10}", status.map_or(String::new(), |status| units::size(status.size)))));
             if let (true, Some(status)) = (self.bar_width() > 0, status) {
                 let (full, empty) = bars::bar(local_part(status), self.bar_width() - 2);
-                spans.extend([Span::raw("  "), Span::styled(full, filled()), Span::styled(empty, hollow())]);
+                spans.extend([Span::raw("  "), Span::styled(full, bar_filled()), Span::styled(empty, hollow())]);
             }
         }
         let local = status.map_or(String::new(), |status| format!("{} %", whole_percent(local_part(status))));
@@ -263,7 +268,7 @@ impl Layout {
         let (full, empty) = bars::bar(job.done(), bar);
         vec![Line::from(vec![
             label(&job.kind),
-            Span::styled(full, filled()),
+            Span::styled(full, bar_filled()),
             Span::styled(empty, hollow()),
             Span::raw(format!("  {numbers}")),
         ])]
@@ -331,7 +336,7 @@ impl Layout {
             return wrapped(&HELP, self.width).into_iter().map(|text| Line::from(Span::styled(text, dim()))).collect();
         }
         if let Some(message) = &model.message {
-            return vec![Line::from(Span::styled(format!(" {}", one_line(message)), bold()))];
+            return vec![Line::from(Span::styled(format!("  {}", one_line(message)), bold()))];
         }
         let keys = wrapped(&KEYS, self.width).into_iter().next().unwrap_or_default();
         vec![Line::from(Span::styled(keys, dim()))]
@@ -400,7 +405,7 @@ fn wrapped(items: &[&str], width: usize) -> Vec<String> {
             lines.push(String::new());
         }
         if let Some(line) = lines.last_mut() {
-            line.push_str(if line.is_empty() { " " } else { "   " });
+            line.push_str(if line.is_empty() { "  " } else { "   " });
             line.push_str(item);
         }
     }
@@ -452,7 +457,7 @@ mod tests {
         let lines = screen(model, width, height);
         assert_eq!(lines.len(), height);
         for line in &lines {
-            assert!(line.width() <= width || line.to_string().starts_with(" no disk"), "{} of {width}: {line}", line.width());
+            assert!(line.width() <= width || line.to_string().starts_with("  no disk"), "{} of {width}: {line}", line.width());
         }
         lines.iter().map(ToString::to_string).collect()
     }
