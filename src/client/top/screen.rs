@@ -29,7 +29,7 @@ const HELP: [&str; 7] = [
     "local: in the image itself",
     "zero: known to be zero",
     "remote: in the backing files",
-    "hits: reads that needed no backing file",
+    "hits: reads from the image alone",
 ];
 
 fn plain() -> Style {
@@ -211,7 +211,7 @@ impl Layout {
         let latency = flow.and_then(|flow| flow.latency);
         let time = |nanoseconds: Option<f64>| nanoseconds.map_or("-".into(), |time| units::time(time, "µ"));
         if !self.wide {
-            let label = Span::styled(format!("  {name:<6}"), dim());
+            let label = Span::styled(format!("  {name:<7}"), dim());
             return Line::from(vec![label, Span::raw(format!("{rate:>11}  p99 {:>8}", time(latency.map(|latency| latency.p99))))]);
         }
         let times = [latency.map(|latency| latency.mean), latency.map(|latency| latency.median), latency.map(|latency| latency.p99)];
@@ -227,7 +227,7 @@ impl Layout {
     fn below(&self, disk: &DiskView) -> Line<'static> {
         let hits = disk.rates.and_then(|rates| rates.hit_ratio).map_or("-".into(), |ratio| format!("{:.1} %", tenths_down(ratio)));
         if !self.wide {
-            return Line::from(vec![Span::styled("  hits  ", dim()), Span::raw(format!("{hits:>11}"))]);
+            return Line::from(vec![Span::styled("  hits   ", dim()), Span::raw(format!("{hits:>11}"))]);
         }
         let rate = |value: fn(&Rates) -> f64| disk.rates.as_ref().map_or("-".into(), |rates| per_second(value(rates)));
         let mut spans = vec![
@@ -246,7 +246,7 @@ impl Layout {
 
     /// The job that runs, or the last one.
     fn job(&self, disk: &DiskView) -> Vec<Line<'static>> {
-        let label = |name: &str| Span::styled(format!("  {name:<width$}", width = if self.wide { LABEL - 2 } else { 6 }), dim());
+        let label = |name: &str| Span::styled(format!("  {name:<width$}", width = if self.wide { LABEL - 2 } else { 7 }), dim());
         if let Some(why) = &disk.gone {
             return vec![Line::from(vec![label("gone"), Span::styled(one_line(why), alarm())])];
         }
@@ -263,7 +263,7 @@ impl Layout {
             return vec![Line::from(vec![label("job"), Span::styled(one_line(&text), dim())])];
         };
         let numbers = self.job_numbers(status, job);
-        let taken = numbers.chars().count() + if self.wide { LABEL } else { 8 } + 3;
+        let taken = numbers.chars().count() + if self.wide { LABEL } else { 9 } + 3;
         let bar = self.width.saturating_sub(taken).clamp(4, 40);
         let (full, empty) = bars::bar(job.done(), bar);
         vec![Line::from(vec![
@@ -335,7 +335,7 @@ impl Layout {
         if model.help {
             return wrapped(&HELP, self.width).into_iter().map(|text| Line::from(Span::styled(text, dim()))).collect();
         }
-        if let Some(message) = &model.message {
+        if let Some((message, _)) = &model.message {
             return vec![Line::from(Span::styled(format!("  {}", one_line(message)), bold()))];
         }
         let keys = wrapped(&KEYS, self.width).into_iter().next().unwrap_or_default();
