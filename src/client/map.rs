@@ -34,7 +34,7 @@ pub struct MapOptions {
 /// Who knows what is where.
 enum Source {
     Running(Connection),
-    Image(OfflineMap),
+    Image(Box<OfflineMap>),
 }
 
 impl Source {
@@ -44,7 +44,9 @@ impl Source {
             Ok(Target::Running(_) | Target::Dead(_) | Target::Unregistered(_)) => {
                 find::connect(target).map(|(connection, _)| Source::Running(connection))
             }
-            Err(_) => OfflineMap::open(target, options.backing_format).map(Source::Image).map_err(|error| explained(error, target)),
+            Err(_) => OfflineMap::open(target, options.backing_format)
+                .map(|map| Source::Image(Box::new(map)))
+                .map_err(|error| explained(error, target)),
         }
     }
 

@@ -200,7 +200,7 @@ impl Top {
                 match report {
                     Report::Seen(index, seen) => {
                         if let Some(disk) = self.model.disks.get_mut(index) {
-                            disk.see(seen);
+                            disk.see(*seen);
                         }
                     }
                     Report::Message(text) => self.model.message = Some((text, Instant::now())),

@@ -189,14 +189,13 @@ impl Layout {
             lines.push(Line::from(Span::styled(text, dim())));
         }
         let most = disk.history.iter().fold(0.0, |most: f64, (read, write)| most.max(*read).max(*write));
-        let flow = |name, flow: fn(&Rates) -> Flow, values: Option<fn(&(f64, f64)) -> f64>| {
-            let curve = |width| values.map_or(String::new(), |value| bars::curve(disk.history.iter().map(value), most, width));
-            self.flow(name, disk.rates.as_ref().map(flow), curve)
-        };
-        lines.push(flow("read", |rates| rates.read, Some(|(read, _)| *read)));
-        lines.push(flow("write", |rates| rates.write, Some(|(_, write)| *write)));
+        let rates = disk.rates.as_ref();
+        let read = |width| bars::curve(disk.history.iter().map(|(read, _)| *read), most, width);
+        let write = |width| bars::curve(disk.history.iter().map(|(_, write)| *write), most, width);
+        lines.push(self.flow("read", rates.map(|rates| rates.read), read));
+        lines.push(self.flow("write", rates.map(|rates| rates.write), write));
         if self.roomy {
-            lines.push(flow("flush", |rates| rates.flush, None));
+            lines.push(self.flow("flush", rates.map(|rates| rates.flush), |_| String::new()));
         }
         lines.push(self.below(disk));
         lines.extend(self.job(disk));
