@@ -50,3 +50,4 @@ mod service_unit;
 mod stream_qmp;
 mod torture;
 mod transports;
+mod views;
