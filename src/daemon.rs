@@ -34,9 +34,9 @@ use crate::job::Batch;
 use crate::keeper::{self, EntrustedMark, Keeper, KeptMount, Leftover, Messages};
 use crate::qmp::Socket;
 use crate::sandbox::{self, Identity};
-use crate::{Error, Result, stream};
+use crate::{Error, Result};
 
-use control::Control;
+use control::{Control, Prepared};
 use pidfile::Pidfile;
 
 /// How often metadata is written back without anybody asking: what a kill can cost at most (P2). syncfs(2) never reaches a FUSE daemon,
@@ -160,11 +160,11 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     // That user may perhaps not touch the attributes of the overlay.
     let mark = user.map(|_| disk.entrust_open_mark()).transpose()?.flatten();
     let mark = mark.map(|(image, name)| keeper.entrust_mark(&image, name)).transpose()?;
+    // Nor read them.
+    let streams = Prepared::new(config, &disk, user.map(|_| keeper))?;
     let close = || close(&disk, config, mark.as_ref());
     let ready = (config.role == Role::Child).then(background::Ready::prepare).transpose()?;
     let owner = user.unwrap_or_else(Identity::current);
-    // While files can be opened.
-    let zone = stream::local_zone();
     let (mountpoint, allow_other) = (config.mountpoint.clone(), config.allow_other);
     let prepared =
         fuse::prepare(&disk, MountOptions { mountpoint, allow_other, uid: owner.uid, gid: owner.gid, transport: config.transport })?;
@@ -181,7 +181,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
 
     // From here on there are threads.
     let (sender, events) = unbounded();
-    let started = signals.start(sender).and_then(|signals| Ok((signals, Control::start(socket, config, &disk, zone)?)));
+    let started = signals.start(sender).and_then(|signals| Ok((signals, Control::start(socket, config, &disk, streams)?)));
     let (_signals, control) = match started {
         Ok(started) => started,
         Err(error) => {

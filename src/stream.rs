@@ -36,7 +36,7 @@ mod streams;
 mod tests;
 
 pub use plan::{FinishBy, Minute, Plan, PlanInfo, Schedule, Speed, parse_bytes};
-pub use streams::{Streams, local_zone};
+pub use streams::{Keep, Streams, local_zone};
 
 use streams::Progress;
 

@@ -1,5 +1,6 @@
 //! Jobs and the QMP socket: the only file of the daemon that knows either.
 
+use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -12,12 +13,38 @@ use crate::cli::{MountConfig, StreamSpeed};
 use crate::disk::Disk;
 use crate::fuse::{Finished, SizeNotice};
 use crate::job::{Batch, JobEvent, Jobs};
+use crate::keeper::{EntrustedNote, Keeper};
 use crate::qmp::{Server, ShutdownReason, Socket, Target};
-use crate::stream::{KIND, StreamOptions, Streams};
+use crate::stream::{self, KIND, StreamOptions, Streams};
 
 /// How long cancelled jobs may take to end: one step of a stream and a write-back. What they leave unfinished is only what they have not
 /// copied yet.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What streams need that is to be had only while files can be opened, and by the user who starts.
+pub(super) struct Prepared {
+    /// Of schedules and deadlines.
+    zone: TimeZone,
+    /// The note of the stream that was interrupted, unless none is to be started again.
+    interrupted: Cell<Option<Result<Option<Vec<u8>>>>>,
+    /// Who keeps the note of the one that runs, where the user that we become may not be able to.
+    kept: Option<EntrustedNote>,
+}
+
+impl Prepared {
+    /// Reads what there is to read. With `keeper`, that one keeps the note.
+    ///
+    /// # Errors
+    /// The keeper is gone; the image cannot be opened once more.
+    pub(super) fn new(config: &MountConfig, disk: &Disk, keeper: Option<&Keeper>) -> Result<Prepared> {
+        let entrusted = match keeper {
+            Some(keeper) if !config.read_only => disk.entrust_stream_note()?.map(|(image, name)| keeper.entrust_note(&image, name)),
+            _ => None,
+        };
+        let interrupted = Cell::new(config.resume.then(|| disk.stream_note()));
+        Ok(Prepared { zone: stream::local_zone(), interrupted, kept: entrusted.transpose()? })
+    }
+}
 
 /// How many streams have completed, of what was told.
 pub(super) fn completed(batch: &Batch) -> usize {
@@ -34,18 +61,24 @@ pub(super) struct Control {
     quit: Receiver<()>,
     /// How the kernel learns of a new size, once the disk is mounted.
     size_notice: Arc<OnceLock<SizeNotice>>,
+    /// What is known of the stream that is to be started again.
+    interrupted: Cell<Option<Result<Option<Vec<u8>>>>>,
     /// What happens to jobs, where somebody wants to know.
     told: Receiver<Arc<Batch>>,
 }
 
 impl Control {
-    /// Starts to serve `socket`, if there is one. Schedules and deadlines are in the time of `zone`.
+    /// Starts to serve `socket`, if there is one.
     ///
     /// # Errors
     /// No more threads.
-    pub(super) fn start(socket: Option<Socket>, config: &MountConfig, disk: &Arc<Disk>, zone: TimeZone) -> Result<Control> {
+    pub(super) fn start(socket: Option<Socket>, config: &MountConfig, disk: &Arc<Disk>, prepared: Prepared) -> Result<Control> {
         let jobs = Jobs::new();
-        let streams = Streams::new(disk, &jobs, &config.device, zone);
+        let Prepared { zone, interrupted, kept } = prepared;
+        let streams = match kept {
+            Some(note) => Streams::keeping(&jobs, &config.device, zone, Box::new(move |text| note.set(text))),
+            None => Streams::new(disk, &jobs, &config.device, zone),
+        };
         let told = if config.on_complete.is_some() { jobs.subscribe() } else { crossbeam_channel::never() };
         // Room for one: who asks does not wait, and a second request adds nothing.
         let (sender, quit) = crossbeam_channel::bounded(1);
@@ -64,7 +97,7 @@ impl Control {
             grown,
         };
         let server = socket.map(|socket| Server::start(socket, target)).transpose()?;
-        Ok(Control { jobs, streams, server, quit, size_notice, told })
+        Ok(Control { jobs, streams, server, quit, size_notice, interrupted, told })
     }
 
     /// The session runs: from now on the kernel is told when it grows.
@@ -87,8 +120,8 @@ impl Control {
             Some(StreamSpeed::Fixed(speed)) => (*speed, None),
             Some(StreamSpeed::Planned(plan)) => (0, Some(plan.clone())),
             None => {
-                if config.resume {
-                    self.streams.resume(disk, priority);
+                if let Some(note) = self.interrupted.take() {
+                    self.streams.resume(disk, note, priority);
                 }
                 return Ok(());
             }

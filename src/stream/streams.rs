@@ -24,7 +24,7 @@ use crate::{Error, ErrorKind, Result};
 const NOTE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Writes the note of the stream that runs, or removes it.
-type Keep = Box<dyn Fn(Option<&str>) -> Result<()> + Send + Sync>;
+pub type Keep = Box<dyn Fn(Option<&str>) -> Result<()> + Send + Sync>;
 
 /// The streams of one disk; clones are the same.
 #[derive(Clone)]
@@ -81,12 +81,8 @@ impl Streams {
         Streams::keeping(jobs, device, zone, Box::new(move |note| disk.set_stream_note(note)))
     }
 
-    /// Without a disk, and without notes: for who only wants a plan to be obeyed.
-    pub fn without_notes(jobs: &Jobs, device: &str, zone: TimeZone) -> Streams {
-        Streams::keeping(jobs, device, zone, Box::new(|_| Ok(())))
-    }
-
-    fn keeping(jobs: &Jobs, device: &str, zone: TimeZone, keep: Keep) -> Streams {
+    /// With somebody else to keep the notes.
+    pub fn keeping(jobs: &Jobs, device: &str, zone: TimeZone, keep: Keep) -> Streams {
         let (jobs, device) = (jobs.clone(), device.to_string());
         let (state, changed) = (Mutex::default(), Condvar::new());
         Streams { shared: Arc::new(Shared { jobs, device, zone, keep, started: Instant::now(), state, changed }) }
@@ -139,13 +135,13 @@ impl Streams {
         Ok(())
     }
 
-    /// Starts the stream again that was running when the last process ended that had this image, if there was one. Never fails: a note that means
-    /// nothing is warned of.
-    pub fn resume(&self, disk: &Arc<Disk>, priority: Priority) {
+    /// Starts the stream again that was running when the last process ended that had this image, if there was one, by what [`Disk::stream_note`] has
+    /// said of it. Never fails: a note that means nothing is warned of.
+    pub fn resume(&self, disk: &Arc<Disk>, note: Result<Option<Vec<u8>>>, priority: Priority) {
         if disk.is_read_only() {
             return;
         }
-        let note = match disk.stream_note() {
+        let note = match note {
             Ok(None) => return,
             Ok(Some(text)) => Note::parse(&text),
             Err(error) => Err(error),

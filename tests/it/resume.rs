@@ -1,6 +1,7 @@
 //! A stream that the end of its daemon interrupts goes on at the next mount, as it was asked for; one that has ended by itself does not come back.
 
 use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -403,4 +404,40 @@ fn without_attributes_a_stream_runs_all_the_same() {
     disk.umount();
     qemu::assert_independent(&overlay);
     mounts::umount(&dir);
+}
+
+/// Protects: a daemon that has become a user who may neither read nor write the attributes of the image (`--user`) resumes, notes and forgets like any
+/// other: the keeper does it for it.
+#[test]
+fn a_stream_of_another_user_goes_on() {
+    requires!("/dev/fuse", "qemu-img", "root");
+    let rig = Rig::new(4 * MIB);
+    if !have_notes(&rig.overlay) {
+        return;
+    }
+    rig.scratch.open_to_all();
+    fs::set_permissions(&rig.overlay, fs::Permissions::from_mode(0o600)).expect("chmod");
+    let mount = || rig.mount().qmp().args(&["--user", "65534:65533", "--sandbox", "require"]);
+    let disk = mount().start();
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
+    wait_for_first_step(&mut client);
+    client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 2}));
+    drop(client);
+    disk.kill9();
+    let disk = mount().start();
+    let mut client = disk.client();
+    wait_for_first_step(&mut client);
+    assert_eq!(client.job()["speed"], json!(2));
+    drop(client);
+    disk.umount();
+    assert!(note(&rig.overlay).is_some(), "the end of the daemon is not that of the stream");
+    let disk = mount().start();
+    let mut client = disk.client();
+    wait_for_first_step(&mut client);
+    client.ok("block-job-cancel", json!({"device": "drive0"}));
+    client.wait_event("BLOCK_JOB_CANCELLED");
+    assert_eq!(note(&rig.overlay), None);
+    assert!(!disk.log().contains("WARN"), "{}", disk.log());
+    disk.umount();
 }
