@@ -91,7 +91,8 @@ impl Streams {
     /// Starts a stream on a thread of its own.
     ///
     /// # Errors
-    /// [`ErrorKind::ReadOnly`] for a read-only disk; what [`Jobs::create`] refuses; the thread could not be made.
+    /// [`ErrorKind::ReadOnly`] for a read-only disk; [`ErrorKind::Busy`] while another one runs; what [`Jobs::create`] refuses; the thread could not
+    /// be made.
     pub fn start(&self, disk: &Arc<Disk>, options: StreamOptions) -> Result<()> {
         if disk.is_read_only() {
             return Err(Error::new(ErrorKind::ReadOnly, "a read-only disk cannot be streamed into"));
@@ -102,6 +103,13 @@ impl Streams {
         let mut governor = plan.map(Governor::new);
         let look = Look { now: Timestamp::now(), up: self.shared.started.elapsed(), offset: 0, len, paused: options.paused };
         let speed = governor.as_mut().map_or(options.speed, |governor| governor.order(look, &self.shared.zone).speed);
+        let base = options.depth.map(|depth| disk.info().map(|info| Base::below(&info.backing, depth))).transpose()?.flatten();
+        let note = (len > 0).then(|| self.note(&options, base, governor.as_ref(), len));
+        let mut state = self.shared.state.lock();
+        // There is one chain. Clients are told before they come here; this is for one that is faster than the stream of the last mount.
+        if state.running.is_some() {
+            return Err(Error::new(ErrorKind::Busy, "another stream is at work"));
+        }
         let control = self.shared.jobs.create(JobSpec {
             id: options.job_id.clone(),
             kind: KIND,
@@ -112,9 +120,8 @@ impl Streams {
             on_error: options.on_error,
             request: options.request.clone(),
         })?;
-        let base = options.depth.map(|depth| disk.info().map(|info| Base::below(&info.backing, depth))).transpose()?.flatten();
-        let note = (len > 0).then(|| self.note(&options, base, governor.as_ref(), len));
-        let serial = self.begin(&options.job_id, note, governor);
+        let serial = self.begin(&mut state, &options.job_id, note, governor);
+        drop(state);
         if options.paused {
             // It has just been created; it cannot refuse.
             let _ = self.shared.jobs.pause(&options.job_id);
@@ -252,12 +259,11 @@ impl Streams {
         }
     }
 
-    fn begin(&self, id: &str, note: Option<Note>, governor: Option<Governor>) -> u64 {
-        let mut state = self.shared.state.lock();
+    fn begin(&self, state: &mut MutexGuard<'_, State>, id: &str, note: Option<Note>, governor: Option<Governor>) -> u64 {
         state.serial += 1;
         let serial = state.serial;
         state.running = Some(Running { serial, id: id.to_string(), note, governor, governed: false });
-        self.write(&mut state);
+        self.write(state);
         serial
     }
 
