@@ -15,6 +15,7 @@ mod control;
 mod helper;
 mod notify;
 mod pidfile;
+mod servers;
 mod signals;
 mod watchdog;
 
@@ -40,11 +41,12 @@ use crate::metrics;
 use crate::qmp::Socket;
 use crate::running::{LockedFile, Registration};
 use crate::sandbox::{self, Identity};
-use crate::{Error, Result, stream};
+use crate::{Error, Result};
 
-use control::{Control, Servers};
+use control::{Control, Prepared};
 use notify::Manager;
 use pidfile::Pidfile;
+use servers::Servers;
 use watchdog::{Heartbeat, Reporter};
 
 /// How often metadata is written back without anybody asking: what a kill can cost at most (P2). syncfs(2) never reaches a FUSE daemon,
@@ -172,7 +174,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     };
     let disk = Arc::new(Disk::open(&config.image, &options)?);
     // The socket before the mount: one that cannot be bound should not make a disk appear and vanish.
-    let (mut socket, mut registration) = control::listen(config, registration)?;
+    let (mut socket, mut registration) = servers::listen(config, registration)?;
     let _entry = registration.as_mut().ok().map(|place| entrust(keeper, Leftover::Entry, place.file())).transpose()?;
     let socket_file = match &mut socket {
         Some(socket) => {
@@ -191,11 +193,11 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     // That user may perhaps not touch the attributes of the overlay.
     let mark = user.map(|_| disk.entrust_open_mark()).transpose()?.flatten();
     let mark = mark.map(|(image, name)| keeper.entrust_mark(&image, name)).transpose()?;
+    // Nor read them.
+    let streams = Prepared::new(config, &disk, user.map(|_| keeper))?;
     let close = || close(&disk, config, mark.as_ref());
     let ready = (config.role == Role::Child).then(background::Ready::prepare).transpose()?;
     let owner = user.unwrap_or_else(Identity::current);
-    // While files can be opened.
-    let zone = stream::local_zone();
     let (mountpoint, allow_other) = (config.mountpoint.clone(), config.allow_other);
     let prepared =
         fuse::prepare(&disk, MountOptions { mountpoint, allow_other, uid: owner.uid, gid: owner.gid, transport: config.transport })?;
@@ -206,7 +208,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     };
     let servers = Servers { socket, metrics };
     // Held, and so locked, to the end.
-    let _registration = control::register(config, registration, &servers, mount.path());
+    let _registration = servers::register(config, registration, &servers, mount.path());
     let confined = user.map_or(Ok(()), Identity::become_it).and_then(|()| sandbox::enter(config.sandbox));
     if let Err(error) = confined {
         drop((mount, device));
@@ -215,7 +217,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
 
     // From here on there are threads.
     let (sender, events) = unbounded();
-    let started = signals.start(sender).and_then(|signals| Ok((signals, Control::start(servers, config, &disk, zone)?)));
+    let started = signals.start(sender).and_then(|signals| Ok((signals, Control::start(servers, config, &disk, streams)?)));
     let (_signals, control) = match started {
         Ok(started) => started,
         Err(error) => {

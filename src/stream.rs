@@ -36,7 +36,7 @@ mod streams;
 mod tests;
 
 pub use plan::{FinishBy, Minute, Plan, PlanInfo, Schedule, Speed, parse_bytes};
-pub use streams::{Streams, local_zone};
+pub use streams::{Keep, Streams, local_zone};
 
 use streams::Progress;
 
@@ -67,7 +67,7 @@ pub struct StreamOptions {
     pub auto_dismiss: bool,
     /// The name to write into the header for what remains below, instead of the one that stands in the chain; only with `depth`.
     pub backing_file: Option<String>,
-    /// As [`JobSpec::request`].
+    /// As [`crate::job::JobSpec::request`].
     pub request: String,
     /// Whether it gives way to the guest.
     pub priority: Priority,

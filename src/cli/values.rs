@@ -40,7 +40,7 @@ pub(super) fn parse_size(text: &str) -> std::result::Result<u64, String> {
     crate::stream::parse_bytes(text)
 }
 
-/// Bytes per second, as [`parse_size`] reads them, or a schedule: `08:00=20M,20:00=0`.
+/// Bytes per second, with K, M, G or T, or a schedule: `08:00=20M,20:00=0`.
 pub fn parse_speed(text: &str) -> std::result::Result<Speed, String> {
     text.parse()
 }

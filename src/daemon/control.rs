@@ -1,6 +1,6 @@
-//! Jobs, the QMP socket and where it is found, and the metrics: the only file of the daemon that knows any of them.
+//! Jobs, the QMP server and that of metrics: the only file of the daemon that knows any of them.
 
-use std::path::Path;
+use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
@@ -8,75 +8,50 @@ use crossbeam_channel::Receiver;
 use jiff::tz::TimeZone;
 
 use super::Event;
+use super::servers::Servers;
 use crate::Result;
 use crate::cli::{MountConfig, StreamSpeed};
 use crate::disk::Disk;
 use crate::fuse::{Finished, SizeNotice};
 use crate::job::{Batch, JobEvent, Jobs};
+use crate::keeper::{EntrustedNote, Keeper};
 use crate::metrics;
-use crate::qmp::{Server, ShutdownReason, Socket, Target};
-use crate::running::{Entry, Registration};
-use crate::stream::{KIND, StreamOptions, Streams};
+use crate::qmp::{Server, ShutdownReason, Target};
+use crate::stream::{self, KIND, StreamOptions, Streams};
 
 /// How long cancelled jobs may take to end: one step of a stream and a write-back. What they leave unfinished is only what they have not
 /// copied yet.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The control socket: the one that was asked for, or one beside the entry in the runtime directory, so that there is always one. Where that cannot be
-/// made, the disk is served without, and not registered: the error comes back in place of the registration.
-///
-/// # Errors
-/// Those of [`Socket::listen`], for the one that was asked for.
-pub(super) fn listen(config: &MountConfig, registration: Result<Registration>) -> Result<(Option<Socket>, Result<Registration>)> {
-    if let Some(path) = &config.qmp {
-        return Ok((Some(Socket::listen(path)?), registration));
-    }
-    Ok(match registration.and_then(|place| Ok((Socket::listen(&place.socket_path())?, place))) {
-        Ok((socket, place)) => (Some(socket), Ok(place)),
-        Err(error) => (None, Err(error)),
-    })
+/// What streams need that is to be had only while files can be opened, and by the user who starts.
+pub(super) struct Prepared {
+    /// Of schedules and deadlines.
+    zone: TimeZone,
+    /// The note of the stream that was interrupted, unless none is to be started again.
+    interrupted: Cell<Option<Result<Option<Vec<u8>>>>>,
+    /// Who keeps the note of the one that runs, where the user that we become may not be able to.
+    kept: Option<EntrustedNote>,
 }
 
-/// The disk is mounted: from now on it is found by its mountpoint. Where that cannot be done, a warning says so.
-pub(super) fn register(
-    config: &MountConfig,
-    registration: Result<Registration>,
-    servers: &Servers,
-    mountpoint: &Path,
-) -> Result<Registration> {
-    let registered = registration.and_then(|place| {
-        let Some(socket) = &servers.socket else { return Ok(place) };
-        place.publish(&Entry {
-            pid: std::process::id(),
-            mountpoint: mountpoint.into(),
-            image: config.image.clone(),
-            device: config.device.clone(),
-            qmp: socket.path().into(),
-            metrics: servers.metrics.as_ref().map(|listener| listener.address().to_string()),
-        })?;
-        Ok(place)
-    });
-    registered.inspect_err(|error| {
-        let instead = match &config.qmp {
-            Some(path) => format!("commands take the socket, {}, instead of the mountpoint", path.display()),
-            None => "only `umount` finds this disk; mount it with --qmp to control it".to_string(),
+impl Prepared {
+    /// Reads what there is to read. With `keeper`, that one keeps the note.
+    ///
+    /// # Errors
+    /// The keeper is gone; the image cannot be opened once more.
+    pub(super) fn new(config: &MountConfig, disk: &Disk, keeper: Option<&Keeper>) -> Result<Prepared> {
+        let entrusted = match keeper {
+            Some(keeper) if !config.read_only => disk.entrust_stream_note()?.map(|(image, name)| keeper.entrust_note(&image, name)),
+            _ => None,
         };
-        log::warn!("{error}: {instead}");
-    })
+        let interrupted = Cell::new(config.resume.then(|| disk.stream_note()));
+        Ok(Prepared { zone: stream::local_zone(), interrupted, kept: entrusted.transpose()? })
+    }
 }
 
 /// How many streams have completed, of what was told.
 pub(super) fn completed(batch: &Batch) -> usize {
     let completed = |event: &&JobEvent| matches!(event, JobEvent::Completed { progress, error: None } if progress.kind == KIND);
     batch.events.iter().filter(completed).count()
-}
-
-/// Where the disk is controlled and watched from, open and not served yet.
-pub(super) struct Servers {
-    /// The control socket.
-    pub socket: Option<Socket>,
-    /// Of `--metrics`.
-    pub metrics: Option<metrics::Listener>,
 }
 
 /// The job registry and, if asked for, the QMP server and the one of metrics.
@@ -89,19 +64,25 @@ pub(super) struct Control {
     quit: Receiver<()>,
     /// How the kernel learns of a new size, once the disk is mounted.
     size_notice: Arc<OnceLock<SizeNotice>>,
+    /// What is known of the stream that is to be started again.
+    interrupted: Cell<Option<Result<Option<Vec<u8>>>>>,
     /// What happens to jobs, where somebody wants to know.
     told: Receiver<Arc<Batch>>,
 }
 
 impl Control {
-    /// Starts to serve, where there is something to serve. Schedules and deadlines are in the time of `zone`.
+    /// Starts to serve, where there is something to serve.
     ///
     /// # Errors
     /// No more threads.
-    pub(super) fn start(servers: Servers, config: &MountConfig, disk: &Arc<Disk>, zone: TimeZone) -> Result<Control> {
+    pub(super) fn start(servers: Servers, config: &MountConfig, disk: &Arc<Disk>, prepared: Prepared) -> Result<Control> {
         let Servers { socket, metrics } = servers;
         let jobs = Jobs::new();
-        let streams = Streams::new(disk, &jobs, &config.device, zone);
+        let Prepared { zone, interrupted, kept } = prepared;
+        let streams = match kept {
+            Some(note) => Streams::keeping(&jobs, &config.device, zone, Box::new(move |text| note.set(text))),
+            None => Streams::new(disk, &jobs, &config.device, zone),
+        };
         let told = if config.on_complete.is_some() { jobs.subscribe() } else { crossbeam_channel::never() };
         // Room for one: who asks does not wait, and a second request adds nothing.
         let (sender, quit) = crossbeam_channel::bounded(1);
@@ -129,7 +110,7 @@ impl Control {
         };
         let metrics = metrics.map(|listener| metrics::Server::start(listener, source)).transpose()?;
         let server = socket.map(|socket| Server::start(socket, target)).transpose()?;
-        Ok(Control { jobs, streams, server, metrics, quit, size_notice, told })
+        Ok(Control { jobs, streams, server, metrics, quit, size_notice, interrupted, told })
     }
 
     /// The registry of jobs.
@@ -157,8 +138,8 @@ impl Control {
             Some(StreamSpeed::Fixed(speed)) => (*speed, None),
             Some(StreamSpeed::Planned(plan)) => (0, Some(plan.clone())),
             None => {
-                if config.resume {
-                    self.streams.resume(disk, priority);
+                if let Some(note) = self.interrupted.take() {
+                    self.streams.resume(disk, note, priority);
                 }
                 return Ok(());
             }

@@ -1,5 +1,7 @@
 //! The note of the stream that runs, kept beside the overlay's bytes. What it says is up to who writes it.
 
+use std::os::fd::OwnedFd;
+
 use super::Disk;
 use crate::Result;
 use crate::error::Context;
@@ -22,5 +24,15 @@ impl Disk {
     pub fn set_stream_note(&self, note: Option<&str>) -> Result<()> {
         self.image()?;
         self.reader().storage().set_stream_note(note).context(|| self.path.display().to_string())
+    }
+
+    /// Leaves [`Disk::set_stream_note`] to somebody else, who may change the attribute of the file, both returned. For a process that will not be
+    /// allowed to. `None` where there can be no note.
+    ///
+    /// # Errors
+    /// I/O; the disk is read-only.
+    pub fn entrust_stream_note(&self) -> Result<Option<(OwnedFd, &'static str)>> {
+        self.image()?;
+        self.reader().storage().entrust_stream_note().context(|| self.path.display().to_string())
     }
 }

@@ -268,6 +268,43 @@ fn the_end_of_the_process_ends_all_jobs() {
     paused.join().unwrap();
 }
 
+/// Protects: who must know why a job ended (to start it again, or not) is told, before anybody else; the end of the process is not a user's cancel, not
+/// even one that comes first and is not obeyed yet.
+#[test]
+fn a_worker_learns_how_its_job_has_ended() {
+    let failure = || Failure { text: "no".into(), no_space: false };
+    let ended = |outcome: Outcome, before: &dyn Fn(&Jobs)| {
+        let jobs = Jobs::new();
+        let events = jobs.subscribe();
+        let control = jobs.create(spec("j")).unwrap();
+        control.start();
+        before(&jobs);
+        let mut how = None;
+        control.finish_noting(outcome, done, |ending| {
+            assert!(!words(&events).contains(&"concluded".to_string()));
+            how = Some(ending);
+        });
+        how.unwrap()
+    };
+    // The worker is this thread: nobody has to be waited for.
+    let exit = |jobs: &Jobs| assert!(!jobs.cancel_all_and_wait(Duration::ZERO));
+    let user = |jobs: &Jobs| {
+        let _ = jobs.cancel("j", Force::Yes).unwrap();
+    };
+    assert_eq!(ended(Outcome::Done, &|_| ()), Ending::Completed);
+    assert_eq!(ended(Outcome::Failed(failure()), &|_| ()), Ending::Failed);
+    assert_eq!(ended(Outcome::Cancelled, &user), Ending::Cancelled);
+    assert_eq!(ended(Outcome::Cancelled, &exit), Ending::Abandoned);
+    let both = |jobs: &Jobs| {
+        user(jobs);
+        exit(jobs);
+    };
+    assert_eq!(ended(Outcome::Cancelled, &both), Ending::Cancelled);
+    // Work that was over when the end came is not done: its result has not taken effect.
+    assert_eq!(ended(Outcome::Done, &exit), Ending::Abandoned);
+    assert_eq!(ended(Outcome::Failed(failure()), &exit), Ending::Abandoned);
+}
+
 #[test]
 fn a_hold_keeps_jobs_with_work_at_their_checkpoint() {
     let jobs = Jobs::new();

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A process under Landlock cannot unmount, not even lazily, and cannot remove a file. Somebody else has to, and it should be somebody who reads no
-//! image and no client: the keeper knows ten requests about one mount, two files, one attribute and one command, all named before the sandbox was
+//! image and no client: the keeper knows twelve requests about one mount, two files, two attributes and one command, all named before the sandbox was
 //! entered. A serving process that was taken over can have the command run when no stream has completed, more than once, or never; it cannot
 //! have another one run, nor tell it anything.
 //!
@@ -23,19 +23,21 @@
 //! unmount, and says so at the end.
 //!
 //! **Touches:** one child process and the socket to it; there, the host side of [`crate::fuse`], the removal of files and, with `--user`, of the mark
-//! of an open image, and the command of `--on-complete`. **Never:** reads an
+//! of an open image, and the note of its stream; the command of `--on-complete`. **Never:** reads an
 //! image or what a client sends; takes orders about another mount; removes a file that is not (device, inode) the one that was named, or from another
 //! directory.
 //! **Locks:** one leaf, the socket: a request and its reply belong together.
 
-use std::cell::Cell;
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use parking_lot::Mutex;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType};
 
 use crate::error::Context;
@@ -64,11 +66,19 @@ pub enum Messages {
     Dropped,
 }
 
-/// The keeper, as the serving process sees it. To be used by one thread.
+/// The keeper, as the serving process sees it.
 #[derive(Debug)]
 pub struct Keeper {
+    line: Arc<Line>,
+}
+
+/// The way to the keeper, for any thread.
+#[derive(Debug)]
+struct Line {
     socket: OwnedFd,
-    lost: Cell<bool>,
+    /// A request and its reply belong together.
+    turn: Mutex<()>,
+    lost: AtomicBool,
 }
 
 impl Keeper {
@@ -91,7 +101,11 @@ impl Keeper {
             command.env_remove(name);
         }
         command.arg0(name).arg(SUBCOMMAND).stdin(Stdio::from(theirs)).stdout(output()).stderr(output()).spawn().context(what)?;
-        Ok(Keeper { socket: ours, lost: Cell::new(false) })
+        Ok(Keeper::over(ours))
+    }
+
+    fn over(socket: OwnedFd) -> Keeper {
+        Keeper { line: Arc::new(Line { socket, turn: Mutex::default(), lost: AtomicBool::new(false) }) }
     }
 
     /// From now on the file at `path` belongs to the keeper, which removes it when the value that is returned is dropped, if it is still `identity`
@@ -110,8 +124,18 @@ impl Keeper {
     /// # Errors
     /// The keeper is gone.
     pub fn entrust_mark(&self, image: &OwnedFd, name: &str) -> Result<EntrustedMark<'_>> {
-        self.ask_with(&Request::RememberMark(name.to_owned()), Some(image.as_fd()))?;
+        self.line.ask(&Request::RememberMark(name.to_owned()), Some(image.as_fd()))?;
         Ok(EntrustedMark { keeper: self })
+    }
+
+    /// The attribute `name` of the open `image` says what is to be started again: from now on it is for the keeper to change it, when it is told so.
+    /// It may when the user that we become may not.
+    ///
+    /// # Errors
+    /// The keeper is gone.
+    pub fn entrust_note(&self, image: &OwnedFd, name: &str) -> Result<EntrustedNote> {
+        self.line.ask(&Request::RememberNote(name.to_owned()), Some(image.as_fd()))?;
+        Ok(EntrustedNote { line: Arc::clone(&self.line) })
     }
 
     /// From now on [`Keeper::run_command`] runs `command`, with these variables in its environment, as `user` if there is one.
@@ -148,18 +172,28 @@ impl Keeper {
     /// # Errors
     /// It has died before: what it should have removed is still there.
     pub fn finish(self) -> Result<()> {
-        let _ = rustix::net::shutdown(&self.socket, Shutdown::Write);
+        let _turn = self.line.turn.lock();
+        let _ = rustix::net::shutdown(&self.line.socket, Shutdown::Write);
         // Its end of the socket closes when it ends.
-        while !self.lost.get() && matches!(wire::receive::<Reply>(&self.socket), Ok(Some(_))) {}
-        if self.lost.get() { Err(gone()) } else { Ok(()) }
+        while !self.line.is_lost() && matches!(wire::receive::<Reply>(&self.line.socket), Ok(Some(_))) {}
+        if self.line.is_lost() { Err(gone()) } else { Ok(()) }
     }
 
     fn ask(&self, request: &Request) -> Result<(Answer, Option<OwnedFd>)> {
-        self.ask_with(request, None)
+        self.line.ask(request, None)
+    }
+}
+
+impl Line {
+    fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
     }
 
-    fn ask_with(&self, request: &Request, descriptor: Option<BorrowedFd<'_>>) -> Result<(Answer, Option<OwnedFd>)> {
-        let answered = wire::send(&self.socket, request, descriptor).and_then(|()| wire::receive::<Reply>(&self.socket));
+    fn ask(&self, request: &Request, descriptor: Option<BorrowedFd<'_>>) -> Result<(Answer, Option<OwnedFd>)> {
+        let answered = {
+            let _turn = self.turn.lock();
+            wire::send(&self.socket, request, descriptor).and_then(|()| wire::receive::<Reply>(&self.socket))
+        };
         let (reply, descriptor) = match answered {
             Ok(Some(answer)) => answer,
             Ok(None) => return Err(self.lose(None)),
@@ -177,7 +211,7 @@ impl Keeper {
         if let Some(error) = error {
             log::debug!("mount keeper: {error}");
         }
-        self.lost.set(true);
+        self.lost.store(true, Ordering::Relaxed);
         gone()
     }
 }
@@ -221,6 +255,22 @@ impl EntrustedMark<'_> {
     /// Those of removexattr(2); the keeper is gone. The mark stays then, which only means that the next open looks for leaks in vain.
     pub fn remove(&self) -> Result<()> {
         self.keeper.ask(&Request::RemoveMark).map(drop)
+    }
+}
+
+/// The note beside an open image, which the keeper changes when told so, by any thread.
+#[derive(Debug)]
+pub struct EntrustedNote {
+    line: Arc<Line>,
+}
+
+impl EntrustedNote {
+    /// Sets the note, or removes it.
+    ///
+    /// # Errors
+    /// Those of fsetxattr(2) and fremovexattr(2); the keeper is gone.
+    pub fn set(&self, note: Option<&str>) -> Result<()> {
+        self.line.ask(&Request::SetNote(note.map(str::to_owned)), None).map(drop)
     }
 }
 

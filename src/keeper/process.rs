@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use crossbeam_channel::{Receiver, Sender};
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
@@ -24,6 +24,8 @@ struct Kept {
     files: Vec<KeptFile>,
     /// The image and the name of its attribute that says that it is open.
     mark: Option<(OwnedFd, String)>,
+    /// The image and the name of its attribute that says what runs.
+    note: Option<(OwnedFd, String)>,
     hook: Option<Hook>,
     /// There was a mount: nothing new is taken.
     sealed: bool,
@@ -118,7 +120,13 @@ impl Kept {
     fn answer(&mut self, request: Request, descriptor: Option<OwnedFd>) -> Result<(Answer, Option<OwnedFd>)> {
         let done = Ok((Answer::Done, None));
         match request {
-            Request::Remember { .. } | Request::RememberMark(_) | Request::RememberCommand { .. } | Request::Mount(_) if self.sealed => {
+            Request::Remember { .. }
+            | Request::RememberMark(_)
+            | Request::RememberNote(_)
+            | Request::RememberCommand { .. }
+            | Request::Mount(_)
+                if self.sealed =>
+            {
                 Err(Error::new(ErrorKind::InvalidArgument, "the mount keeper keeps one mount, and has it"))
             }
             Request::Remember { what, path, identity } => {
@@ -129,6 +137,22 @@ impl Kept {
                 let image = descriptor.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "no image"))?;
                 self.mark = Some((image, name));
                 done
+            }
+            Request::RememberNote(name) => {
+                let image = descriptor.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "no image"))?;
+                self.note = Some((image, name));
+                done
+            }
+            Request::SetNote(text) => {
+                let (image, name) = self.note.as_ref().ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "no attribute was named"))?;
+                let set = match text {
+                    Some(text) => rustix::fs::fsetxattr(image, name.as_str(), text.as_bytes(), XattrFlags::empty()),
+                    None => rustix::fs::fremovexattr(image, name.as_str()),
+                };
+                match set {
+                    Ok(()) | Err(Errno::NODATA) => done,
+                    Err(error) => Err(Error::io(name.clone(), error.into())),
+                }
             }
             Request::RememberCommand { command, environment, user } => {
                 let environment = environment.into_iter().map(|(name, value)| (name.into(), value.into())).collect();
@@ -204,7 +228,6 @@ impl log::Log for Records {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
     use std::os::unix::fs::MetadataExt;
     use std::path::Path;
     use std::thread;
@@ -220,7 +243,7 @@ mod tests {
         let (sender, records) = crossbeam_channel::unbounded();
         sender.send((2, "said before".to_string())).unwrap();
         let keeper = thread::spawn(move || serve(&mut kept, &theirs, &records));
-        let talked = talk(Keeper { socket: ours, lost: Cell::new(false) });
+        let talked = talk(Keeper::over(ours));
         (talked, keeper.join().unwrap())
     }
 
@@ -296,6 +319,74 @@ mod tests {
         }
     }
 
+    /// The attribute that was named, and no other; from whatever thread.
+    #[test]
+    fn the_note_says_what_the_keeper_was_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, "1").unwrap();
+        let image = || OwnedFd::from(std::fs::File::open(&path).unwrap());
+        let name = "user.cordisk.stream";
+        if rustix::fs::fsetxattr(image(), name, b"1", rustix::fs::XattrFlags::empty()).is_err() {
+            return;
+        }
+        let read = || {
+            let mut text = [0; 64];
+            rustix::fs::fgetxattr(image(), name, &mut text).map(|len| String::from_utf8_lossy(&text[..len]).into_owned())
+        };
+        let (finished, ended) = with_keeper(Kept::default(), |keeper| {
+            let note = keeper.entrust_note(&image(), name).unwrap();
+            thread::scope(|scope| {
+                scope.spawn(|| note.set(Some("first")).unwrap());
+                scope.spawn(|| keeper.ask(&Request::Release).unwrap());
+            });
+            assert_eq!(read(), Ok("first".to_string()));
+            note.set(Some("second")).unwrap();
+            assert_eq!(read(), Ok("second".to_string()));
+            note.set(None).unwrap();
+            note.set(None).unwrap();
+            assert_eq!(read(), Err(Errno::NODATA));
+            keeper.finish()
+        });
+        assert!(finished.is_ok() && ended.is_ok());
+    }
+
+    /// It runs what was named before the mount, and nothing that is named later; those that do not end are not heaped up without bound.
+    #[test]
+    fn a_command_is_named_before_the_mount() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, second) = (dir.path().join("ran"), dir.path().join("second"));
+        let command = |path: &Path| OsString::from(format!("echo $CORDISK_DEVICE > {0}.new; mv {0}.new {0}", path.display()));
+        let ((), ended) = with_keeper(Kept::default(), |keeper| {
+            assert!(keeper.run_command().unwrap_err().to_string().contains("no command"));
+            keeper.entrust_command(&command(&file), &[("CORDISK_DEVICE", "d0".as_ref())], None).unwrap();
+            keeper.run_command().unwrap();
+            let start = std::time::Instant::now();
+            while !file.exists() {
+                assert!(start.elapsed().as_secs() < 20, "the command did not run");
+                thread::yield_now();
+            }
+            assert_eq!(std::fs::read_to_string(&file).unwrap(), "d0\n");
+        });
+        assert!(ended.is_ok());
+        let sealed = Kept { sealed: true, ..Kept::default() };
+        let ((), ended) = with_keeper(sealed, |keeper| {
+            let error = keeper.entrust_command(&command(&second), &[], None).unwrap_err();
+            assert!(error.to_string().contains("keeps one mount"), "{error}");
+            assert!(keeper.run_command().is_err() && !second.exists());
+        });
+        assert!(ended.is_ok());
+        let ((), ended) = with_keeper(Kept::default(), |keeper| {
+            keeper
+                .entrust_command("while test -e $CORDISK_IMAGE; do sleep 0.1; done".as_ref(), &[("CORDISK_IMAGE", file.as_ref())], None)
+                .unwrap();
+            let started = (0..100).take_while(|_| keeper.run_command().is_ok()).count();
+            std::fs::remove_file(&file).unwrap();
+            assert_eq!(started, 16);
+        });
+        assert!(ended.is_ok());
+    }
+
     #[test]
     fn it_keeps_one_mount_and_takes_nothing_new_afterwards() {
         let dir = tempfile::tempdir().unwrap();
@@ -321,7 +412,7 @@ mod tests {
     fn nonsense_ends_it() {
         for nonsense in [&b"x"[..], b"\"Format\"", b"{\"Remove\":\"/etc/passwd\"}", b"[[[[", &[0xff; 70_000]] {
             let (lost, ended) = with_keeper(Kept::default(), |keeper| {
-                rustix::net::send(&keeper.socket, nonsense, rustix::net::SendFlags::NOSIGNAL).unwrap();
+                rustix::net::send(&keeper.line.socket, nonsense, rustix::net::SendFlags::NOSIGNAL).unwrap();
                 let error = keeper.ask(&Request::Release).unwrap_err();
                 assert!(error.to_string().contains("mount keeper has died"), "{error}");
                 keeper.finish()

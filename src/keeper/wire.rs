@@ -26,6 +26,8 @@ pub(super) enum Request {
     Remember { what: Leftover, path: Name, identity: (u64, u64) },
     /// With the image: its attribute of this name is to be removed at the end. Only before the mount.
     RememberMark(String),
+    /// With the image: its attribute of this name is to be what [`Request::SetNote`] says. Only before the mount.
+    RememberNote(String),
     /// To be run when a stream has completed, with these variables, as this user and group. Only before the mount.
     RememberCommand { command: Name, environment: Vec<(Name, Name)>, user: Option<(u32, u32)> },
     /// Mount; the reply brings /dev/fuse. Once.
@@ -40,6 +42,8 @@ pub(super) enum Request {
     Remove(Leftover),
     /// Remove the attribute that was remembered: the image was closed.
     RemoveMark,
+    /// Set the attribute that was remembered, or remove it.
+    SetNote(Option<String>),
     /// Start the command that was remembered.
     RunCommand,
 }

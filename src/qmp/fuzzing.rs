@@ -62,7 +62,7 @@ fn backend() -> Backend {
     let no_disk = || Error::new(ErrorKind::Io, "no disk");
     let jobs = Jobs::new();
     Backend {
-        streams: Streams::without_notes(&jobs, "drive0", jiff::tz::TimeZone::UTC),
+        streams: Streams::keeping(&jobs, "drive0", jiff::tz::TimeZone::UTC, Box::new(|_| Ok(()))),
         jobs,
         device: "drive0".into(),
         quit: crossbeam_channel::bounded(1).0,

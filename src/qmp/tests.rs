@@ -161,7 +161,7 @@ impl Fixture {
         };
         let backend = Backend {
             jobs: jobs.clone(),
-            streams: Streams::without_notes(&jobs, "drive0", jiff::tz::TimeZone::UTC),
+            streams: Streams::keeping(&jobs, "drive0", jiff::tz::TimeZone::UTC, Box::new(|_| Ok(()))),
             device: "drive0".into(),
             quit: sender,
             starting: Mutex::default(),

@@ -234,6 +234,12 @@ impl FileStorage {
         }
     }
 
+    /// The file for somebody else. Not a duplicate: whoever has that keeps our locks for as long.
+    fn reopened(&self) -> io::Result<OwnedFd> {
+        let file = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        Ok(rustix::fs::open(file, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?)
+    }
+
     /// EIO, the answer where the file ends before the size we know (P9).
     fn shrank(&self, at: u64) -> io::Error {
         if !self.shrinking_reported.swap(true, Ordering::Relaxed) {
@@ -408,6 +414,13 @@ impl Storage for FileStorage {
         Ok(retry_on_intr(|| rustix::fs::fsetxattr(&self.file, STREAM_NOTE, note.as_bytes(), XattrFlags::empty()))?)
     }
 
+    fn entrust_stream_note(&self) -> io::Result<Option<(OwnedFd, &'static str)>> {
+        if !self.file.metadata()?.is_file() {
+            return Ok(None);
+        }
+        Ok(Some((self.reopened()?, STREAM_NOTE)))
+    }
+
     fn open_mark(&self) -> io::Result<OpenMark> {
         // Where nobody can be kept off, a mark may be that of somebody who is still at work: nothing is given back unasked.
         if !self.locked.load(Ordering::Relaxed) {
@@ -444,9 +457,7 @@ impl Storage for FileStorage {
         if self.open_mark()? != OpenMark::Present {
             return Ok(None);
         }
-        // Not a duplicate: whoever has that keeps our locks for as long.
-        let file = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        let file = rustix::fs::open(file, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?;
+        let file = self.reopened()?;
         self.mark_entrusted.store(true, Ordering::Release);
         Ok(Some((file, OPEN_MARK)))
     }

@@ -203,6 +203,15 @@ pub trait Storage: Any + Send + Sync + std::fmt::Debug {
         Ok(())
     }
 
+    /// What it takes to do as [`Storage::set_stream_note`] does, for somebody who may when we may not: the file, opened once more and without our
+    /// locks, and the name of the attribute. `None` where there can be no note.
+    ///
+    /// # Errors
+    /// Those of open(2).
+    fn entrust_stream_note(&self) -> io::Result<Option<(OwnedFd, &'static str)>> {
+        Ok(None)
+    }
+
     /// Whether [`Storage::set_open_mark`] was called without [`Storage::remove_open_mark`] after it. A storage that does not outlive its user
     /// has none.
     ///

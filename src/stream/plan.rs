@@ -91,7 +91,7 @@ impl Minute {
 fn moments(day: Date, time: Time, zone: &TimeZone) -> [Option<Timestamp>; 2] {
     let local = zone.to_ambiguous_timestamp(day.to_datetime(time));
     match local.offset() {
-        AmbiguousOffset::Fold { .. } => [local.clone().earlier().ok(), local.later().ok()],
+        AmbiguousOffset::Fold { .. } => [local.earlier().ok(), local.later().ok()],
         AmbiguousOffset::Gap { .. } | AmbiguousOffset::Unambiguous { .. } => [local.compatible().ok(), None],
     }
 }

@@ -24,7 +24,7 @@ use crate::{Error, ErrorKind, Result};
 const NOTE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Writes the note of the stream that runs, or removes it.
-type Keep = Box<dyn Fn(Option<&str>) -> Result<()> + Send + Sync>;
+pub type Keep = Box<dyn Fn(Option<&str>) -> Result<()> + Send + Sync>;
 
 /// The streams of one disk; clones are the same.
 #[derive(Clone)]
@@ -81,12 +81,8 @@ impl Streams {
         Streams::keeping(jobs, device, zone, Box::new(move |note| disk.set_stream_note(note)))
     }
 
-    /// Without a disk, and without notes: for who only wants a plan to be obeyed.
-    pub fn without_notes(jobs: &Jobs, device: &str, zone: TimeZone) -> Streams {
-        Streams::keeping(jobs, device, zone, Box::new(|_| Ok(())))
-    }
-
-    fn keeping(jobs: &Jobs, device: &str, zone: TimeZone, keep: Keep) -> Streams {
+    /// With somebody else to keep the notes.
+    pub fn keeping(jobs: &Jobs, device: &str, zone: TimeZone, keep: Keep) -> Streams {
         let (jobs, device) = (jobs.clone(), device.to_string());
         let (state, changed) = (Mutex::default(), Condvar::new());
         Streams { shared: Arc::new(Shared { jobs, device, zone, keep, started: Instant::now(), state, changed }) }
@@ -95,7 +91,8 @@ impl Streams {
     /// Starts a stream on a thread of its own.
     ///
     /// # Errors
-    /// [`ErrorKind::ReadOnly`] for a read-only disk; what [`Jobs::create`] refuses; the thread could not be made.
+    /// [`ErrorKind::ReadOnly`] for a read-only disk; [`ErrorKind::Busy`] while another one runs; what [`Jobs::create`] refuses; the thread could not
+    /// be made.
     pub fn start(&self, disk: &Arc<Disk>, options: StreamOptions) -> Result<()> {
         if disk.is_read_only() {
             return Err(Error::new(ErrorKind::ReadOnly, "a read-only disk cannot be streamed into"));
@@ -106,6 +103,13 @@ impl Streams {
         let mut governor = plan.map(Governor::new);
         let look = Look { now: Timestamp::now(), up: self.shared.started.elapsed(), offset: 0, len, paused: options.paused };
         let speed = governor.as_mut().map_or(options.speed, |governor| governor.order(look, &self.shared.zone).speed);
+        let base = options.depth.map(|depth| disk.info().map(|info| Base::below(&info.backing, depth))).transpose()?.flatten();
+        let note = (len > 0).then(|| self.note(&options, base, governor.as_ref(), len));
+        let mut state = self.shared.state.lock();
+        // There is one chain. Clients are told before they come here; this is for one that is faster than the stream of the last mount.
+        if state.running.is_some() {
+            return Err(Error::new(ErrorKind::Busy, "another stream is at work"));
+        }
         let control = self.shared.jobs.create(JobSpec {
             id: options.job_id.clone(),
             kind: KIND,
@@ -116,9 +120,8 @@ impl Streams {
             on_error: options.on_error,
             request: options.request.clone(),
         })?;
-        let base = options.depth.map(|depth| disk.info().map(|info| Base::below(&info.backing, depth))).transpose()?.flatten();
-        let note = (len > 0).then(|| self.note(&options, base, governor.as_ref(), len));
-        let serial = self.begin(&options.job_id, note, governor);
+        let serial = self.begin(&mut state, &options.job_id, note, governor);
+        drop(state);
         if options.paused {
             // It has just been created; it cannot refuse.
             let _ = self.shared.jobs.pause(&options.job_id);
@@ -139,13 +142,13 @@ impl Streams {
         Ok(())
     }
 
-    /// Starts the stream again that was running when the last process ended that had this image, if there was one. Never fails: a note that means
-    /// nothing is warned of.
-    pub fn resume(&self, disk: &Arc<Disk>, priority: Priority) {
+    /// Starts the stream again that was running when the last process ended that had this image, if there was one, by what [`Disk::stream_note`] has
+    /// said of it. Never fails: a note that means nothing is warned of.
+    pub fn resume(&self, disk: &Arc<Disk>, note: Result<Option<Vec<u8>>>, priority: Priority) {
         if disk.is_read_only() {
             return;
         }
-        let note = match disk.stream_note() {
+        let note = match note {
             Ok(None) => return,
             Ok(Some(text)) => Note::parse(&text),
             Err(error) => Err(error),
@@ -256,12 +259,11 @@ impl Streams {
         }
     }
 
-    fn begin(&self, id: &str, note: Option<Note>, governor: Option<Governor>) -> u64 {
-        let mut state = self.shared.state.lock();
+    fn begin(&self, state: &mut MutexGuard<'_, State>, id: &str, note: Option<Note>, governor: Option<Governor>) -> u64 {
         state.serial += 1;
         let serial = state.serial;
         state.running = Some(Running { serial, id: id.to_string(), note, governor, governed: false });
-        self.write(&mut state);
+        self.write(state);
         serial
     }
 

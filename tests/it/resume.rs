@@ -1,8 +1,10 @@
 //! A stream that the end of its daemon interrupts goes on at the next mount, as it was asked for; one that has ended by itself does not come back.
 
 use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rustix::fs::{XattrFlags, fgetxattr, fremovexattr, fsetxattr};
@@ -38,6 +40,19 @@ fn have_notes(image: &Path) -> bool {
         eprintln!("skipped: no user attributes where scratch directories are");
     }
     noted.is_ok()
+}
+
+/// The image at a place of its own, so that the log is of this mount alone.
+fn again(scratch: &Scratch, image: &Path) -> Mount {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    Mount::named(scratch, image, &format!("disk{}", COUNT.fetch_add(1, Ordering::Relaxed)))
+}
+
+/// Mounts, and returns when a stream that is to be resumed has been: the socket accepts a moment earlier.
+fn start(mount: Mount) -> Daemon {
+    let disk = mount.start();
+    wait_until("it is decided what becomes of the stream", || disk.log().contains("mounted "));
+    disk
 }
 
 fn jobs(client: &mut QmpClient) -> Vec<Value> {
@@ -85,7 +100,7 @@ fn a_stream_goes_on_at_the_next_mount() {
         if !have_notes(&rig.overlay) {
             return;
         }
-        let disk = rig.mount().qmp().start();
+        let disk = start(again(&rig.scratch, &rig.overlay).qmp());
         let mut client = disk.client();
         assert_eq!(note(&rig.overlay), None);
         let asked = json!({"device": "drive0", "job-id": "j1", "speed": 1, "on-error": "stop", "auto-dismiss": false});
@@ -101,7 +116,7 @@ fn a_stream_goes_on_at_the_next_mount() {
         assert!(note(&rig.overlay).is_some(), "{how:?}: the note outlives the daemon");
 
         for round in 0..2 {
-            let disk = Mount::named(&rig.scratch, &rig.overlay, &format!("disk{round}")).qmp().start();
+            let disk = start(again(&rig.scratch, &rig.overlay).qmp());
             let mut client = disk.client();
             let before = offset;
             offset = wait_for_first_step(&mut client);
@@ -117,7 +132,7 @@ fn a_stream_goes_on_at_the_next_mount() {
             drop(client);
             end(disk, how);
         }
-        let disk = rig.mount().qmp().start();
+        let disk = start(again(&rig.scratch, &rig.overlay).qmp());
         let mut client = disk.client();
         wait_for_first_step(&mut client);
         client.finish_job("j1");
@@ -155,13 +170,13 @@ fn the_base_means_the_same_after_a_restart() {
     if !have_notes(&top) {
         return;
     }
-    let disk = Mount::new(&scratch, &top).qmp().start();
+    let disk = start(again(&scratch, &top).qmp());
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "base": "base.raw", "backing-file": "./base.raw", "speed": 1}));
     wait_for_first_step(&mut client);
     drop(client);
     disk.kill9();
-    let disk = Mount::new(&scratch, &top).qmp().start();
+    let disk = start(again(&scratch, &top).qmp());
     let mut client = disk.client();
     client.finish_job("drive0");
     assert_same("disk", &disk.read_all(), &want);
@@ -184,7 +199,7 @@ fn another_chain_is_not_streamed_and_a_cut_one_is_over() {
     if !have_notes(&top) {
         return;
     }
-    let disk = Mount::named(&scratch, &top, "first").qmp().start();
+    let disk = start(again(&scratch, &top).qmp());
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "base": "mid.qcow2", "speed": 1}));
     client.wait_completed();
@@ -197,7 +212,7 @@ fn another_chain_is_not_streamed_and_a_cut_one_is_over() {
     // Rebased to a copy of the middle that has no base: the chain is shorter, and another one.
     run_ok(Command::new("qemu-img").args(["convert", "-O", "qcow2"]).arg(scratch.join("mid.qcow2")).arg(scratch.join("flat.qcow2")));
     qemu::img(&["rebase", "-u", "-b", "flat.qcow2", "-F", "qcow2", top.to_str().expect("UTF-8")]);
-    let disk = Mount::named(&scratch, &top, "second").qmp().start();
+    let disk = start(again(&scratch, &top).qmp());
     assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new());
     assert!(disk.log().contains("not resumed: the chain of backing files is another one"), "{}", disk.log());
     assert_same("disk", &disk.read_all(), &want);
@@ -206,20 +221,20 @@ fn another_chain_is_not_streamed_and_a_cut_one_is_over() {
 
     // As if it had died between the cut and the removal of its note.
     qemu::img(&["rebase", "-u", "-b", "base.raw", "-F", "raw", top.to_str().expect("UTF-8")]);
-    let disk = Mount::named(&scratch, &top, "third").qmp().start();
+    let disk = start(again(&scratch, &top).qmp());
     assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new());
     assert!(!disk.log().contains("resum"), "{}", disk.log());
     assert_eq!(note(&top), None);
     disk.umount();
 
     let rig = Rig::new(MIB);
-    let disk = rig.mount().args(&["--stream"]).start();
+    let disk = start(again(&rig.scratch, &rig.overlay).args(&["--stream"]));
     wait_until("the stream has ended", || qemu::img(&["info", "-U", rig.overlay.to_str().expect("UTF-8")]).find("backing file").is_none());
     disk.umount();
     let whole = json!({"version": 1, "speed": 1, "on-error": "report", "auto-finalize": true, "auto-dismiss": true, "request": "",
         "paused": false, "offset": 0, "len": MIB});
     set_note(&rig.overlay, whole.to_string().as_bytes());
-    let disk = rig.mount().qmp().start();
+    let disk = start(again(&rig.scratch, &rig.overlay).qmp());
     assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new());
     assert_eq!(note(&rig.overlay), None);
     disk.umount();
@@ -234,7 +249,7 @@ fn a_paused_stream_is_paused_after_a_restart() {
     if !have_notes(&rig.overlay) {
         return;
     }
-    let disk = rig.mount().qmp().start();
+    let disk = start(again(&rig.scratch, &rig.overlay).qmp());
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
     wait_for_first_step(&mut client);
@@ -242,7 +257,7 @@ fn a_paused_stream_is_paused_after_a_restart() {
     client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0}));
     drop(client);
     disk.kill9();
-    let disk = rig.mount().qmp().start();
+    let disk = start(again(&rig.scratch, &rig.overlay).qmp());
     let mut client = disk.client();
     let paused = poll(Duration::from_secs(20), || (client.job()["status"] == "paused").then_some(()));
     assert!(paused.is_some(), "{}", client.job());
@@ -254,7 +269,7 @@ fn a_paused_stream_is_paused_after_a_restart() {
     wait_for_first_step(&mut client);
     drop(client);
     disk.kill9();
-    let disk = rig.mount().qmp().start();
+    let disk = start(again(&rig.scratch, &rig.overlay).qmp());
     let mut client = disk.client();
     wait_for_first_step(&mut client);
     assert_eq!(client.job()["paused"], json!(false));
@@ -272,7 +287,7 @@ fn what_has_ended_does_not_come_back() {
         if !have_notes(&rig.overlay) {
             return;
         }
-        let disk = rig.mount().qmp().start();
+        let disk = start(again(&rig.scratch, &rig.overlay).qmp());
         let mut client = disk.client();
         match ending {
             "completed" => {
@@ -297,7 +312,7 @@ fn what_has_ended_does_not_come_back() {
         assert_eq!(note(&rig.overlay), None, "{ending}: removed before anybody is told");
         drop(client);
         disk.kill9();
-        let disk = rig.mount().qmp().start();
+        let disk = start(again(&rig.scratch, &rig.overlay).qmp());
         assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new(), "{ending}");
         disk.kill9();
     }
@@ -311,17 +326,17 @@ fn the_command_line_has_the_last_word() {
     if !have_notes(&rig.overlay) {
         return;
     }
-    let disk = rig.mount().qmp().args(&["--stream", "--speed", "1"]).start();
+    let disk = start(again(&rig.scratch, &rig.overlay).qmp().args(&["--stream", "--speed", "1"]));
     wait_for_first_step(&mut disk.client());
     disk.kill9();
     let kept = note(&rig.overlay).expect("a note");
     for option in ["--no-resume", "--read-only"] {
-        let disk = rig.mount().qmp().args(&[option]).start();
+        let disk = start(again(&rig.scratch, &rig.overlay).qmp().args(&[option]));
         assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new(), "{option}");
         disk.umount();
         assert_eq!(note(&rig.overlay), Some(kept.clone()), "{option}: the note stays for a later mount");
     }
-    let disk = rig.mount().qmp().args(&["--stream", "--speed", "3"]).start();
+    let disk = start(again(&rig.scratch, &rig.overlay).qmp().args(&["--stream", "--speed", "3"]));
     let mut client = disk.client();
     assert_eq!(client.job()["speed"], json!(3));
     assert_eq!(note(&rig.overlay).expect("a note")["speed"], json!(3));
@@ -348,7 +363,7 @@ fn notes_from_anywhere_hurt_nobody() {
         text.to_string().into_bytes()
     };
     let long = vec![b'x'; 3500];
-    for (number, hostile) in [
+    for hostile in [
         b"".to_vec(),
         b"\xff\x00{".to_vec(),
         b"{}".to_vec(),
@@ -358,12 +373,9 @@ fn notes_from_anywhere_hurt_nobody() {
         with("speed", json!(-1)),
         with("backing-file", json!("/etc/passwd")),
         with("on-complete", json!("touch /tmp/owned")),
-    ]
-    .into_iter()
-    .enumerate()
-    {
+    ] {
         set_note(&rig.overlay, &hostile);
-        let disk = Mount::named(&rig.scratch, &rig.overlay, &format!("disk{number}")).qmp().start();
+        let disk = start(again(&rig.scratch, &rig.overlay).qmp());
         assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new(), "{}", String::from_utf8_lossy(&hostile));
         let log = disk.log();
         assert_eq!(
@@ -391,7 +403,7 @@ fn without_attributes_a_stream_runs_all_the_same() {
     fs::write(dir.join("base.raw"), &content).expect("base");
     let overlay = dir.join("overlay.qcow2");
     qemu::create(&overlay, None, "", Some(("base.raw", "raw")));
-    let disk = Mount::new(&scratch, &overlay).qmp().start();
+    let disk = start(again(&scratch, &overlay).qmp());
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
     wait_for_first_step(&mut client);
@@ -403,4 +415,40 @@ fn without_attributes_a_stream_runs_all_the_same() {
     disk.umount();
     qemu::assert_independent(&overlay);
     mounts::umount(&dir);
+}
+
+/// Protects: a daemon that has become a user who may neither read nor write the attributes of the image (`--user`) resumes, notes and forgets like any
+/// other: the keeper does it for it.
+#[test]
+fn a_stream_of_another_user_goes_on() {
+    requires!("/dev/fuse", "qemu-img", "root");
+    let rig = Rig::new(4 * MIB);
+    if !have_notes(&rig.overlay) {
+        return;
+    }
+    rig.scratch.open_to_all();
+    fs::set_permissions(&rig.overlay, fs::Permissions::from_mode(0o600)).expect("chmod");
+    let mount = || again(&rig.scratch, &rig.overlay).qmp().args(&["--user", "65534:65533", "--sandbox", "require"]);
+    let disk = start(mount());
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
+    wait_for_first_step(&mut client);
+    client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 2}));
+    drop(client);
+    disk.kill9();
+    let disk = start(mount());
+    let mut client = disk.client();
+    wait_for_first_step(&mut client);
+    assert_eq!(client.job()["speed"], json!(2));
+    drop(client);
+    disk.umount();
+    assert!(note(&rig.overlay).is_some(), "the end of the daemon is not that of the stream");
+    let disk = start(mount());
+    let mut client = disk.client();
+    wait_for_first_step(&mut client);
+    client.ok("block-job-cancel", json!({"device": "drive0"}));
+    client.wait_event("BLOCK_JOB_CANCELLED");
+    assert_eq!(note(&rig.overlay), None);
+    assert!(!disk.log().contains("WARN"), "{}", disk.log());
+    disk.umount();
 }

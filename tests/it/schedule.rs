@@ -7,7 +7,7 @@ use rustix::fs::fgetxattr;
 use serde_json::{Value, json};
 
 use crate::hung_backing::Stopped;
-use crate::support::{KIB, MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, poll, qemu, wait_until};
+use crate::support::{Daemon, KIB, MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, poll, qemu, wait_until};
 
 const GIB: u64 = 1 << 30;
 const FIRST_STEP: u64 = 512 * KIB;
@@ -32,6 +32,13 @@ fn when_it_is(hour: u64, minute: u64, second: u64) -> (u64, String) {
     (now, format!("TST{sign}{:02}:{:02}:{:02}", size / 3600, size / 60 % 60, size % 60))
 }
 
+/// Mounts, and returns when the stream of the command line, or one that is resumed, has been started: the socket accepts a moment earlier.
+fn start(mount: Mount) -> Daemon {
+    let disk = mount.start();
+    wait_until("the stream has been started", || disk.log().contains("mounted "));
+    disk
+}
+
 fn speed(client: &mut QmpClient) -> u64 {
     client.job()["speed"].as_u64().expect("a number")
 }
@@ -53,7 +60,7 @@ fn a_schedule_is_followed() {
     for (hour, want) in [(12, 7), (14, 9), (3, 9)] {
         let rig = Rig::new(2 * MIB);
         let (_, zone) = when_it_is(hour, 0, 0);
-        let disk = rig.mount().qmp().env("TZ", &zone).args(&["--stream", "--speed", "13:00=9,11:00=7"]).start();
+        let disk = start(rig.mount().qmp().env("TZ", &zone).args(&["--stream", "--speed", "13:00=9,11:00=7"]));
         let mut client = disk.client();
         assert_eq!(speed(&mut client), want, "at {hour}:00, {zone}");
         assert_eq!(plan(&mut client), Some(json!({"id": "drive0", "schedule": "13:00=9,11:00=7", "speed": want})));
@@ -61,7 +68,7 @@ fn a_schedule_is_followed() {
     }
     let rig = Rig::new(2 * MIB);
     let (_, zone) = when_it_is(12, 59, 50);
-    let disk = rig.mount().qmp().env("TZ", &zone).args(&["--stream", "--speed", "12:00=1,13:00=0"]).start();
+    let disk = start(rig.mount().qmp().env("TZ", &zone).args(&["--stream", "--speed", "12:00=1,13:00=0"]));
     let mut client = disk.client();
     client.wait_completed();
     assert_same("disk", &disk.read_all(), &rig.content);
@@ -74,7 +81,7 @@ fn a_schedule_is_followed() {
 fn what_a_user_sets_last_counts() {
     requires!("/dev/fuse", "qemu-img");
     let rig = Rig::new(4 * MIB);
-    let disk = rig.mount().qmp().start();
+    let disk = start(rig.mount().qmp());
     let mut client = disk.client();
     let set = |client: &mut QmpClient, name: &str, value: &str| client.ok("x-job-set-plan", json!({"id": "drive0", name: value}));
     client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
@@ -118,7 +125,7 @@ fn a_deadline_sets_the_speed_that_it_needs() {
     let overlay = scratch.join("overlay.qcow2");
     qemu::create(&overlay, None, "", Some(("base.raw", "raw")));
     let (now, zone) = when_it_is(12, 0, 0);
-    let disk = Mount::new(&scratch, &overlay).qmp().env("TZ", &zone).start();
+    let disk = start(Mount::new(&scratch, &overlay).qmp().env("TZ", &zone));
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
     wait_for_first_step(&mut client);
@@ -142,7 +149,7 @@ fn a_deadline_sets_the_speed_that_it_needs() {
         return;
     }
     let (_, elsewhere) = when_it_is(20, 0, 0);
-    let disk = Mount::new(&scratch, &overlay).qmp().env("TZ", &elsewhere).start();
+    let disk = start(Mount::named(&scratch, &overlay, "again").qmp().env("TZ", &elsewhere));
     let mut client = disk.client();
     let facts = plan(&mut client).expect("a plan");
     assert_eq!((&facts["finish-by"], &facts["deadline"]["seconds"]), (&json!("13:00"), &json!(now + HOUR)));
