@@ -22,6 +22,7 @@ mod show;
 mod status;
 mod stream;
 mod table;
+mod terminal;
 mod umount;
 
 pub use connection::{Connection, Heard, Refusal};
