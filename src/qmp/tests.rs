@@ -328,7 +328,7 @@ fn depth_is_bounded_and_survived() {
         client.ask(format!(r#"{{"execute":"query-jobs","id":{}"#, deep(1024))),
         r#"{"error": {"class": "GenericError", "desc": "JSON nesting depth limit exceeded"}}"#
     );
-    let (mut watcher, mut client) = (client, fixture.client());
+    let (mut watcher, mut client) = (fixture.client(), fixture.client());
     client.send(format!(r#"{{"execute":"quit","id":{}}}"#, deep(1023)));
     fixture.quit.recv_timeout(Duration::from_secs(10)).unwrap();
     fixture.server.take().unwrap().shutdown(&Err(crate::Error::new(crate::ErrorKind::Io, "too bad")));
