@@ -14,6 +14,7 @@ mod bad_disk;
 mod bad_input;
 mod check_command;
 mod check_differential;
+mod client_commands;
 mod confinement;
 mod ext4_real;
 mod fio_verify;
