@@ -2,6 +2,7 @@
 //!
 //! The tests prove the promises of the design from outside: through the mount, the socket, the command line, and QEMU's tools.
 //! `CORDISK_SEED=N` repeats a random test, `CORDISK_KEEP=1` keeps the scratch directories,
+//! `CORDISK_TEST_ACCEL=tcg` (or `kvm`) decides how guests of QEMU run, `CORDISK_TEST_TRANSPORT=uring` how requests come to us,
 //! `CI=true` or `CORDISK_REQUIRE_ALL=1` makes a missing tool a failure instead of a skip.
 #![allow(clippy::single_range_in_vec_init)] // lists of ranges are what these tests compare; a list of one is no mistake
 
