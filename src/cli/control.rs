@@ -39,7 +39,11 @@ impl From<StreamArgs> for StreamOptions {
 
 /// At most one of the two is given.
 fn limit(speed: Option<Speed>, finish_by: Option<Minute>) -> Option<Limit> {
-    speed.map(Limit::Speed).or(finish_by.map(Limit::FinishBy))
+    let speed = speed.map(|speed| match speed {
+        Speed::Fixed(speed) => Limit::Speed(speed),
+        Speed::Schedule(schedule) => Limit::Schedule(schedule.to_string()),
+    });
+    speed.or_else(|| finish_by.map(|at| Limit::FinishBy(at.to_string())))
 }
 
 #[derive(Debug, clap::Args)]
@@ -87,9 +91,7 @@ impl From<JobArgs> for JobOptions {
             ActionArg::Resume(target) => (target, JobAction::Resume),
             ActionArg::Cancel(target) => (target, JobAction::Cancel),
             // One of the two is there: the parser has seen to it.
-            ActionArg::Speed { target, speed, finish_by } => {
-                (target, JobAction::Speed(limit(speed, finish_by).unwrap_or(Limit::Speed(Speed::Fixed(0)))))
-            }
+            ActionArg::Speed { target, speed, finish_by } => (target, JobAction::Speed(limit(speed, finish_by).unwrap_or(Limit::Speed(0)))),
         };
         JobOptions { target, action }
     }
@@ -146,29 +148,23 @@ mod tests {
         };
         assert_eq!(
             options,
-            StreamOptions {
-                limit: Some(Limit::Speed(Speed::Fixed(10 << 20))),
-                base: Some("b".into()),
-                wait: true,
-                cancel_on_interrupt: true,
-                ..plain
-            }
+            StreamOptions { limit: Some(Limit::Speed(10 << 20)), base: Some("b".into()), wait: true, cancel_on_interrupt: true, ..plain }
         );
         for (word, action) in [("pause", JobAction::Pause), ("resume", JobAction::Resume), ("cancel", JobAction::Cancel)] {
             let Command::Job(options) = command(&format!("cordisk job {word} d")) else { panic!("not job") };
             assert_eq!(options, JobOptions { target: "d".into(), action });
         }
         let Command::Job(options) = command("cordisk job speed d 1K") else { panic!("not job") };
-        assert_eq!(options.action, JobAction::Speed(Limit::Speed(Speed::Fixed(1024))));
+        assert_eq!(options.action, JobAction::Speed(Limit::Speed(1024)));
         let planned = |line: &str| match command(line) {
             Command::Stream(StreamOptions { limit, .. }) => limit,
             Command::Job(JobOptions { action: JobAction::Speed(limit), .. }) => Some(limit),
             other => panic!("neither: {other:?}"),
         };
-        let schedule = Some(Limit::Speed("08:00=20M,20:00=0".parse().unwrap()));
+        let schedule = Some(Limit::Schedule("08:00=20M,20:00=0".into()));
         assert_eq!(planned("cordisk stream d --speed 08:00=20M,20:00=0"), schedule);
         assert_eq!(planned("cordisk job speed d 08:00=20M,20:00=0"), schedule);
-        let deadline = Some(Limit::FinishBy("06:00".parse().unwrap()));
+        let deadline = Some(Limit::FinishBy("06:00".into()));
         assert_eq!(planned("cordisk stream d --finish-by 06:00"), deadline);
         assert_eq!(planned("cordisk job speed d --finish-by 06:00"), deadline);
         let Command::Status(options) = command("cordisk status --json") else { panic!("not status") };
