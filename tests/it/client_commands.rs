@@ -311,6 +311,9 @@ fn who_waits_hears_of_the_end_of_the_daemon() {
         let mut client = session(&rig.scratch, &disk);
         let mut waiting = Going::start(&rig.scratch, &["stream", "drive0.disk", "--speed", "64K", "--wait"]);
         wait_until("the job runs", || client.ok("query-jobs", json!({})) != json!([]));
+        // What it says of the pause says that it waits.
+        client.ok("block-job-pause", json!({"device": "drive0"}));
+        wait_until("the pause is told", || fs::read_to_string(rig.scratch.join("going.err")).is_ok_and(|text| text.contains(": paused; ")));
         client.hang_up();
         if killed {
             disk.kill9()
