@@ -41,7 +41,7 @@ fn refused(scratch: &Scratch, args: &[&OsStr]) -> String {
 
 fn on_terminal(scratch: &Scratch, args: &[&OsStr], env: &[(&str, &OsStr)], rows: u16, cols: u16) -> Terminal {
     let directory = scratch.runtime_dir();
-    let env = [env, &[(RUNTIME_DIR, directory.as_os_str()), ("LC_ALL", OsStr::new("C.UTF-8"))]].concat();
+    let env = [&[(RUNTIME_DIR, directory.as_os_str()), ("LC_ALL", OsStr::new("C.UTF-8"))], env].concat();
     Terminal::spawn(CORDISK, args, &env, rows, cols)
 }
 
@@ -242,6 +242,10 @@ fn a_map_on_a_terminal_has_blocks_and_colours() {
     terminal.assert_status(0);
     assert!(!terminal.raw().contains(&0x1b), "{}", terminal.contents());
     assert!(terminal.contents().contains("████") && terminal.contents().contains("10.4 MiB"), "{}", terminal.contents());
+    let mut terminal = on_terminal(&rig.scratch, &args, &[("LC_ALL", word("C"))], 30, 74);
+    terminal.assert_status(0);
+    assert!(terminal.contents().is_ascii() && terminal.contents().contains("####"), "no more than the locale has\n{}", terminal.contents());
+    assert!(terminal.raw().contains(&0x1b), "colours");
     let png = [word("map"), word("--png"), word("-"), rig.overlay.as_os_str()];
     let mut terminal = on_terminal(&rig.scratch, &png, &[], 30, 74);
     terminal.assert_status(1);
