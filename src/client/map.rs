@@ -146,7 +146,7 @@ fn canvas() -> Canvas {
     let size = rustix::termios::tcgetwinsize(&stdout).ok().filter(|size| size.ws_col > 0);
     match size {
         Some(size) if stdout.is_terminal() && std::env::var_os("TERM").is_none_or(|terminal| terminal != "dumb") => {
-            Canvas::terminal(size.ws_col.into(), size.ws_row.into(), show::wanted())
+            Canvas { blocks: show::is_unicode(), ..Canvas::terminal(size.ws_col.into(), size.ws_row.into(), show::wanted()) }
         }
         _ => Canvas::plain(),
     }

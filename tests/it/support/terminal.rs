@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitStatus};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
@@ -75,7 +75,7 @@ impl Terminal {
                     Err(rustix::io::Errno::INTR) => continue,
                     result => result.unwrap_or(0),
                 };
-                let mut shown = screen.0.lock().expect("screen");
+                let mut shown = screen.0.lock().unwrap_or_else(PoisonError::into_inner);
                 shown.parser.process(&buf[..len]);
                 shown.raw.extend_from_slice(&buf[..len]);
                 shown.closed = len == 0;
@@ -89,7 +89,7 @@ impl Terminal {
     }
 
     fn lock(&self) -> MutexGuard<'_, Shown> {
-        self.shown.0.lock().expect("screen")
+        self.shown.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until the screen is as `condition` wants it, and returns its text; panics with the screen when that takes too long.
@@ -172,7 +172,7 @@ impl Terminal {
 impl Drop for Terminal {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("{:?}", self.shown.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+            eprintln!("{:?}", self.lock());
         }
         if self.ended.is_none() {
             let _ = self.child.kill();
