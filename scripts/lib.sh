@@ -32,14 +32,19 @@ package_of() {
         qemu-img | qemu-io) echo qemu-utils ;;
         # Debian 13 and later have it in qemu-utils, Debian 12 and Ubuntu in qemu-system-common. See install_missing.
         qemu-storage-daemon) echo qemu-utils ;;
+        qemu-system-x86_64) echo qemu-system-x86 ;;
         fusermount3) echo fuse3 ;;
         mkfs.ext4 | e2fsck | debugfs | filefrag) echo e2fsprogs ;;
         mount | umount | losetup) echo mount ;;
-        findmnt | fallocate | setpriv | setsid) echo util-linux ;;
-        mkfs.xfs | xfs_io) echo xfsprogs ;;
+        findmnt | fallocate | fstrim | setpriv | setsid | fsfreeze | unshare) echo util-linux ;;
+        mkfs.xfs | xfs_io | xfs_repair) echo xfsprogs ;;
         mkfs.btrfs) echo btrfs-progs ;;
         nbdfuse) echo libnbd-bin ;;
         setfattr | getfattr) echo attr ;;
+        man) echo man-db ;;
+        groff) echo groff-base ;;
+        systemd-analyze) echo systemd ;;
+        strip) echo binutils ;;
         *) echo "$1" ;;
     esac
 }
@@ -51,6 +56,30 @@ missing_of() {
 
 apt_install() {
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends --no-remove "$@" >/dev/null
+}
+
+# backports_of PACKAGE: the suite of Debian's backports that an installed package comes from (bookworm-backports); nothing if it does not.
+backports_of() {
+    [[ $(dpkg-query -W -f '${Version}' "$1" 2>/dev/null) == *~bpo* ]] || return 0
+    # shellcheck source=/dev/null
+    (source /etc/os-release && echo "${VERSION_CODENAME:?}-backports")
+}
+
+# apt_install_from SUITE PACKAGE...: from a suite that this machine need not be subscribed to, and what the packages need from its own
+# suites. Sources and lists of the machine stay as they are: those with SUITE live in a directory that is gone afterwards.
+apt_install_from() {
+    local suite=$1 dir status=0 site
+    shift
+    dir=$(mktemp -d)
+    mkdir -p "$dir/lists/partial"
+    [[ ! -e /etc/apt/sources.list ]] || cp /etc/apt/sources.list "$dir/sources.list"
+    # shellcheck disable=SC2016 # these are variables of apt
+    site=$(apt-get indextargets --format '$(RELEASE) $(SITE)' 'Created-By: Packages' | awk -v of="${suite%-backports}" '$1 == of { print $2; exit }')
+    printf '\ndeb %s %s main\n' "${site:-http://deb.debian.org/debian}" "$suite" >>"$dir/sources.list"
+    local options=(-o Dir::Etc::SourceList="$dir/sources.list" -o Dir::State::Lists="$dir/lists" -o APT::Sandbox::User=root)
+    apt-get "${options[@]}" update -qq && apt_install "${options[@]}" -t "$suite" "$@" || status=$?
+    rm -rf "$dir"
+    return $status
 }
 
 # install_missing TOOL...: afterwards every tool is there, or it returns 1 after one line that says what is missing and what installs it.
@@ -70,9 +99,16 @@ install_missing() {
     fi
     printf 'installing with apt: %s\n' "${packages[*]}"
     apt-get update -qq || echo 'apt-get update failed; trying with the lists that are here' >&2
+    # QEMU's packages are all of one version: where qemu-utils is from the backports, those of the stable suite would have it removed.
+    local package qemu=() suite
+    suite=$(backports_of qemu-utils)
+    if [[ -n $suite ]]; then
+        mapfile -t qemu < <(printf '%s\n' "${packages[@]}" | grep '^qemu-')
+        mapfile -t packages < <(printf '%s\n' "${packages[@]}" | grep -v '^qemu-')
+        ((${#qemu[@]} == 0)) || apt_install_from "$suite" "${qemu[@]}" || true
+    fi
     # One by one where all at once does not work, so that one unknown name does not take the others with it.
-    if ! apt_install "${packages[@]}"; then
-        local package
+    if ((${#packages[@]})) && ! apt_install "${packages[@]}"; then
         for package in "${packages[@]}"; do apt_install "$package" || true; done
     fi
     # Not in this release's qemu-utils: then it is in qemu-system-common, of the same version.

@@ -11,7 +11,7 @@ usage: scripts/test.sh [--quick | --torture N] [--require-all]
 Formatting, lints, documentation, the release build, and every test. As root it installs with
 apt what is missing; otherwise it says what is missing. Leaves nothing mounted and nothing running.
 
-  --quick        without the slow parts: release tests beside the dev-dependencies, the quickstart
+  --quick        without the slow parts: release tests beside the dev-dependencies, the quickstart, the Debian package
   --torture N    only this: N times the daemon is killed at a random moment, and N / 5
                  times the power fails below it on each of ext4 and XFS; --torture 1000 takes about half an hour
   --require-all  a missing tool is an error instead of a skip (also: CI=true)
@@ -20,6 +20,7 @@ apt what is missing; otherwise it says what is missing. Leaves nothing mounted a
 Environment:
   CORDISK_SEED=N  repeats the random tests of an earlier run (every run prints its seed)
   CORDISK_KEEP=1  keeps the scratch directories
+  CORDISK_TEST_ACCEL=tcg|kvm  how the guests of QEMU run: emulated, or on KVM (default: KVM if the processor offers it)
   CORDISK_SCHEDULES=N  so many schedules of each program in src/simulation/schedules.rs
 END
 }
@@ -99,6 +100,8 @@ finish() {
 # All scratch directories of all tests lie below this one, so that what is left behind is known to be ours.
 scratch=$(realpath "$(mktemp -d "${TMPDIR:-/tmp}/cordisk-tests.XXXXXX")")
 chmod 755 "$scratch" # tests look at a disk as another user
+mkdir "$scratch/run"
+export CORDISK_RUNTIME_DIR=$scratch/run # disks that tests mount are entered there, whatever else runs here
 mounts_before=$(cordisk_mounts)
 rm -f "$logs"/*.log
 
@@ -157,7 +160,8 @@ tools() {
     printf 'seed: CORDISK_SEED=%s\n' "$CORDISK_SEED"
     local status=0
     install_missing cc qemu-img qemu-io qemu-storage-daemon fio fusermount3 mkfs.ext4 e2fsck debugfs filefrag mkfs.xfs xfs_io mkfs.btrfs \
-        losetup umount findmnt fallocate setpriv setfattr nbdkit nbdfuse python3 python3-venv || status=$?
+        losetup umount findmnt fallocate setpriv setfattr fsfreeze fstrim unshare nbdkit nbdfuse python3 python3-venv \
+        xfs_repair qemu-system-x86_64 man groff zsh fish systemd-analyze strip || status=$?
     if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
         have rustup && rustup component add rustfmt clippy
     fi
@@ -186,6 +190,13 @@ pypi_client() {
         fi
     fi
     "$venv/bin/python" -c 'import importlib.metadata as m, qemu.qmp.qmp_shell; print("qemu.qmp", m.version("qemu.qmp"))'
+}
+
+# The kernel and the busybox of the guests in tests/it/real_guest.rs.
+guest() {
+    scripts/guest.sh && return
+    echo 'missing: what scripts/guest.sh fetches; the tests that boot a guest are skipped' >&2
+    [[ -z $require_all ]]
 }
 
 tests() {
@@ -231,9 +242,20 @@ release_with_dev_dependencies() {
         --config profile.release.debug=false --test it -- release_log
 }
 
+# The first time, cargo-deb is built for it, which takes a few minutes.
+package() {
+    if ! have dpkg-deb; then
+        echo 'skipped: no dpkg-deb, so this is not Debian'
+        [[ -z $require_all ]]
+        return
+    fi
+    scripts/package.sh --check
+}
+
 scripts_parse() {
     local file
     for file in scripts/*.sh .ci/run; do bash -n "$file"; done
+    for file in contrib/debian/*; do sh -n "$file"; done
     python3 - scripts/*.py tests/qmp_client.py <<'END'
 import ast, sys
 for name in sys.argv[1:]:
@@ -257,9 +279,11 @@ section release-build cargo build --locked --release
 export CORDISK_RELEASE_BIN=$repo/target/release/cordisk
 section pypi-client pypi_client
 export CORDISK_QMP_PYTHON=$repo/target/qmp-venv/bin/python
+section guest guest
 section tests tests
 section over-io-uring over_io_uring
 section doc-tests cargo test --locked --doc
 section schedules schedules
 [[ -n $quick ]] || section release-with-dev-dependencies release_with_dev_dependencies
 [[ -n $quick ]] || section quickstart scripts/quickstart.sh
+[[ -n $quick ]] || section package package

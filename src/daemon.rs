@@ -1,10 +1,10 @@
 //! The program's life: composition root, wiring, orderly shutdown. No logic that a test would want.
 //!
-//! Start: the mount keeper, lock the pidfile, open the disk, bind the QMP socket, mount, become `--user`, enter the sandbox; only then threads:
+//! Start: the mount keeper, lock the pidfile and the entry, open the disk, bind the QMP socket, mount, fill the entry in, become `--user`, enter the sandbox; only then threads:
 //! signals, QMP, the session, the stream; say "ready". Shutdown, whatever the reason, strictly in this order: unmount, stop jobs, close the
 //! disk, close QMP, let the keeper go. After that point every acknowledged write is durable or the exit status says otherwise.
 //!
-//! **Touches:** everything once. **Never:** leaves a mount, placeholder, socket or pidfile behind, on any path but a kill; starts a thread or
+//! **Touches:** everything once. **Never:** leaves a mount, placeholder, socket, pidfile or entry behind, on any path but a kill; starts a thread or
 //! answers anybody before the sandbox is entered.
 //! **Locks:** none; events come over one channel to the one thread that decides (`serve`).
 //! **Invariants:** after the mount no path is looked up that could lead through our own mountpoint: the current directory is `/`, all
@@ -12,8 +12,11 @@
 
 mod background;
 mod control;
+mod helper;
+mod notify;
 mod pidfile;
 mod signals;
+mod watchdog;
 
 use std::ffi::OsStr;
 use std::io::Write;
@@ -27,17 +30,21 @@ use rustix::fs::Mode;
 
 use crate::chain::{Gate, Roots};
 use crate::cli::{self, Command, MountConfig, Role};
+use crate::client;
 use crate::disk::{Disk, DiskOptions};
 use crate::error::{Context, one_line};
 use crate::fuse::{self, Finished, MountOptions, Mounted, Unmounted};
 use crate::job::Batch;
-use crate::keeper::{self, EntrustedMark, Keeper, KeptMount, Leftover, Messages};
+use crate::keeper::{self, Entrusted, EntrustedMark, Keeper, KeptMount, Leftover, Messages};
 use crate::qmp::Socket;
+use crate::running::{LockedFile, Registration};
 use crate::sandbox::{self, Identity};
 use crate::{Error, Result};
 
 use control::{Control, Prepared};
+use notify::Manager;
 use pidfile::Pidfile;
+use watchdog::{Heartbeat, Reporter};
 
 /// How often metadata is written back without anybody asking: what a kill can cost at most (P2). syncfs(2) never reaches a FUSE daemon,
 /// so nobody else would do it (data-safety 0.8).
@@ -69,29 +76,52 @@ pub fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> Result<ExitCode> {
+    if let Some(level) = log_level(&command) {
+        start_log(level);
+    }
     match command {
-        Command::Create(options) => {
-            start_log(log::LevelFilter::Warn);
-            crate::create::create(&options).map(|()| ExitCode::SUCCESS)
-        }
-        Command::Check(options) => {
-            start_log(log::LevelFilter::Warn);
-            crate::check::run(&options)
-        }
+        Command::Create(options) => crate::create::create(&options).map(|()| ExitCode::SUCCESS),
+        Command::Check(options) => crate::check::run(&options),
+        Command::Stream(options) => client::stream(&options),
+        Command::Job(options) => client::job(&options),
+        Command::Status(options) => client::status(&options),
+        Command::Umount(options) => client::umount(&options),
+        Command::Map(options) => client::map(&options),
+        Command::Info(options) => client::info(&options),
+        Command::Top(options) => client::top(&options),
+        Command::Completions(shell) => cli::completions(shell).map(|()| ExitCode::SUCCESS),
+        Command::Man(directory) => cli::manual_pages(&directory).map(|()| ExitCode::SUCCESS),
         Command::KeepMount => keeper::run().map(|()| ExitCode::SUCCESS),
+        Command::Helper(call) => Ok(helper::run(&call)),
         Command::Mount(config) => match config.role {
-            Role::Parent => background::start(),
-            Role::Foreground => {
-                start_log(log::LevelFilter::Info);
-                serve(&config).map(|()| ExitCode::SUCCESS)
-            }
+            Role::Parent => background::start(std::env::args_os().skip(1), &[]).map(status),
+            Role::Foreground => serve(&config).map(|()| ExitCode::SUCCESS),
             Role::Child => {
-                start_log(log::LevelFilter::Warn);
                 background::leave_terminal()?;
                 serve(&config).map(|()| ExitCode::SUCCESS)
             }
         },
     }
+}
+
+/// What a command logs unless `RUST_LOG` says otherwise; `None` for those that have nothing to log, or start a process that does.
+fn log_level(command: &Command) -> Option<log::LevelFilter> {
+    match command {
+        Command::Mount(config) => match config.role {
+            Role::Parent => None,
+            Role::Foreground => Some(log::LevelFilter::Info),
+            Role::Child => Some(log::LevelFilter::Warn),
+        },
+        Command::KeepMount | Command::Helper(_) | Command::Completions(_) | Command::Man(_) => None,
+        // It would go into the picture.
+        Command::Top(_) => Some(log::LevelFilter::Off),
+        _ => Some(log::LevelFilter::Warn),
+    }
+}
+
+/// 0 for a background process that serves, 1 for one that has said why it does not.
+fn status(serves: bool) -> ExitCode {
+    if serves { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// Log lines go to standard error; `RUST_LOG` overrides. fuser is silent by default: it calls it an error when a client was killed
@@ -114,7 +144,7 @@ fn serve(config: &MountConfig) -> Result<()> {
     let user = config.user.as_deref().map(Identity::find).transpose()?;
     sandbox::check(config.sandbox)?;
     // In the background somebody waits for the end of our standard error.
-    let keeper = Keeper::start(if config.role == Role::Child { Messages::Dropped } else { Messages::Inherited })?;
+    let keeper = Keeper::start(if config.role == Role::Child { Messages::Dropped } else { Messages::Inherited }, &notify::VARIABLES)?;
     let served = serve_kept(config, user, &keeper);
     first_of(served, keeper.finish())
 }
@@ -122,15 +152,12 @@ fn serve(config: &MountConfig) -> Result<()> {
 /// As [`serve`], with a keeper: what was entrusted to it has been removed afterwards.
 fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> Result<()> {
     let signals = signals::register()?;
+    // Only who stays in the foreground is the process that a service manager has started.
+    let manager = if config.role == Role::Foreground { Manager::connect() } else { None };
     let mut pidfile = config.pidfile.as_deref().map(Pidfile::acquire).transpose()?;
-    let _pidfile = match &mut pidfile {
-        Some(pidfile) => {
-            let entrusted = keeper.entrust(Leftover::Pidfile, pidfile.path(), pidfile.identity()?)?;
-            pidfile.entrust();
-            Some(entrusted)
-        }
-        None => None,
-    };
+    let _pidfile = pidfile.as_mut().map(|pidfile| entrust(keeper, Leftover::Pidfile, pidfile.file())).transpose()?;
+    // Before the current directory changes, to which the variable may refer.
+    let registration = Registration::begin();
     rustix::process::chdir("/").map_err(std::io::Error::from).context(|| "chdir to /")?;
 
     let options = DiskOptions {
@@ -142,7 +169,8 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     };
     let disk = Arc::new(Disk::open(&config.image, &options)?);
     // The socket before the mount: one that cannot be bound should not make a disk appear and vanish.
-    let mut socket = config.qmp.as_deref().map(Socket::listen).transpose()?;
+    let (mut socket, mut registration) = control::listen(config, registration)?;
+    let _entry = registration.as_mut().ok().map(|place| entrust(keeper, Leftover::Entry, place.file())).transpose()?;
     let socket_file = match &mut socket {
         Some(socket) => {
             let entrusted = keeper.entrust(Leftover::Socket, socket.path(), socket.identity())?;
@@ -173,6 +201,8 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
         // Nothing has been served: closing has nothing to wait for.
         Err(error) => return first_of(Err(error), close()),
     };
+    // Held, and so locked, to the end.
+    let _registration = control::register(config, registration, socket.as_ref(), mount.path());
     let confined = user.map_or(Ok(()), Identity::become_it).and_then(|()| sandbox::enter(config.sandbox));
     if let Err(error) = confined {
         drop((mount, device));
@@ -189,8 +219,11 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
             return first_of(Err(error), close());
         }
     };
+    let heartbeat = Heartbeat::new();
+    let reporter = manager.map(|manager| Reporter::start(manager, &disk, control.jobs(), heartbeat.clone()));
+    let announcement = Announcement { pidfile: pidfile.as_ref(), ready, reporter: reporter.as_ref(), heartbeat };
     let (served, requests) = match prepared.serve(device) {
-        Ok(mounted) => serve_disk(config, &disk, Announcement { pidfile: pidfile.as_ref(), ready }, &control, &events, mount, mounted),
+        Ok(mounted) => serve_disk(config, &disk, announcement, &control, &events, mount, mounted),
         Err(error) => {
             drop(mount);
             (Err(error), Finished::Quiet)
@@ -210,6 +243,13 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     drop(socket_file);
     control.close(&closed);
     first_of(served, closed)
+}
+
+/// Leaves a locked file to the keeper, to be removed when what is returned is dropped.
+fn entrust<'a>(keeper: &'a Keeper, what: Leftover, file: &mut LockedFile) -> Result<Entrusted<'a>> {
+    let entrusted = keeper.entrust(what, file.path(), file.identity()?)?;
+    file.entrust();
+    Ok(entrusted)
 }
 
 /// Names the command of `--on-complete` to the keeper, and what it will be told.
@@ -260,6 +300,9 @@ fn first_of(first: Result<()>, second: Result<()>) -> Result<()> {
 struct Announcement<'a> {
     pidfile: Option<&'a Pidfile>,
     ready: Option<background::Ready>,
+    reporter: Option<&'a Reporter>,
+    /// Beats as long as commits end.
+    heartbeat: Heartbeat,
 }
 
 /// Everything between the open disk and its close: mounted, served, unmounted. Also tells whether requests are still running.
@@ -273,14 +316,16 @@ fn serve_disk(
     mounted: Mounted,
 ) -> (Result<()>, Finished) {
     control.mounted(mounted.size_notice());
+    let (reporter, heartbeat) = (announcement.reporter, announcement.heartbeat.clone());
     let announced = announce(config, disk, control, announcement, &mount);
-    let timer = CommitTimer::start(Arc::clone(disk));
+    let timer = CommitTimer::start(Arc::clone(disk), heartbeat);
     let ended = announced.and_then(|()| wait_for_end(&mount, &mounted, disk, events, control));
     if ended.is_err()
         && let Err(error) = mount.detach()
     {
         log::error!("{error}");
     }
+    reporter.into_iter().for_each(Reporter::stopping);
     let finished = mounted.finish();
     // With the placeholder.
     drop(mount);
@@ -295,6 +340,9 @@ fn announce(config: &MountConfig, disk: &Arc<Disk>, control: &Control, told: Ann
         pidfile.write()?;
     }
     log::info!("mounted {} on {}", config.image.display(), mount.path().display());
+    if let Some(reporter) = told.reporter {
+        reporter.ready(format!("serving {} on {}", config.image.display(), mount.path().display()));
+    }
     told.ready.map_or(Ok(()), background::Ready::say)
 }
 
@@ -348,7 +396,8 @@ struct CommitTimer {
 }
 
 impl CommitTimer {
-    fn start(disk: Arc<Disk>) -> CommitTimer {
+    fn start(disk: Arc<Disk>, heartbeat: Heartbeat) -> CommitTimer {
+        let unused = heartbeat.clone();
         let (stop, stopped) = crossbeam_channel::bounded(0);
         let body = move || {
             let mut last = None;
@@ -360,6 +409,7 @@ impl CommitTimer {
                     default(COMMIT_INTERVAL) => {}
                 }
                 let error = disk.flush_if_dirty().err().map(|error: Error| error.to_string());
+                heartbeat.beat();
                 // Once per cause: an error of fdatasync stays for ever (P7).
                 if let Some(error) = &error
                     && last.as_ref() != Some(error)
@@ -373,6 +423,7 @@ impl CommitTimer {
             Ok(thread) => CommitTimer { stop: Some(stop), thread: Some(thread) },
             Err(error) => {
                 log::error!("starting the commit timer: {error}; only flushes of the guest are durable");
+                unused.retire();
                 CommitTimer { stop: None, thread: None }
             }
         }

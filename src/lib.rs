@@ -25,13 +25,17 @@
 //! | 1 | [`storage`] | one host file, and QEMU's locks on it | qcow2 |
 //! | 1 | [`job`] | the life of a background job | disk, qcow2, JSON |
 //! | 1 | [`sandbox`] | what the serving process may do, and who it is | gives a right back |
+//! | 1 | [`running`] | which disks run here, and where their sockets are | connects to one |
 //! | 2 | [`image`] | one qcow2 file | backing files, sockets |
 //! | 3 | [`chain`] | what is below the overlay | writing anything |
 //! | 4 | [`disk`] | the guest's bytes | FUSE, JSON, jobs |
 //! | 5 | [`stream`], [`create`], [`check`] | bring everything up, then cut the chain; a new overlay; what is wrong with an image | sockets |
+//! | 5 | [`map`] | what is where: extents, a picture for a terminal, a PNG | the guest's bytes, sockets |
+//! | 6 | [`info`] | what an image says of itself, whoever uses it | locks, guest data |
 //! | 6 | [`fuse`] | kernel request ⇄ `disk` call | jobs, QMP, the image |
 //! | 6 | [`qmp`] | JSON ⇄ jobs, streams, facts of the disk | FUSE, the image |
 //! | 7 | [`keeper`] | the second process: mounts, unmounts, removes | images, clients |
+//! | 7 | [`client`] | the other end of the socket: commands about disks that run | the image, serving |
 //! | 8 | [`cli`] | what was typed, checked | the disk |
 //! | 9 | [`daemon`] | wiring and lifetime | logic that a test would want |
 //!
@@ -70,6 +74,7 @@
 pub mod chain;
 pub mod check;
 pub mod cli;
+pub mod client;
 pub mod create;
 pub mod daemon;
 pub mod disk;
@@ -77,11 +82,14 @@ pub mod error;
 pub mod format;
 pub mod fuse;
 pub mod image;
+pub mod info;
 pub mod job;
 pub mod keeper;
+pub mod map;
 mod mutants;
 pub mod qmp;
 pub mod range_lock;
+pub mod running;
 pub mod sandbox;
 #[cfg(any(test, fuzzing))]
 pub mod simulation;

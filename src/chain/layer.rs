@@ -3,16 +3,20 @@
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use super::{Content, LayerInfo};
 use crate::error::Context;
 use crate::format::{BackingFormat, BackingReference, GuestOffset, Mapping, feature};
-use crate::image::{Extent, ImageReader};
+use crate::image::{Extent, Holes, ImageReader, Place};
 use crate::storage::{CannotClone, CloneSource, FileStorage, Holding, Storage, cannot_clone};
 use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, rank};
 use crate::{Error, ErrorKind, Result};
+
+/// What QEMU counts sizes in, bytes.
+const SECTOR: u64 = 512;
 
 /// The kinds of layers: a closed set. Neither can be written by type or, opened read-only, at all.
 #[derive(Debug)]
@@ -40,6 +44,8 @@ pub(super) struct Layer {
     data: Mutex<{ rank::LEAF }, Range<u64>>,
     /// Whether the host shares its blocks with the overlay: [`UNKNOWN`], [`POSSIBLE`] as far as it has said until now, or [`NEVER`], for good.
     sharing: AtomicU64,
+    /// Whether holes inside the data of a qcow2 image are told of; found out by the first who asks where bytes are.
+    holes: OnceLock<Holes>,
     body: Body,
 }
 
@@ -121,6 +127,7 @@ impl Layer {
             version,
             data: Mutex::default(),
             sharing: AtomicU64::new(UNKNOWN),
+            holes: OnceLock::new(),
             body,
         })
     }
@@ -137,6 +144,7 @@ impl Layer {
             version: String::new(),
             data: Mutex::default(),
             sharing: AtomicU64::new(UNKNOWN),
+            holes: OnceLock::new(),
             body: Body::Raw(storage),
         }
     }
@@ -156,6 +164,7 @@ impl Layer {
             version: String::new(),
             data: Mutex::default(),
             sharing: AtomicU64::new(UNKNOWN),
+            holes: OnceLock::new(),
             body,
         })
     }
@@ -281,6 +290,30 @@ impl Layer {
                     Mapping::Zero { .. } => Answer::Here((Content::Zero, extent.len)),
                     Mapping::Data { .. } | Mapping::Compressed { .. } => Answer::Here((Content::Data, extent.len)),
                 })
+            }
+        }
+    }
+}
+
+impl Layer {
+    /// Size in bytes as QEMU counts it: in whole sectors, the last of which may end with zeros that are not in the file.
+    pub(super) fn whole_sectors(&self) -> u64 {
+        self.size.next_multiple_of(SECTOR)
+    }
+
+    /// Where the bytes at `at` are, and for how many that is so, at most `max`. `at` lies inside [`Layer::whole_sectors`].
+    pub(super) fn place(&self, at: u64, max: u64, deadline: Instant) -> Result<(Place, u64)> {
+        let max = max.min(self.whole_sectors() - at);
+        match &self.body {
+            Body::Raw(_) if at >= self.size => Ok((Place::Zero { offset: Some(at) }, max)),
+            Body::Raw(_) => match self.content(at, max.min(self.size - at))? {
+                Answer::Here((Content::Data, len)) => Ok((Place::Data { offset: at, hole: false }, len)),
+                Answer::Here((Content::Zero | Content::Unallocated, len)) => Ok((Place::Zero { offset: Some(at) }, len)),
+                Answer::Below(len) => Ok((Place::Below, len)),
+            },
+            Body::Qcow2(reader) => {
+                let holes = *self.holes.get_or_init(|| reader.holes(deadline));
+                reader.place(GuestOffset(at), max, holes).context(|| self.path.display().to_string())
             }
         }
     }

@@ -19,6 +19,7 @@ use crate::{Error, ErrorKind, Result};
 
 mod gate;
 mod layer;
+mod located;
 mod roots;
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,7 @@ pub use gate::Gate;
 use layer::Answer;
 pub use layer::Cloneable;
 use layer::Layer;
+pub use located::Located;
 pub use roots::Roots;
 
 /// The longest chain that is opened. QEMU has no limit, cloud-hypervisor 10; longer ones are a loop or an accident.

@@ -1,25 +1,37 @@
 //! The command line, in two steps: what was typed ([`Args`], by clap) and what it means ([`Command`], checked).
 //!
-//! **Touches:** `format`, `create` and `check` for their option types, the current directory (paths are made absolute here, because the daemon
-//! moves to `/`). **Never:** opens a file. Wrong usage is reported by clap and ends with exit status 2 (1 for `check`).
+//! **Touches:** `format`, `create`, `check` and `client` for their option types, the current directory (paths are made absolute here, because the daemon
+//! moves to `/`); with `man`, the directory that it is given. **Never:** opens a file otherwise. Wrong usage is reported by clap and ends with exit
+//! status 2 (1 for `check`).
 
 use std::ffi::OsStr;
+use std::io::Write;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
 
 use crate::Result;
 use crate::check::{CheckOptions, Output, Repair};
+use crate::client::{InfoOptions, JobOptions, MapOptions, StatusOptions, StreamOptions, TopOptions, UmountOptions};
 use crate::create::CreateOptions;
 
+mod control;
+mod helper;
+mod manual;
 mod mount;
 mod values;
+mod views;
 
+pub use helper::HelperMount;
+pub use manual::{completions, manual_pages};
 pub use mount::{MountConfig, Role, StreamSpeed};
 pub use values::{parse_minute, parse_speed};
 
+use control::{JobArgs, StatusArgs, StreamArgs, UmountArgs};
 use mount::MountArgs;
 use values::{FormatArg, parse_cluster_size, parse_size};
+use views::{InfoArgs, MapArgs, TopArgs};
 
 /// A copy-on-read virtual disk: mounts a qcow2 overlay as a raw file, fills it from its backing file as it is read,
 /// streams the rest in the background, and is controlled over QMP.
@@ -33,6 +45,7 @@ pub struct Args {
 #[derive(Debug, Subcommand)]
 enum Typed {
     /// Create a qcow2 overlay above a backing file
+    #[command(after_help = "Example: cordisk create --backing golden.raw --backing-format raw overlay.qcow2")]
     Create(CreateArgs),
     /// Mount a qcow2 image as a raw disk file
     ///
@@ -52,6 +65,59 @@ enum Typed {
     /// opened. An image that is mounted cannot be checked. A read-write mount after a crash gives leaks back by itself.
     #[command(after_help = "Example: cordisk check --repair leaks overlay.qcow2")]
     Check(CheckArgs),
+    /// Copy everything up from the backing file, and show how far it is
+    ///
+    /// Starts a stream on a mounted disk: everything that is still in the backing file is copied into the image in the background, then the image
+    /// stands alone. The disk can be used meanwhile. With --wait the command stays until the stream is complete; Ctrl-C then leaves it running.
+    #[command(after_help = "Example: cordisk stream disk --speed 50M --wait")]
+    Stream(StreamArgs),
+    /// Pause, resume or cancel the job of a disk, or change its speed
+    #[command(after_help = "Example: cordisk job speed disk 20M")]
+    Job(JobArgs),
+    /// Show a disk, or all that are mounted
+    ///
+    /// Of one disk: its image and chain, how much of it is local, its job and the last one, requests, its daemon. Of all: a line each. Mounts that a
+    /// killed daemon has left are shown as dead; the exit status is 1 if the disk that was asked for is.
+    #[command(after_help = "Example: cordisk status disk")]
+    Status(StatusArgs),
+    /// Unmount a disk, and wait until its image is free
+    ///
+    /// Unlike umount(8) it returns when everything is written back and the daemon has ended, so that the image may be used by others at once.
+    /// A disk that is in use stays mounted. What a killed daemon has left is removed as well.
+    #[command(after_help = "Example: cordisk umount disk")]
+    Umount(UmountArgs),
+    /// Show what of a disk is local, zero, and still in the backing files
+    ///
+    /// Draws the disk as rows of characters, in blocks and colours on a terminal, in ASCII elsewhere, with a legend in bytes and percent. What is
+    /// not in the image itself counts as remote, also where a backing file has nothing but zeros there; --json says that as well.
+    #[command(after_help = "Example: cordisk map --png disk.png /srv/vm.raw")]
+    Map(MapArgs),
+    /// Show facts of an image or of a mounted disk
+    ///
+    /// Reads headers and nothing else, so that an image may be in use. Of an image that is mounted the daemon is asked, if its mountpoint or its
+    /// control socket is named. A file that does not begin like a qcow2 image is a raw one; formats of backing files are never guessed.
+    #[command(after_help = "Example: cordisk info --backing-chain overlay.qcow2")]
+    Info(InfoArgs),
+    /// Watch disks live: throughput, latencies, hits, jobs, and the map filling
+    ///
+    /// Keys: q, Esc or Ctrl-C quit, up and down choose a disk, p pauses its job or lets it go on, ? shows help. Where standard output is no
+    /// terminal, what goes on during one interval is printed.
+    #[command(after_help = "Example: cordisk top --interval 0.5 /srv/vm.raw")]
+    Top(TopArgs),
+    /// Print the completions of a shell
+    ///
+    /// For this shell only: source <(cordisk completions bash). The Debian package has them for bash, zsh and fish.
+    #[command(after_help = "Example: cordisk completions bash > /etc/bash_completion.d/cordisk")]
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the manual pages into a directory
+    #[command(hide = true)]
+    Man {
+        /// The directory; it is made if it is not there
+        directory: PathBuf,
+    },
     /// The process that `mount` starts to mount and unmount.
     #[command(hide = true)]
     KeepMount,
@@ -107,15 +173,43 @@ pub enum Command {
     Mount(MountConfig),
     /// `cordisk check`.
     Check(CheckOptions),
+    /// `cordisk stream`.
+    Stream(StreamOptions),
+    /// `cordisk job`.
+    Job(JobOptions),
+    /// `cordisk status`.
+    Status(StatusOptions),
+    /// `cordisk umount`.
+    Umount(UmountOptions),
+    /// `cordisk map`.
+    Map(MapOptions),
+    /// `cordisk info`.
+    Info(InfoOptions),
+    /// `cordisk top`.
+    Top(TopOptions),
+    /// A call of mount(8), under the name of its helper.
+    Helper(HelperMount),
+    /// `cordisk completions`.
+    Completions(Shell),
+    /// `cordisk man`, with the directory.
+    Man(PathBuf),
     /// What `cordisk mount` runs as its mount keeper.
     KeepMount,
 }
 
-/// Parses the command line of this process. Prints help or usage errors itself and ends the process then.
+/// Parses the command line of this process, or that of mount(8)'s helper, if it was called by that name. Prints help or usage errors itself and ends
+/// the process then.
 ///
 /// # Errors
 /// The current directory, to which relative paths refer, is gone.
 pub fn parse() -> Result<Command> {
+    if helper::is_helper(std::env::args_os().next().as_deref()) {
+        return Ok(Command::Helper(helper::parse(std::env::args_os()).unwrap_or_else(|(text, is_help)| {
+            // Where this fails nobody listens. 1 is what mount(8) calls wrong usage.
+            let _ = if is_help { std::io::stdout().write_all(text.as_bytes()) } else { std::io::stderr().write_all(text.as_bytes()) };
+            std::process::exit(i32::from(!is_help))
+        })));
+    }
     match Args::try_parse() {
         Ok(args) => args.check(),
         Err(error) => {
@@ -155,6 +249,15 @@ impl Args {
                     OutputArg::Json => Output::Json,
                 },
             }),
+            Typed::Stream(args) => Command::Stream(args.into()),
+            Typed::Job(args) => Command::Job(args.into()),
+            Typed::Status(args) => Command::Status(args.into()),
+            Typed::Umount(args) => Command::Umount(args.into()),
+            Typed::Map(args) => Command::Map(args.into()),
+            Typed::Info(args) => Command::Info(args.into()),
+            Typed::Top(args) => Command::Top(args.into()),
+            Typed::Completions { shell } => Command::Completions(shell),
+            Typed::Man { directory } => Command::Man(directory),
             Typed::KeepMount => Command::KeepMount,
         })
     }

@@ -4,12 +4,14 @@
 //! is a pipe on which it says [`READY`]; its standard error is a pipe that the parent copies to its own. If the child dies, both pipes
 //! end, so the parent cannot hang on a dead child. If the parent dies, the child's "ready" fails and it takes the mount down again.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
 
+use super::notify;
 use crate::error::Context;
 use crate::keeper;
 use crate::{Error, ErrorKind, Result};
@@ -20,16 +22,22 @@ const READY: &str = "ready";
 /// The hidden option of `cordisk mount` (see `cli`).
 const CHILD_OPTION: &str = "--background-child";
 
-/// The parent: starts the child, relays its messages, returns when it is ready (0) or has failed (1, after its own message).
+/// The parent: starts the child, with `arguments` (the subcommand first), relays its messages, returns when it is ready (true) or has failed (false,
+/// after its own message). `environment` is what the child gets beside that of this process.
 ///
 /// # Errors
 /// The child could not be started, or died without a word.
-pub(super) fn start() -> Result<ExitCode> {
-    let mut arguments = std::env::args_os();
-    let name = arguments.next().unwrap_or_else(|| "cordisk".into());
+pub(super) fn start(mut arguments: impl Iterator<Item = OsString>, environment: &[(&str, &str)]) -> Result<bool> {
     let subcommand = arguments.next();
-    let mut child = Command::new("/proc/self/exe")
-        .arg0(name)
+    let mut command = Command::new("/proc/self/exe");
+    // A service manager knows the process that it has started, and this one is about to end.
+    for name in notify::VARIABLES {
+        command.env_remove(name);
+    }
+    let mut child = command
+        // Not the name of this process, which may be that of mount(8)'s helper.
+        .arg0("cordisk")
+        .envs(environment.iter().copied())
         .args(subcommand)
         .arg(CHILD_OPTION)
         .args(arguments)
@@ -52,11 +60,11 @@ pub(super) fn start() -> Result<ExitCode> {
         let _ = relay.join();
     }
     match status {
-        None => Ok(ExitCode::SUCCESS),
+        None => Ok(true),
         Some(status) => match status.signal() {
             Some(signal) => Err(Error::new(ErrorKind::Io, format!("the background process was killed by signal {signal}"))),
             // It has said why; or was told to end before it was ready.
-            None => Ok(ExitCode::FAILURE),
+            None => Ok(false),
         },
     }
 }

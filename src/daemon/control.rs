@@ -1,6 +1,7 @@
-//! Jobs and the QMP socket: the only file of the daemon that knows either.
+//! Jobs, the QMP socket and where it is found: the only file of the daemon that knows any of them.
 
 use std::cell::Cell;
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use crate::fuse::{Finished, SizeNotice};
 use crate::job::{Batch, JobEvent, Jobs};
 use crate::keeper::{EntrustedNote, Keeper};
 use crate::qmp::{Server, ShutdownReason, Socket, Target};
+use crate::running::{Entry, Registration};
 use crate::stream::{self, KIND, StreamOptions, Streams};
 
 /// How long cancelled jobs may take to end: one step of a stream and a write-back. What they leave unfinished is only what they have not
@@ -44,6 +46,49 @@ impl Prepared {
         let interrupted = Cell::new(config.resume.then(|| disk.stream_note()));
         Ok(Prepared { zone: stream::local_zone(), interrupted, kept: entrusted.transpose()? })
     }
+}
+
+/// The control socket: the one that was asked for, or one beside the entry in the runtime directory, so that there is always one. Where that cannot be
+/// made, the disk is served without, and not registered: the error comes back in place of the registration.
+///
+/// # Errors
+/// Those of [`Socket::listen`], for the one that was asked for.
+pub(super) fn listen(config: &MountConfig, registration: Result<Registration>) -> Result<(Option<Socket>, Result<Registration>)> {
+    if let Some(path) = &config.qmp {
+        return Ok((Some(Socket::listen(path)?), registration));
+    }
+    Ok(match registration.and_then(|place| Ok((Socket::listen(&place.socket_path())?, place))) {
+        Ok((socket, place)) => (Some(socket), Ok(place)),
+        Err(error) => (None, Err(error)),
+    })
+}
+
+/// The disk is mounted: from now on it is found by its mountpoint. Where that cannot be done, a warning says so.
+pub(super) fn register(
+    config: &MountConfig,
+    registration: Result<Registration>,
+    socket: Option<&Socket>,
+    mountpoint: &Path,
+) -> Result<Registration> {
+    let registered = registration.and_then(|place| {
+        let Some(socket) = socket else { return Ok(place) };
+        place.publish(&Entry {
+            pid: std::process::id(),
+            mountpoint: mountpoint.into(),
+            image: config.image.clone(),
+            device: config.device.clone(),
+            qmp: socket.path().into(),
+            metrics: None,
+        })?;
+        Ok(place)
+    });
+    registered.inspect_err(|error| {
+        let instead = match &config.qmp {
+            Some(path) => format!("commands take the socket, {}, instead of the mountpoint", path.display()),
+            None => "only `umount` finds this disk; mount it with --qmp to control it".to_string(),
+        };
+        log::warn!("{error}: {instead}");
+    })
 }
 
 /// How many streams have completed, of what was told.
@@ -89,6 +134,7 @@ impl Control {
         };
         let target = Target {
             disk: Arc::clone(disk),
+            mountpoint: config.mountpoint.clone(),
             jobs: jobs.clone(),
             streams: streams.clone(),
             device: config.device.clone(),
@@ -98,6 +144,11 @@ impl Control {
         };
         let server = socket.map(|socket| Server::start(socket, target)).transpose()?;
         Ok(Control { jobs, streams, server, quit, size_notice, interrupted, told })
+    }
+
+    /// The registry of jobs.
+    pub(super) fn jobs(&self) -> Jobs {
+        self.jobs.clone()
     }
 
     /// The session runs: from now on the kernel is told when it grows.

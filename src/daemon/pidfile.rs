@@ -1,14 +1,11 @@
-//! The file with the process id: held by a lock, so that one that a killed daemon left behind is known as such.
+//! The file with the process id.
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-
-use rustix::fs::{FlockOperation, OFlags};
-use rustix::io::Errno;
+use std::path::Path;
 
 use crate::error::Context;
+use crate::running::LockedFile;
 use crate::{Error, ErrorKind, Result};
 
 /// Longest content that is taken for a process id; anything else is somebody's file and is left alone.
@@ -16,11 +13,7 @@ const LONGEST: u64 = 32;
 
 /// A locked pidfile. Dropping it removes the file, unless that was left to somebody else.
 #[derive(Debug)]
-pub(super) struct Pidfile {
-    path: PathBuf,
-    file: File,
-    entrusted: bool,
-}
+pub(super) struct Pidfile(LockedFile);
 
 impl Pidfile {
     /// Creates or takes over the file, and locks it. It stays empty until [`Pidfile::write`].
@@ -28,51 +21,16 @@ impl Pidfile {
     /// # Errors
     /// Busy: another daemon holds it. InvalidArgument: it is no pidfile. Otherwise what the system says.
     pub(super) fn acquire(path: &Path) -> Result<Pidfile> {
-        let what = || format!("pidfile {}", path.display());
-        loop {
-            let mut file = File::options()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
-                .open(path)
-                .context(what)?;
-            let content = content(&mut file).map_err(|error| error.context(what()))?;
-            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Ok(()) => {}
-                Err(Errno::WOULDBLOCK) => {
-                    let holder = if content.is_empty() { String::new() } else { format!(" (process {content})") };
-                    return Err(Error::new(ErrorKind::Busy, format!("{}: in use by another daemon{holder}", what())));
-                }
-                Err(errno) => return Err(Error::io(what(), errno.into())),
-            }
-            // Its owner may have removed it between our open and our lock; then the lock is on a file that nobody will find.
-            if is_at(&file, path) {
-                file.set_len(0).context(what)?;
-                return Ok(Pidfile { path: path.to_path_buf(), file, entrusted: false });
-            }
-        }
+        let holder = |file: &mut File| {
+            let content = content(file)?;
+            Ok(if content.is_empty() { content } else { format!(" (process {content})") })
+        };
+        LockedFile::acquire("pidfile", path, holder).map(Pidfile)
     }
 
-    /// Where it is.
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Its (device, inode).
-    ///
-    /// # Errors
-    /// Those of fstat(2).
-    pub(super) fn identity(&self) -> Result<(u64, u64)> {
-        let metadata = self.file.metadata().context(|| format!("pidfile {}", self.path.display()))?;
-        Ok((metadata.dev(), metadata.ino()))
-    }
-
-    /// From now on it is for somebody else to remove the file.
-    pub(super) fn entrust(&mut self) {
-        self.entrusted = true;
+    /// The file, for whoever removes it at the end.
+    pub(super) fn file(&mut self) -> &mut LockedFile {
+        &mut self.0
     }
 
     /// Writes the process id and a newline.
@@ -80,20 +38,7 @@ impl Pidfile {
     /// # Errors
     /// Those of write(2).
     pub(super) fn write(&self) -> Result<()> {
-        // At offset 0: the file has been read to its end.
-        let line = format!("{}\n", std::process::id());
-        self.file.write_all_at(line.as_bytes(), 0).context(|| format!("pidfile {}", self.path.display()))
-    }
-}
-
-impl Drop for Pidfile {
-    fn drop(&mut self) {
-        if !self.entrusted
-            && is_at(&self.file, &self.path)
-            && let Err(error) = std::fs::remove_file(&self.path)
-        {
-            log::warn!("removing pidfile {}: {error}", self.path.display());
-        }
+        self.0.write(format!("{}\n", std::process::id()).as_bytes())
     }
 }
 
@@ -110,14 +55,6 @@ fn content(file: &mut File) -> Result<String> {
     })?;
     let digits = text.trim();
     if text.len() as u64 <= LONGEST && digits.bytes().all(|byte| byte.is_ascii_digit()) { Ok(digits.to_string()) } else { Err(strange()) }
-}
-
-/// Whether `path` still names `file`.
-fn is_at(file: &File, path: &Path) -> bool {
-    match (file.metadata(), std::fs::symlink_metadata(path)) {
-        (Ok(ours), Ok(there)) => (ours.dev(), ours.ino()) == (there.dev(), there.ino()),
-        _ => false,
-    }
 }
 
 #[cfg(test)]

@@ -36,11 +36,13 @@ use crate::{Error, ErrorKind, Result};
 
 mod ahead;
 mod bounce;
+mod locate;
 mod note;
 mod populate;
 mod read;
 mod reserve;
 mod stats;
+mod survey;
 mod write;
 mod write_out;
 
@@ -48,13 +50,16 @@ mod write_out;
 mod tests;
 
 pub use ahead::{Ahead, ToRead};
+pub use locate::Locator;
 pub use note::LONGEST_STREAM_NOTE;
 pub use populate::Populated;
-pub use stats::{Activity, Cost, DiskStats, RequestCount};
+pub use stats::{Activity, CopyCount, Cost, DiskStats, LATENCY_BOUNDS, LATENCY_BUCKETS, Latency, RequestCount};
+pub use survey::{MOST_CELLS, Survey, Totals};
 
 use bounce::Bounces;
 use populate::FillHealth;
 use stats::Stats;
+use survey::Surveys;
 use write_out::Placed;
 
 /// Runs that one seek looks at, at most: an image can be made of more of them than anybody can count (I8).
@@ -138,6 +143,7 @@ pub struct Disk {
     fills: FillHealth,
     bounces: Bounces,
     stats: Stats,
+    surveys: Surveys,
 }
 
 impl Disk {
@@ -191,6 +197,7 @@ impl Disk {
             fills: FillHealth::new(reserve),
             bounces: Bounces::new(),
             stats: Stats::new(),
+            surveys: Surveys::default(),
         }
     }
 
@@ -272,7 +279,11 @@ impl Disk {
 
     /// What was asked of the disk since it was opened.
     pub fn stats(&self) -> DiskStats {
-        self.stats.snapshot()
+        let commits = match &self.overlay {
+            Overlay::Writable(image) => image.commits(),
+            Overlay::ReadOnly(_) => 0,
+        };
+        DiskStats { commits, ..self.stats.snapshot() }
     }
 
     /// What the guest is at, for whoever gives way to it.

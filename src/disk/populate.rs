@@ -153,7 +153,9 @@ impl Disk {
             if extent.mapping == Mapping::Unallocated && self.chain().is_some() {
                 let run = at..at + extent.len;
                 let held = self.in_flight.exclusive(self.aligned(&run));
-                populated += self.populate_held(&held, run, depth, ahead, placed)?;
+                let of_run = self.populate_held(&held, run, depth, ahead, placed)?;
+                self.stats.streamed(of_run.copied);
+                populated += of_run;
             } else {
                 populated.skipped += extent.len;
             }
@@ -334,7 +336,9 @@ impl Disk {
                 Copied::Buffer(len) => &buf[(at - unstored.offset) as usize..][..*len],
                 Copied::Bounce(bounce) => bounce,
             };
-            match self.fill(image, &unstored.held, *at, data, &mut Placed::default()) {
+            let stored = self.fill(image, &unstored.held, *at, data, &mut Placed::default());
+            self.stats.copied_up(stored.as_ref().map(|filled| filled.copied));
+            match stored {
                 Ok(filled) => self.fills.reserve.copied(filled.copied),
                 Err(error) => {
                     self.fills.failed(&error);

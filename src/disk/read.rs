@@ -16,15 +16,28 @@ impl Disk {
     /// # Errors
     /// I/O, corruption.
     pub fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Local> {
-        self.stats.read(buf.len(), || {
-            let range = offset..offset.saturating_add(buf.len() as u64);
-            self.check_range(&range)?;
-            let range = if without(Step::ReadersHoldTheirRange) { 0..0 } else { range };
-            match self.in_flight.try_shared(range) {
-                Some(_shared) if self.read_overlay(offset, buf)? == buf.len() => Ok(Local::Done),
-                _ => Ok(Local::Miss),
-            }
-        })
+        self.stats.read(buf.len(), || self.read_local_uncounted(offset, buf))
+    }
+
+    fn read_local_uncounted(&self, offset: u64, buf: &mut [u8]) -> Result<Local> {
+        let range = offset..offset.saturating_add(buf.len() as u64);
+        self.check_range(&range)?;
+        let range = if without(Step::ReadersHoldTheirRange) { 0..0 } else { range };
+        match self.in_flight.try_shared(range) {
+            Some(_shared) if self.read_overlay(offset, buf)? == buf.len() => Ok(Local::Done),
+            _ => Ok(Local::Miss),
+        }
+    }
+
+    /// Reads the first sector as [`Disk::read_local`] does, for nobody: it is no request of the guest, and not counted as one. That it returns at all says
+    /// that the locks and tables of the disk can be had, and that the file answers.
+    ///
+    /// # Errors
+    /// As [`Disk::read_local`].
+    pub fn probe(&self) -> Result<Local> {
+        let mut sector = [0; 512];
+        let len = self.size().min(sector.len() as u64) as usize;
+        self.read_local_uncounted(0, &mut sector[..len])
     }
 
     /// Reads what [`Disk::read_local`] could not, if it takes no waiting either: all of it is missing, and the host has what lies below in memory. As
@@ -40,6 +53,7 @@ impl Disk {
         })?;
         if let Some(unstored) = unstored {
             answer(buf);
+            self.stats.missed();
             self.store_copies(unstored, buf)?;
         }
         Ok(local)
@@ -84,7 +98,11 @@ impl Disk {
     /// # Errors
     /// As [`Disk::read`]; `answer` has not been called then.
     pub fn read_and_answer(&self, offset: u64, buf: &mut [u8], answer: &mut dyn FnMut(&[u8])) -> Result<()> {
-        let unstored = self.stats.waiting_read(buf.len(), || self.read_waiting(offset, buf))?;
+        let mut missed = false;
+        let unstored = self.stats.waiting_read(buf.len(), || self.read_waiting(offset, buf, &mut missed))?;
+        if missed {
+            self.stats.missed();
+        }
         match unstored {
             Some(unstored) if without(Step::CopyUpNeverFailsTheRead) => {
                 self.store_copies(unstored, buf)?;
@@ -99,8 +117,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Reads, and stores copies of all that was missing but the last run, which is returned.
-    fn read_waiting(&self, offset: u64, buf: &mut [u8]) -> Result<Option<Unstored<'_>>> {
+    /// Reads, and stores copies of all that was missing but the last run, which is returned. `missed` becomes true where anything was.
+    fn read_waiting(&self, offset: u64, buf: &mut [u8], missed: &mut bool) -> Result<Option<Unstored<'_>>> {
         let range = offset..offset.saturating_add(buf.len() as u64);
         self.check_range(&range)?;
         let mut done = 0;
@@ -115,6 +133,7 @@ impl Disk {
                 let at = offset + done as u64;
                 at..at + self.map(at, range.end - at)?.len
             };
+            *missed = true;
             let part = &mut buf[done..done + (missing.end - missing.start) as usize];
             let copies_up = self.copy_on_read && !self.is_read_only() && self.fills.are_welcome(&**self.reader().storage());
             done += part.len();

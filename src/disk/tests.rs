@@ -571,6 +571,8 @@ fn requests_are_counted_once() {
     let stats = disk.stats();
     assert_eq!(numbers(stats.reads), count(8192, 2, 0));
     assert_eq!(numbers(stats.backing_reads), count(65536, 1, 0), "the whole cluster, once");
+    assert_eq!((stats.misses, stats.hits()), (1, 1));
+    assert_eq!(stats.copied_up, CopyCount { bytes: 65536, operations: 1, failed: 0 });
     assert!(stats.reads.time >= stats.backing_reads.time && stats.backing_reads.time > std::time::Duration::ZERO);
     assert!(stats.idle.is_some());
 
@@ -581,8 +583,13 @@ fn requests_are_counted_once() {
     disk.discard(0..65536).unwrap();
     disk.flush().unwrap();
     assert!(disk.read(1 << 20, &mut buf).is_err() && disk.write(1 << 20, &buf).is_err() && disk.discard(0..1 << 21).is_err());
-    disk.populate(0..1 << 20, usize::MAX).unwrap();
+    let populated = disk.populate(0..1 << 20, usize::MAX).unwrap();
     let stats = disk.stats();
+    assert_eq!((stats.streamed, populated.copied), ((1 << 20) - 262_144 - 65536, (1 << 20) - 262_144 - 65536));
+    assert_eq!((stats.misses, stats.copied_up.operations), (1, 1), "writes and streams are no reads");
+    assert_eq!(stats.commits, 1, "one flush, which had something to write");
+    disk.flush_if_dirty().unwrap();
+    assert_eq!(disk.stats().commits, 2);
     assert_eq!(numbers(stats.reads), count(8192, 2, 1));
     assert_eq!(numbers(stats.writes), count(4096 + 131_072, 2, 1));
     assert_eq!(numbers(stats.discards), count(65536, 1, 1));

@@ -172,6 +172,32 @@ fn complaint(output: &Output) -> String {
     }
 }
 
+/// Unmounts what is mounted at `path`, whatever it is, unless it is in use.
+///
+/// # Errors
+/// Neither done nor busy.
+pub(super) fn unmount(path: &Path) -> io::Result<Unmounted> {
+    match rustix::mount::unmount(path, UnmountFlags::NOFOLLOW) {
+        // Invalid: unmounted by somebody else since the caller looked.
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => return Ok(Unmounted::Done),
+        Err(Errno::BUSY) => return Ok(Unmounted::Busy),
+        Err(Errno::PERM) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let output = helper("-u", path)?;
+    if output.status.success() {
+        Ok(Unmounted::Done)
+    } else if String::from_utf8_lossy(&output.stderr).contains("busy") {
+        Ok(Unmounted::Busy)
+    } else {
+        Err(io::Error::other(complaint(&output)))
+    }
+}
+
+fn helper(flag: &str, path: &Path) -> io::Result<Output> {
+    Command::new(HELPER).env("LC_ALL", "C").arg(flag).arg("--").arg(path).stdin(Stdio::null()).output()
+}
+
 impl Attachment {
     /// Unmounts if nobody has the disk open.
     ///
@@ -181,20 +207,10 @@ impl Attachment {
         if self.entry()?.is_none() {
             return Ok(Unmounted::Done);
         }
-        match rustix::mount::unmount(&self.path, UnmountFlags::NOFOLLOW) {
-            // Invalid: unmounted by somebody else since we looked.
-            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => return Ok(Unmounted::Done),
-            Err(Errno::BUSY) => return Ok(Unmounted::Busy),
-            Err(Errno::PERM) => {}
-            Err(errno) => return Err(self.failed(io::Error::from(errno))),
-        }
-        let output = self.helper("-u").map_err(|error| self.failed(error))?;
-        if output.status.success() || self.entry()?.is_none() {
-            Ok(Unmounted::Done)
-        } else if String::from_utf8_lossy(&output.stderr).contains("busy") {
-            Ok(Unmounted::Busy)
-        } else {
-            Err(self.failed(io::Error::other(complaint(&output))))
+        match unmount(&self.path) {
+            Ok(Unmounted::Done) => Ok(Unmounted::Done),
+            _ if self.entry()?.is_none() => Ok(Unmounted::Done),
+            result => result.map_err(|error| self.failed(error)),
         }
     }
 
@@ -216,7 +232,7 @@ impl Attachment {
         }
         // The same in two steps, without privilege.
         self.abort();
-        let output = self.helper("-uz").map_err(|error| self.failed(error))?;
+        let output = helper("-uz", &self.path).map_err(|error| self.failed(error))?;
         if output.status.success() || self.entry()?.is_none() {
             return Ok(());
         }
@@ -236,10 +252,6 @@ impl Attachment {
     /// The entry of our mount, while it is there and on top.
     fn entry(&self) -> Result<Option<mountinfo::MountEntry>> {
         Ok(mountinfo::mounted_at(&self.path)?.filter(|entry| entry.device == self.device && entry.source == self.source))
-    }
-
-    fn helper(&self, flag: &str) -> io::Result<Output> {
-        Command::new(HELPER).env("LC_ALL", "C").arg(flag).arg("--").arg(&self.path).stdin(Stdio::null()).output()
     }
 
     fn failed(&self, error: io::Error) -> Error {

@@ -30,6 +30,7 @@ mod host;
 mod log_limit;
 mod mountinfo;
 mod mountpoint;
+mod outside;
 mod ring;
 mod session;
 mod stale;
@@ -51,6 +52,7 @@ pub use attributes::{Changes, Owner, TimeChange, Times};
 pub use file_system::{FileSystem, ReadAnswer};
 pub use handler::{Answer, Durability, Handler, Stat, Truncate, errno};
 pub use host::{HostMount, MountPlan};
+pub use outside::{Life, SeenMount, detach, life_of, mounts, remove_placeholder, unmount};
 
 use crate::Result;
 use crate::disk::{Disk, DiskInfo};

@@ -1,5 +1,6 @@
 //! The kernel's list of mounts. Reading it never touches the mounted file systems, so it cannot hang on a dead one (H29).
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -21,6 +22,8 @@ pub(super) struct MountEntry {
     pub(super) fs_type: String,
     /// What is mounted: of ours, the path of the image.
     pub(super) source: PathBuf,
+    /// Of FUSE: the user who may use it.
+    pub(super) user: Option<u32>,
 }
 
 /// What is mounted at `path` (absolute, without symbolic links), the topmost if there are several.
@@ -30,6 +33,23 @@ pub(super) struct MountEntry {
 pub(super) fn mounted_at(path: &Path) -> Result<Option<MountEntry>> {
     let list = std::fs::read(LIST).context(|| LIST)?;
     Ok(topmost(&list, path))
+}
+
+/// What is on top at each path where anything is mounted, in the order in which it was mounted.
+///
+/// # Errors
+/// As [`mounted_at`].
+pub(super) fn topmost_of_each() -> Result<Vec<MountEntry>> {
+    let list = std::fs::read(LIST).context(|| LIST)?;
+    Ok(on_top(list.split(|&byte| byte == b'\n').filter_map(parse).collect()))
+}
+
+fn on_top(mut entries: Vec<MountEntry>) -> Vec<MountEntry> {
+    let mut seen = HashSet::new();
+    entries.reverse();
+    entries.retain(|entry| seen.insert(entry.mountpoint.clone()));
+    entries.reverse();
+    entries
 }
 
 fn topmost(list: &[u8], path: &Path) -> Option<MountEntry> {
@@ -45,11 +65,13 @@ fn parse(line: &[u8]) -> Option<MountEntry> {
     let mut fields = fields.skip_while(|field| *field != b"-").skip(1);
     let fs_type = fields.next()?;
     let source = fields.next()?;
+    let options = String::from_utf8_lossy(fields.next().unwrap_or_default());
     Some(MountEntry {
         device: String::from_utf8(device.to_vec()).ok()?,
         mountpoint: unescape(mountpoint),
         fs_type: OsStr::from_bytes(fs_type).to_string_lossy().into_owned(),
         source: unescape(source),
+        user: options.split(',').find_map(|option| option.strip_prefix("user_id=")?.parse().ok()),
     })
 }
 
@@ -85,13 +107,15 @@ mod tests {
     fn entries_are_found_by_their_unescaped_path() {
         let entry = topmost(SAMPLE, Path::new("/mnt/a b\\c")).unwrap();
         assert_eq!((entry.device.as_str(), entry.fs_type.as_str()), ("0:52", "fuse.cordisk"));
-        assert_eq!(entry.source, Path::new("/o.qcow2"));
+        assert_eq!((entry.source.as_path(), entry.user), (Path::new("/o.qcow2"), Some(0)));
         assert_eq!(topmost(SAMPLE, Path::new("/mnt")), None);
     }
 
     #[test]
     fn the_last_mount_at_a_path_is_the_one_on_top() {
         assert_eq!(topmost(SAMPLE, Path::new("/mnt/x")).unwrap().fs_type, "tmpfs");
+        let all = on_top(SAMPLE.split(|&byte| byte == b'\n').filter_map(parse).collect());
+        assert_eq!(all.iter().map(|entry| entry.fs_type.as_str()).collect::<Vec<_>>(), ["ext4", "fuse.cordisk", "tmpfs"]);
     }
 
     #[test]

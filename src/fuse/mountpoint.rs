@@ -74,8 +74,7 @@ impl Mountpoint {
     /// Takes over the placeholder that a killed daemon left behind: empty, ours, and with the mode that nobody else gives a file.
     fn adopt(&mut self) -> std::io::Result<()> {
         let ours = self.stat.st_uid == rustix::process::geteuid().as_raw();
-        let left_behind = ours && self.stat.st_size == 0 && Mode::from_raw_mode(self.stat.st_mode).is_empty() && self.stat.st_nlink == 1;
-        if !self.placeholder && left_behind {
+        if !self.placeholder && ours && is_placeholder(&self.stat) {
             // fusermount3 refuses files that the user cannot write. Through /proc, because this descriptor is O_PATH.
             rustix::fs::chmod(self.reopen_path(), Mode::RUSR | Mode::WUSR)?;
             self.file = rustix::fs::open(self.reopen_path(), OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
@@ -133,6 +132,22 @@ impl Drop for Mountpoint {
             Err(error) => log::warn!("{}: removing the placeholder: {}", self.path.display(), os_text(&error.into())),
         }
     }
+}
+
+/// A file as a daemon leaves it under its mount: empty, and with the mode that nobody else gives a file.
+fn is_placeholder(stat: &Stat) -> bool {
+    let plain = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    plain && stat.st_size == 0 && Mode::from_raw_mode(stat.st_mode).is_empty() && stat.st_nlink == 1
+}
+
+/// Removes what a killed daemon of this user, or of `user`, has left at `path`, if nothing is mounted there; says whether there was anything.
+pub(super) fn remove_left_behind(path: &Path, user: Option<u32>) -> bool {
+    if !matches!(mountinfo::mounted_at(path), Ok(None)) {
+        return false;
+    }
+    let Ok(stat) = rustix::fs::lstat(path) else { return false };
+    let ours = stat.st_uid == rustix::process::geteuid().as_raw() || Some(stat.st_uid) == user;
+    ours && is_placeholder(&stat) && rustix::fs::unlink(path).is_ok()
 }
 
 /// Refuses a path where something is mounted. Does not ask whoever serves it, who may never answer.
@@ -202,6 +217,24 @@ mod tests {
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o000)).unwrap();
         drop(Mountpoint::prepare(&path, &[]).unwrap());
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn what_a_killed_daemon_left_goes_and_what_looks_like_it_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, content: &str, mode: u32| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, content).unwrap();
+            std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)).unwrap();
+            path
+        };
+        assert!(remove_left_behind(&file("left", "", 0), None));
+        assert!(!dir.path().join("left").exists());
+        for (name, content, mode) in [("used", "x", 0), ("readable", "", 0o400)] {
+            let path = file(name, content, mode);
+            assert!(!remove_left_behind(&path, None) && path.exists(), "{name}");
+        }
+        assert!(!remove_left_behind(Path::new("/proc"), None) && !remove_left_behind(&dir.path().join("none"), None));
     }
 
     #[test]

@@ -19,7 +19,7 @@ use crate::error::Context;
 use crate::{Error, ErrorKind, Result};
 
 /// Type of our mounts in the list of mounts.
-const OURS: &str = "fuse.cordisk";
+pub(super) const OURS: &str = "fuse.cordisk";
 
 /// Dead mounts on top of each other that are removed at most: one a death, so nobody has as many.
 const DEEPEST: u32 = 1000;
@@ -48,7 +48,7 @@ pub(super) fn remove(mountpoint: &Path, image: &Path) -> Result<()> {
             );
             return Err(Error::new(ErrorKind::Busy, text));
         }
-        if !is_dead(&path) {
+        if life_of(&path) != Life::Dead {
             return Ok(());
         }
         detach(&path).map_err(|error| error.context(format!("mountpoint {}: the daemon that was mounted here is gone", path.display())))?;
@@ -57,16 +57,34 @@ pub(super) fn remove(mountpoint: &Path, image: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether nobody serves what is mounted at `path` any more. Asks whoever does: of our own image that can be one who also only reads it, or where
+/// Whether anybody serves a mount.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Life {
+    /// Nobody does any more: the process was killed.
+    Dead,
+    /// Somebody does, or stands still.
+    Alive,
+    /// This user may not ask.
+    Unknown,
+}
+
+/// Whether anybody serves what is mounted at `path`. Asks whoever does: of our own image that can be one who also only reads it, or where
 /// the file system has no locks. He may stand still, so a thread asks, which is left behind when he does not answer; it ends with the process.
-fn is_dead(path: &Path) -> bool {
+pub(super) fn life_of(path: &Path) -> Life {
     let (sender, answer) = crossbeam_channel::bounded(1);
     let path = path.to_path_buf();
     let ask = move || {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_FORCE_SYNC;
-        let _ = sender.send(rustix::fs::statx(CWD, path, flags, StatxFlags::BASIC_STATS).err() == Some(Errno::NOTCONN));
+        let _ = sender.send(match rustix::fs::statx(CWD, path, flags, StatxFlags::BASIC_STATS) {
+            Err(Errno::NOTCONN) => Life::Dead,
+            Err(Errno::ACCESS) => Life::Unknown,
+            _ => Life::Alive,
+        });
     };
-    thread::Builder::new().spawn(ask).is_ok() && answer.recv_timeout(ANSWER).unwrap_or(false)
+    if thread::Builder::new().spawn(ask).is_err() {
+        return Life::Unknown;
+    }
+    answer.recv_timeout(ANSWER).unwrap_or(Life::Alive)
 }
 
 /// Whether a mount shows `image`: by path, or by what the path leads to.
@@ -76,7 +94,7 @@ fn is_of(entry: &MountEntry, image: &Path) -> bool {
 }
 
 /// Takes the topmost mount away: by umount2(2), or by fusermount3 for whoever may not call it.
-fn detach(path: &Path) -> Result<()> {
+pub(super) fn detach(path: &Path) -> Result<()> {
     match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
         // Invalid: somebody else was faster.
         Ok(()) | Err(Errno::INVAL) => return Ok(()),

@@ -31,6 +31,7 @@ mod grow;
 mod inflated;
 mod l2_table;
 mod lookup;
+mod place;
 mod publish;
 mod refcounts;
 mod tables;
@@ -41,6 +42,7 @@ mod tests;
 
 pub use check::{CheckReport, Finding, Leaks, check};
 pub use lookup::Extent;
+pub use place::{Holes, Place};
 pub use publish::{Allocation, Filled};
 
 use allocator::Allocator;

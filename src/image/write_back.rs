@@ -17,7 +17,7 @@ use super::Image;
 use crate::format::patch;
 use crate::mutants::{Step, without};
 use crate::storage::WriteKind;
-use crate::sync::atomic::Ordering;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::unranked::{Condvar, Mutex};
 use crate::{Error, ErrorKind, Result};
 
@@ -29,6 +29,8 @@ const SECTOR: u64 = 512;
 pub(super) struct GroupCommit {
     state: Mutex<Passes>,
     ended: Condvar,
+    /// Passes that have written something, successfully.
+    commits: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -105,6 +107,11 @@ impl Image {
         self.reader.tables.is_dirty() || self.allocator.is_dirty() || self.header_change.lock().is_some()
     }
 
+    /// How many passes have written something since the image was opened.
+    pub fn commits(&self) -> u64 {
+        self.commit.commits.load(Ordering::Relaxed)
+    }
+
     fn write_back_pass(&self) -> Result<()> {
         let _one_at_a_time = (!without(Step::OnePassAtATime)).then(|| self.write_back.lock());
         self.check_usable()?;
@@ -122,6 +129,7 @@ impl Image {
         if without(Step::FreesBeforeTables) {
             self.allocator.take_pending().into_iter().for_each(|(cluster, references)| *frees.entry(cluster).or_default() += references);
         }
+        let has_work = !tables.is_empty() || !refcounts.pieces.is_empty() || !refcounts.entries.is_empty() || refcounts.table.is_some();
         let write = || -> Result<()> {
             self.write_all(WriteKind::RefcountBlock, &refcounts.pieces)?;
             if let Some(table) = &refcounts.table {
@@ -166,6 +174,7 @@ impl Image {
         };
         match write() {
             Ok(()) => {
+                self.commit.commits.fetch_add(u64::from(has_work), Ordering::Relaxed);
                 self.reader.tables.written();
                 if let Some(table) = refcounts.table.take() {
                     for cluster in table.old.iter().flat_map(|&(old, clusters)| old.0..old.0 + clusters) {

@@ -82,11 +82,11 @@ struct Line {
 }
 
 impl Keeper {
-    /// Starts the keeper: to be called before anything is opened and before there are threads.
+    /// Starts the keeper: to be called before anything is opened and before there are threads. It does not get to see the `hidden` variables of the environment.
     ///
     /// # Errors
     /// No socket, no process, no /proc.
-    pub fn start(messages: Messages) -> Result<Keeper> {
+    pub fn start(messages: Messages, hidden: &[&str]) -> Result<Keeper> {
         let what = || "starting the mount keeper";
         let (ours, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .map_err(io::Error::from)
@@ -96,14 +96,11 @@ impl Keeper {
             Messages::Dropped => Stdio::null(),
         };
         let name = std::env::args_os().next().unwrap_or_else(|| "cordisk".into());
-        Command::new("/proc/self/exe")
-            .arg0(name)
-            .arg(SUBCOMMAND)
-            .stdin(Stdio::from(theirs))
-            .stdout(output())
-            .stderr(output())
-            .spawn()
-            .context(what)?;
+        let mut command = Command::new("/proc/self/exe");
+        for name in hidden {
+            command.env_remove(name);
+        }
+        command.arg0(name).arg(SUBCOMMAND).stdin(Stdio::from(theirs)).stdout(output()).stderr(output()).spawn().context(what)?;
         Ok(Keeper::over(ours))
     }
 

@@ -62,11 +62,11 @@ impl KeptFile {
         match self.what {
             Leftover::Socket => crate::qmp::remove_socket(&self.directory, &self.name, self.identity)
                 .context(|| format!("removing QMP socket {}", self.path.display())),
-            Leftover::Pidfile => {
+            Leftover::Pidfile | Leftover::Entry => {
                 let there = rustix::fs::statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW);
                 let ours = there.is_ok_and(|there| (there.st_dev, there.st_ino) == self.identity);
                 let removed = if ours { rustix::fs::unlinkat(&self.directory, &self.name, AtFlags::empty()) } else { Ok(()) };
-                removed.map_err(io::Error::from).context(|| format!("removing pidfile {}", self.path.display()))
+                removed.map_err(io::Error::from).context(|| format!("removing {}", self.path.display()))
             }
         }
     }
@@ -273,7 +273,7 @@ mod tests {
     /// The user to whom a directory belongs can put another one in its place; what was entrusted still goes, and nothing else.
     #[test]
     fn files_are_found_in_the_directory_that_was_entrusted() {
-        for what in [Leftover::Pidfile, Leftover::Socket] {
+        for what in [Leftover::Pidfile, Leftover::Socket, Leftover::Entry] {
             let dir = tempfile::tempdir().unwrap();
             let (theirs, moved, victim) = (dir.path().join("theirs"), dir.path().join("moved"), dir.path().join("victim"));
             std::fs::create_dir(&theirs).unwrap();

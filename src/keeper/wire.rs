@@ -55,6 +55,8 @@ pub enum Leftover {
     Pidfile,
     /// The file of the control socket.
     Socket,
+    /// The entry in the runtime directory.
+    Entry,
 }
 
 /// A path or a piece of a command, byte by byte.

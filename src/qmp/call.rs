@@ -1,7 +1,8 @@
 //! What a command has when it runs: its arguments, the things it acts upon, and the client's side of the conversation.
 
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crossbeam_channel::Sender;
 use parking_lot::Mutex;
@@ -9,8 +10,9 @@ use parking_lot::Mutex;
 use super::arguments::Arguments;
 use super::codec::Oob;
 use crate::Result;
-use crate::disk::{Disk, DiskInfo, DiskStats};
+use crate::disk::{Disk, DiskInfo, DiskStats, Survey, Totals};
 use crate::job::{Hold, Jobs};
+use crate::map::{self, Page};
 use crate::stream::{Priority, StreamOptions, Streams};
 
 /// What the commands act upon.
@@ -18,6 +20,8 @@ use crate::stream::{Priority, StreamOptions, Streams};
 pub struct Target {
     /// The disk.
     pub disk: Arc<Disk>,
+    /// Where it appears, absolute.
+    pub mountpoint: PathBuf,
     /// Its jobs.
     pub jobs: Jobs,
     /// Its streams, which are among those jobs.
@@ -48,13 +52,40 @@ pub(super) struct Backend {
     pub starting: Mutex<()>,
     pub info: Box<dyn Fn() -> Result<DiskInfo> + Send + Sync>,
     pub stats: Box<dyn Fn() -> DiskStats + Send + Sync>,
+    pub facts: Facts,
     pub grow: Box<dyn Fn(u64) -> Result<()> + Send + Sync>,
     pub start_stream: Box<dyn Fn(StreamOptions) -> Result<()> + Send + Sync>,
 }
 
+/// What is told of the disk without a word for it in QEMU's language.
+pub(super) struct Facts {
+    pub mountpoint: PathBuf,
+    /// When the disk began to be served.
+    pub started: SystemTime,
+    pub is_usable: Box<dyn Fn() -> bool + Send + Sync>,
+    pub totals: Box<dyn Fn() -> Result<Totals> + Send + Sync>,
+    pub survey: Box<dyn Fn(u64) -> Result<Arc<Survey>> + Send + Sync>,
+    pub extents: Box<dyn Fn(u64, usize) -> Result<Page> + Send + Sync>,
+}
+
+impl Facts {
+    fn of(disk: &Arc<Disk>, mountpoint: PathBuf) -> Facts {
+        let [first, second, third, fourth] = std::array::from_fn(|_| Arc::clone(disk));
+        Facts {
+            mountpoint,
+            started: SystemTime::now(),
+            is_usable: Box::new(move || first.is_usable()),
+            totals: Box::new(move || second.totals()),
+            survey: Box::new(move |cells| third.survey(cells)),
+            extents: Box::new(move |from, limit| map::extents(&fourth, from, limit)),
+        }
+    }
+}
+
 impl From<Target> for Backend {
     fn from(target: Target) -> Self {
-        let Target { disk, jobs, streams, device, priority, quit, grown } = target;
+        let Target { disk, mountpoint, jobs, streams, device, priority, quit, grown } = target;
+        let facts = Facts::of(&disk, mountpoint);
         let start_stream = {
             let (disk, streams) = (Arc::clone(&disk), streams.clone());
             Box::new(move |options| streams.start(&disk, StreamOptions { priority, ..options }))
@@ -67,7 +98,18 @@ impl From<Target> for Backend {
             let disk = Arc::clone(&disk);
             Box::new(move || disk.stats())
         };
-        Backend { jobs, streams, device, quit, starting: Mutex::default(), info: Box::new(move || disk.info()), stats, grow, start_stream }
+        Backend {
+            jobs,
+            streams,
+            device,
+            quit,
+            starting: Mutex::default(),
+            info: Box::new(move || disk.info()),
+            stats,
+            facts,
+            grow,
+            start_stream,
+        }
     }
 }
 

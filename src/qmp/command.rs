@@ -8,7 +8,7 @@ use super::call::Call;
 use super::codec::{Class, Refusal, Request};
 use super::types::Type::{List, Object};
 use super::types::{NOTHING, Type};
-use super::{block_stream, job_commands, plan, progress, queries, resize, schema, statistics};
+use super::{block_stream, job_commands, map, plan, progress, queries, resize, schema, statistics, status};
 
 /// One command.
 pub(super) struct Command {
@@ -34,6 +34,8 @@ const CHANGE: &[Argument] =
 pub(super) const JOB_TYPES: &[&str] =
     &["commit", "stream", "mirror", "backup", "create", "amend", "snapshot-load", "snapshot-save", "snapshot-delete"];
 const PROGRESS: &[Argument] = &[mandatory("enable", Boolean), optional("interval-ms", Integer)];
+const CELLS: &[Argument] = &[mandatory("cells", Integer)];
+const MAP: &[Argument] = &[optional("offset", Integer), optional("limit", Integer)];
 const SET_PLAN: &[Argument] = &[mandatory("id", Text), optional("schedule", Text), optional("finish-by", Text)];
 const STREAM: &[Argument] = &[
     optional("job-id", Text),
@@ -96,6 +98,9 @@ pub(super) const COMMANDS: &[Command] = &[
     command("job-dismiss", ID, job_commands::job_dismiss),
     query("x-query-last-job", NONE, Object("LastJob"), progress::x_query_last_job),
     query("x-query-job-progress", NONE, List(&Object("JobProgress")), progress::x_query_job_progress),
+    query("x-query-status", NONE, Object("DiskStatus"), status::x_query_status),
+    query("x-query-cells", CELLS, Object("DiskCells"), status::x_query_cells),
+    query("x-query-map", MAP, Object("DiskMap"), map::x_query_map),
     command("x-job-set-plan", SET_PLAN, plan::x_job_set_plan),
     command("x-job-progress-events", PROGRESS, progress::x_job_progress_events),
     command("quit", NONE, queries::quit),

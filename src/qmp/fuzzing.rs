@@ -4,7 +4,7 @@
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 
-use super::call::{Backend, Session};
+use super::call::{Backend, Facts, Session};
 use super::codec::{self, Decoder, MAX_SIZE, MAX_TOKENS};
 use super::dispatch::Answer;
 use super::lexer::Token;
@@ -69,6 +69,14 @@ fn backend() -> Backend {
         starting: Mutex::default(),
         info: Box::new(move || Err(no_disk())),
         stats: Box::new(Default::default),
+        facts: Facts {
+            mountpoint: "/disk".into(),
+            started: std::time::UNIX_EPOCH,
+            is_usable: Box::new(|| true),
+            totals: Box::new(move || Err(no_disk())),
+            survey: Box::new(move |_| Err(no_disk())),
+            extents: Box::new(move |_, _| Err(no_disk())),
+        },
         grow: Box::new(move |_| Err(no_disk())),
         start_stream: Box::new(move |_| Err(no_disk())),
     }

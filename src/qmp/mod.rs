@@ -8,7 +8,7 @@
 //!                        └── Jobs::subscribe
 //! ```
 //!
-//! **Touches:** one Unix socket, `job`, `stream::Streams`, facts and the size of the `disk`. **Never:** FUSE, the image, a file that a client names; I/O of the disk's bytes.
+//! **Touches:** one Unix socket, `job`, `stream::Streams`, facts and the size of the `disk`, the list of `map`. **Never:** FUSE, the image, a file that a client names; I/O of the disk's bytes.
 //! **Locks:** the fan-out (order of what clients are sent), then the jobs' or one outbox (its bytes); neither is held while a socket is read or written,
 //! nor while a command runs. Before all of them, whatever starts a job or changes the size of the disk.
 //! **Invariants:** replies to a client come in the order of its requests; an event that happened before a reply was made is sent before it; a client that has
@@ -30,6 +30,7 @@ pub mod fuzzing;
 mod job_commands;
 mod json;
 mod lexer;
+mod map;
 mod nodes;
 mod parser;
 mod plan;
@@ -42,6 +43,7 @@ mod schema;
 mod server;
 mod socket;
 mod statistics;
+mod status;
 #[cfg(test)]
 mod tests;
 mod types;

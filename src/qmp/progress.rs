@@ -41,7 +41,12 @@ pub(super) fn progress(info: &JobInfo) -> Value {
 
 pub(super) fn x_query_last_job(call: &mut Call<'_>) -> Result<Value, Refusal> {
     let info = call.backend.jobs.last().ok_or_else(|| Refusal::generic("No job has finished yet"))?;
-    let mut value = counts(&info);
+    Ok(last_job(&info))
+}
+
+/// A job that has ended.
+pub(super) fn last_job(info: &JobInfo) -> Value {
+    let mut value = counts(info);
     // One that was started from the command line has no words of a client's.
     let given = || json!({ "device": info.progress.id, "speed": info.progress.speed });
     value["arguments"] = serde_json::from_str(&info.request).unwrap_or_else(|_| given());
@@ -55,7 +60,7 @@ pub(super) fn x_query_last_job(call: &mut Call<'_>) -> Result<Value, Refusal> {
     if let Some(error) = &info.error {
         value["error"] = error.as_str().into();
     }
-    Ok(value)
+    value
 }
 
 fn counts(info: &JobInfo) -> Value {

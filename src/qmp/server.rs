@@ -117,13 +117,16 @@ impl Server {
         self.core.backend.starting.try_lock_for(patience).is_some()
     }
 
-    /// The end, when the jobs are over and the disk is closed: sends what there is left to tell, answers those who asked to quit with how it went,
+    /// The end, when the jobs are over and the disk is closed: sends what there is left to tell (to all, that closing has failed), answers those who asked to quit with how it went,
     /// ends all connections and removes the socket.
     pub fn shutdown(self, closed: &Result<()>) {
         let result = match closed {
             Ok(()) => Ok(json!({})),
             Err(error) => Err(Refusal::generic(error.to_string())),
         };
+        if let Err(error) = closed {
+            self.core.fanout.announce("X_CLOSE_FAILED", json!({ "error": error.to_string() }));
+        }
         self.stop(&result, LAST_LINES);
     }
 

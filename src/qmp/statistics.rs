@@ -63,6 +63,6 @@ fn block_device_stats(counted: &DiskStats) -> Value {
     stats
 }
 
-fn nanoseconds(time: Duration) -> Value {
+pub(super) fn nanoseconds(time: Duration) -> Value {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).into()
 }

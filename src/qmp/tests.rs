@@ -15,13 +15,14 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::call::Backend;
+use super::call::{Backend, Facts};
 use super::schema::tests::{check_event, check_return};
 use super::server::Server;
 use crate::chain::LayerInfo;
-use crate::disk::{DiskInfo, DiskStats, RequestCount};
+use crate::disk::{CopyCount, DiskInfo, DiskStats, LATENCY_BUCKETS, RequestCount, Survey, Totals};
 use crate::format::{BackingFormat, BackingReference};
 use crate::job::{ErrorAction, Failure, JobSpec, Jobs, Next, Outcome, Work};
+use crate::map::{Extent, Page};
 use crate::stream::{StreamOptions, Streams};
 
 const CHUNK: u64 = 512 << 10;
@@ -63,15 +64,51 @@ fn disk_info() -> DiskInfo {
 }
 
 fn disk_stats() -> DiskStats {
-    let count = |n| RequestCount { bytes: n * 512, operations: n, failed: 1, time: Duration::from_nanos(n) };
+    let count = |n| {
+        let mut latency = [0; LATENCY_BUCKETS];
+        latency[0] = n;
+        RequestCount { bytes: n * 512, operations: n, failed: 1, time: Duration::from_nanos(n), latency }
+    };
     DiskStats {
         reads: count(1),
         writes: count(2),
         flushes: count(3),
         discards: count(4),
         backing_reads: count(5),
+        misses: 1,
+        copied_up: CopyCount { bytes: 65536, operations: 1, failed: 2 },
+        streamed: 3,
+        commits: 4,
         highest_written: 6,
         idle: Some(Duration::from_nanos(7)),
+    }
+}
+
+/// 8 chunks, of which the first is local and the second zero.
+fn facts() -> Facts {
+    let cells = |first: usize| (0..8).map(move |cell| if cell == first { CHUNK } else { 0 }).collect();
+    let extent = |start, length, depth| Extent {
+        start,
+        length,
+        depth,
+        present: true,
+        zero: false,
+        data: true,
+        compressed: depth == 1,
+        offset: (depth != 1).then_some(start + 7),
+    };
+    Facts {
+        mountpoint: "/srv/disk".into(),
+        started: std::time::UNIX_EPOCH,
+        is_usable: Box::new(|| true),
+        totals: Box::new(|| Ok(Totals { local: CHUNK, zero: CHUNK, remote: SIZE - 2 * CHUNK, age: Duration::from_millis(8) })),
+        survey: Box::new(move |_| Ok(Arc::new(Survey { size: SIZE, cell_size: CHUNK, local: cells(0), zero: cells(1) }))),
+        extents: Box::new(move |from, limit| {
+            let extents = (0..8).map(|chunk| extent(chunk * CHUNK, CHUNK, chunk as usize % 3));
+            let mut rest = extents.filter(|extent| extent.start >= from);
+            let page = rest.by_ref().take(limit).collect();
+            Ok(Page { extents: page, next: rest.next().map(|extent| extent.start) })
+        }),
     }
 }
 
@@ -130,6 +167,7 @@ impl Fixture {
             starting: Mutex::default(),
             info: Box::new(move || Ok(info.clone())),
             stats: Box::new(disk_stats),
+            facts: facts(),
             grow: Box::new(grow),
             start_stream,
         };
@@ -856,4 +894,53 @@ fn progress_is_told_to_those_who_asked() {
     let (events, _) = client.events_and_reply(&execute("block-job-cancel", &json!({"device": "drive0", "force": true})));
     let end = events.iter().position(|word| word == "null").unwrap_or(events.len() - 1);
     assert_eq!(end, events.len() - 1, "{events:?}");
+}
+
+/// Protects: what clients are told of the disk is what the schema says, and the numbers are those of the disk.
+#[test]
+fn the_status_is_of_the_schema() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    let mut returned = |command: &str, arguments: Value| {
+        let reply = client.ask(&json!({ "execute": command, "arguments": arguments }).to_string());
+        let mut reply: Value = serde_json::from_str(&reply).unwrap();
+        let value = reply["return"].take();
+        if !value.is_null() {
+            check_return(command, &value);
+            return Ok(value);
+        }
+        Err(reply["error"]["desc"].as_str().unwrap().to_owned())
+    };
+    let status = returned("x-query-status", json!({})).unwrap();
+    assert_eq!(status["bytes"], json!({ "local": CHUNK, "zero": CHUNK, "remote": 6 * CHUNK, "age-ms": 8 }));
+    assert_eq!((&status["mountpoint"], &status["image"]), (&json!("/srv/disk"), &json!("/images/overlay.qcow2")));
+    assert_eq!(status["chain"][1], json!({ "filename": "/base/base.raw", "format": "raw", "size": SIZE }));
+    assert_eq!((&status["hits"], &status["misses"], &status["commits"]), (&json!(0), &json!(1), &json!(4)));
+    assert_eq!(status["requests"][2]["kind"], "flush");
+    assert_eq!((&status["requests"][2]["operations"], &status["requests"][2]["latency"][0]), (&json!(3), &json!(3)));
+    assert_eq!(status["requests"][0]["latency"].as_array().unwrap().len(), status["latency-bounds-ns"].as_array().unwrap().len() + 1);
+    assert_eq!(status["copied-up"], json!({ "operations": 1, "bytes": 65536, "failed": 2 }));
+    assert_eq!(status.get("last-job"), None);
+
+    let cells = returned("x-query-cells", json!({ "cells": 8 })).unwrap();
+    assert_eq!((&cells["local"][0], &cells["zero"][1], &cells["cell-size"]), (&json!(CHUNK), &json!(CHUNK), &json!(CHUNK)));
+    let page = returned("x-query-map", json!({ "limit": 3 })).unwrap();
+    assert_eq!((page["extents"].as_array().unwrap().len(), &page["next"]), (3, &json!(3 * CHUNK)));
+    assert_eq!((page["extents"][0].get("offset"), page["extents"][1].get("offset")), (Some(&json!(7)), None));
+    let rest = returned("x-query-map", json!({ "offset": 3 * CHUNK })).unwrap();
+    assert_eq!((rest["extents"].as_array().unwrap().len(), rest.get("next")), (5, None));
+
+    let cells = "Parameter 'cells' expects a value between 1 and 65536";
+    let limit = "Parameter 'limit' expects a value between 1 and 4096";
+    for (command, arguments, expected) in [
+        ("x-query-cells", json!({}), "Parameter 'cells' is missing"),
+        ("x-query-cells", json!({ "cells": 0 }), cells),
+        ("x-query-cells", json!({ "cells": -1 }), cells),
+        ("x-query-cells", json!({ "cells": 65537 }), cells),
+        ("x-query-map", json!({ "limit": 0 }), limit),
+        ("x-query-map", json!({ "limit": 4097 }), limit),
+        ("x-query-map", json!({ "offset": -1 }), "Parameter 'offset' expects a value between 0 and 9223372036854775807"),
+    ] {
+        assert_eq!(returned(command, arguments).unwrap_err(), expected);
+    }
 }

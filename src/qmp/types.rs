@@ -69,6 +69,15 @@ pub(super) const OBJECTS: &[(&str, &[Member])] = &[
         ],
     ),
     ("LastJob", &LAST_JOB),
+    ("DiskStatus", &STATUS),
+    ("DiskBytes", &[always("local", Int), always("zero", Int), always("remote", Int), always("age-ms", Int)]),
+    ("ChainLayer", &[always("filename", Str), always("format", Enum(&["raw", "qcow2"])), always("size", Int)]),
+    ("RequestCount", &REQUESTS),
+    ("BackingReads", &[always("operations", Int), always("bytes", Int), always("failed", Int), always("total-time-ns", Int)]),
+    ("CopiedUp", &[always("operations", Int), always("bytes", Int), always("failed", Int)]),
+    ("DiskCells", &[always("size", Int), always("cell-size", Int), always("local", List(&Int)), always("zero", List(&Int))]),
+    ("DiskMap", &[always("extents", List(&Object("MapEntry"))), maybe("next", Int)]),
+    ("MapEntry", &MAP_ENTRY),
     ("VersionTriple", &[always("major", Int), always("minor", Int), always("micro", Int)]),
     ("VersionInfo", &[always("qemu", Object("VersionTriple")), always("package", Str)]),
     ("CommandInfo", &[always("name", Str)]),
@@ -227,6 +236,51 @@ pub(super) const OBJECTS: &[(&str, &[Member])] = &[
     ),
 ];
 
+/// `bytes` is absent where the tables of the overlay cannot be read.
+const STATUS: [Member; 23] = [
+    always("device", Str),
+    always("image", Str),
+    always("mountpoint", Str),
+    always("pid", Int),
+    always("version", Str),
+    always("start-time", Object("Timestamp")),
+    always("size", Int),
+    always("cluster-size", Int),
+    always("allocated-size", Int),
+    always("read-only", Bool),
+    always("copy-on-read", Bool),
+    always("chain", List(&Object("ChainLayer"))),
+    always("usable", Bool),
+    maybe("bytes", Object("DiskBytes")),
+    always("requests", List(&Object("RequestCount"))),
+    always("latency-bounds-ns", List(&Int)),
+    always("backing-reads", Object("BackingReads")),
+    always("hits", Int),
+    always("misses", Int),
+    always("copied-up", Object("CopiedUp")),
+    always("commits", Int),
+    always("jobs", List(&Object("JobProgress"))),
+    maybe("last-job", Object("LastJob")),
+];
+const REQUESTS: [Member; 6] = [
+    always("kind", Enum(&["read", "write", "flush", "discard"])),
+    always("operations", Int),
+    always("bytes", Int),
+    always("failed", Int),
+    always("total-time-ns", Int),
+    always("latency", List(&Int)),
+];
+const MAP_ENTRY: [Member; 8] = [
+    always("start", Int),
+    always("length", Int),
+    always("depth", Int),
+    always("present", Bool),
+    always("zero", Bool),
+    always("data", Bool),
+    always("compressed", Bool),
+    maybe("offset", Int),
+];
+
 /// Bytes copied, found zero, passed over and given up add up to the offset, but for clusters that are larger than a step.
 const PROGRESS: [Member; 14] = [
     always("id", Str),
@@ -274,4 +328,5 @@ pub(super) const EVENTS: &[(&str, &[Member])] = &[
     ("BLOCK_JOB_PENDING", &[always("type", JOB_TYPE), always("id", Str)]),
     ("X_JOB_PROGRESS", &PROGRESS),
     ("BLOCK_EXPORT_DELETED", &[always("id", Str)]),
+    ("X_CLOSE_FAILED", &[always("error", Str)]),
 ];

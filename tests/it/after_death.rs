@@ -13,7 +13,9 @@ use serde_json::json;
 
 use crate::hung_backing::Stopped;
 use crate::support::guest::PUNCH;
-use crate::support::{CORDISK, Finished, KIB, MIB, Mount, Pattern, Rig, Rng, assert_same, errno, mounts, poll, qemu, run_within};
+use crate::support::{
+    CORDISK, Finished, KIB, MIB, Mount, Pattern, RUNTIME_DIR, Rig, Rng, assert_same, errno, mounts, poll, qemu, run_within,
+};
 
 /// The attribute that stands for "nobody has closed this image".
 const MARK: &str = "user.cordisk.open";
@@ -30,7 +32,8 @@ pub(crate) fn is_marked(image: &Path) -> bool {
 
 /// `cordisk mount -f IMAGE MOUNTPOINT`, which has to end by itself.
 fn mount(image: &Path, mountpoint: &Path) -> Finished {
-    run_within(Command::new(CORDISK).args(["mount", "-f"]).arg(image).arg(mountpoint), Duration::from_secs(30))
+    let runtime = image.parent().expect("directory").join("run");
+    run_within(Command::new(CORDISK).env(RUNTIME_DIR, runtime).args(["mount", "-f"]).arg(image).arg(mountpoint), Duration::from_secs(30))
 }
 
 fn assert_refused(done: &Finished, words: &[&str]) {
@@ -106,7 +109,7 @@ fn a_live_mount_is_never_removed() {
     let disk = rig.mount().args(&["--read-only"]).start();
     assert_refused(&mount(&other, disk.path()), &["already mounted (fuse.cordisk)"]);
     let same =
-        run_within(Command::new(CORDISK).args(["mount", "-f", "--read-only"]).arg(&rig.overlay).arg(disk.path()), Duration::from_secs(30));
+        run_within(rig.scratch.cordisk().args(["mount", "-f", "--read-only"]).arg(&rig.overlay).arg(disk.path()), Duration::from_secs(30));
     assert_refused(&same, &["already mounted (fuse.cordisk)"]);
     assert_same("still served", &disk.read_all(), &rig.content);
     disk.umount();
@@ -147,7 +150,7 @@ fn a_mount_whose_daemon_stands_still_is_refused() {
     assert_refused(&mount(&other, disk.path()), &["already mounted (fuse.cordisk)", "another image", overlay]);
     // Read-only, so that the same image can be opened once more.
     let same = ["mount", "-f", "--read-only"];
-    let same = run_within(Command::new(CORDISK).args(same).arg(&rig.overlay).arg(disk.path()), Duration::from_secs(30));
+    let same = run_within(rig.scratch.cordisk().args(same).arg(&rig.overlay).arg(disk.path()), Duration::from_secs(30));
     assert_refused(&same, &["already mounted (fuse.cordisk)"]);
     drop(stopped);
     assert_eq!(layers(disk.path()), 1);

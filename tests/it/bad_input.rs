@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::support::header::{self, EXT_BACKING_FORMAT};
 use crate::support::{
-    CORDISK, KIB, MIB, Mount, Pattern, QmpClient, Rig, Scratch, Snapshot, assert_same, mounts, poll, qemu, run_ok, run_within,
+    CORDISK, KIB, MIB, Mount, Pattern, QmpClient, RUNTIME_DIR, Rig, Scratch, Snapshot, assert_same, mounts, poll, qemu, run_ok, run_within,
 };
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -29,6 +29,7 @@ pub(crate) fn attempt(scratch: &Scratch, prepare: Option<&str>, args: &[&str]) -
         }
     };
     command.args(args).current_dir(scratch.path()).env_remove("RUST_LOG").env("SCRATCH", scratch.path());
+    command.env(RUNTIME_DIR, scratch.runtime_dir());
     run_within(&mut command, LIMIT)
 }
 
@@ -109,7 +110,7 @@ fn truncated_images() {
     // All tables there, some data missing: allowed to open, not allowed to lie.
     let top = scratch.write("top.qcow2", &bytes[..bytes.len() - 512 * 1024 - 100]);
     let before = fs::read(&top).expect("image");
-    let mut command = Command::new(CORDISK);
+    let mut command = scratch.cordisk();
     command.args(["mount", "-f", "--read-only", "top.qcow2", "disk"]).current_dir(scratch.path()).env_remove("RUST_LOG");
     let mut child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().expect("start");
     let disk = scratch.join("disk");

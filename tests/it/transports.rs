@@ -2,14 +2,13 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::Errno;
 use serde_json::json;
 
-use crate::support::{CORDISK, KIB, MIB, Pattern, Rig, Rng, assert_same, errno, run_within};
+use crate::support::{KIB, MIB, Pattern, Rig, Rng, assert_same, errno, run_within};
 
 const ENABLED: &str = "/sys/module/fuse/parameters/enable_uring";
 
@@ -160,7 +159,7 @@ fn a_transport_that_is_not_there_is_an_error_only_for_who_insists() {
     }
     let rig = Rig::new(MIB);
     let mountpoint = rig.scratch.join("m");
-    let mut command = Command::new(CORDISK);
+    let mut command = rig.scratch.cordisk();
     command.args(["mount", "-f", "--transport", "uring"]).arg(&rig.overlay).arg(&mountpoint);
     let done = run_within(&mut command, Duration::from_secs(30));
     if done.stderr.contains("mounted") {

@@ -1,6 +1,7 @@
 //! The refcounts as they are on disk, whatever is wrong with their table.
 
 use std::collections::{HashMap, VecDeque};
+use std::time::Instant;
 
 use crate::format::{Geometry, Header, RefcountBlock};
 use crate::storage::Storage;
@@ -117,4 +118,28 @@ impl<'a> Counted<'a> {
         }
         Ok(&self.blocks[&offset])
     }
+}
+
+/// How many of the first `clusters` clusters have a refcount, as it is on disk. Stops counting at `enough`; beyond `deadline` what is left has none.
+///
+/// # Errors
+/// I/O.
+pub fn allocated_clusters(storage: &dyn Storage, header: &Header, clusters: u64, enough: u64, deadline: Instant) -> Result<u64> {
+    let mut counted = Counted::open(storage, header)?;
+    let entries = header.geometry.refblock_entries();
+    let (mut at, mut found) = (0, 0);
+    while at < clusters && found < enough {
+        // Behind the table nothing is counted, and each block is one look at the clock.
+        let is_behind = at / entries >= counted.table().len() as u64;
+        if is_behind || at.is_multiple_of(entries) && Instant::now() >= deadline {
+            break;
+        }
+        if let Some(next) = counted.none_until(at) {
+            at = next;
+            continue;
+        }
+        found += u64::from(counted.get(at)?.is_some_and(|count| count > 0));
+        at += 1;
+    }
+    Ok(found)
 }

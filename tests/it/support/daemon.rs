@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{CORDISK, QmpClient, Scratch, mounts, poll};
+use super::{CORDISK, QmpClient, RUNTIME_DIR, Scratch, mounts, poll};
 
 /// How long a disk may live in a test. Then it is killed: requests that hang fail, and so does the test, instead of blocking the suite.
 const LIFETIME: Duration = Duration::from_secs(240);
@@ -23,6 +23,7 @@ pub struct Mount {
     mountpoint: PathBuf,
     socket: PathBuf,
     log: PathBuf,
+    runtime_dir: PathBuf,
     args: Vec<String>,
     has_socket: bool,
     open_umask: bool,
@@ -43,6 +44,7 @@ impl Mount {
             mountpoint: file("disk"),
             socket: file("sock"),
             log: file("log"),
+            runtime_dir: scratch.runtime_dir(),
             args: Vec::new(),
             has_socket: false,
             open_umask: false,
@@ -99,6 +101,7 @@ impl Mount {
         if self.open_umask {
             command.args(["-c", "umask 000 && exec \"$0\" \"$@\"", CORDISK]);
         }
+        command.env(RUNTIME_DIR, &self.runtime_dir);
         command.args(["mount", "-f"]).args(&self.args).arg(&self.image).arg(&self.mountpoint);
         // One and the same for all tests, whatever this kernel offers; another one is asked for from outside.
         if !self.args.iter().any(|argument| argument == "--transport") {

@@ -7,12 +7,14 @@ pub mod daemon;
 pub mod guest;
 pub mod header;
 pub mod ledger;
+pub mod machine;
 pub mod mounts;
 pub mod nbd;
 pub mod pattern;
 pub mod qemu;
 pub mod qmp;
 pub mod rig;
+pub mod terminal;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -34,6 +36,9 @@ pub const MIB: u64 = 1 << 20;
 
 /// The program under test.
 pub const CORDISK: &str = env!("CARGO_BIN_EXE_cordisk");
+
+/// The variable that names the directory in which running disks are entered.
+pub const RUNTIME_DIR: &str = "CORDISK_RUNTIME_DIR";
 
 /// Skips the test with a reason when something is missing; fails instead where everything has to be there (CI).
 ///
@@ -87,11 +92,26 @@ impl Scratch {
     pub fn new() -> Scratch {
         let dir = tempfile::Builder::new().prefix("cordisk-test-").tempdir().expect("scratch directory");
         let path = dir.path().canonicalize().expect("scratch directory has a real path");
-        Scratch { dir, path }
+        let scratch = Scratch { dir, path };
+        // Here already, so that nothing is new where a disk was mounted.
+        fs::create_dir(scratch.runtime_dir()).expect("runtime directory");
+        scratch
     }
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Where the disks of this test are entered, for `CORDISK_RUNTIME_DIR`.
+    pub fn runtime_dir(&self) -> PathBuf {
+        self.path.join("run")
+    }
+
+    /// The program under test, told where disks are entered.
+    pub fn cordisk(&self) -> Command {
+        let mut command = Command::new(CORDISK);
+        command.env(RUNTIME_DIR, self.runtime_dir());
+        command
     }
 
     pub fn join(&self, name: impl AsRef<Path>) -> PathBuf {
@@ -221,6 +241,11 @@ pub fn run_ok(command: &mut Command) -> String {
     let done = run_within(command, Duration::from_secs(120));
     assert!(done.status.success(), "{command:?} failed: {}\nstdout: {}\nstderr: {}", done.status, done.stdout, done.stderr);
     done.stdout
+}
+
+/// The SHA-256 of a file, in hexadecimal. For files that are too large to be held twice.
+pub fn sha256(path: &Path) -> String {
+    run_ok(Command::new("sha256sum").arg(path)).split_whitespace().next().expect("a sum").to_owned()
 }
 
 /// Asks until there is an answer or the time is over.

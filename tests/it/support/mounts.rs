@@ -100,8 +100,21 @@ pub struct LoopDevice {
 
 impl LoopDevice {
     pub fn attach(file: &Path) -> LoopDevice {
-        let out = run_ok(Command::new("losetup").args(["--find", "--show"]).arg(file));
-        LoopDevice { device: PathBuf::from(out.trim()), attached: true }
+        LoopDevice::attach_as(file, false)
+    }
+
+    /// `direct`: past the page cache of the file, as O_DIRECT does.
+    pub fn attach_as(file: &Path, direct: bool) -> LoopDevice {
+        let direct_io = format!("--direct-io={}", if direct { "on" } else { "off" });
+        let out = run_ok(Command::new("losetup").args(["--find", "--show", &direct_io]).arg(file));
+        let device = LoopDevice { device: PathBuf::from(out.trim()), attached: true };
+        let is_direct = fs::read_to_string(device.attribute("dio")).expect("dio of a loop device");
+        assert_eq!(is_direct.trim(), if direct { "1" } else { "0" }, "losetup {direct_io}");
+        device
+    }
+
+    fn attribute(&self, name: &str) -> PathBuf {
+        Path::new("/sys/block").join(self.device.file_name().expect("device name")).join("loop").join(name)
     }
 
     pub fn device(&self) -> &Path {
@@ -112,8 +125,7 @@ impl LoopDevice {
     pub fn detach(mut self) {
         self.attached = false;
         run_ok(Command::new("losetup").arg("--detach").arg(&self.device));
-        let name = self.device.file_name().expect("device name").to_owned();
-        let backing = Path::new("/sys/block").join(name).join("loop/backing_file");
+        let backing = self.attribute("backing_file");
         let gone = poll(Duration::from_secs(10), || (!backing.exists()).then_some(()));
         assert!(gone.is_some(), "{} still holds its file", self.device.display());
     }
@@ -146,7 +158,10 @@ pub struct LoopMount {
 
 impl LoopMount {
     pub fn new(file: &Path, fstype: &str, dir: &Path) -> LoopMount {
-        let device = LoopDevice::attach(file);
+        LoopMount::on(LoopDevice::attach(file), fstype, dir)
+    }
+
+    pub fn on(device: LoopDevice, fstype: &str, dir: &Path) -> LoopMount {
         run_ok(Command::new("mount").args(["-t", fstype]).arg(device.device()).arg(dir));
         LoopMount { mount: MountGuard { path: dir.to_owned(), mounted: true }, device }
     }

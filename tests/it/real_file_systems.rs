@@ -1,4 +1,4 @@
-//! A real file system, full of real files, on our disk: the main job as users do it.
+//! Real file systems, ext4 and XFS, full of real files, on our disk through a loop device: the main job as users do it.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -8,14 +8,13 @@ use std::process::Command;
 
 use serde_json::json;
 
-use crate::support::mounts::{LoopDevice, LoopMount};
-use crate::support::{CORDISK, Daemon, MIB, Mount, Pattern, Rng, Scratch, assert_same, qemu, run_ok};
+use crate::support::mounts::{LoopDevice, LoopMount, make_fs};
+use crate::support::{CORDISK, Daemon, MIB, Mount, Pattern, Rng, Scratch, assert_same, qemu, run_ok, sha256};
 
 /// Where real files are found; the first that exist, up to a limit.
 const SOURCES: [&str; 4] = ["/etc", "/usr/share/doc", "/usr/include", "/usr/lib/python3"];
 const MOST_BYTES: u64 = 20 * MIB;
 const MOST_FILES: usize = 3000;
-const BASE_SIZE: u64 = 64 * MIB;
 
 /// Regular files by relative name, with their content.
 type Tree = BTreeMap<PathBuf, Vec<u8>>;
@@ -45,7 +44,8 @@ fn gather(dir: &Path) {
     eprintln!("{count} files, {bytes} bytes");
 }
 
-fn tree_of(dir: &Path) -> Tree {
+/// The regular files below `dir` that are `wanted`. The others are not opened.
+fn tree_of(dir: &Path, wanted: &dyn Fn(&Path) -> bool) -> Tree {
     let mut tree = Tree::new();
     let mut todo = vec![dir.to_owned()];
     while let Some(next) = todo.pop() {
@@ -54,7 +54,7 @@ fn tree_of(dir: &Path) -> Tree {
             let meta = fs::symlink_metadata(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
             if meta.is_dir() {
                 todo.push(path);
-            } else if meta.is_file() {
+            } else if meta.is_file() && wanted(&path) {
                 let content = fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
                 tree.insert(path.strip_prefix(dir).expect("below").to_owned(), content);
             }
@@ -107,53 +107,100 @@ fn change_files(dir: &Path, tree: &mut Tree, rng: &mut Rng) {
     }
 }
 
-fn fsck(device: &Path) {
-    run_ok(Command::new("e2fsck").args(["-f", "-n"]).arg(device));
+/// One way to use the disk.
+struct Case {
+    fstype: &'static str,
+    cluster: &'static str,
+    /// Whether the stream is so slow that it cannot end before we let it.
+    slow: bool,
+    /// Whether the loop device goes past the page cache of our file.
+    direct: bool,
 }
 
-fn run_with(cluster: &str, speed: u64) {
-    requires!("/dev/fuse", "root", "qemu-img", "losetup", "mkfs.ext4", "e2fsck", "fstrim");
-    let mut rng = Rng::for_test(&format!("ext4 with clusters of {cluster}"));
+impl Case {
+    /// XFS is not made on less than 300 MiB.
+    fn size(&self) -> u64 {
+        if self.fstype == "xfs" { 304 * MIB } else { 64 * MIB }
+    }
+
+    fn fsck(&self, device: &Path) {
+        let mut command = match self.fstype {
+            "xfs" => Command::new("xfs_repair"),
+            _ => Command::new("e2fsck"),
+        };
+        if self.fstype != "xfs" {
+            command.arg("-f");
+        }
+        run_ok(command.arg("-n").arg(device));
+    }
+
+    fn mount(&self, disk: &Path, dir: &Path) -> LoopMount {
+        LoopMount::on(LoopDevice::attach_as(disk, self.direct), self.fstype, dir)
+    }
+}
+
+/// A file that nobody reads before the stream is let go: what keeps a slow stream busy.
+const HELD_BACK: &str = "held-back";
+const HELD_BACK_SIZE: u64 = 8 * MIB;
+/// Bytes per second; what is held back lasts two minutes.
+const SLOW: u64 = 64 << 10;
+
+/// The files of a mounted file system; those alone that a test may read while the stream is slow, or all.
+fn inside(dir: &Path, all: bool) -> Tree {
+    let held_back = dir.join(HELD_BACK);
+    let mut tree = tree_of(dir, &|path| all || path != held_back);
+    tree.retain(|name, _| !name.starts_with("lost+found"));
+    tree
+}
+
+fn run(case: &Case) {
+    requires!("/dev/fuse", "root", "qemu-img", "losetup", "fstrim");
+    let fs_of = format!("fs:{}", case.fstype);
+    let mkfs = format!("mkfs.{}", case.fstype);
+    requires!(&fs_of, &mkfs, if case.fstype == "xfs" { "xfs_repair" } else { "e2fsck" });
+    let mut rng = Rng::for_test(&format!("{} with clusters of {}", case.fstype, case.cluster));
     let scratch = Scratch::new();
-    let source = scratch.dir("source");
-    gather(&source);
     let base = scratch.join("base.raw");
-    File::create(&base).and_then(|file| file.set_len(BASE_SIZE)).expect("base");
-    run_ok(Command::new("mkfs.ext4").args(["-q", "-F", "-d"]).arg(&source).arg(&base));
-    fsck(&base);
-    let base_before = fs::read(&base).expect("base");
+    make_fs(&base, case.fstype, case.size());
+    let golden = LoopMount::new(&base, case.fstype, &scratch.dir("mnt"));
+    gather(golden.dir());
+    let held_back = Pattern::new(49, 0).bytes(0, HELD_BACK_SIZE);
+    fs::write(golden.dir().join(HELD_BACK), &held_back).expect("held back");
+    let mut tree = inside(golden.dir(), false);
+    golden.umount().detach();
+    case.fsck(&base);
+    let base_before = sha256(&base);
     let base_mtime = fs::metadata(&base).expect("stat").mtime_nsec();
-    let mut tree = tree_of(&source);
 
     let overlay = scratch.join("overlay.qcow2");
-    run_ok(Command::new(CORDISK).arg("create").arg(&overlay).args(["-b", "base.raw", "-F", "raw", "--cluster-size", cluster]));
+    run_ok(Command::new(CORDISK).arg("create").arg(&overlay).args(["-b", "base.raw", "-F", "raw", "--cluster-size", case.cluster]));
     let disk: Daemon = Mount::new(&scratch, &overlay).qmp().start();
     let mut client = disk.client();
-    client.ok("block_stream", json!({"device": "drive0", "speed": speed}));
-    let mounted = LoopMount::new(disk.path(), "ext4", &scratch.dir("mnt"));
-    let inside = |dir: &Path| {
-        let mut tree = tree_of(dir);
-        tree.retain(|name, _| !name.starts_with("lost+found"));
-        tree
-    };
-    assert_same_trees("through the overlay", &inside(mounted.dir()), &tree);
+    client.ok("block_stream", json!({"device": "drive0", "speed": if case.slow { SLOW } else { 0 }}));
+    let mounted = case.mount(disk.path(), &scratch.dir("mnt"));
+    assert_same_trees("through the overlay", &inside(mounted.dir(), false), &tree);
     change_files(mounted.dir(), &mut tree, &mut rng);
-    assert_same_trees("after changes", &inside(mounted.dir()), &tree);
+    assert_same_trees("after changes", &inside(mounted.dir(), false), &tree);
     run_ok(Command::new("fstrim").arg(mounted.dir()));
-    assert_same_trees("after fstrim", &inside(mounted.dir()), &tree);
+    assert_same_trees("after fstrim", &inside(mounted.dir(), false), &tree);
     let device: LoopDevice = mounted.umount();
-    fsck(device.device());
+    case.fsck(device.device());
     device.detach();
+    if case.slow {
+        let job = client.job();
+        assert_eq!(job["status"], "running", "{job}");
+    }
 
     client.finish_job("drive0");
-    assert_same("the base must never change", &fs::read(&base).expect("base"), &base_before);
+    assert_eq!(sha256(&base), base_before, "the base must never change");
     assert_eq!(fs::metadata(&base).expect("stat").mtime_nsec(), base_mtime, "nor be touched");
     fs::rename(&base, scratch.join("moved away")).expect("move the base away");
 
-    let mounted = LoopMount::new(disk.path(), "ext4", &scratch.dir("mnt"));
-    assert_same_trees("without the base", &inside(mounted.dir()), &tree);
+    let mounted = case.mount(disk.path(), &scratch.dir("mnt"));
+    tree.insert(HELD_BACK.into(), held_back);
+    assert_same_trees("without the base", &inside(mounted.dir(), true), &tree);
     let device = mounted.umount();
-    fsck(device.device());
+    case.fsck(device.device());
     device.detach();
     let content = disk.read_all();
     drop(client);
@@ -162,18 +209,30 @@ fn run_with(cluster: &str, speed: u64) {
     qemu::assert_independent(&overlay);
     let raw = qemu::to_raw(&overlay, &scratch.join("converted"));
     assert_same("as QEMU reads it", &fs::read(&raw).expect("converted"), &content);
-    fsck(&raw);
+    case.fsck(&raw);
 }
 
 /// Protects: the main job at the default cluster size: a real ext4 base is read, written, trimmed and checked through our disk while a stream of
 /// limited speed runs; afterwards the base is not needed, and not one file is wrong.
 #[test]
 fn ext4_while_a_slow_stream_runs() {
-    run_with("64K", 8 * MIB);
+    run(&Case { fstype: "ext4", cluster: "64K", slow: true, direct: false });
 }
 
-/// Protects: the same at full speed and with clusters as small as a page, where tables change all the time.
+/// Protects: the same at full speed and with clusters as small as a page, where tables change all the time; past the page cache of our file.
 #[test]
 fn ext4_while_a_fast_stream_runs() {
-    run_with("4K", 0);
+    run(&Case { fstype: "ext4", cluster: "4K", slow: false, direct: true });
+}
+
+/// Protects: the same of XFS, whose log and whose writes lie elsewhere and are larger, past the page cache of our file.
+#[test]
+fn xfs_while_a_slow_stream_runs() {
+    run(&Case { fstype: "xfs", cluster: "64K", slow: true, direct: true });
+}
+
+/// Protects: the same of XFS with small clusters and at full speed.
+#[test]
+fn xfs_while_a_fast_stream_runs() {
+    run(&Case { fstype: "xfs", cluster: "4K", slow: false, direct: false });
 }

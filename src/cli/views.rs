@@ -1,0 +1,105 @@
+//! `cordisk map`, `cordisk info` and `cordisk top`: their options, and what they mean.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::values::FormatArg;
+use crate::client::{InfoOptions, MapOptions, TopOptions};
+use crate::format::BackingFormat;
+
+/// Seconds between two looks: more than ten a second nobody can read.
+const INTERVALS: std::ops::RangeInclusive<f64> = 0.1..=3600.0;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct MapArgs {
+    /// A disk that runs (its mountpoint, or its control socket), or a qcow2 image that nobody writes to
+    #[arg(value_name = "TARGET|IMAGE")]
+    target: PathBuf,
+    /// Print the list of extents, as qemu-img map --output=json does
+    #[arg(long, conflicts_with = "png")]
+    json: bool,
+    /// Write a PNG with one square for each cell; `-` is standard output. A file that exists is replaced
+    #[arg(long, value_name = "FILE")]
+    png: Option<PathBuf>,
+    /// Format of the first backing file, where IMAGE does not say; it is never guessed
+    #[arg(long, value_name = "FORMAT")]
+    backing_format: Option<FormatArg>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct InfoArgs {
+    /// A disk that runs (its mountpoint, or its control socket), or an image, which may be in use
+    #[arg(value_name = "TARGET|IMAGE")]
+    target: PathBuf,
+    /// Print JSON with the members of qemu-img info --output=json
+    #[arg(long)]
+    json: bool,
+    /// Go on with the backing files, top first
+    #[arg(long)]
+    backing_chain: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct TopArgs {
+    /// The disk: its mountpoint, or its control socket [default: all that run]
+    target: Option<PathBuf>,
+    /// Seconds between two looks
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_interval)]
+    interval: Duration,
+}
+
+impl From<MapArgs> for MapOptions {
+    fn from(args: MapArgs) -> Self {
+        let MapArgs { target, json, png, backing_format } = args;
+        MapOptions { target, backing_format: backing_format.map(BackingFormat::from), json, png }
+    }
+}
+
+impl From<InfoArgs> for InfoOptions {
+    fn from(args: InfoArgs) -> Self {
+        let InfoArgs { target, json, backing_chain } = args;
+        InfoOptions { target, json, backing_chain }
+    }
+}
+
+impl From<TopArgs> for TopOptions {
+    fn from(args: TopArgs) -> Self {
+        TopOptions { target: args.target, interval: args.interval }
+    }
+}
+
+fn parse_interval(text: &str) -> Result<Duration, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if INTERVALS.contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err(format!("expected seconds from {} to {}, such as 1 or 0.5", INTERVALS.start(), INTERVALS.end())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::super::{Args, Command};
+    use super::*;
+
+    fn command(line: &[&str]) -> Command {
+        Args::try_parse_from(line).unwrap().check().unwrap()
+    }
+
+    #[test]
+    fn views_take_what_they_say() {
+        let Command::Map(map) = command(&["cordisk", "map", "--png", "-", "--backing-format", "raw", "i"]) else { panic!("not map") };
+        assert_eq!((map.target, map.json, map.png, map.backing_format), ("i".into(), false, Some("-".into()), Some(BackingFormat::Raw)));
+        let Command::Info(info) = command(&["cordisk", "info", "--json", "--backing-chain", "i"]) else { panic!("not info") };
+        assert_eq!((info.target, info.json, info.backing_chain), (PathBuf::from("i"), true, true));
+        let Command::Top(top) = command(&["cordisk", "top"]) else { panic!("not top") };
+        assert_eq!((top.target, top.interval), (None, Duration::from_secs(1)));
+        let Command::Top(top) = command(&["cordisk", "top", "--interval", "0.5", "m"]) else { panic!("not top") };
+        assert_eq!((top.target, top.interval), (Some("m".into()), Duration::from_millis(500)));
+        for wrong in ["0", "0.01", "-1", "inf", "NaN", "1s", "4000"] {
+            let error = Args::try_parse_from(["cordisk", "top", &format!("--interval={wrong}")]).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{wrong}");
+        }
+        assert_eq!(Args::try_parse_from(["cordisk", "map", "--json", "--png", "x", "i"]).unwrap_err().exit_code(), 2);
+    }
+}

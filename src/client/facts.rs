@@ -1,0 +1,245 @@
+//! What a daemon tells of its disk, and of a job.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::connection::Connection;
+use crate::{Error, ErrorKind, Result};
+
+/// `x-query-status`. What an older daemon does not tell is absent.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub(super) struct Facts {
+    pub(super) device: String,
+    pub(super) image: String,
+    pub(super) mountpoint: Option<String>,
+    pub(super) pid: Option<u32>,
+    pub(super) version: Option<String>,
+    pub(super) start_time: Option<Timestamp>,
+    pub(super) size: u64,
+    pub(super) cluster_size: Option<u64>,
+    pub(super) allocated_size: Option<u64>,
+    pub(super) read_only: bool,
+    pub(super) copy_on_read: Option<bool>,
+    pub(super) chain: Vec<Layer>,
+    pub(super) usable: Option<bool>,
+    pub(super) bytes: Option<Bytes>,
+    pub(super) requests: Vec<Requests>,
+    pub(super) backing_reads: Option<Count>,
+    pub(super) hits: Option<u64>,
+    pub(super) misses: Option<u64>,
+    pub(super) jobs: Vec<Job>,
+    pub(super) last_job: Option<LastJob>,
+    pub(super) plan: Option<Plan>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Timestamp {
+    seconds: u64,
+    microseconds: u64,
+}
+
+impl Timestamp {
+    pub(super) fn time(self) -> SystemTime {
+        let since = Duration::from_secs(self.seconds).saturating_add(Duration::from_micros(self.microseconds));
+        UNIX_EPOCH.checked_add(since).unwrap_or(UNIX_EPOCH)
+    }
+
+    /// How long ago it was.
+    pub(super) fn age(self) -> Duration {
+        self.time().elapsed().unwrap_or_default()
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Layer {
+    pub(super) filename: String,
+    pub(super) format: String,
+    pub(super) size: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Bytes {
+    pub(super) local: u64,
+    pub(super) zero: u64,
+    pub(super) remote: u64,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Requests {
+    pub(super) kind: String,
+    #[serde(flatten)]
+    pub(super) count: Count,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Count {
+    pub(super) operations: u64,
+    pub(super) bytes: u64,
+    pub(super) failed: u64,
+}
+
+/// One job, of `x-query-job-progress`, `X_JOB_PROGRESS` or `query-block-jobs`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub(super) struct Job {
+    #[serde(alias = "device")]
+    pub(super) id: String,
+    pub(super) status: String,
+    pub(super) speed: u64,
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) rate: u64,
+    pub(super) seconds_left: Option<u64>,
+    /// `ok`, `failed` or `nospace`; of `query-block-jobs` only.
+    pub(super) io_status: Option<String>,
+}
+
+impl Job {
+    /// Told to pause, or paused by an error.
+    pub(super) fn is_paused(&self) -> bool {
+        matches!(self.status.as_str(), "paused" | "standby")
+    }
+
+    /// At its end, and there until a client dismisses it.
+    pub(super) fn is_concluded(&self) -> bool {
+        self.status == "concluded"
+    }
+
+    /// Why it is paused, and what to do.
+    pub(super) fn why_paused(&self, target: &str) -> String {
+        let resume = format!("`cordisk job resume {target}` goes on");
+        match self.io_status.as_deref() {
+            Some("nospace") => format!("paused: no space left where the image lies; make room, then {resume}"),
+            Some("failed") => format!("paused by an error of reading or writing (the daemon's log has it); {resume}"),
+            _ => format!("paused; {resume}"),
+        }
+    }
+}
+
+/// `x-query-last-job`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub(super) struct LastJob {
+    pub(super) id: String,
+    pub(super) result: String,
+    pub(super) error: Option<String>,
+    pub(super) offset: u64,
+    pub(super) len: u64,
+    pub(super) bytes_copied: u64,
+    pub(super) start_time: Timestamp,
+    pub(super) end_time: Timestamp,
+}
+
+impl LastJob {
+    pub(super) fn took(&self) -> Duration {
+        self.end_time.time().duration_since(self.start_time.time()).unwrap_or_default()
+    }
+}
+
+/// What governs the speed of a job over time.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub(super) struct Plan {
+    pub(super) schedule: Option<String>,
+    pub(super) finish_by: Option<String>,
+    pub(super) needed: Option<u64>,
+    pub(super) feasible: Option<bool>,
+}
+
+/// `x-query-status`, or as much of it as an older daemon can tell.
+///
+/// # Errors
+/// Those of [`Connection::execute`].
+pub(super) fn query(connection: &mut Connection) -> Result<Value> {
+    match connection.ask("x-query-status", json!({}))? {
+        Ok(facts) => Ok(facts),
+        Err(refusal) if refusal.is_unknown_command() => from_blocks(connection),
+        Err(refusal) => Err(Error::new(ErrorKind::Io, format!("{}: {}", connection.name(), refusal.description))),
+    }
+}
+
+/// The facts in an answer of [`query`].
+///
+/// # Errors
+/// They are of another shape.
+pub(super) fn read(value: &Value, name: &str) -> Result<Facts> {
+    Facts::deserialize(value).map_err(|error| {
+        let text = format!("{name}: its daemon answers in a way that this program does not know");
+        Error::wrap(ErrorKind::InvalidArgument, text, error)
+    })
+}
+
+fn from_blocks(connection: &mut Connection) -> Result<Value> {
+    let blocks = connection.execute("query-block", json!({}))?;
+    let (device, inserted) = (&blocks[0]["device"], &blocks[0]["inserted"]);
+    let image = &inserted["image"];
+    let mut chain = Vec::new();
+    let mut layer = &image["backing-image"];
+    while layer.is_object() {
+        chain.push(json!({ "filename": layer["filename"], "format": layer["format"], "size": layer["virtual-size"] }));
+        layer = &layer["backing-image"];
+    }
+    let mut facts = json!({
+        "device": device, "image": image["filename"], "size": image["virtual-size"], "cluster-size": image["cluster-size"],
+        "allocated-size": image["actual-size"], "read-only": inserted["ro"], "chain": chain, "jobs": [],
+    });
+    if let Ok(jobs) = connection.ask("x-query-job-progress", json!({}))? {
+        facts["jobs"] = jobs;
+    }
+    if let Some(last) = last_job_value(connection)? {
+        facts["last-job"] = last;
+    }
+    Ok(facts)
+}
+
+/// The name of the device.
+///
+/// # Errors
+/// Those of [`Connection::execute`].
+pub(super) fn device(connection: &mut Connection) -> Result<String> {
+    let blocks = connection.execute("query-block", json!({}))?;
+    Ok(blocks[0]["device"].as_str().unwrap_or_default().to_owned())
+}
+
+/// The one job there is, or none.
+///
+/// # Errors
+/// Those of [`Connection::execute`].
+pub(super) fn job(connection: &mut Connection) -> Result<Option<Job>> {
+    let jobs = connection.execute("query-block-jobs", json!({}))?;
+    let Some(first) = jobs.as_array().and_then(|jobs| jobs.first()) else { return Ok(None) };
+    let mut job = as_job(first);
+    // What was really copied, and how fast, is told elsewhere.
+    if let Ok(details) = connection.ask("x-query-job-progress", json!({}))?
+        && let Some(detail) = details.as_array().and_then(|details| details.iter().find(|detail| detail["id"] == job.id.as_str()))
+    {
+        let detail = as_job(detail);
+        (job.rate, job.seconds_left) = (detail.rate, detail.seconds_left);
+    }
+    Ok(Some(job))
+}
+
+/// A job, as an answer or an event has it. What is not there is empty.
+pub(super) fn as_job(value: &Value) -> Job {
+    Job::deserialize(value).unwrap_or_default()
+}
+
+/// The job that ended last.
+///
+/// # Errors
+/// Those of [`Connection::ask`].
+pub(super) fn last_job(connection: &mut Connection) -> Result<Option<LastJob>> {
+    Ok(last_job_value(connection)?.and_then(|value| LastJob::deserialize(&value).ok()))
+}
+
+fn last_job_value(connection: &mut Connection) -> Result<Option<Value>> {
+    Ok(connection.ask("x-query-last-job", json!({}))?.ok())
+}

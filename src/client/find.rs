@@ -1,0 +1,193 @@
+//! From what the user types to a socket: the disk at a mountpoint, or behind a socket; and all disks there are.
+
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::connection::{Connection, PATIENCE};
+use crate::error::Context;
+use crate::fuse::{self, Life, SeenMount};
+use crate::running::{self, Found};
+use crate::{Error, ErrorKind, Result};
+
+/// What to do where nothing was found.
+const LISTED: &str = "`cordisk status` lists those that run";
+
+/// A disk whose daemon can be talked to.
+#[derive(Debug)]
+pub struct Disk {
+    /// As the user has named it.
+    pub name: String,
+    /// Its control socket.
+    pub socket: PathBuf,
+    /// Where it is mounted, if that is known.
+    pub mountpoint: Option<PathBuf>,
+    /// The entry of its daemon, if it has one.
+    pub found: Option<Found>,
+}
+
+impl Disk {
+    /// Connects to its daemon.
+    ///
+    /// # Errors
+    /// Those of [`Connection::open`].
+    pub fn connect(&self) -> Result<Connection> {
+        self.connect_within(PATIENCE)
+    }
+
+    /// As [`Disk::connect`], with another patience.
+    ///
+    /// # Errors
+    /// Those of [`Connection::open`].
+    pub fn connect_within(&self, patience: Duration) -> Result<Connection> {
+        Connection::open(&self.socket, &self.name, patience)
+    }
+}
+
+/// What there is at a name.
+#[derive(Debug)]
+pub enum Target {
+    /// A disk that is served.
+    Running(Disk),
+    /// A mount that nobody serves any more.
+    Dead(SeenMount),
+    /// A mount that is served, or may be, by a daemon that is not entered where this user looks.
+    Unregistered(SeenMount),
+}
+
+/// Finds the disk that `target` names: its mountpoint, a symbolic link to it, or its control socket.
+///
+/// # Errors
+/// There is none, with what to do.
+pub fn find(target: &Path) -> Result<Target> {
+    let name = target.display().to_string();
+    let mounts = fuse::mounts()?;
+    if let Some(mount) = mount_at(target, &mounts)? {
+        return Ok(resolve(name, mount));
+    }
+    // Nothing of ours is mounted there, so asking for it cannot hang on us.
+    if target.metadata().is_ok_and(|there| there.file_type().is_socket()) {
+        let socket = std::path::absolute(target).context(|| name.clone())?;
+        let found = running::find_all().into_iter().find(|found| same(&found.entry.qmp, &socket) && found.is_running());
+        let mountpoint = found.as_ref().map(|found| found.entry.mountpoint.clone());
+        return Ok(Target::Running(Disk { name, socket, mountpoint, found }));
+    }
+    let hint = match image_of(target, &mounts) {
+        Some(mount) => format!("it is the image of the disk at {0}; name that: {0}", mount.mountpoint.display()),
+        None => LISTED.to_owned(),
+    };
+    Err(Error::new(ErrorKind::NotFound, format!("no cordisk disk is mounted at {name}; {hint}")))
+}
+
+/// As [`find`], and connects.
+///
+/// # Errors
+/// Those of [`find`]; the disk is dead, or cannot be talked to, with what to do.
+pub fn connect(target: &Path) -> Result<(Connection, Disk)> {
+    match find(target)? {
+        Target::Running(disk) => Ok((disk.connect()?, disk)),
+        Target::Dead(_) => Err(dead(target)),
+        Target::Unregistered(_) => Err(unregistered(target)),
+    }
+}
+
+/// The error for whoever wants something of a dead disk.
+pub(super) fn dead(target: &Path) -> Error {
+    let text = format!(
+        "the disk at {} is dead: its daemon was killed; mount it again with the same `cordisk mount`, or remove it: cordisk umount {}",
+        target.display(),
+        super::show::quoted(target)
+    );
+    Error::new(ErrorKind::NotFound, text)
+}
+
+/// The error for whoever wants something of a disk without an entry.
+pub(super) fn unregistered(target: &Path) -> Error {
+    let text = format!(
+        "the disk at {} has no entry that this user can read: it belongs to another user, or its daemon could not be entered; \
+         name its control socket (mount --qmp) instead of the mountpoint",
+        target.display()
+    );
+    Error::new(ErrorKind::NotFound, text)
+}
+
+/// All disks: those that run, in the order in which they were mounted, then mounts without a daemon that is known.
+///
+/// # Errors
+/// The list of mounts cannot be read.
+pub fn find_all() -> Result<Vec<Target>> {
+    let mounts = fuse::mounts()?;
+    let mut all: Vec<Target> = mounts.iter().map(|mount| resolve(mount.mountpoint.display().to_string(), mount)).collect();
+    // Detached from its path, or mounted where this process does not see it, and served all the same.
+    let me = rustix::process::geteuid().as_raw();
+    let shown: Vec<u32> = all.iter().filter_map(|target| Some(entry_of(target)?.entry.pid)).collect();
+    for found in running::find_all() {
+        let believed = found.owner == 0 || found.owner == me;
+        if believed && !shown.contains(&found.entry.pid) && found.is_running() {
+            all.push(Target::Running(disk_of(found.entry.mountpoint.display().to_string(), found)));
+        }
+    }
+    all.sort_by_key(|target| (entry_of(target).is_none(), entry_of(target).map(|found| found.since)));
+    Ok(all)
+}
+
+fn entry_of(target: &Target) -> Option<&Found> {
+    match target {
+        Target::Running(disk) => disk.found.as_ref(),
+        Target::Dead(_) | Target::Unregistered(_) => None,
+    }
+}
+
+/// The mount that `target` names. Its last part is not looked at at first: it may be dead, or hang.
+fn mount_at<'a>(target: &Path, mounts: &'a [SeenMount]) -> Result<Option<&'a SeenMount>> {
+    let at = |path: &Path| mounts.iter().find(|mount| mount.mountpoint == path);
+    let absolute = std::path::absolute(target).context(|| target.display().to_string())?;
+    let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else { return Ok(None) };
+    let Ok(parent) = parent.canonicalize() else { return Ok(None) };
+    let path = parent.join(name);
+    if let Some(mount) = at(&path) {
+        return Ok(Some(mount));
+    }
+    // readlink(2) asks nobody but the file system in which the link is.
+    let Ok(leads_to) = path.read_link() else { return Ok(None) };
+    let leads_to = parent.join(leads_to);
+    Ok(match (leads_to.parent().map(Path::canonicalize), leads_to.file_name()) {
+        (Some(Ok(parent)), Some(name)) => at(&parent.join(name)),
+        _ => None,
+    })
+}
+
+fn image_of<'a>(target: &Path, mounts: &'a [SeenMount]) -> Option<&'a SeenMount> {
+    let path = target.canonicalize().ok()?;
+    mounts.iter().find(|mount| mount.image == path)
+}
+
+/// Who serves a mount.
+fn resolve(name: String, mount: &SeenMount) -> Target {
+    let me = rustix::process::geteuid().as_raw();
+    // A user can write anything into an entry: it counts for that user's own mounts only.
+    let believed = |found: &Found| found.owner == 0 || found.owner == me || Some(found.owner) == mount.user;
+    let mut known: Vec<Found> = running::find_all();
+    known.retain(|found| found.entry.is_at(&mount.mountpoint) && believed(found));
+    let had_entry = !known.is_empty();
+    known.retain(Found::is_running);
+    // Of several the one of this image, and of those the newest: an older one may have been detached, and still be served to those who have it open.
+    known.sort_by_key(|found| (found.entry.image == mount.image, found.since));
+    if let Some(found) = known.pop() {
+        return Target::Running(disk_of(name, found));
+    }
+    match fuse::life_of(&mount.mountpoint) {
+        Life::Dead => Target::Dead(mount.clone()),
+        Life::Unknown if had_entry => Target::Dead(mount.clone()),
+        Life::Alive | Life::Unknown => Target::Unregistered(mount.clone()),
+    }
+}
+
+fn disk_of(name: String, found: Found) -> Disk {
+    Disk { name, socket: found.entry.qmp.clone(), mountpoint: Some(found.entry.mountpoint.clone()), found: Some(found) }
+}
+
+/// Whether two paths lead to one file.
+fn same(one: &Path, other: &Path) -> bool {
+    one == other || one.canonicalize().ok().is_some_and(|one| other.canonicalize().ok() == Some(one))
+}

@@ -1,0 +1,427 @@
+//! `cordisk status`: a disk in a few lines, or all of them in one line each.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::thread;
+
+use serde_json::{Value, json};
+
+use super::connection::Connection;
+use super::facts::{self, Facts, Job, LastJob};
+use super::find::{self, Disk, Target};
+use super::show::{self, Paint};
+use super::stream::say;
+use super::table::{Row, table};
+use crate::error::one_line;
+use crate::fuse::SeenMount;
+use crate::{Error, ErrorKind, Result};
+
+/// What `cordisk status` is asked for.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct StatusOptions {
+    /// The disk: its mountpoint or its socket; all of them without.
+    pub target: Option<PathBuf>,
+    /// For programs.
+    pub json: bool,
+}
+
+/// Runs the command. The exit status is 1 if the disk that was asked for is dead.
+///
+/// # Errors
+/// There is no such disk, or its daemon does not answer.
+pub fn run(options: &StatusOptions) -> Result<ExitCode> {
+    let Some(target) = &options.target else { return all(options.json).map(|()| ExitCode::SUCCESS) };
+    match find::find(target)? {
+        Target::Running(disk) => {
+            let mut connection = disk.connect()?;
+            let value = facts::query(&mut connection)?;
+            if options.json {
+                print_json(vec![with_place(value, &disk)])?;
+            } else {
+                let facts = facts::read(&value, &disk.name)?;
+                let paused = paused(&mut connection, &facts)?;
+                say(&block(&facts, &disk, paused.as_ref(), Paint::stdout()))?;
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Target::Dead(mount) => {
+            if options.json {
+                print_json(vec![dead_value(&mount)])?;
+            } else {
+                say(&dead_block(&mount, Paint::stdout()))?;
+            }
+            Ok(ExitCode::FAILURE)
+        }
+        Target::Unregistered(_) => Err(find::unregistered(target)),
+    }
+}
+
+/// The job as `query-block-jobs` has it, if it is paused: why it is.
+fn paused(connection: &mut Connection, facts: &Facts) -> Result<Option<Job>> {
+    if facts.jobs.iter().any(Job::is_paused) { facts::job(connection) } else { Ok(None) }
+}
+
+fn all(json: bool) -> Result<()> {
+    let targets = find::find_all()?;
+    // Side by side: one that does not answer should not hold the others up.
+    let answers: Vec<Option<Result<Value>>> = thread::scope(|scope| {
+        let asked: Vec<_> = targets
+            .iter()
+            .map(|target| match target {
+                Target::Running(disk) => Some(scope.spawn(|| facts::query(&mut disk.connect()?))),
+                Target::Dead(_) | Target::Unregistered(_) => None,
+            })
+            .collect();
+        let join = |thread: thread::ScopedJoinHandle<'_, Result<Value>>| {
+            thread.join().unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "asking has failed")))
+        };
+        asked.into_iter().map(|thread| thread.map(join)).collect()
+    });
+    let disks = targets.iter().zip(answers);
+    if json {
+        return print_json(disks.map(|(target, answer)| value_of(target, answer)).collect());
+    }
+    let rows: Vec<Row> = disks.map(|(target, answer)| row_of(target, answer)).collect();
+    if rows.is_empty() {
+        return say("No disk is mounted.");
+    }
+    say(&table(&rows, Paint::stdout()))
+}
+
+/// What programs are told beside the daemon's own facts.
+fn with_place(mut value: Value, disk: &Disk) -> Value {
+    value["qmp"] = disk.socket.to_string_lossy().into();
+    value["state"] = "running".into();
+    // A daemon that is older than these members.
+    if let Some(found) = &disk.found {
+        for (name, known) in [("mountpoint", json!(found.entry.mountpoint.to_string_lossy())), ("pid", json!(found.entry.pid))] {
+            if value[name].is_null() {
+                value[name] = known;
+            }
+        }
+    }
+    value
+}
+
+fn dead_value(mount: &SeenMount) -> Value {
+    json!({ "state": "dead", "mountpoint": mount.mountpoint.to_string_lossy(), "image": mount.image.to_string_lossy() })
+}
+
+fn value_of(target: &Target, answer: Option<Result<Value>>) -> Value {
+    match (target, answer) {
+        (Target::Running(disk), Some(Ok(value))) => with_place(value, disk),
+        (Target::Running(disk), answer) => {
+            let mut value = match &disk.found {
+                Some(found) => json!({ "device": found.entry.device, "image": found.entry.image.to_string_lossy() }),
+                None => json!({}),
+            };
+            if let Some(Err(error)) = answer {
+                value["error"] = error.to_string().into();
+            }
+            with_place(value, disk)
+        }
+        (Target::Dead(mount), _) => dead_value(mount),
+        (Target::Unregistered(mount), _) => {
+            let mut value = dead_value(mount);
+            value["state"] = "running".into();
+            value["error"] = "no entry that this user can read".into();
+            value
+        }
+    }
+}
+
+fn row_of(target: &Target, answer: Option<Result<Value>>) -> Row {
+    let facts = match (target, answer) {
+        (Target::Running(disk), Some(answer)) => answer.and_then(|value| facts::read(&value, &disk.name)),
+        (Target::Dead(mount), _) => return Row::new(&mount.mountpoint, "dead", &mount.image),
+        (Target::Unregistered(mount), _) => {
+            return Row { job: "(no entry)".to_owned(), ..Row::new(&mount.mountpoint, "running", &mount.image) };
+        }
+        (Target::Running(disk), None) => Err(Error::new(ErrorKind::Io, disk.name.clone())),
+    };
+    let Target::Running(disk) = target else { return Row::default() };
+    let (mountpoint, image) = match &disk.found {
+        Some(found) => (found.entry.mountpoint.clone(), found.entry.image.clone()),
+        None => (disk.socket.clone(), PathBuf::new()),
+    };
+    match facts {
+        Ok(facts) => Row {
+            size: show::bytes(facts.size),
+            local: facts.bytes.map_or(String::new(), |bytes| show::percent(facts.size - bytes.remote.min(facts.size), facts.size)),
+            job: facts.jobs.first().map_or(String::new(), short_job),
+            ..Row::new(&mountpoint, if facts.usable == Some(false) { "failed" } else { "running" }, &image)
+        },
+        Err(error) if error.to_string().contains("permission denied") => {
+            Row { job: "(another user's)".to_owned(), ..Row::new(&mountpoint, "running", &image) }
+        }
+        Err(_) => Row { job: "(no answer)".to_owned(), ..Row::new(&mountpoint, "running", &image) },
+    }
+}
+
+/// `stream 45 %, 50 MiB/s`.
+fn short_job(job: &Job) -> String {
+    let percent = show::whole_percent(job.offset, job.len);
+    match job {
+        job if job.is_paused() => format!("stream {percent} %, paused"),
+        job if job.rate > 0 => format!("stream {percent} %, {}", show::rate(job.rate)),
+        _ => format!("stream {percent} %"),
+    }
+}
+
+fn print_json(disks: Vec<Value>) -> Result<()> {
+    let text = serde_json::to_string_pretty(&Value::from(disks));
+    say(&text.map_err(|error| Error::wrap(ErrorKind::Io, "JSON", error))?)
+}
+
+fn dead_block(mount: &SeenMount, paint: Paint) -> String {
+    let mut lines = Lines::new(paint);
+    lines.heading(&mount.mountpoint.display().to_string(), &paint.red("dead"), &paint.red("●"));
+    lines.add("image", &mount.image.display().to_string());
+    let target = show::quoted(&mount.mountpoint);
+    lines.add("", &format!("Its daemon was killed. Mount it again with the same `cordisk mount`, or remove it: cordisk umount {target}"));
+    lines.text
+}
+
+/// Lines with a name on the left.
+struct Lines {
+    text: String,
+    paint: Paint,
+}
+
+impl Lines {
+    fn new(paint: Paint) -> Lines {
+        Lines { text: String::new(), paint }
+    }
+
+    fn heading(&mut self, name: &str, state: &str, mark: &str) {
+        self.text = format!("{mark} {}  {state}", self.paint.bold(&one_line(name)));
+    }
+
+    /// What a daemon has said comes here as it is, and goes out on one line.
+    fn add(&mut self, name: &str, value: &str) {
+        self.add_painted(name, &one_line(value));
+    }
+
+    fn add_painted(&mut self, name: &str, value: &str) {
+        self.text += &format!("\n  {}  {value}", self.paint.dim(&format!("{name:>8}")));
+    }
+}
+
+fn block(facts: &Facts, disk: &Disk, paused: Option<&Job>, paint: Paint) -> String {
+    let mut lines = Lines::new(paint);
+    let mountpoint = disk.mountpoint.as_ref().map(|path| path.display().to_string());
+    let name = mountpoint.or_else(|| facts.mountpoint.clone()).unwrap_or_else(|| disk.name.clone());
+    if facts.usable == Some(false) {
+        lines.heading(&name, &paint.red("failed"), &paint.red("●"));
+        let why = "Writing to the image has failed, and nothing more is written. What was not flushed before may be lost: \
+                   unmount it, look at the daemon's log and at the host's disk, then run cordisk check.";
+        lines.add_painted("", &paint.red(why));
+    } else {
+        lines.heading(&name, &paint.green("running"), &paint.green("●"));
+    }
+    lines.add("image", &image(facts));
+    let chain: Vec<String> =
+        facts.chain.iter().map(|layer| format!("{} ({}, {})", layer.filename, layer.format, show::bytes(layer.size))).collect();
+    lines.add("chain", &if chain.is_empty() { "none: the image stands alone".to_owned() } else { chain.join(" ← ") });
+    if let Some(bytes) = facts.bytes {
+        for (name, count) in [("local", bytes.local), ("zero", bytes.zero), ("remote", bytes.remote)] {
+            lines.add_painted(name, &format!("{:>7}  {}", show::percent(count, facts.size), show::bytes(count)));
+        }
+    }
+    for job in &facts.jobs {
+        let why = job.is_paused().then(|| paused.unwrap_or(job).why_paused(&show::quoted(std::path::Path::new(&disk.name))));
+        lines.add("job", &long_job(job, why));
+    }
+    if let Some(plan) = &facts.plan {
+        let rules = [plan.schedule.clone(), plan.finish_by.as_ref().map(|time| format!("finish by {time}"))];
+        let mut text = rules.into_iter().flatten().collect::<Vec<_>>().join(", ");
+        if let Some(needed) = plan.needed {
+            text += &format!(", needs {}", show::rate(needed));
+        }
+        match plan.feasible {
+            Some(false) => lines.add_painted("plan", &paint.yellow(&one_line(&format!("{text}: too fast for this disk, it will be late")))),
+            _ => lines.add("plan", &text),
+        }
+    }
+    if let Some(last) = &facts.last_job {
+        lines.add("last job", &last_job(last));
+    }
+    add_requests(&mut lines, facts);
+    lines.add("daemon", &daemon(facts, disk));
+    lines.text
+}
+
+fn image(facts: &Facts) -> String {
+    let mut text = format!("{}, {}", facts.image, show::bytes(facts.size));
+    if let Some(cluster) = facts.cluster_size {
+        text += &format!(" in clusters of {}", show::bytes(cluster));
+    }
+    if let Some(allocated) = facts.allocated_size {
+        text += &format!(", {} on the host", show::bytes(allocated));
+    }
+    if facts.read_only {
+        text += ", read-only";
+    } else if facts.copy_on_read == Some(false) {
+        text += ", no copy-on-read";
+    }
+    text
+}
+
+fn long_job(job: &Job, paused: Option<String>) -> String {
+    let limit = if job.speed > 0 { format!(", limit {}", show::rate(job.speed)) } else { String::new() };
+    let state = match paused {
+        Some(why) => why,
+        None if job.is_concluded() => "has ended, and waits to be dismissed".to_owned(),
+        None => return format!("stream {}: {}{limit}", show::percent(job.offset, job.len), super::progress::amounts(job)),
+    };
+    format!("stream {}: {} of {}{limit}, {state}", show::percent(job.offset, job.len), show::bytes(job.offset), show::bytes(job.len))
+}
+
+fn last_job(last: &LastJob) -> String {
+    let ago = format!("{} ago", show::time(last.end_time.age()));
+    match last.result.as_str() {
+        "success" => format!("stream completed {ago}: {} in {}", show::bytes(last.len), show::time(last.took())),
+        "cancelled" => format!("stream cancelled {ago} at {}", show::percent(last.offset, last.len)),
+        _ => {
+            let why = last.error.as_deref().unwrap_or("no reason was given");
+            format!("stream failed {ago} at {}: {why}", show::percent(last.offset, last.len))
+        }
+    }
+}
+
+fn add_requests(lines: &mut Lines, facts: &Facts) {
+    if !facts.requests.is_empty() {
+        let text: Vec<String> = facts
+            .requests
+            .iter()
+            .map(|requests| {
+                let count = requests.count;
+                let plural = match (count.operations, requests.kind.as_str()) {
+                    (1, kind) => kind.to_owned(),
+                    (_, "flush") => "flushes".to_owned(),
+                    (_, kind) => format!("{kind}s"),
+                };
+                let mut text = format!("{} {plural}", show::number(count.operations));
+                if count.bytes > 0 {
+                    text += &format!(" ({})", show::bytes(count.bytes));
+                }
+                if count.failed > 0 {
+                    text += &format!(" {} failed!", show::number(count.failed));
+                }
+                text
+            })
+            .collect();
+        lines.add("requests", &text.join(", "));
+    }
+    if let (Some(hits), Some(misses)) = (facts.hits, facts.misses)
+        && hits.saturating_add(misses) > 0
+    {
+        let below = facts.backing_reads.map_or(String::new(), |count| format!(", {} read from below", show::bytes(count.bytes)));
+        lines.add(
+            "hits",
+            &format!("{} of reads were answered without what is below{below}", show::percent(hits, hits.saturating_add(misses))),
+        );
+    }
+}
+
+fn daemon(facts: &Facts, disk: &Disk) -> String {
+    let mut parts = Vec::new();
+    if let Some(pid) = facts.pid.or(disk.found.as_ref().map(|found| found.entry.pid)) {
+        parts.push(format!("process {pid}"));
+    }
+    if let Some(start) = facts.start_time {
+        parts.push(format!("up {}", show::time(start.age())));
+    }
+    if let Some(version) = &facts.version {
+        parts.push(format!("version {version}"));
+    }
+    parts.push(format!("device {}", facts.device));
+    parts.push(format!("socket {}", disk.socket.display()));
+    parts.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk() -> Disk {
+        Disk { name: "vm.raw".into(), socket: "/run/x.sock".into(), mountpoint: Some("/srv/vm.raw".into()), found: None }
+    }
+
+    fn facts(more: &Value) -> Facts {
+        let mut value = json!({
+            "device": "drive0", "image": "/srv/vm.qcow2", "mountpoint": "/srv/vm.raw", "pid": 7, "version": "0.1.0", "size": 1 << 30,
+            "cluster-size": 65536, "allocated-size": 300 << 20, "read-only": false, "copy-on-read": true, "usable": true,
+            "chain": [{ "filename": "/srv/golden.qcow2", "format": "qcow2", "size": 1 << 30 }, { "filename": "/srv/base.raw", "format": "raw", "size": 1 << 30 }],
+            "bytes": { "local": 256 << 20, "zero": 512 << 20, "remote": 256 << 20, "age-ms": 3 },
+            "requests": [{ "kind": "read", "operations": 1234, "bytes": 12 << 20, "failed": 0, "total-time-ns": 1, "latency": [1] },
+                         { "kind": "flush", "operations": 1, "bytes": 0, "failed": 2 }],
+            "backing-reads": { "operations": 1, "bytes": 1 << 20, "failed": 0, "total-time-ns": 1 }, "hits": 98, "misses": 2, "jobs": [],
+        });
+        for (name, member) in more.as_object().unwrap() {
+            value[name] = member.clone();
+        }
+        facts::read(&value, "x").unwrap()
+    }
+
+    fn shown(more: &Value) -> String {
+        block(&facts(more), &disk(), None, Paint::none())
+    }
+
+    #[test]
+    fn a_disk_in_a_few_lines() {
+        let want = "● /srv/vm.raw  running
+     image  /srv/vm.qcow2, 1 GiB in clusters of 64 KiB, 300 MiB on the host
+     chain  /srv/golden.qcow2 (qcow2, 1 GiB) ← /srv/base.raw (raw, 1 GiB)
+     local   25.0 %  256 MiB
+      zero   50.0 %  512 MiB
+    remote   25.0 %  256 MiB
+  requests  1 234 reads (12 MiB), 1 flush 2 failed!
+      hits  98.0 % of reads were answered without what is below, 1 MiB read from below
+    daemon  process 7, version 0.1.0, device drive0, socket /run/x.sock";
+        assert_eq!(shown(&json!({})), want);
+    }
+
+    #[test]
+    fn jobs_are_told_with_what_matters() {
+        let job = json!({ "id": "drive0", "status": "running", "offset": 512 << 20, "len": 1 << 30, "speed": 50 << 20, "rate": 49 << 20, "seconds-left": 10 });
+        let text = shown(&json!({ "jobs": [job] }));
+        assert!(text.contains("job  stream 50.0 %: 512 MiB of 1 GiB, 49 MiB/s, 10 s left, limit 50 MiB/s\n"), "{text}");
+        let job = json!({ "id": "drive0", "status": "paused", "offset": 0, "len": 1 << 30 });
+        let paused = Job { io_status: Some("nospace".into()), status: "paused".into(), ..Job::default() };
+        let text = block(&facts(&json!({ "jobs": [job] })), &disk(), Some(&paused), Paint::none());
+        assert!(text.contains("stream 0.0 %: 0 B of 1 GiB, paused: no space left where the image lies; make room, then `cordisk job resume vm.raw` goes on"), "{text}");
+        let last = json!({ "id": "drive0", "result": "error", "error": "Input/output\nerror", "offset": 1, "len": 4 });
+        let text = shown(&json!({ "last-job": last }));
+        assert!(text.contains("last job  stream failed ") && text.contains(" ago at 25.0 %: Input/output\\nerror\n"), "{text}");
+        let text = shown(&json!({ "plan": { "id": "drive0", "finish-by": "06:00", "needed": 1 << 20, "feasible": false } }));
+        assert!(text.contains("plan  finish by 06:00, needs 1 MiB/s: too fast"), "{text}");
+    }
+
+    #[test]
+    fn a_failure_is_not_overlooked() {
+        let text = shown(&json!({ "usable": false }));
+        assert!(text.starts_with("● /srv/vm.raw  failed\n            Writing to the image has failed"), "{text}");
+    }
+
+    /// What an image or a daemon calls itself does not move the cursor of a terminal.
+    #[test]
+    fn nothing_that_a_daemon_says_leaves_its_line() {
+        let evil = "a\u{1b}[31m\nb";
+        let text = shown(&json!({ "image": evil, "device": evil, "version": evil, "chain": [{ "filename": evil }],
+            "requests": [{ "kind": evil, "operations": 2 }], "plan": { "schedule": evil } }));
+        assert!(!text.contains('\u{1b}') && !text.contains("\nb"), "{text}");
+    }
+
+    /// What an older daemon tells is enough.
+    #[test]
+    fn little_is_known_of_an_older_daemon() {
+        let value = json!({ "device": "drive0", "image": "/i", "size": 1 << 20, "cluster-size": 65536, "read-only": true, "chain": [], "jobs": [] });
+        let text = block(&facts::read(&value, "x").unwrap(), &disk(), None, Paint::none());
+        assert!(
+            text.contains("/i, 1 MiB in clusters of 64 KiB, read-only\n     chain  none: the image stands alone\n    daemon"),
+            "{text}"
+        );
+        assert!(facts::read(&json!([1]), "x").is_err());
+    }
+}

@@ -1,0 +1,56 @@
+//! Bars and curves of block characters.
+
+/// Eighths of a character, from the left.
+const EIGHTHS: [char; 7] = ['▏', '▎', '▍', '▌', '▋', '▊', '▉'];
+/// Eighths of a character, from below.
+const LEVELS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+
+/// A bar of `width` characters that is filled up to `part` (0 to 1): the filled and the empty half. Only what is whole is full.
+pub(super) fn bar(part: f64, width: usize) -> (String, String) {
+    let steps = (part.clamp(0.0, 1.0) * (width * 8) as f64).floor() as usize;
+    let mut full: String = std::iter::repeat_n('█', steps / 8).collect();
+    if let Some(eighth) = (steps % 8).checked_sub(1) {
+        full.push(EIGHTHS[eighth]);
+    }
+    let empty = " ".repeat(width - full.chars().count());
+    (full, empty)
+}
+
+/// The last values as a curve of at most `width` characters, the latest on the right. What is not zero is seen.
+pub(super) fn curve(values: impl DoubleEndedIterator<Item = f64>, most: f64, width: usize) -> String {
+    let mut last: Vec<char> = values.rev().take(width).map(|value| level(value, most)).collect();
+    last.resize(width, ' ');
+    last.iter().rev().collect()
+}
+
+fn level(value: f64, most: f64) -> char {
+    if value <= 0.0 || most <= 0.0 {
+        return ' ';
+    }
+    let step = (value / most * LEVELS.len() as f64).ceil() as usize;
+    LEVELS[step.clamp(1, LEVELS.len()) - 1]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bar_has_its_width_and_is_full_only_at_the_end() {
+        assert_eq!(bar(0.0, 4), (String::new(), "    ".into()));
+        assert_eq!(bar(0.5, 4), ("██".into(), "  ".into()));
+        assert_eq!(bar(0.53125, 4), ("██▏".into(), " ".into()));
+        assert_eq!(bar(0.9999, 4), ("███▉".into(), String::new()));
+        assert_eq!(bar(1.0, 4), ("████".into(), String::new()));
+        assert_eq!(bar(7.0, 0), (String::new(), String::new()));
+        assert_eq!(bar(f64::NAN, 2), (String::new(), "  ".into()));
+    }
+
+    #[test]
+    fn a_curve_ends_with_the_latest() {
+        assert_eq!(curve([0.0, 1.0, 4.0, 8.0].into_iter(), 8.0, 6), "   ▁▄█");
+        assert_eq!(curve([1.0, 2.0, 3.0].into_iter(), 8.0, 2), "▂▃");
+        assert_eq!(curve([1e-9].into_iter(), 8.0, 1), "▁");
+        assert_eq!(curve([1.0].into_iter(), 0.0, 2), "  ");
+    }
+}

@@ -1,0 +1,120 @@
+//! What `top` says where there is no terminal: the same numbers, one snapshot, ASCII.
+
+use std::fmt::Write;
+
+use super::facts::{Flow, Status};
+use super::model::DiskView;
+use super::screen::{per_second, tenths_down};
+use crate::error::one_line;
+use crate::map::{Shares, units};
+
+/// One disk.
+pub(super) fn snapshot(disk: &DiskView) -> String {
+    let mut text = format!("{}\n", one_line(&disk.name));
+    let mut line = |name: &str, words: String| {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "  {name:<8}{}", one_line(&words));
+    };
+    if let Some(why) = &disk.gone {
+        line("gone", why.clone());
+        return text;
+    }
+    let Some(status) = disk.status() else { return text };
+    line("image", status.image.clone());
+    line("size", format!("{} ({} bytes)", units::size(status.size), status.size));
+    let sum = Shares { local: status.bytes.local, zero: status.bytes.zero, remote: status.bytes.remote };
+    for (name, bytes) in [("local", sum.local), ("zero", sum.zero), ("remote", sum.remote)] {
+        line(name, format!("{} ({:.1} %)", units::size(bytes), sum.percent(bytes)));
+    }
+    if let Some(rates) = &disk.rates {
+        line("read", flow(&rates.read));
+        line("write", flow(&rates.write));
+        line("flush", format!("{} op/s{}", units::significant(rates.flush.operations), latency(&rates.flush)));
+        let hits = rates.hit_ratio.map_or("no reads".into(), |ratio| format!("{:.1} %", tenths_down(ratio)));
+        line("hits", format!("{hits}, from backing files {}, copied up {}", per_second(rates.backing), per_second(rates.copied_up)));
+        if rates.failed > 0 {
+            line("failed", format!("{} requests", rates.failed));
+        }
+    }
+    for (name, words) in jobs(status) {
+        line(&name, words);
+    }
+    text
+}
+
+fn flow(flow: &Flow) -> String {
+    format!("{}, {} op/s{}", per_second(flow.bytes), units::significant(flow.operations), latency(flow))
+}
+
+fn latency(flow: &Flow) -> String {
+    flow.latency.map_or(String::new(), |latency| {
+        let time = |value| units::time(value, "u");
+        format!(", mean {}, p50 {}, p99 {}", time(latency.mean), time(latency.median), time(latency.p99))
+    })
+}
+
+fn jobs(status: &Status) -> Vec<(String, String)> {
+    if !status.usable {
+        return vec![("failed".into(), "writing has failed for good: unmount, then cordisk check".into())];
+    }
+    if let Some(job) = status.jobs.first() {
+        let mut words = format!("{:.1} %", tenths_down(job.done()));
+        if job.is_paused() {
+            words += ", paused";
+        } else {
+            words += &format!(", {}", per_second(job.rate as f64));
+            words += &job.seconds_left.map_or(String::new(), |seconds| format!(", {} left", units::duration(seconds)));
+        }
+        if job.speed > 0 {
+            words += &format!(", limit {}", per_second(job.speed as f64));
+        }
+        if let Some(plan) = &status.plan {
+            words += &plan.finish_by.as_ref().map_or(String::new(), |time| format!(", to be done by {time}"));
+            words += if plan.feasible == Some(false) { " (which it cannot)" } else { "" };
+        }
+        return vec![(job.kind.clone(), words)];
+    }
+    let last = status.last_job.as_ref().map_or("none".into(), |last| {
+        let error = last.error.as_ref().map_or(String::new(), |error| format!(": {error}"));
+        format!("none; the last one: {} {}{error}", last.kind, last.result)
+    });
+    vec![("job".into(), last)]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use serde_json::json;
+
+    use super::super::model::Seen;
+    use super::*;
+
+    #[test]
+    fn a_snapshot_has_the_numbers_in_ascii() {
+        let start = Instant::now();
+        let mut disk = DiskView::new("x".into());
+        for second in 0..2 {
+            let status = serde_json::from_value(json!({
+                "pid": 1, "mountpoint": "/srv/vm.raw", "image": "/srv/vm\u{1b}.qcow2", "size": 4096, "usable": true,
+                "bytes": { "local": 1024, "zero": 0, "remote": 3072 }, "latency-bounds-ns": [1000, 2000], "hits": second,
+                "requests": [{ "kind": "read", "operations": 4 * second, "bytes": 2048 * second, "total-time-ns": 6000 * second,
+                               "latency": [0, 4 * second, 0] }],
+                "jobs": [{ "type": "stream", "status": "running", "offset": 1, "len": 3, "rate": 1024, "seconds-left": 75, "speed": 2048 }],
+            }))
+            .unwrap();
+            disk.see(Ok(Seen { status, cells: None, at: start + Duration::from_secs(second) }));
+        }
+        let text = snapshot(&disk);
+        assert_eq!(
+            text,
+            "/srv/vm.raw\n  image   /srv/vm\\u{1b}.qcow2\n  size    4 KiB (4096 bytes)\n  local   1 KiB (25.0 %)\n  zero    0 B (0.0 %)\n  \
+             remote  3 KiB (75.0 %)\n  read    2 KiB/s, 4 op/s, mean 1.5 us, p50 1.5 us, p99 1.99 us\n  write   0 B/s, 0 op/s\n  \
+             flush   0 op/s\n  hits    100.0 %, from backing files 0 B/s, copied up 0 B/s\n  \
+             stream  33.3 %, 1 KiB/s, 1 min 15 s left, limit 2 KiB/s\n"
+        );
+        assert!(text.is_ascii());
+        disk.see(Err("the daemon has ended".into()));
+        assert_eq!(snapshot(&disk), "/srv/vm.raw\n  gone    the daemon has ended\n");
+    }
+}

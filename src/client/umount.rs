@@ -1,0 +1,179 @@
+//! `cordisk umount`: takes a disk away, and waits until its image may be used by others.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fd::OwnedFd;
+use rustix::process::{Pid, PidfdFlags};
+use serde_json::{Value, json};
+
+use super::connection::{Connection, Heard};
+use super::find::{self, Disk, Target};
+use super::{facts, show};
+use crate::error::one_line;
+use crate::fuse::{self, SeenMount, Unmounted};
+use crate::running::Found;
+use crate::{Error, ErrorKind, Result};
+
+/// How long a daemon may take to be talked to: it is only asked how its end went.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// After so long somebody wants to know what takes so long.
+const EXPLAIN: Duration = Duration::from_secs(5);
+/// How long one look takes.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// What `cordisk umount` is asked for.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct UmountOptions {
+    /// The disk: its mountpoint or its socket.
+    pub target: PathBuf,
+    /// Take it away from whoever uses it.
+    pub lazy: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// There is no such disk; it is in use; it could not be unmounted; it was, but closing its image failed.
+pub fn run(options: &UmountOptions) -> Result<ExitCode> {
+    match find::find(&options.target)? {
+        Target::Running(disk) => end(&disk, options)?,
+        Target::Dead(mount) => {
+            take_away(&mount.mountpoint, options)?;
+            // Another dead one may be below it, and then this is not what one sees.
+            fuse::remove_placeholder(&mount.mountpoint, mount.user);
+        }
+        Target::Unregistered(SeenMount { mountpoint, .. }) => {
+            take_away(&mountpoint, options)?;
+            let text = "its daemon is not known here: the image is free when that process has ended";
+            let _ = writeln!(std::io::stderr(), "{} is unmounted; {text}", one_line(&options.target.display().to_string()));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Unmounts, or detaches.
+fn take_away(mountpoint: &Path, options: &UmountOptions) -> Result<()> {
+    match fuse::unmount(mountpoint)? {
+        Unmounted::Done => Ok(()),
+        Unmounted::Busy if options.lazy => fuse::detach(mountpoint),
+        Unmounted::Busy => Err(in_use(mountpoint, &options.target)),
+    }
+}
+
+fn in_use(mountpoint: &Path, target: &Path) -> Error {
+    let (mountpoint, target) = (show::quoted(mountpoint), show::quoted(target));
+    let text = format!(
+        "{target} is in use and stays mounted; `fuser -vm {mountpoint}` or `lsof {mountpoint}` shows by whom, \
+         `cordisk umount --lazy {target}` takes it away from them"
+    );
+    Error::new(ErrorKind::Busy, text)
+}
+
+/// Ends a daemon that lives, and waits for it.
+fn end(disk: &Disk, options: &UmountOptions) -> Result<()> {
+    let process = disk.found.as_ref().and_then(Process::find);
+    // Before the unmount: it says at its end how closing went. It can be unmounted without.
+    let mut connection = disk.connect_within(PATIENCE);
+    let mountpoint = match (&disk.mountpoint, &mut connection) {
+        (Some(mountpoint), _) => Some(mountpoint.clone()),
+        (None, Ok(connection)) => facts::read(&facts::query(connection)?, &disk.name)?.mountpoint.map(PathBuf::from),
+        (None, Err(_)) => None,
+    };
+    match (&mountpoint, &mut connection) {
+        (_, Ok(connection)) if options.lazy => {
+            connection.send("quit", json!({}))?;
+        }
+        (Some(mountpoint), _) => take_away(mountpoint, options)?,
+        (None, _) => {
+            connection?;
+            let name = one_line(&disk.name);
+            let text = format!("{name}: this daemon does not say where it is mounted; name the mountpoint, or end it with --lazy");
+            return Err(Error::new(ErrorKind::InvalidArgument, text));
+        }
+    }
+    wait_for_end(disk, connection.ok(), process)
+}
+
+/// Waits until the daemon is gone, and hears how it closed the image.
+fn wait_for_end(disk: &Disk, mut connection: Option<Connection>, mut process: Option<Process>) -> Result<()> {
+    let started = Instant::now();
+    let mut explained = false;
+    let mut failure = None;
+    loop {
+        match &mut connection {
+            None => {}
+            Some(session) => match session.next_event(LOOK) {
+                Ok(Heard::Event(message)) => failure = failure.or_else(|| failure_in(&message)),
+                Ok(Heard::Nothing) => {}
+                Ok(Heard::End) | Err(_) => connection = None,
+            },
+        }
+        if process.as_mut().is_some_and(|process| process.has_ended()) {
+            process = None;
+        }
+        let locked = disk.found.as_ref().is_some_and(Found::is_running);
+        if connection.is_none() && process.is_none() && !locked {
+            break;
+        }
+        if !explained && started.elapsed() > EXPLAIN {
+            explained = true;
+            let who = disk.found.as_ref().map_or(String::new(), |found| format!(" (process {})", found.entry.pid));
+            let text = format!("unmounted; waiting for its daemon{who} to write everything back");
+            let _ = writeln!(std::io::stderr(), "{}: {text}", one_line(&disk.name));
+        }
+        if connection.is_none() {
+            thread::sleep(LOOK);
+        }
+    }
+    match failure {
+        Some(why) => {
+            let text = format!("{} is unmounted, but closing its image failed: {why}", one_line(&disk.name));
+            Err(Error::new(ErrorKind::Io, text))
+        }
+        None => Ok(()),
+    }
+}
+
+/// What the daemon says of a close that went wrong: in an event to all, or in its answer to who has told it to quit.
+fn failure_in(message: &Value) -> Option<String> {
+    let why = if message["event"] == "X_CLOSE_FAILED" { &message["data"]["error"] } else { &message["error"]["desc"] };
+    why.as_str().map(str::to_owned)
+}
+
+/// A process whose end can be waited for. Its lock goes a moment before its other files, so the lock alone does not tell that the image is free.
+struct Process(OwnedFd);
+
+impl Process {
+    fn find(found: &Found) -> Option<Process> {
+        let pid = Pid::from_raw(i32::try_from(found.entry.pid).ok()?)?;
+        let handle = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
+        // Its number cannot have gone to another process while it holds its entry.
+        found.is_running().then_some(Process(handle))
+    }
+
+    fn has_ended(&self) -> bool {
+        let mut polled = [PollFd::new(&self.0, PollFlags::IN)];
+        !matches!(rustix::event::poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_close_that_failed_is_told_either_way() {
+        let event = json!({ "event": "X_CLOSE_FAILED", "data": { "error": "no space" } });
+        let answer = json!({ "error": { "class": "GenericError", "desc": "no space" }, "id": 2 });
+        for message in [event, answer] {
+            assert_eq!(failure_in(&message).as_deref(), Some("no space"));
+        }
+        assert_eq!(failure_in(&json!({ "event": "SHUTDOWN", "data": {} })), None);
+        assert_eq!(failure_in(&json!({ "return": {}, "id": 2 })), None);
+    }
+}

@@ -1,0 +1,190 @@
+//! The disk cut into equal pieces, and how much of each is where: what pictures are made of.
+
+use std::ops::Range;
+
+use crate::{Error, ErrorKind, Result};
+
+/// How many bytes of a range, or of a disk, are where.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Shares {
+    /// In the overlay, as data or compressed.
+    pub local: u64,
+    /// Known to be zero, without reading anything.
+    pub zero: u64,
+    /// To be asked of the backing chain.
+    pub remote: u64,
+}
+
+impl Shares {
+    /// All bytes.
+    pub fn total(&self) -> u64 {
+        self.local + self.zero + self.remote
+    }
+
+    /// `part` of these in percent; all of nothing is 0.
+    pub fn percent(&self, part: u64) -> f64 {
+        if self.total() == 0 { 0.0 } else { part as f64 / self.total() as f64 * 100.0 }
+    }
+
+    fn plus(self, other: Shares) -> Shares {
+        Shares { local: self.local + other.local, zero: self.zero + other.zero, remote: self.remote + other.remote }
+    }
+}
+
+/// A disk in cells of equal size; the last one may be cut off by the end of the disk.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Cells {
+    size: u64,
+    cell_size: u64,
+    local: Vec<u64>,
+    zero: Vec<u64>,
+}
+
+impl Cells {
+    /// Most cells that anybody may ask for, or answer with.
+    pub const MOST: u64 = 65536;
+
+    /// A disk of `size` bytes in cells of `cell_size` bytes, with how many bytes of each are local, and zero; the rest of a cell is remote.
+    ///
+    /// # Errors
+    /// [`ErrorKind::InvalidArgument`] where that does not add up: the numbers may come from a socket.
+    pub fn new(size: u64, cell_size: u64, local: Vec<u64>, zero: Vec<u64>) -> Result<Cells> {
+        let wrong = |what: String| Err(Error::new(ErrorKind::InvalidArgument, format!("the map of cells does not add up: {what}")));
+        let wanted = if cell_size == 0 { 0 } else { size.div_ceil(cell_size) };
+        if (size > 0 && cell_size == 0) || wanted > Cells::MOST {
+            return wrong(format!("{size} bytes in cells of {cell_size}"));
+        }
+        if local.len() as u64 != wanted || zero.len() as u64 != wanted {
+            return wrong(format!("{} and {} cells instead of {wanted}", local.len(), zero.len()));
+        }
+        let cells = Cells { size, cell_size, local, zero };
+        for index in 0..cells.len() {
+            let len = cells.range(index).end - cells.range(index).start;
+            if cells.local[index].checked_add(cells.zero[index]).is_none_or(|known| known > len) {
+                return wrong(format!("cell {index} has {len} bytes, of which {} and {}", cells.local[index], cells.zero[index]));
+            }
+        }
+        Ok(cells)
+    }
+
+    /// How many cells there are.
+    pub fn len(&self) -> usize {
+        self.local.len()
+    }
+
+    /// Whether the disk has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.local.is_empty()
+    }
+
+    /// Size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Bytes of a cell; the last one may have fewer.
+    pub fn cell_size(&self) -> u64 {
+        self.cell_size
+    }
+
+    /// The bytes of the disk that a cell stands for.
+    ///
+    /// # Panics
+    /// If there is no such cell.
+    pub fn range(&self, index: usize) -> Range<u64> {
+        assert!(index < self.len());
+        let start = index as u64 * self.cell_size;
+        start..start.saturating_add(self.cell_size).min(self.size)
+    }
+
+    /// How many bytes of a cell are where.
+    ///
+    /// # Panics
+    /// If there is no such cell.
+    pub fn shares(&self, index: usize) -> Shares {
+        let range = self.range(index);
+        let (local, zero) = (self.local[index], self.zero[index]);
+        Shares { local, zero, remote: range.end - range.start - local - zero }
+    }
+
+    /// How many bytes of the disk are where.
+    pub fn sum(&self) -> Shares {
+        (0..self.len()).map(|index| self.shares(index)).fold(Shares::default(), Shares::plus)
+    }
+
+    /// The whole disk in at most `places` places of about equal size, each with one cell or more.
+    pub fn spread(&self, places: usize) -> Vec<Shares> {
+        let places = places.min(self.len());
+        let start = |place: usize| place * self.len() / places;
+        (0..places)
+            .map(|place| (start(place)..start(place + 1)).map(|index| self.shares(index)).fold(Shares::default(), Shares::plus))
+            .collect()
+    }
+
+    /// The whole disk in exactly so many places: as [`Cells::spread`], and where there are fewer cells, each takes several places.
+    pub fn stretched(&self, places: usize) -> Vec<Shares> {
+        if places <= self.len() || self.is_empty() {
+            return self.spread(places);
+        }
+        (0..places).map(|place| self.shares(place * self.len() / places)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_local_and_not_zero_is_remote_also_in_the_last_cell() {
+        let cells = Cells::new(2500, 1000, vec![1000, 0, 100], vec![0, 400, 150]).unwrap();
+        assert_eq!(cells.shares(0), Shares { local: 1000, zero: 0, remote: 0 });
+        assert_eq!(cells.shares(1), Shares { local: 0, zero: 400, remote: 600 });
+        assert_eq!((cells.range(2), cells.shares(2)), (2000..2500, Shares { local: 100, zero: 150, remote: 250 }));
+        assert_eq!(cells.sum(), Shares { local: 1100, zero: 550, remote: 850 });
+        assert_eq!(cells.sum().total(), cells.size());
+        assert_eq!(cells.sum().percent(850), 34.0);
+        assert!(Cells::default().is_empty());
+        assert_eq!(Shares::default().percent(0), 0.0);
+    }
+
+    #[test]
+    fn what_does_not_add_up_is_refused() {
+        for (size, cell_size, local, zero) in [
+            (10, 0, vec![], vec![]),
+            (10, 5, vec![5], vec![0, 0]),
+            (10, 5, vec![5, 0, 0], vec![0, 0, 0]),
+            (10, 5, vec![5, 0], vec![1, 0]),
+            (9, 5, vec![0, 5], vec![0, 0]),
+            (10, 5, vec![u64::MAX, 0], vec![1, 0]),
+            (u64::MAX, 1, vec![], vec![]),
+        ] {
+            let error = Cells::new(size, cell_size, local.clone(), zero.clone()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{size} {cell_size} {local:?} {zero:?}");
+        }
+        assert!(
+            Cells::new(
+                u64::MAX,
+                1 << 60,
+                vec![0; 16],
+                vec![1 << 60; 16].into_iter().enumerate().map(|(i, n)| if i == 15 { n - 1 } else { n }).collect()
+            )
+            .is_ok()
+        );
+    }
+
+    #[test]
+    fn places_have_all_bytes_between_them() {
+        let cells = Cells::new(10_000, 100, (0..100).collect(), vec![0; 100]).unwrap();
+        for places in [1, 3, 7, 99, 100, 101, 5000] {
+            let spread = cells.spread(places);
+            assert_eq!(spread.len(), places.min(100));
+            assert_eq!(spread.iter().copied().fold(Shares::default(), Shares::plus), cells.sum(), "{places}");
+            assert!(spread.iter().all(|shares| shares.total() > 0));
+        }
+        assert_eq!(cells.spread(0), vec![]);
+        assert_eq!((cells.stretched(50), cells.stretched(200).len()), (cells.spread(50), 200));
+        assert_eq!((cells.stretched(200)[198], cells.stretched(200)[199]), (cells.shares(99), cells.shares(99)));
+        assert_eq!(Cells::default().stretched(9), vec![]);
+        assert_eq!(cells.spread(50)[49], Shares { local: 98 + 99, zero: 0, remote: 3 });
+    }
+}

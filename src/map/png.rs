@@ -1,0 +1,180 @@
+//! The map as a PNG: one square for each cell, the legend as text inside the file.
+
+use std::io::Write;
+
+use super::cells::{Cells, Shares};
+use super::units;
+use crate::{Error, ErrorKind, Result};
+
+/// Columns of cells, at most.
+const COLUMNS: usize = 512;
+/// Width and height of a cell in pixels.
+pub const CELL_PIXELS: usize = 4;
+/// Colours of Okabe and Ito, which nearly everybody can tell apart: blue, light grey, orange.
+pub const LOCAL: [u8; 3] = [0x00, 0x72, 0xB2];
+/// Known to be zero.
+pub const ZERO: [u8; 3] = [0xDD, 0xDD, 0xDD];
+/// In the backing chain.
+pub const REMOTE: [u8; 3] = [0xE6, 0x9F, 0x00];
+
+/// Columns and rows of a picture of so many cells: four times as wide as high, and [`COLUMNS`] at most.
+pub fn shape(cells: usize) -> (usize, usize) {
+    let columns = (cells as f64 * 4.0).sqrt().ceil() as usize;
+    let columns = columns.clamp(1, COLUMNS).min(cells.max(1));
+    (columns, cells.div_ceil(columns).max(1))
+}
+
+/// The colour of a cell: those of its bytes, mixed.
+pub fn colour(shares: &Shares) -> [u8; 3] {
+    let total = u128::from(shares.total()).max(1);
+    let mut mixed = [0; 3];
+    for (channel, value) in mixed.iter_mut().enumerate() {
+        let sum = u128::from(shares.local) * u128::from(LOCAL[channel])
+            + u128::from(shares.zero) * u128::from(ZERO[channel])
+            + u128::from(shares.remote) * u128::from(REMOTE[channel]);
+        // A mean of bytes is a byte.
+        *value = u8::try_from((sum + total / 2) / total).unwrap_or(u8::MAX);
+    }
+    mixed
+}
+
+/// Writes the picture. What lies behind the end of the disk in the last row is transparent.
+///
+/// # Errors
+/// Those of `to`.
+pub fn write_png(to: &mut dyn Write, title: &str, cells: &Cells) -> Result<()> {
+    let (columns, rows) = shape(cells.len());
+    let width = columns * CELL_PIXELS;
+    let mut pixels = Vec::with_capacity(width * rows * CELL_PIXELS * 4);
+    for row in 0..rows {
+        let mut line = Vec::with_capacity(width * 4);
+        for column in 0..columns {
+            let index = row * columns + column;
+            let pixel = if index < cells.len() {
+                let [red, green, blue] = colour(&cells.shares(index));
+                [red, green, blue, 0xFF]
+            } else {
+                [0; 4]
+            };
+            line.extend(std::iter::repeat_n(pixel, CELL_PIXELS).flatten());
+        }
+        for _ in 0..CELL_PIXELS {
+            pixels.extend_from_slice(&line);
+        }
+    }
+    encode(to, title, cells, (columns, rows), &pixels).map_err(|error| match error {
+        png::EncodingError::IoError(error) => Error::io("writing the picture", error),
+        other => Error::wrap(ErrorKind::Io, "making the picture", other),
+    })
+}
+
+fn encode(
+    to: &mut dyn Write,
+    title: &str,
+    cells: &Cells,
+    (columns, rows): (usize, usize),
+    pixels: &[u8],
+) -> Result<(), png::EncodingError> {
+    let side = |cells: usize| u32::try_from(cells * CELL_PIXELS).unwrap_or(u32::MAX);
+    let mut encoder = png::Encoder::new(to, side(columns), side(rows));
+    encoder.set_color(png::ColorType::Rgba);
+    encoder.set_depth(png::BitDepth::Eight);
+    // Names of files are UTF-8 here, which tEXt cannot hold; all the rest is ASCII.
+    encoder.add_itxt_chunk("Title".into(), title.into())?;
+    let sum = cells.sum();
+    let entry = |name: &str, [red, green, blue]: [u8; 3], bytes: u64| {
+        format!("{name} #{red:02X}{green:02X}{blue:02X} {bytes} bytes ({}, {:.1} %)", units::size(bytes), sum.percent(bytes))
+    };
+    let legend = [entry("local", LOCAL, sum.local), entry("zero", ZERO, sum.zero), entry("remote", REMOTE, sum.remote)].join("\n");
+    encoder.add_text_chunk("Legend".into(), legend)?;
+    let facts = [
+        ("Software", concat!("cordisk ", env!("CARGO_PKG_VERSION")).to_owned()),
+        ("Disk-Bytes", cells.size().to_string()),
+        ("Cell-Bytes", cells.cell_size().to_string()),
+        ("Cells", cells.len().to_string()),
+        ("Columns", columns.to_string()),
+        ("Cell-Pixels", CELL_PIXELS.to_string()),
+    ];
+    for (keyword, text) in facts {
+        encoder.add_text_chunk(keyword.into(), text)?;
+    }
+    let mut writer = encoder.write_header()?;
+    writer.write_image_data(pixels)?;
+    writer.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text_of(info: &png::Info<'_>, keyword: &str) -> String {
+        let found = info.uncompressed_latin1_text.iter().find(|chunk| chunk.keyword == keyword);
+        found.unwrap_or_else(|| panic!("no {keyword}")).text.clone()
+    }
+
+    #[test]
+    fn every_cell_of_the_picture_has_the_colours_of_its_bytes() {
+        for count in [1, 2, 5, 511, 512, 513, 4097, 65536] {
+            let kinds = |index: u64| match index % 7 {
+                0 => (1000, 0),
+                1 => (0, 1000),
+                2 => (0, 0),
+                3 => (500, 0),
+                4 => (250, 250),
+                5 => (0, 300),
+                _ => (999, 1),
+            };
+            let (local, zero): (Vec<u64>, Vec<u64>) = (0..count).map(kinds).unzip();
+            let cells = Cells::new(count * 1000, 1000, local, zero).unwrap();
+            let mut file = Vec::new();
+            write_png(&mut file, "disk \u{e9}\u{4e00}", &cells).unwrap();
+
+            let mut reader = png::Decoder::new(std::io::Cursor::new(file)).read_info().unwrap();
+            let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+            reader.next_frame(&mut pixels).unwrap();
+            let info = reader.info();
+            let columns: usize = text_of(info, "Columns").parse().unwrap();
+            let width = info.width as usize;
+            assert_eq!((width, text_of(info, "Cells")), (columns * CELL_PIXELS, count.to_string()));
+            assert!(columns <= COLUMNS && info.height as usize == (count as usize).div_ceil(columns) * CELL_PIXELS);
+            assert_eq!(info.utf8_text[0].get_text().unwrap(), "disk \u{e9}\u{4e00}");
+            for (at, pixel) in pixels.as_chunks::<4>().0.iter().enumerate() {
+                let index = at / width / CELL_PIXELS * columns + at % width / CELL_PIXELS;
+                if index >= cells.len() {
+                    assert_eq!(pixel[3], 0, "past the end at cell {index} of {count}");
+                    continue;
+                }
+                let want = match kinds(index as u64) {
+                    (1000, 0) => LOCAL,
+                    (0, 1000) => ZERO,
+                    (0, 0) => REMOTE,
+                    (500, 0) => [0x73, 0x89, 0x59],
+                    (250, 250) => [0xAA, 0xA3, 0x64],
+                    (0, 300) => [0xE3, 0xB2, 0x42],
+                    _ => [0x00, 0x72, 0xB2],
+                };
+                assert_eq!(pixel[..], [&want[..], &[0xFF]].concat(), "cell {index} of {count}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_legend_has_the_bytes() {
+        let cells = Cells::new(4 << 20, 1 << 20, vec![1 << 20, 0, 0, 0], vec![0, 1 << 20, 0, 0]).unwrap();
+        let mut file = Vec::new();
+        write_png(&mut file, "disk", &cells).unwrap();
+        let reader = png::Decoder::new(std::io::Cursor::new(file)).read_info().unwrap();
+        let legend = text_of(reader.info(), "Legend");
+        assert_eq!(
+            legend,
+            "local #0072B2 1048576 bytes (1 MiB, 25.0 %)\nzero #DDDDDD 1048576 bytes (1 MiB, 25.0 %)\nremote #E69F00 2097152 bytes (2 MiB, 50.0 %)"
+        );
+    }
+
+    #[test]
+    fn a_disk_without_bytes_has_a_picture_too() {
+        let mut file = Vec::new();
+        write_png(&mut file, "disk", &Cells::default()).unwrap();
+        assert!(png::Decoder::new(std::io::Cursor::new(file)).read_info().is_ok());
+    }
+}

@@ -1,0 +1,119 @@
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
+
+use super::directory::Surroundings;
+use super::search::find_in;
+use super::*;
+use crate::ErrorKind;
+
+fn entry() -> Entry {
+    Entry {
+        pid: std::process::id(),
+        mountpoint: "/srv/vm \u{e9}.raw".into(),
+        image: "/srv/vm.qcow2".into(),
+        device: "drive0".into(),
+        qmp: "/run/x.sock".into(),
+        metrics: None,
+    }
+}
+
+fn surroundings(directory: &Path) -> Surroundings {
+    Surroundings { uid: rustix::process::geteuid().as_raw(), given: Some(directory.into()), of_session: None }
+}
+
+#[test]
+fn an_entry_comes_is_found_and_goes() {
+    let scratch = tempfile::tempdir().unwrap();
+    let directory = scratch.path().join("run");
+    let place = surroundings(&directory);
+    let registration = Registration::begin_in(&place).unwrap();
+    assert_eq!(find_in(&place).len(), 0, "nothing is said before the disk is mounted");
+    registration.publish(&entry()).unwrap();
+    let found = find_in(&place);
+    assert_eq!((found.len(), &found[0].entry), (1, &entry()));
+    assert!(found[0].is_running());
+    let file = directory.join(format!("{}.json", std::process::id()));
+    assert_eq!(file.metadata().unwrap().mode() & 0o777, 0o644);
+    assert!(fs::read_to_string(&file).unwrap().ends_with("\"qmp\":\"/run/x.sock\"}\n"), "absent is not null");
+    drop(registration);
+    assert!(!file.exists() && !found[0].is_running());
+}
+
+#[test]
+fn what_the_dead_left_goes_and_nothing_else() {
+    let scratch = tempfile::tempdir().unwrap();
+    let place = surroundings(scratch.path());
+    let there = |name: &str| scratch.path().join(name).symlink_metadata().is_ok();
+    for name in ["1.json", "2.json", "notes.json", "03.json", "4.txt", "5.sock"] {
+        fs::write(scratch.path().join(name), "{}").unwrap();
+    }
+    drop(UnixListener::bind(scratch.path().join("1.sock")).unwrap());
+    fs::write(scratch.path().join("2.sock"), "no socket").unwrap();
+    symlink("notes.json", scratch.path().join("6.json")).unwrap();
+    let held = LockedFile::acquire("entry", &scratch.path().join("7.json"), |_| Ok(String::new())).unwrap();
+    drop(UnixListener::bind(scratch.path().join("7.sock")).unwrap());
+    let registration = Registration::begin_in(&place).unwrap();
+    assert!(!there("1.json") && !there("1.sock") && !there("2.json"));
+    for name in ["2.sock", "notes.json", "03.json", "4.txt", "5.sock", "6.json", "7.json", "7.sock"] {
+        assert!(there(name), "{name}");
+    }
+    drop((held, registration));
+}
+
+#[test]
+fn a_directory_of_others_is_refused_with_what_to_do() {
+    let scratch = tempfile::tempdir().unwrap();
+    let why = |place: &Surroundings| Registration::begin_in(place).unwrap_err().to_string();
+    let open = scratch.path().join("open");
+    fs::create_dir(&open).unwrap();
+    fs::set_permissions(&open, PermissionsExt::from_mode(0o775)).unwrap();
+    assert!(why(&surroundings(&open)).contains("others may write to it; chmod go-w"), "{}", why(&surroundings(&open)));
+    let file = scratch.path().join("file");
+    fs::write(&file, "").unwrap();
+    assert!(why(&surroundings(&file)).contains("no directory"));
+    let link = scratch.path().join("link");
+    symlink(scratch.path(), &link).unwrap();
+    assert!(why(&surroundings(&link)).contains("no directory"));
+    let somebody = Surroundings { uid: 4242, ..surroundings(scratch.path()) };
+    assert!(why(&somebody).contains("belongs to user"), "{}", why(&somebody));
+    let missing = surroundings(&scratch.path().join("a/b"));
+    assert_eq!(Registration::begin_in(&missing).unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn everybody_has_a_place() {
+    let own = |uid, given: Option<&str>, session: Option<&Path>| {
+        Surroundings { uid, given: given.map(PathBuf::from), of_session: session.map(PathBuf::from) }.own()
+    };
+    let scratch = tempfile::tempdir().unwrap();
+    let me = scratch.path().metadata().unwrap().uid();
+    assert_eq!(own(0, None, Some(scratch.path())), Path::new("/run/cordisk"));
+    assert_eq!(own(0, Some("/x"), None), Path::new("/x"));
+    assert_eq!(own(1234, None, None), Path::new("/tmp/cordisk-1234"));
+    assert_eq!(own(me + 1, None, Some(scratch.path())), PathBuf::from(format!("/tmp/cordisk-{}", me + 1)), "not that of another user");
+    if me != 0 {
+        assert_eq!(own(me, None, Some(scratch.path())), scratch.path().join("cordisk"));
+    }
+    let place = Surroundings { uid: 1234, given: None, of_session: None };
+    assert_eq!(place.all(), [Path::new("/tmp/cordisk-1234"), Path::new("/run/cordisk")]);
+}
+
+/// Whoever owns a directory can put anything there; whoever looks is neither stopped nor led astray.
+#[test]
+fn entries_that_make_no_sense_are_left_out() {
+    let scratch = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| fs::write(scratch.path().join(name), text).unwrap();
+    let of = |pid: u32| serde_json::to_string(&Entry { pid, ..entry() }).unwrap();
+    write("10.json", &of(10));
+    write("11.json", &of(12));
+    write("13.json", "");
+    write("14.json", &of(14)[1..]);
+    write("15.json", &of(15).replace("/run/x.sock", "x.sock"));
+    write("16.txt", &of(16));
+    symlink("10.json", scratch.path().join("17.json")).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, scratch.path().join("18.json"), rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).unwrap();
+    let found = find_in(&surroundings(scratch.path()));
+    assert_eq!(found.iter().map(|found| found.entry.pid).collect::<Vec<_>>(), [10]);
+    assert!(!found[0].is_running(), "nobody holds it");
+}

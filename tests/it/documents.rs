@@ -1,0 +1,119 @@
+//! Completions and manual pages: they are made from the definition of the command line, and shells and groff take them as they are.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::support::{CORDISK, Scratch, have, run_ok, run_within};
+
+fn completions(scratch: &Scratch, shell: &str) -> PathBuf {
+    let script = run_ok(Command::new(CORDISK).args(["completions", shell]));
+    scratch.write(&format!("completions.{shell}"), script.as_bytes())
+}
+
+/// Protects: every shell that is here can read its completions.
+#[test]
+fn shells_parse_their_completions() {
+    let scratch = Scratch::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let script = completions(&scratch, shell);
+        assert!(fs::read_to_string(&script).expect("script").contains("cordisk"), "{shell}");
+        if have(&[shell]) {
+            run_ok(Command::new(shell).arg("-n").arg(script));
+        }
+    }
+    for shell in ["elvish", "powershell"] {
+        assert!(fs::read_to_string(completions(&scratch, shell)).expect("script").contains("mount"), "{shell}");
+    }
+}
+
+/// What bash offers for the last of `words`.
+fn bash_offers(script: &Path, words: &[&str]) -> Vec<String> {
+    let list = words.join(" ");
+    let last = words.last().expect("a word");
+    let before = &words[words.len() - 2];
+    let ask = format!(
+        "source {}; COMP_WORDS=({list}); COMP_CWORD={}; COMP_LINE='{list}'; COMP_POINT=${{#COMP_LINE}}; \
+         $(complete -p cordisk | sed 's/.*-F \\([^ ]*\\).*/\\1/') cordisk '{last}' '{before}'; printf '%s\\n' \"${{COMPREPLY[@]}}\"",
+        script.display(),
+        words.len() - 1
+    );
+    run_ok(Command::new("bash").args(["--norc", "-c", &ask])).split_whitespace().map(str::to_owned).collect()
+}
+
+/// Protects: bash completes commands, options and values with them; what is hidden is not offered.
+#[test]
+fn bash_completes() {
+    requires!("bash");
+    let scratch = Scratch::new();
+    let script = completions(&scratch, "bash");
+    assert_eq!(bash_offers(&script, &["cordisk", "mo"]), ["mount"]);
+    let offered = bash_offers(&script, &["cordisk", "mount", "--str"]);
+    assert!(offered.contains(&"--stream".to_owned()) && offered.contains(&"--stream-priority".to_owned()), "{offered:?}");
+    assert_eq!(bash_offers(&script, &["cordisk", "mount", "--sandbox", "r"]), ["require"]);
+    assert_eq!(bash_offers(&script, &["cordisk", "keep"]), [""; 0]);
+    assert_eq!(bash_offers(&script, &["cordisk", "mount", "--backg"]), [""; 0]);
+}
+
+fn pages(scratch: &Scratch) -> Vec<PathBuf> {
+    let dir = scratch.join("man");
+    run_ok(Command::new(CORDISK).arg("man").arg(&dir));
+    let mut pages: Vec<PathBuf> = fs::read_dir(dir).expect("pages").map(|entry| entry.expect("entry").path()).collect();
+    pages.sort();
+    assert!(pages.len() >= 6, "{pages:?}");
+    pages
+}
+
+/// A page as a reader gets to see it, wide enough that no word is broken.
+fn rendered(page: &Path) -> String {
+    let done = run_within(
+        Command::new("man")
+            .args(["-l", "--warnings", "-E", "UTF-8"])
+            .arg(page)
+            .env("MANWIDTH", "200")
+            .env("LC_ALL", "C.UTF-8")
+            .env("MANOPT", ""),
+        Duration::from_secs(60),
+    );
+    assert!(done.status.success(), "{}: {}", page.display(), done.stderr);
+    assert_eq!(done.stderr, "", "groff has something to say about {}", page.display());
+    done.stdout
+}
+
+/// Words that are long options.
+fn long_options(text: &str) -> BTreeSet<String> {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    let words = text.split(|c| !is_part(c)).filter_map(|word| word.strip_prefix("--"));
+    words.filter(|name| name.starts_with(|c: char| c.is_ascii_alphabetic())).map(str::to_owned).collect()
+}
+
+/// Protects: groff has nothing to say about any page, and each has the options that `--help` has, and no others.
+#[test]
+fn manual_pages_render_and_have_the_options_of_help() {
+    requires!("man", "groff");
+    let scratch = Scratch::new();
+    for page in pages(&scratch) {
+        let text = rendered(&page);
+        let name = page.file_stem().and_then(|name| name.to_str()).expect("a name").to_owned();
+        if page.extension().is_some_and(|section| section == "8") {
+            assert!(text.contains("qmp=SOCKET") && text.contains("run_as=USER[:GROUP]") && text.contains("backing_root="), "{text}");
+            continue;
+        }
+        // The option list alone: other sections speak of options of other commands.
+        let headings = |line: &str| !line.starts_with(char::is_whitespace) && !line.is_empty();
+        let options: Vec<&str> = text.lines().skip_while(|line| *line != "OPTIONS").skip(1).take_while(|line| !headings(line)).collect();
+        let terms = |lines: &[&str], indent: usize| {
+            let lines = lines.iter().filter(|line| line.trim_start().starts_with('-') && line.len() - line.trim_start().len() <= indent);
+            // Before the value stands the option, after it what it means.
+            long_options(&lines.map(|line| line.trim_start().split(['<', '[']).next().unwrap_or_default()).collect::<Vec<_>>().join(" "))
+        };
+        let words: Vec<&str> = name.split('-').skip(1).collect();
+        let help = run_ok(Command::new(CORDISK).args(&words).arg("--help"));
+        let help: Vec<&str> = help.lines().collect();
+        let in_help = terms(&help, 6);
+        assert!(in_help.contains("help"), "{help:?}");
+        assert_eq!(terms(&options, 7), in_help, "left: {name}(1), right: cordisk {} --help\n{text}", words.join(" "));
+    }
+}

@@ -1,0 +1,148 @@
+//! Our list of extents against `qemu-img map`, on chains made at random: they are equal, member for member.
+//!
+//! `CORDISK_MAP_ROUNDS=N` makes N chains (default 40).
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use cordisk::chain::Gate;
+use cordisk::disk::{Disk, DiskOptions};
+use cordisk::map::{Extent, Page, all, extents};
+
+use crate::support::{KIB, MIB, Rng, Scratch, run_ok, run_within};
+
+fn open(path: &Path) -> Disk {
+    let options = DiskOptions { read_only: true, copy_on_read: false, gate: Gate::default(), full_check: false, reserve: None };
+    Disk::open(path, &options).expect("open")
+}
+
+fn of_qemu(path: &Path) -> Vec<Extent> {
+    let list = run_ok(Command::new("qemu-img").args(["map", "-f", "qcow2", "--output=json"]).arg(path));
+    serde_json::from_str(&list).expect("qemu-img map prints a list")
+}
+
+/// A raw file with holes, whose length is no multiple of anything at times.
+fn raw_base(path: &Path, random: &mut Rng) {
+    let size = 1 + random.below(3 * MIB);
+    let size = if random.below(3) == 0 { size } else { size.next_multiple_of(512) };
+    let file = File::create(path).expect("base");
+    file.set_len(size).expect("length");
+    for _ in 0..random.below(12) {
+        let range = random.range(size, 200 * KIB);
+        let bytes = vec![7; usize::try_from(range.end - range.start).expect("small")];
+        file.write_all_at(&bytes, range.start).expect("data");
+    }
+    settle(path);
+}
+
+/// What the host says of a file is not to change between the two looks: how many blocks it has, and which of those that were never written count as
+/// data, which they do while they are in memory.
+fn settle(path: &Path) {
+    File::open(path).and_then(|file| file.sync_all()).expect("fsync");
+    std::fs::read(path).expect("read");
+}
+
+/// A qcow2 image of any kind that we read, with whatever qemu-io makes of it.
+fn image(path: &Path, below: Option<&(PathBuf, &str)>, random: &mut Rng) {
+    let version_2 = random.below(4) == 0;
+    let cluster = 512 << random.below(9);
+    let mut options = format!("cluster_size={cluster},compat={}", if version_2 { "0.10" } else { "1.1" });
+    if below.is_none() && random.below(2) == 0 {
+        options += if random.below(2) == 0 { ",preallocation=metadata" } else { ",preallocation=falloc" };
+    }
+    let size = 512 * (1 + random.below(6000));
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2", "-o", &options]);
+    if let Some((below, format)) = below {
+        create.args([OsStr::new("-b"), below.as_os_str(), OsStr::new("-F"), OsStr::new(format)]);
+    }
+    run_ok(create.arg(path).arg(size.to_string()));
+    let mut commands = Vec::new();
+    for _ in 0..random.below(16) {
+        let at = 512 * random.below(size / 512);
+        let len = (512 * (1 + random.below(400))).min(size - at);
+        let pattern = 1 + random.below(250);
+        let whole = at - at % cluster;
+        match random.below(6) {
+            0 if !version_2 => commands.push(format!("write -q -z {at} {len}")),
+            1 if !version_2 => commands.push(format!("write -q -z -u {at} {len}")),
+            2 if whole + cluster <= size => {
+                let clusters = (len / cluster).clamp(1, 6).min((size - whole) / cluster);
+                commands.extend((0..clusters).map(|number| format!("write -q -c -P {pattern} {} {cluster}", whole + number * cluster)));
+            }
+            3 => commands.push(format!("discard -q {at} {len}")),
+            _ => commands.push(format!("write -q -P {pattern} {at} {len}")),
+        }
+    }
+    // Some are refused: what is allocated is not written packed.
+    let mut io = Command::new("qemu-io");
+    io.args(["-f", "qcow2", "-t", "unsafe"]);
+    for command in &commands {
+        io.args(["-c", command]);
+    }
+    run_within(io.arg(path), Duration::from_secs(60));
+    settle(path);
+}
+
+/// Protects: the list is the one of `qemu-img map`, extent for extent, for raw and qcow2 bases, short and long ones, holes, compressed and zero
+/// clusters, both versions, all cluster sizes, preallocated ones; and pages of it make up the whole.
+#[test]
+fn the_list_is_the_one_of_qemu_img() {
+    requires!("qemu-img", "qemu-io");
+    let mut random = Rng::for_test("map_differential");
+    let rounds = std::env::var("CORDISK_MAP_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(40);
+    let mut kinds = BTreeSet::new();
+    for round in 0..rounds {
+        let scratch = Scratch::new();
+        let mut below: Option<(PathBuf, &str)> = None;
+        if random.below(2) == 0 {
+            let path = scratch.join("base.raw");
+            raw_base(&path, &mut random);
+            below = Some((path, "raw"));
+        }
+        for layer in 0..=random.below(3) {
+            let path = scratch.join(format!("{layer}.qcow2"));
+            image(&path, below.as_ref(), &mut random);
+            below = Some((path, "qcow2"));
+        }
+        let (top, _) = below.expect("at least one image");
+        let (expected, disk) = (of_qemu(&top), open(&top));
+        let found = all(&disk).expect("map");
+        let different = found.iter().zip(&expected).position(|(ours, qemus)| ours != qemus).unwrap_or(found.len().min(expected.len()));
+        assert!(
+            found == expected,
+            "round {round}: ours: {:?}\nqemu-img's: {:?}\n{}",
+            &found[different..],
+            &expected[different..],
+            run_ok(Command::new("qemu-img").args(["info", "--backing-chain"]).arg(&top))
+        );
+        for extent in &found {
+            kinds.insert((extent.present, extent.zero, extent.data, extent.compressed, extent.offset.is_some(), extent.depth.min(1)));
+        }
+        in_pages(&disk, &expected, &mut random);
+    }
+    assert!(kinds.len() >= 9, "too few kinds of extents to mean anything: {kinds:?}");
+}
+
+/// In pages, of any length, and begun anywhere.
+fn in_pages(disk: &Disk, expected: &[Extent], random: &mut Rng) {
+    let limit = usize::try_from(1 + random.below(5)).expect("small");
+    let (mut at, mut pages) = (Some(0), Vec::new());
+    while let Some(from) = at {
+        let page = extents(disk, from, limit).expect("map");
+        assert!(page.extents.len() <= limit && page.next.is_none_or(|next| next > from), "{page:?}");
+        pages.extend(page.extents);
+        at = page.next;
+    }
+    assert_eq!(pages, expected, "in pages of {limit}");
+    let middle = random.below(disk.size());
+    let Page { extents, next } = extents(disk, middle, usize::MAX).expect("map");
+    assert_eq!((extents[0].start, next), (middle, None));
+    assert_eq!(extents.iter().map(|extent| extent.length).sum::<u64>(), disk.size() - middle);
+    assert_eq!(extents[1..], expected[expected.len() + 1 - extents.len()..]);
+}

@@ -1,0 +1,248 @@
+//! What a service manager is told (sd_notify(3)), through a socket of the test's own.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crate::hung_backing::Stopped;
+use crate::support::mounts::{LoopMount, make_fs};
+use crate::support::{CLUSTER, Daemon, MIB, Mount, Pattern, Scratch, assert_same, poll, qemu, read_at, run_ok, wait_until};
+
+/// Of the watchdog: pings come every half of it.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// No ping for so long are no pings: the age of a commit that is accepted, and a good deal more.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// All messages that have arrived.
+struct Manager {
+    path: PathBuf,
+    messages: Arc<Mutex<Vec<(Instant, String)>>>,
+}
+
+impl Manager {
+    fn new(scratch: &Scratch) -> Manager {
+        let path = scratch.join("notify");
+        let socket = UnixDatagram::bind(&path).expect("notify socket");
+        let messages = Arc::new(Mutex::new(Vec::new()));
+        let heard = Arc::clone(&messages);
+        std::thread::spawn(move || {
+            let mut buf = [0; 4096];
+            while let Ok(len) = socket.recv(&mut buf) {
+                heard.lock().expect("messages").push((Instant::now(), String::from_utf8_lossy(&buf[..len]).into_owned()));
+            }
+        });
+        Manager { path, messages }
+    }
+
+    /// The disk as a service.
+    fn starts(&self, mount: Mount) -> Mount {
+        mount.env("NOTIFY_SOCKET", self.path.to_str().expect("UTF-8")).env("WATCHDOG_USEC", &INTERVAL.as_micros().to_string())
+    }
+
+    /// Lines that have arrived, oldest first.
+    fn lines(&self) -> Vec<String> {
+        self.messages.lock().expect("messages").iter().flat_map(|(_, text)| text.lines().map(str::to_owned).collect::<Vec<_>>()).collect()
+    }
+
+    fn heard(&self, line: &str) -> bool {
+        self.lines().iter().any(|heard| heard == line)
+    }
+
+    /// How many pings have arrived.
+    fn pings(&self) -> usize {
+        self.lines().iter().filter(|line| *line == "WATCHDOG=1").count()
+    }
+
+    /// Whether there has been no ping for so long.
+    fn is_silent(&self) -> bool {
+        let messages = self.messages.lock().expect("messages");
+        let last = messages.iter().rev().find(|(_, text)| text.contains("WATCHDOG=1"));
+        last.is_some_and(|(at, _)| at.elapsed() >= SILENCE)
+    }
+
+    fn wait_for_more_pings(&self, more: usize) {
+        let before = self.pings();
+        wait_until("pings of the watchdog", || self.pings() >= before + more);
+    }
+}
+
+/// The overlay `DIR/overlay.qcow2` above a raw file with `content`.
+fn overlay_in(dir: &Path, scratch: &Scratch, content: &[u8]) -> PathBuf {
+    let base = scratch.write("base.raw", content);
+    let overlay = dir.join("overlay.qcow2");
+    qemu::create(&overlay, None, "", Some((base.to_str().expect("UTF-8"), "raw")));
+    overlay
+}
+
+fn environment_of(process: &str) -> String {
+    String::from_utf8_lossy(&fs::read(format!("/proc/{process}/environ")).expect("environ")).into_owned()
+}
+
+/// Protects: READY=1 means that the disk can be read; the state of the stream is told; the keeper knows nothing of the manager; the end is announced.
+#[test]
+fn a_manager_is_told_when_the_disk_is_there_and_what_it_does() {
+    requires!("/dev/fuse", "qemu-img");
+    let scratch = Scratch::new();
+    let content = Pattern::new(62, 1).bytes(0, 8 * MIB);
+    let overlay = overlay_in(scratch.path(), &scratch, &content);
+    let manager = Manager::new(&scratch);
+    let mut disk: Daemon = manager.starts(Mount::new(&scratch, &overlay).args(&["--stream", "--speed", "1M"])).spawn();
+    let path = disk.path().to_owned();
+    wait_until("READY=1", || manager.heard("READY=1"));
+    // Not all of it: that would leave nothing to stream.
+    assert_same("the disk, at once", &read_at(&File::open(&path).expect("open"), 0, 4096), &content[..4096]);
+    let serving = format!("STATUS=serving {} on {}", overlay.display(), path.display());
+    assert!(manager.heard(&serving), "{:?}", manager.lines());
+    let process = disk.pid().as_raw_nonzero().to_string();
+    let children = fs::read_to_string(format!("/proc/{process}/task/{process}/children")).expect("children");
+    let keeper = children.split_whitespace().next().expect("the keeper");
+    assert!(environment_of(keeper).contains("PATH="), "this is how to look at it");
+    assert!(!environment_of(keeper).contains("NOTIFY_SOCKET") && !environment_of(keeper).contains("WATCHDOG_USEC"));
+    wait_until("progress", || {
+        manager.lines().iter().any(|line| line.starts_with(&format!("{serving}; streaming: ")) && line.ends_with("MiB/s"))
+    });
+    manager.wait_for_more_pings(3);
+    wait_until("the end of the stream", || manager.heard(&format!("{serving}; stream completed")));
+    assert!(!manager.heard("STOPPING=1"));
+    crate::support::mounts::umount(&path);
+    disk.assert_clean_end();
+    wait_until("the end", || manager.heard("STOPPING=1"));
+    let ready: Vec<usize> = manager.lines().iter().enumerate().filter(|(_, line)| *line == "READY=1").map(|(at, _)| at).collect();
+    assert_eq!(ready, [0], "once, and before anything else");
+}
+
+/// Protects: who is started in the background says nothing: the process that the manager knows is another one, and has ended.
+#[test]
+fn a_daemon_in_the_background_tells_nobody() {
+    requires!("/dev/fuse", "qemu-img");
+    let scratch = Scratch::new();
+    let content = Pattern::new(63, 1).bytes(0, MIB);
+    let overlay = overlay_in(scratch.path(), &scratch, &content);
+    let manager = Manager::new(&scratch);
+    let disk = scratch.write("disk", b"");
+    let mut command = Command::new(crate::support::CORDISK);
+    command.arg("mount").arg(&overlay).arg(&disk).env("NOTIFY_SOCKET", &manager.path).env("WATCHDOG_USEC", "200000");
+    run_ok(&mut command);
+    assert_same("the disk", &fs::read(&disk).expect("read"), &content);
+    crate::support::mounts::umount(&disk);
+    wait_until("the image is free", || {
+        crate::support::run_within(Command::new("qemu-img").arg("check").arg(&overlay), INTERVAL * 30).status.success()
+    });
+    assert_eq!(manager.lines(), [""; 0]);
+}
+
+/// A shell that freezes a file system when told to, and thaws it when this is dropped. It is there before: whoever starts a process closes our files in it,
+/// and each close of the disk is a flush, which commits, or would wait for the thaw.
+struct Freezer(Child);
+
+impl Freezer {
+    fn prepare(dir: &Path) -> Freezer {
+        let script = "read go && fsfreeze -f \"$1\" && echo frozen; read go; fsfreeze -u \"$1\"";
+        let mut command = Command::new("sh");
+        command.args(["-c", script, "sh"]).arg(dir).stdin(Stdio::piped()).stdout(Stdio::piped());
+        Freezer(command.spawn().expect("sh"))
+    }
+
+    fn freeze(&mut self) {
+        let (go, done) = (self.0.stdin.as_mut().expect("stdin"), self.0.stdout.as_mut().expect("stdout"));
+        go.write_all(b"go\n").expect("tell the shell");
+        let mut said = [0; 7];
+        done.read_exact(&mut said).expect("fsfreeze");
+        assert_eq!(&said, b"frozen\n");
+    }
+}
+
+impl Drop for Freezer {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+/// Protects: a host file system that does not take what must be committed ends the pings, although reads are answered; they come again with it.
+#[test]
+fn a_commit_that_hangs_ends_the_pings() {
+    requires!("/dev/fuse", "qemu-img", "root", "losetup", "mkfs.ext4", "fsfreeze");
+    let scratch = Scratch::new();
+    let content = Pattern::new(64, 1).bytes(0, 4 * MIB);
+    let host = scratch.join("host.ext4");
+    make_fs(&host, "ext4", 64 * MIB);
+    let host = LoopMount::new(&host, "ext4", &scratch.dir("host"));
+    let overlay = overlay_in(host.dir(), &scratch, &content);
+    let manager = Manager::new(&scratch);
+    let disk = manager.starts(Mount::new(&scratch, &overlay)).start();
+    let file = disk.open();
+    assert_same("what becomes local", &read_at(&file, 0, 4096), &content[..4096]);
+    manager.wait_for_more_pings(3);
+
+    // The commit timer may be faster than fsfreeze(8): then nothing is left that it would have to write.
+    let mut frozen = None;
+    for round in 0..10 {
+        let mut freezer = Freezer::prepare(host.dir());
+        file.write_all_at(&[7; 4096], MIB + round * CLUSTER).expect("a write that allocates");
+        freezer.freeze();
+        if poll(SILENCE * 2, || manager.is_silent().then_some(())).is_some() {
+            frozen = Some(freezer);
+            break;
+        }
+        eprintln!("round {round}: all was committed already");
+    }
+    assert!(frozen.is_some(), "a pass that hangs has to end the pings");
+    assert_same("what is local", &read_at(&file, 0, 4096), &content[..4096]);
+    assert!(manager.is_silent());
+
+    drop(frozen);
+    manager.wait_for_more_pings(3);
+    file.sync_all().expect("fsync");
+    assert_same("what was written", &read_at(&file, MIB, 4096), &[7; 4096]);
+    drop(file);
+    disk.umount();
+    host.umount().detach();
+}
+
+/// Protects: a base that hangs is no reason to end a disk that serves what is local: the pings go on while reads wait for it.
+#[test]
+fn a_hung_base_does_not_end_the_pings() {
+    requires!("/dev/fuse", "qemu-img");
+    let scratch = Scratch::new();
+    let content = Pattern::new(65, 1).bytes(0, 4 * MIB);
+    let served = scratch.join("served.qcow2");
+    qemu::create_full(&served, 4 * MIB, "", Pattern::new(65, 1));
+    let lower = Mount::named(&scratch, &served, "lower").start();
+    let overlay = scratch.join("overlay.qcow2");
+    qemu::create(&overlay, None, "", Some((lower.path().to_str().expect("UTF-8"), "raw")));
+    let manager = Manager::new(&scratch);
+    let upper = manager.starts(Mount::named(&scratch, &overlay, "upper")).start();
+    let stopped = Stopped::stop(lower.pid());
+    let (sender, hung) = channel();
+    // The first sector among others: it is the one that the watchdog reads.
+    for offset in [0, CLUSTER * 8, CLUSTER * 16] {
+        let (sender, path) = (sender.clone(), upper.path().to_owned());
+        std::thread::spawn(move || {
+            let mut buf = vec![0; 512];
+            let result = File::open(path).and_then(|file| file.read_exact_at(&mut buf, offset));
+            let _ = sender.send((offset, result, buf));
+        });
+    }
+    // As long as it takes for pings to end where they end.
+    let begin = Instant::now();
+    while begin.elapsed() < SILENCE * 2 {
+        manager.wait_for_more_pings(1);
+    }
+    assert!(!manager.is_silent() && hung.try_recv().is_err(), "the base hangs, and the pings do not");
+    drop(stopped);
+    for _ in 0..3 {
+        let (offset, result, buf) = hung.recv_timeout(Duration::from_secs(30)).expect("the hung reads complete");
+        result.expect("after the base came back");
+        let at = usize::try_from(offset).expect("small");
+        assert_same("hung read", &buf, &content[at..at + 512]);
+    }
+    upper.umount();
+    lower.umount();
+}
