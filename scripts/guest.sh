@@ -24,10 +24,18 @@ kernel_packages() {
 }
 
 mapfile -t packages < <(kernel_packages)
+if ((${#packages[@]} == 0 && EUID == 0)); then
+    apt-get update -qq || true
+    mapfile -t packages < <(kernel_packages)
+fi
 ((${#packages[@]})) || die 'apt knows no kernel package; as root: apt-get update'
 packages+=(busybox-static)
-wanted=$(apt-cache policy "${packages[@]}" | awk '/^[^ ]/ { name = $1 } /Candidate:/ { print name, $2 }'; cksum <"${BASH_SOURCE[0]}")
-if [[ -e $guest/made-of && $(<"$guest/made-of") == "$wanted" ]]; then
+# What the result depends on: the versions of the packages, and this script.
+ingredients() {
+    apt-cache policy "${packages[@]}" | awk '/^[^ ]/ { name = $1 } /Candidate:/ { print name, $2 }'
+    cksum <"${BASH_SOURCE[0]}"
+}
+if [[ -e $guest/made-of && $(<"$guest/made-of") == "$(ingredients)" ]]; then
     printf 'already here: %s\n' "${packages[*]}"
     exit 0
 fi
@@ -37,9 +45,17 @@ work=$(mktemp -d "$guest/work.XXXXXX")
 trap 'rm -rf "$work"' EXIT
 rm -f "$guest/made-of"
 sandbox=()
-((EUID)) || sandbox=(-o APT::Sandbox::User=root) # otherwise apt's own user would have to be able to write here
+((EUID)) || sandbox=(-o APT::Sandbox::User=root) # apt's own user may not write here
 printf 'fetching %s\n' "${packages[*]}"
-(cd "$work" && apt-get "${sandbox[@]}" download -qq "${packages[@]}")
+download() { (cd "$work" && apt-get "${sandbox[@]}" download -qq "${packages[@]}"); }
+if ! download; then
+    ((EUID == 0)) || die 'apt cannot fetch them; its lists may be old, then as root: apt-get update'
+    apt-get update -qq
+    # What is newest now may have another name.
+    mapfile -t packages < <(kernel_packages)
+    packages+=(busybox-static)
+    download || die "apt cannot fetch ${packages[*]}"
+fi
 for package in "$work"/*.deb; do dpkg-deb -x "$package" "$work/x"; done
 
 first_of() { # first_of FILE...: the first one that exists
@@ -100,6 +116,6 @@ chmod 755 "$root/init"
 (cd "$root" && find . | "$busybox" cpio -o -H newc 2>/dev/null | gzip -1) >"$guest/initramfs.gz"
 install -m 644 "$vmlinuz" "$guest/vmlinuz"
 install -m 755 "$busybox" "$guest/busybox"
-printf '%s\n' "$wanted" >"$guest/made-of"
+ingredients >"$guest/made-of"
 printf 'modules: %s\n' "$(tr '\n' ' ' <"$root/modules/order")"
-ls -l "$guest" | awk 'NR > 1 { print $5, $9 }'
+du -Lh "$guest"/{vmlinuz,busybox,initramfs.gz}

@@ -44,7 +44,7 @@ mkdir -p "$staged"/{sbin,completions,doc,examples}
 "$program" completions zsh >"$staged/completions/_cordisk"
 "$program" completions fish >"$staged/completions/cordisk.fish"
 for name in mount.fuse.cordisk mount.cordisk; do ln -s ../bin/cordisk "$staged/sbin/$name"; done
-ln -s mount.fuse.cordisk.8 "$staged/man/mount.cordisk.8"
+echo '.so man8/mount.fuse.cordisk.8' >"$staged/man/mount.cordisk.8"
 for name in README.md CHANGELOG.md LICENSE-MIT LICENSE-APACHE; do
     if [[ -e $name ]]; then cp "$name" "$staged/doc/"; fi
 done
@@ -62,7 +62,7 @@ if [[ -z $cargo_deb ]]; then
     rm -rf "$repo/target/tools/build"
 fi
 rm -f "$repo"/target/debian/cordisk_*.deb
-CARGO=cargo "$cargo_deb" deb --no-build --locked --quiet --output "$repo/target/debian/" 2>&1 | grep -v '^cordisk_' || true
+CARGO=cargo "$cargo_deb" deb --no-build --strip --locked --quiet --output "$repo/target/debian/" >/dev/null
 package=$(find "$repo/target/debian" -maxdepth 1 -name 'cordisk_*.deb')
 [[ -f $package ]] || die "cargo-deb has made no package"
 contents=$(dpkg-deb -c "$package")
@@ -95,7 +95,8 @@ dpkg-deb -x "$package" "$root/x"
 [[ $("$root/x/usr/bin/cordisk" --version) == "cordisk $(dpkg-deb -f "$package" Version | sed 's/-[^-]*$//')" ]] || die "the program and the package differ in version"
 if have man; then
     for page in "$root"/x/usr/share/man/man*/*.gz; do
-        said=$(man -l --warnings "$page" 2>&1 >/dev/null) || die "$page does not render"
+        # From the root of the manual: one page is another by a reference from there.
+        said=$(cd "$root/x/usr/share/man" && man -l --warnings "$page" 2>&1 >/dev/null) || die "$page does not render"
         [[ -z $said ]] || die "$page: $said"
     done
 fi

@@ -124,12 +124,12 @@ leftovers() {
     true
 }
 
-# Processes called cordisk with an argument below our scratch directory.
+# Processes called cordisk, and QEMUs, with an argument that names our scratch directory.
 processes_of_ours() {
     local process
     for process in /proc/[0-9]*; do
-        [[ $(readlink "$process/exe" 2>/dev/null) == */cordisk* ]] || continue
-        tr '\0' '\n' 2>/dev/null <"$process/cmdline" | grep -q "^$scratch/" && basename "$process"
+        [[ $(readlink "$process/exe" 2>/dev/null) == */@(cordisk|qemu-system-)* ]] || continue
+        tr '\0' '\n' 2>/dev/null <"$process/cmdline" | grep -qF "$scratch/" && basename "$process"
     done
     true
 }
@@ -166,7 +166,7 @@ tools() {
         have rustup && rustup component add rustfmt clippy
     fi
     if [[ ! -e /dev/fuse ]]; then
-        ((EUID == 0)) && modprobe fuse 2>/dev/null || true
+        if ((EUID == 0)); then modprobe fuse 2>/dev/null || true; fi
         [[ -e /dev/fuse ]] || { echo 'missing: /dev/fuse (no test can mount)' >&2; status=1; }
     fi
     ((EUID == 0)) || echo 'not root: tests that need loop devices are skipped'

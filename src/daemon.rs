@@ -15,6 +15,7 @@ mod control;
 mod helper;
 mod notify;
 mod pidfile;
+mod servers;
 mod signals;
 mod watchdog;
 
@@ -36,6 +37,7 @@ use crate::error::{Context, one_line};
 use crate::fuse::{self, Finished, MountOptions, Mounted, Unmounted};
 use crate::job::Batch;
 use crate::keeper::{self, Entrusted, EntrustedMark, Keeper, KeptMount, Leftover, Messages};
+use crate::metrics;
 use crate::qmp::Socket;
 use crate::running::{LockedFile, Registration};
 use crate::sandbox::{self, Identity};
@@ -44,6 +46,7 @@ use crate::{Error, Result};
 use control::{Control, Prepared};
 use notify::Manager;
 use pidfile::Pidfile;
+use servers::Servers;
 use watchdog::{Heartbeat, Reporter};
 
 /// How often metadata is written back without anybody asking: what a kill can cost at most (P2). syncfs(2) never reaches a FUSE daemon,
@@ -160,6 +163,8 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     let registration = Registration::begin();
     rustix::process::chdir("/").map_err(std::io::Error::from).context(|| "chdir to /")?;
 
+    // Before anything is opened: an address that is taken should leave no trace.
+    let metrics = config.metrics.as_ref().map(metrics::Listener::bind).transpose()?;
     let options = DiskOptions {
         read_only: config.read_only,
         copy_on_read: config.copy_on_read,
@@ -169,7 +174,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     };
     let disk = Arc::new(Disk::open(&config.image, &options)?);
     // The socket before the mount: one that cannot be bound should not make a disk appear and vanish.
-    let (mut socket, mut registration) = control::listen(config, registration)?;
+    let (mut socket, mut registration) = servers::listen(config, registration)?;
     let _entry = registration.as_mut().ok().map(|place| entrust(keeper, Leftover::Entry, place.file())).transpose()?;
     let socket_file = match &mut socket {
         Some(socket) => {
@@ -201,8 +206,9 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
         // Nothing has been served: closing has nothing to wait for.
         Err(error) => return first_of(Err(error), close()),
     };
+    let servers = Servers { socket, metrics };
     // Held, and so locked, to the end.
-    let _registration = control::register(config, registration, socket.as_ref(), mount.path());
+    let _registration = servers::register(config, registration, &servers, mount.path());
     let confined = user.map_or(Ok(()), Identity::become_it).and_then(|()| sandbox::enter(config.sandbox));
     if let Err(error) = confined {
         drop((mount, device));
@@ -211,7 +217,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
 
     // From here on there are threads.
     let (sender, events) = unbounded();
-    let started = signals.start(sender).and_then(|signals| Ok((signals, Control::start(socket, config, &disk, streams)?)));
+    let started = signals.start(sender).and_then(|signals| Ok((signals, Control::start(servers, config, &disk, streams)?)));
     let (_signals, control) = match started {
         Ok(started) => started,
         Err(error) => {

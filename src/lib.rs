@@ -34,6 +34,7 @@
 //! | 6 | [`info`] | what an image says of itself, whoever uses it | locks, guest data |
 //! | 6 | [`fuse`] | kernel request ⇄ `disk` call | jobs, QMP, the image |
 //! | 6 | [`qmp`] | JSON ⇄ jobs, streams, facts of the disk | FUSE, the image |
+//! | 6 | [`metrics`] | HTTP and OpenMetrics ⇄ facts of the disk and its jobs | FUSE, images, backing files |
 //! | 7 | [`keeper`] | the second process: mounts, unmounts, removes | images, clients |
 //! | 7 | [`client`] | the other end of the socket: commands about disks that run | the image, serving |
 //! | 8 | [`cli`] | what was typed, checked | the disk |
@@ -86,6 +87,7 @@ pub mod info;
 pub mod job;
 pub mod keeper;
 pub mod map;
+pub mod metrics;
 mod mutants;
 pub mod qmp;
 pub mod range_lock;

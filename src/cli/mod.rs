@@ -33,10 +33,17 @@ use mount::MountArgs;
 use values::{FormatArg, parse_cluster_size, parse_size};
 use views::{InfoArgs, MapArgs, TopArgs};
 
+/// What a first session types.
+const EXAMPLE: &str = "Example:
+  cordisk create overlay.qcow2 -b base.raw -F raw
+  cordisk mount overlay.qcow2 disk
+  cordisk stream disk --speed 50M --wait
+  cordisk umount disk";
+
 /// A copy-on-read virtual disk: mounts a qcow2 overlay as a raw file, fills it from its backing file as it is read,
 /// streams the rest in the background, and is controlled over QMP.
 #[derive(Debug, Parser)]
-#[command(name = "cordisk", version, max_term_width = 100, disable_help_subcommand = true)]
+#[command(name = "cordisk", version, max_term_width = 100, disable_help_subcommand = true, after_help = EXAMPLE)]
 pub struct Args {
     #[command(subcommand)]
     command: Typed,

@@ -9,6 +9,7 @@ use super::values::{FormatArg, absolute, parse_device, parse_minute, parse_size,
 use crate::Result;
 use crate::format::BackingFormat;
 use crate::fuse::Transport;
+use crate::metrics::Address;
 use crate::sandbox;
 use crate::stream::{Minute, Plan, Priority, Speed};
 
@@ -30,6 +31,9 @@ pub(super) struct MountArgs {
     /// Listen for QMP clients on this Unix socket
     #[arg(long, value_name = "SOCKET")]
     qmp: Option<PathBuf>,
+    /// Tell metrics for Prometheus at this TCP address, over HTTP: PORT alone is 127.0.0.1, port 0 any that is free (the log says which)
+    #[arg(long, value_name = "ADDR")]
+    metrics: Option<Address>,
     /// Copy everything up in the background, then drop the backing file (as block-stream does)
     #[arg(long, conflicts_with = "read_only")]
     stream: bool,
@@ -184,6 +188,8 @@ pub struct MountConfig {
     pub device: String,
     /// Where QMP clients connect.
     pub qmp: Option<PathBuf>,
+    /// Where metrics are told.
+    pub metrics: Option<Address>,
     /// Speed of the stream job to start at once, if one is to be started.
     pub stream: Option<StreamSpeed>,
     /// A stream that was interrupted is started again.
@@ -228,6 +234,7 @@ impl MountArgs {
             },
             device: self.device,
             qmp: self.qmp.as_deref().map(absolute).transpose()?,
+            metrics: self.metrics,
             stream: self.stream.then(|| match self.finish_by {
                 Some(at) => StreamSpeed::Planned(at.into()),
                 None => self.speed.into(),
@@ -281,6 +288,7 @@ mod tests {
     #[test]
     fn mount_options_mean_what_they_say() {
         let config = mount(&["-f", "--stream", "--speed", "10M", "--qmp", "s", "--device", "d", "/i", "/m"]);
+        assert_eq!(config.metrics, None);
         assert_eq!(
             (config.role, config.stream.clone(), config.device.as_str()),
             (Role::Foreground, Some(StreamSpeed::Fixed(10 << 20)), "d")
@@ -293,6 +301,8 @@ mod tests {
         assert_eq!((config.user.as_deref(), config.sandbox), (Some("u:g"), sandbox::Mode::Require));
         assert!(config.backing_roots.len() == 2 && config.backing_roots.iter().all(|root| root.is_absolute()));
         assert_eq!(mount(&["--background-child", "/i", "/m"]).role, Role::Child);
+        assert_eq!(mount(&["--metrics", "9184", "/i", "/m"]).metrics.unwrap().to_string(), "127.0.0.1:9184");
+        assert!(Args::try_parse_from(["cordisk", "mount", "--metrics", "nowhere", "/i", "/m"]).is_err());
         assert_eq!(config.reserve, None);
         assert_eq!(mount(&["--stream-priority", "normal", "/i", "/m"]).stream_priority, Priority::Normal);
         assert_eq!(mount(&["--reserve", "2G", "/i", "/m"]).reserve, Some(2 << 30));

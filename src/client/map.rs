@@ -10,9 +10,9 @@ use serde_json::json;
 
 use super::connection::Connection;
 use super::{Target, find, find_all, show, top};
-use crate::error::Context;
+use crate::error::{Context, one_line};
 use crate::format::BackingFormat;
-use crate::map::{Canvas, Cells, Extent, OfflineMap, Page, join, picture, write_png};
+use crate::map::{Canvas, Cells, Extent, OfflineMap, Page, join, picture, units, write_png};
 use crate::{Error, ErrorKind, Result};
 
 /// Extents that are asked for at once.
@@ -34,7 +34,7 @@ pub struct MapOptions {
 /// Who knows what is where.
 enum Source {
     Running(Connection),
-    Image(OfflineMap),
+    Image(Box<OfflineMap>),
 }
 
 impl Source {
@@ -44,7 +44,9 @@ impl Source {
             Ok(Target::Running(_) | Target::Dead(_) | Target::Unregistered(_)) => {
                 find::connect(target).map(|(connection, _)| Source::Running(connection))
             }
-            Err(_) => OfflineMap::open(target, options.backing_format).map(Source::Image).map_err(|error| explained(error, target)),
+            Err(_) => OfflineMap::open(target, options.backing_format)
+                .map(|map| Source::Image(Box::new(map)))
+                .map_err(|error| explained(error, target)),
         }
     }
 
@@ -124,7 +126,8 @@ pub fn run(options: &MapOptions) -> Result<ExitCode> {
     let Some(png) = &options.png else {
         let canvas = canvas();
         let cells = source.cells(canvas.cells())?;
-        let text = picture(&crate::error::one_line(&title), &cells, &canvas);
+        let title = format!("{}, {}", one_line(&title), units::size(cells.size()));
+        let text = picture(&title, &cells, &canvas);
         return no_reader(print(out, text.as_bytes()));
     };
     let cells = source.cells(Cells::MOST)?;

@@ -25,6 +25,7 @@ mod show;
 mod status;
 mod stream;
 mod table;
+mod terminal;
 mod top;
 mod umount;
 

@@ -7,6 +7,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::facts::Job;
 use super::show;
+use super::terminal::Narrow;
 use crate::error::one_line;
 
 /// Lines that nobody can take back are written when so much has happened, in percent.
@@ -30,7 +31,7 @@ impl Progress {
     pub(super) fn new(name: &str) -> Progress {
         let name = one_line(name);
         let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr_with_hz(10));
+            let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::term_like_with_hz(Box::new(Narrow), 10));
             bar.set_style(style());
             bar.set_prefix(name.clone());
             bar

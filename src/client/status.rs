@@ -278,7 +278,10 @@ fn long_job(job: &Job, paused: Option<String>) -> String {
 }
 
 fn last_job(last: &LastJob) -> String {
-    let ago = format!("{} ago", show::time(last.end_time.age()));
+    let ago = match last.end_time.age() {
+        age if age.as_secs() == 0 => "just now".to_owned(),
+        age => format!("{} ago", show::time(age)),
+    };
     match last.result.as_str() {
         "success" => format!("stream completed {ago}: {} in {}", show::bytes(last.len), show::time(last.took())),
         "cancelled" => format!("stream cancelled {ago} at {}", show::percent(last.offset, last.len)),

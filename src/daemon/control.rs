@@ -1,22 +1,22 @@
-//! Jobs, the QMP socket and where it is found: the only file of the daemon that knows any of them.
+//! Jobs, the QMP server and that of metrics: the only file of the daemon that knows any of them.
 
 use std::cell::Cell;
-use std::path::Path;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crossbeam_channel::Receiver;
 use jiff::tz::TimeZone;
 
 use super::Event;
+use super::servers::Servers;
 use crate::Result;
 use crate::cli::{MountConfig, StreamSpeed};
 use crate::disk::Disk;
 use crate::fuse::{Finished, SizeNotice};
 use crate::job::{Batch, JobEvent, Jobs};
 use crate::keeper::{EntrustedNote, Keeper};
-use crate::qmp::{Server, ShutdownReason, Socket, Target};
-use crate::running::{Entry, Registration};
+use crate::metrics;
+use crate::qmp::{Server, ShutdownReason, Target};
 use crate::stream::{self, KIND, StreamOptions, Streams};
 
 /// How long cancelled jobs may take to end: one step of a stream and a write-back. What they leave unfinished is only what they have not
@@ -48,60 +48,18 @@ impl Prepared {
     }
 }
 
-/// The control socket: the one that was asked for, or one beside the entry in the runtime directory, so that there is always one. Where that cannot be
-/// made, the disk is served without, and not registered: the error comes back in place of the registration.
-///
-/// # Errors
-/// Those of [`Socket::listen`], for the one that was asked for.
-pub(super) fn listen(config: &MountConfig, registration: Result<Registration>) -> Result<(Option<Socket>, Result<Registration>)> {
-    if let Some(path) = &config.qmp {
-        return Ok((Some(Socket::listen(path)?), registration));
-    }
-    Ok(match registration.and_then(|place| Ok((Socket::listen(&place.socket_path())?, place))) {
-        Ok((socket, place)) => (Some(socket), Ok(place)),
-        Err(error) => (None, Err(error)),
-    })
-}
-
-/// The disk is mounted: from now on it is found by its mountpoint. Where that cannot be done, a warning says so.
-pub(super) fn register(
-    config: &MountConfig,
-    registration: Result<Registration>,
-    socket: Option<&Socket>,
-    mountpoint: &Path,
-) -> Result<Registration> {
-    let registered = registration.and_then(|place| {
-        let Some(socket) = socket else { return Ok(place) };
-        place.publish(&Entry {
-            pid: std::process::id(),
-            mountpoint: mountpoint.into(),
-            image: config.image.clone(),
-            device: config.device.clone(),
-            qmp: socket.path().into(),
-            metrics: None,
-        })?;
-        Ok(place)
-    });
-    registered.inspect_err(|error| {
-        let instead = match &config.qmp {
-            Some(path) => format!("commands take the socket, {}, instead of the mountpoint", path.display()),
-            None => "only `umount` finds this disk; mount it with --qmp to control it".to_string(),
-        };
-        log::warn!("{error}: {instead}");
-    })
-}
-
 /// How many streams have completed, of what was told.
 pub(super) fn completed(batch: &Batch) -> usize {
     let completed = |event: &&JobEvent| matches!(event, JobEvent::Completed { progress, error: None } if progress.kind == KIND);
     batch.events.iter().filter(completed).count()
 }
 
-/// The job registry and, if asked for, the QMP server.
+/// The job registry and, if asked for, the QMP server and the one of metrics.
 pub(super) struct Control {
     jobs: Jobs,
     streams: Streams,
     server: Option<Server>,
+    metrics: Option<metrics::Server>,
     /// A client wants the process to end.
     quit: Receiver<()>,
     /// How the kernel learns of a new size, once the disk is mounted.
@@ -113,11 +71,12 @@ pub(super) struct Control {
 }
 
 impl Control {
-    /// Starts to serve `socket`, if there is one.
+    /// Starts to serve, where there is something to serve.
     ///
     /// # Errors
     /// No more threads.
-    pub(super) fn start(socket: Option<Socket>, config: &MountConfig, disk: &Arc<Disk>, prepared: Prepared) -> Result<Control> {
+    pub(super) fn start(servers: Servers, config: &MountConfig, disk: &Arc<Disk>, prepared: Prepared) -> Result<Control> {
+        let Servers { socket, metrics } = servers;
         let jobs = Jobs::new();
         let Prepared { zone, interrupted, kept } = prepared;
         let streams = match kept {
@@ -142,8 +101,16 @@ impl Control {
             quit: sender,
             grown,
         };
+        let source = metrics::Source {
+            disk: Arc::clone(disk),
+            jobs: jobs.clone(),
+            device: config.device.clone(),
+            mountpoint: config.mountpoint.clone(),
+            started: SystemTime::now(),
+        };
+        let metrics = metrics.map(|listener| metrics::Server::start(listener, source)).transpose()?;
         let server = socket.map(|socket| Server::start(socket, target)).transpose()?;
-        Ok(Control { jobs, streams, server, quit, size_notice, interrupted, told })
+        Ok(Control { jobs, streams, server, metrics, quit, size_notice, interrupted, told })
     }
 
     /// The registry of jobs.
@@ -207,8 +174,9 @@ impl Control {
         if jobs && settled { Finished::Quiet } else { Finished::StillRunning }
     }
 
-    /// Last of all, with the disk closed: the socket. Clients that asked to quit are told how closing went.
+    /// Last of all, with the disk closed: the metrics, and the socket. Clients that asked to quit are told how closing went.
     pub(super) fn close(self, closed: &Result<()>) {
+        drop(self.metrics);
         if let Some(server) = self.server {
             server.shutdown(closed);
         }

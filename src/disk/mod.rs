@@ -498,6 +498,7 @@ impl Disk {
         let reference = rest.as_ref().map(|rest| self.reference_to(&chain, depth, rest, backing_file));
         image.set_backing(reference.as_ref())?;
         *self.backing.write() = rest.map(Arc::new);
+        self.surveys.forget();
         Ok(())
     }
 

@@ -62,6 +62,8 @@ pub(super) struct Surveys {
 struct State {
     walking: bool,
     last: Option<Walked>,
+    /// How often all that is below has changed at once: a walk that began before is not told again.
+    changes: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -86,6 +88,15 @@ impl Drop for Walking<'_> {
     fn drop(&mut self) {
         self.0.state.lock().walking = false;
         self.0.ended.notify_all();
+    }
+}
+
+impl Surveys {
+    /// What is below has changed for every cluster at once: nothing that was found out before is told any more.
+    pub fn forget(&self) {
+        let mut state = self.state.lock();
+        state.last = None;
+        state.changes += 1;
     }
 }
 
@@ -125,7 +136,7 @@ impl Disk {
             self.surveys.ended.wait(&mut state);
         }
         state.walking = true;
-        let last = state.last.as_ref().map(|last| last.cells);
+        let (last, changes) = (state.last.as_ref().map(|last| last.cells), state.changes);
         drop(state);
         let _walking = Walking(&self.surveys);
         let start = Instant::now();
@@ -133,7 +144,11 @@ impl Disk {
         let cells = cells.or(last).unwrap_or(1);
         let survey = Arc::new(self.walk(cells)?);
         let walked = Walked { cells, survey, at: Instant::now(), took: start.elapsed() };
-        self.surveys.state.lock().last = Some(walked.clone());
+        let mut state = self.surveys.state.lock();
+        if state.changes == changes {
+            state.last = Some(walked.clone());
+        }
+        drop(state);
         Ok(walked)
     }
 
@@ -250,6 +265,19 @@ mod tests {
         disk.grow(32 * CLUSTER).unwrap();
         let grown = disk.totals().unwrap();
         assert_eq!((grown.local, grown.local + grown.zero + grown.remote), (2 * CLUSTER, 32 * CLUSTER));
+    }
+
+    /// Protects: when a stream is complete nothing is said to be remote any more, not even for a moment, nor by a walk that had begun before.
+    #[test]
+    fn nothing_is_remote_once_the_chain_is_gone() {
+        let (disk, _) = disk(16);
+        assert!(disk.totals().unwrap().remote > 0);
+        let before = disk.surveys.state.lock().changes;
+        disk.populate(0..disk.size(), usize::MAX).unwrap();
+        assert!(disk.totals().unwrap().remote > 0, "told again");
+        disk.detach_backing(usize::MAX, None).unwrap();
+        assert_eq!(disk.totals().unwrap().remote, 0);
+        assert!(disk.surveys.state.lock().changes > before);
     }
 
     /// Protects: who comes while somebody walks is told the last result instead of waiting, and a walk that fails leaves nobody waiting.

@@ -201,6 +201,17 @@ impl JobInfo {
     }
 }
 
+/// How many jobs have concluded, by how they ended.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Completed {
+    /// All was done.
+    pub successful: u64,
+    /// They failed.
+    pub failed: u64,
+    /// They were given up.
+    pub cancelled: u64,
+}
+
 /// The registry of jobs; clones are the same registry.
 #[derive(Clone, Debug, Default)]
 pub struct Jobs {
@@ -351,6 +362,11 @@ impl Jobs {
     /// The job that concluded last, as it was then.
     pub fn last(&self) -> Option<JobInfo> {
         self.shared.registry.lock().last.clone()
+    }
+
+    /// How many have concluded.
+    pub fn completed(&self) -> Completed {
+        self.shared.registry.lock().completed
     }
 
     /// Whether there is any job. One that has concluded counts until it is dismissed, as in QEMU.

@@ -7,7 +7,7 @@ use crossbeam_channel::Sender;
 
 use super::pace::Pace;
 use super::rate_limit::RateLimit;
-use super::{Batch, IoStatus, JobError, JobEvent, JobInfo, JobSpec, Outcome, Progress, Status, Verb, Work};
+use super::{Batch, Completed, IoStatus, JobError, JobEvent, JobInfo, JobSpec, Outcome, Progress, Status, Verb, Work};
 
 /// The text of a cancelled job's error: strerror(ECANCELED) as QEMU prints it.
 const CANCELED: &str = "Operation canceled";
@@ -25,6 +25,8 @@ pub(super) struct Registry {
     pub closed: bool,
     /// What became of the job that concluded last.
     pub last: Option<JobInfo>,
+    /// What became of all of them.
+    pub completed: Completed,
     subscribers: Vec<Sender<Arc<Batch>>>,
 }
 
@@ -114,6 +116,11 @@ impl Registry {
         events.push(job.transition(Status::Concluded));
         job.concluded = Some(SystemTime::now());
         let (info, dismiss) = (job.info(), job.spec.auto_dismiss);
+        *match (&info.error, info.cancelled) {
+            (None, _) => &mut self.completed.successful,
+            (Some(_), true) => &mut self.completed.cancelled,
+            (Some(_), false) => &mut self.completed.failed,
+        } += 1;
         self.last = Some(info);
         if dismiss {
             events.push(self.remove(serial));

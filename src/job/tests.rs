@@ -288,7 +288,9 @@ fn a_worker_learns_how_its_job_has_ended() {
     };
     // The worker is this thread: nobody has to be waited for.
     let exit = |jobs: &Jobs| assert!(!jobs.cancel_all_and_wait(Duration::ZERO));
-    let user = |jobs: &Jobs| assert!(jobs.cancel("j", Force::Yes).is_ok());
+    let user = |jobs: &Jobs| {
+        let _ = jobs.cancel("j", Force::Yes).unwrap();
+    };
     assert_eq!(ended(Outcome::Done, &|_| ()), Ending::Completed);
     assert_eq!(ended(Outcome::Failed(failure()), &|_| ()), Ending::Failed);
     assert_eq!(ended(Outcome::Cancelled, &user), Ending::Cancelled);
@@ -365,4 +367,21 @@ fn a_rest_ends_when_anybody_wants_something() {
     wait_for(&jobs, |job| !job.busy);
     assert!(jobs.cancel_all_and_wait(limit));
     assert_eq!(ended.recv_timeout(limit), Ok(Next::Cancel));
+}
+
+/// Protects: jobs are counted once when they conclude, by how they ended, whether anybody looks at them afterwards or not.
+#[test]
+fn those_that_have_ended_are_counted() {
+    let jobs = Jobs::new();
+    assert_eq!(jobs.completed(), Completed::default());
+    work(jobs.create(spec("j")).unwrap(), 4 * CHUNK).join().unwrap();
+    let kept = jobs.create(JobSpec { auto_dismiss: false, ..spec("j") }).unwrap();
+    kept.start();
+    kept.finish(Outcome::Failed(Failure { text: "no".into(), no_space: false }), done);
+    assert_eq!(jobs.completed(), Completed { successful: 1, failed: 1, cancelled: 0 });
+    jobs.apply("j", Verb::Dismiss).unwrap();
+    let cancelled = jobs.create(spec("j")).unwrap();
+    cancelled.start();
+    cancelled.finish(Outcome::Cancelled, || unreachable!());
+    assert_eq!(jobs.completed(), Completed { successful: 1, failed: 1, cancelled: 1 });
 }

@@ -30,8 +30,8 @@ pub(super) fn x_query_status(call: &mut Call<'_>) -> Result<Value, Refusal> {
         Ok(Totals { local, zero, remote, age }) => {
             status["bytes"] = json!({ "local": local, "zero": zero, "remote": remote, "age-ms": milliseconds(age) });
         }
-        // All else is still worth telling.
-        Err(error) => log::warn!("how much of the disk is local cannot be told: {error}"),
+        // All else is still worth telling, and a client may ask often.
+        Err(error) => log::debug!("how much of the disk is local cannot be told: {error}"),
     }
     if let Some(last) = jobs.last() {
         status["last-job"] = progress::last_job(&last);

@@ -328,11 +328,17 @@ fn depth_is_bounded_and_survived() {
         client.ask(format!(r#"{{"execute":"query-jobs","id":{}"#, deep(1024))),
         r#"{"error": {"class": "GenericError", "desc": "JSON nesting depth limit exceeded"}}"#
     );
-    let mut client = fixture.client();
+    let (mut watcher, mut client) = (fixture.client(), fixture.client());
     client.send(format!(r#"{{"execute":"quit","id":{}}}"#, deep(1023)));
     fixture.quit.recv_timeout(Duration::from_secs(10)).unwrap();
     fixture.server.take().unwrap().shutdown(&Err(crate::Error::new(crate::ErrorKind::Io, "too bad")));
-    assert!(client.line().contains("SHUTDOWN"));
+    for client in [&mut client, &mut watcher] {
+        assert!(client.line().contains("SHUTDOWN"));
+        assert!(
+            client.line().contains(r#""event": "X_CLOSE_FAILED", "data": {"error": "too bad"}"#),
+            "all are told, not only who asked to quit"
+        );
+    }
     assert_eq!(client.line(), format!(r#"{{"id": {printed}, "error": {{"class": "GenericError", "desc": "too bad"}}}}"#));
 }
 
@@ -902,7 +908,7 @@ fn the_status_is_of_the_schema() {
     let fixture = Fixture::new();
     let mut client = fixture.client();
     let mut returned = |command: &str, arguments: Value| {
-        let reply = client.ask(&json!({ "execute": command, "arguments": arguments }).to_string());
+        let reply = client.ask(json!({ "execute": command, "arguments": arguments }).to_string());
         let mut reply: Value = serde_json::from_str(&reply).unwrap();
         let value = reply["return"].take();
         if !value.is_null() {

@@ -37,6 +37,7 @@ const ROOMS: &[Room] = &[
     Room { name: "info", floor: 6, never: &["job", "sandbox", "disk", "image"] },  // headers alone
     Room { name: "fuse", floor: 6, never: &["job", "stream", "create", "image", "storage", "sandbox"] },
     Room { name: "qmp", floor: 6, never: &["create", "image", "storage", "sandbox"] },
+    Room { name: "metrics", floor: 6, never: &["chain", "image", "storage", "stream", "create", "sandbox"] },
     Room { name: "keeper", floor: 7, never: &["disk", "chain", "image", "storage", "job", "stream", "create"] }, // reads no image
     Room { name: "client", floor: 7, never: &["chain", "create", "disk", "image", "job", "qmp", "storage", "stream"] }, // another process than the disk's
     Room { name: "cli", floor: 8, never: &["image", "storage"] },

@@ -34,7 +34,7 @@ pub(crate) fn attempt(scratch: &Scratch, prepare: Option<&str>, args: &[&str]) -
 }
 
 /// Asserts the refusal of `cordisk mount ARGS`, with -f and without; the line has to contain one of `words` (in lower case).
-fn refused_in(scratch: &Scratch, prepare: Option<&str>, args: &[&str], words: &[&str]) {
+pub(crate) fn refused_in(scratch: &Scratch, prepare: Option<&str>, args: &[&str], words: &[&str]) {
     for foreground in [true, false] {
         let mut all = vec!["mount"];
         all.extend(foreground.then_some("-f"));

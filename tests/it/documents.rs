@@ -107,7 +107,12 @@ fn manual_pages_render_and_have_the_options_of_help() {
         let terms = |lines: &[&str], indent: usize| {
             let lines = lines.iter().filter(|line| line.trim_start().starts_with('-') && line.len() - line.trim_start().len() <= indent);
             // Before the value stands the option, after it what it means.
-            long_options(&lines.map(|line| line.trim_start().split(['<', '[']).next().unwrap_or_default()).collect::<Vec<_>>().join(" "))
+            long_options(
+                &lines
+                    .map(|line| line.trim_start().split("  ").next().unwrap_or_default().split(['<', '[']).next().unwrap_or_default())
+                    .collect::<Vec<_>>()
+                    .join(" "),
+            )
         };
         let words: Vec<&str> = name.split('-').skip(1).collect();
         let help = run_ok(Command::new(CORDISK).args(&words).arg("--help"));

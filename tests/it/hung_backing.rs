@@ -132,6 +132,11 @@ struct Pair {
 
 impl Pair {
     fn new() -> Pair {
+        Pair::with(&[])
+    }
+
+    /// With more arguments for the upper disk.
+    fn with(args: &[&str]) -> Pair {
         let scratch = Scratch::new();
         let content = Pattern::new(41, 1).bytes(0, 16 * MIB);
         let served = scratch.join("served.qcow2");
@@ -140,7 +145,7 @@ impl Pair {
         let overlay = scratch.join("overlay.qcow2");
         let base = lower.path().to_str().expect("UTF-8").to_owned();
         qemu::create(&overlay, None, "", Some((&base, "raw")));
-        let upper = Mount::named(&scratch, &overlay, "upper").qmp().start();
+        let upper = Mount::named(&scratch, &overlay, "upper").qmp().args(args).start();
         let local = read_at(&upper.open(), 8 * MIB, at(MIB));
         assert_same("what becomes local", &local, &content[at(8 * MIB)..at(9 * MIB)]);
         Pair { upper, lower, overlay, content, scratch }
@@ -325,4 +330,65 @@ fn the_end_of_a_hung_daemon_leaves_the_next_mount_alone() {
     assert_same("the next disk", &next.read_all(), &content);
     next.umount();
     qemu::assert_not_corrupt(&pair.overlay);
+}
+
+/// Protects: how things are is told while the base hangs and readers and a map hang in it: by QMP and to Prometheus, a walk over the tables included.
+/// Who asks for the map waits alone, and keeps neither others nor the daemon from ending.
+#[test]
+fn how_things_are_is_told_while_the_base_hangs() {
+    requires!("/dev/fuse", "qemu-img");
+    let pair = Pair::with(&["--metrics", "127.0.0.1:0"]);
+    let address = crate::support::metrics::address(&pair.upper);
+    let stopped = Stopped::stop(pair.lower.pid());
+    let mut client = pair.upper.client();
+    client.send_raw("{\"execute\": \"x-query-map\"}\n");
+    let (sender, hung) = channel();
+    let path = pair.upper.path().to_owned();
+    std::thread::spawn(move || {
+        let _ = sender.send(File::open(path).and_then(|file| file.read_exact_at(&mut [0; 512], 0)));
+    });
+    client.listen(Duration::from_millis(1500));
+    assert!(client.trace.len() == 2 && hung.try_recv().is_err(), "both wait for the base: {:?}", client.trace);
+
+    let socket = pair.upper.socket().to_owned();
+    let answered = within(PATIENCE, move || {
+        let mut other = QmpClient::connect(&socket);
+        let status = other.ok("x-query-status", json!({}));
+        assert_eq!((&status["bytes"]["local"], &status["bytes"]["remote"]), (&json!(MIB), &json!(15 * MIB)));
+        let cells = other.ok("x-query-cells", json!({"cells": 16}));
+        assert_eq!((&cells["local"][8], &cells["local"][7], &cells["cell-size"]), (&json!(MIB), &json!(0), &json!(MIB)));
+        crate::support::metrics::Scrape::of(address).value("cordisk_disk_bytes", &[("state", "local")])
+    });
+    assert_eq!(answered, Some(MIB as f64), "nobody is to wait for the base\n{}", pair.upper.log());
+    drop(stopped);
+    hung.recv_timeout(PATIENCE).expect("the read ends").expect("read");
+    let map = client.message(PATIENCE).expect("the map")["return"].clone();
+    // The time for one look was up long ago: it ends with the first run.
+    let rest = client.ok("x-query-map", json!({"offset": map["next"]}));
+    let ranges: Vec<_> = [&map, &rest].into_iter().flat_map(|page| page["extents"].as_array().expect("extents")).collect();
+    let ranges: Vec<_> = ranges.iter().map(|extent| (extent["start"].clone(), extent["length"].clone(), extent["depth"].clone())).collect();
+    let expected = [(0, 8, 1), (8, 1, 0), (9, 7, 1)].map(|(start, length, depth)| (json!(start * MIB), json!(length * MIB), json!(depth)));
+    assert_eq!(ranges, expected);
+    drop(client);
+    pair.upper.umount();
+    pair.lower.umount();
+}
+
+/// Protects: a client that waits for the map of a hung base does not keep the daemon from ending well.
+#[test]
+fn a_hung_map_does_not_keep_the_daemon() {
+    requires!("/dev/fuse", "qemu-img");
+    let mut pair = Pair::new();
+    let stopped = Stopped::stop(pair.lower.pid());
+    let mut client = pair.upper.client();
+    client.send_raw("{\"execute\": \"x-query-map\"}\n");
+    client.listen(Duration::from_millis(500));
+    assert_eq!(client.trace.len(), 2, "the map waits for the base: {:?}", client.trace);
+    pair.upper.signal(Signal::TERM);
+    pair.wait_until_upper_has_left();
+    drop((stopped, client));
+    let status = pair.upper.ended_within(PATIENCE);
+    assert_eq!(status.and_then(|status| status.code()), Some(0), "{}", pair.upper.log());
+    assert!(!pair.upper.log().contains("leaving without them"), "the disk was closed\n{}", pair.upper.log());
+    qemu::assert_clean(&pair.overlay);
 }

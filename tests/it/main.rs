@@ -2,6 +2,7 @@
 //!
 //! The tests prove the promises of the design from outside: through the mount, the socket, the command line, and QEMU's tools.
 //! `CORDISK_SEED=N` repeats a random test, `CORDISK_KEEP=1` keeps the scratch directories,
+//! `CORDISK_TEST_ACCEL=tcg` (or `kvm`) decides how guests of QEMU run, `CORDISK_TEST_TRANSPORT=uring` how requests come to us,
 //! `CI=true` or `CORDISK_REQUIRE_ALL=1` makes a missing tool a failure instead of a skip.
 #![allow(clippy::single_range_in_vec_init)] // lists of ranges are what these tests compare; a list of one is no mistake
 
@@ -14,6 +15,7 @@ mod bad_disk;
 mod bad_input;
 mod check_command;
 mod check_differential;
+mod client_commands;
 mod confinement;
 mod documents;
 mod fio_verify;
@@ -27,6 +29,7 @@ mod image_interop;
 mod kill_restart;
 mod lower_power_cut;
 mod map_differential;
+mod metrics;
 mod mount_helper;
 mod on_complete;
 mod qmp_client;
@@ -48,3 +51,4 @@ mod service_unit;
 mod stream_qmp;
 mod torture;
 mod transports;
+mod views;

@@ -12,9 +12,10 @@ use std::time::Duration;
 
 use cordisk::chain::Gate;
 use cordisk::disk::{Disk, DiskOptions};
-use cordisk::map::{Extent, Page, all, extents};
+use cordisk::map::{Extent, Page, all, extents, join};
+use serde_json::json;
 
-use crate::support::{KIB, MIB, Rng, Scratch, run_ok, run_within};
+use crate::support::{CLUSTER, KIB, MIB, Rig, Rng, Scratch, run_ok, run_within};
 
 fn open(path: &Path) -> Disk {
     let options = DiskOptions { read_only: true, copy_on_read: false, gate: Gate::default(), full_check: false, reserve: None };
@@ -48,12 +49,12 @@ fn settle(path: &Path) {
 }
 
 /// A qcow2 image of any kind that we read, with whatever qemu-io makes of it.
-fn image(path: &Path, below: Option<&(PathBuf, &str)>, random: &mut Rng) {
+fn image(path: &Path, below: Option<&(PathBuf, &str)>, preallocation: &str, random: &mut Rng) {
     let version_2 = random.below(4) == 0;
     let cluster = 512 << random.below(9);
     let mut options = format!("cluster_size={cluster},compat={}", if version_2 { "0.10" } else { "1.1" });
-    if below.is_none() && random.below(2) == 0 {
-        options += if random.below(2) == 0 { ",preallocation=metadata" } else { ",preallocation=falloc" };
+    if below.is_none() {
+        options += &format!(",preallocation={preallocation}");
     }
     let size = 512 * (1 + random.below(6000));
     let mut create = Command::new("qemu-img");
@@ -100,14 +101,16 @@ fn the_list_is_the_one_of_qemu_img() {
     for round in 0..rounds {
         let scratch = Scratch::new();
         let mut below: Option<(PathBuf, &str)> = None;
-        if random.below(2) == 0 {
+        // The lowest image: above a raw file, above nothing, or with places for all of its clusters, most of them holes of its file.
+        let preallocation = ["off", "off", "off", "metadata", "falloc"][round % 5];
+        if preallocation == "off" && random.below(3) > 0 {
             let path = scratch.join("base.raw");
             raw_base(&path, &mut random);
             below = Some((path, "raw"));
         }
         for layer in 0..=random.below(3) {
             let path = scratch.join(format!("{layer}.qcow2"));
-            image(&path, below.as_ref(), &mut random);
+            image(&path, below.as_ref(), preallocation, &mut random);
             below = Some((path, "qcow2"));
         }
         let (top, _) = below.expect("at least one image");
@@ -126,7 +129,8 @@ fn the_list_is_the_one_of_qemu_img() {
         }
         in_pages(&disk, &expected, &mut random);
     }
-    assert!(kinds.len() >= 9, "too few kinds of extents to mean anything: {kinds:?}");
+    let has_holes = kinds.iter().any(|&(_, zero, data, ..)| zero && data);
+    assert!(kinds.len() >= 9 && has_holes, "too few kinds of extents to mean anything: {kinds:?}");
 }
 
 /// In pages, of any length, and begun anywhere.
@@ -145,4 +149,56 @@ fn in_pages(disk: &Disk, expected: &[Extent], random: &mut Rng) {
     assert_eq!((extents[0].start, next), (middle, None));
     assert_eq!(extents.iter().map(|extent| extent.length).sum::<u64>(), disk.size() - middle);
     assert_eq!(extents[1..], expected[expected.len() + 1 - extents.len()..]);
+}
+
+/// Protects: a client of a mounted disk is told the same, in pages, as `qemu-img map` tells of what a flush has left behind; and the cells, which are
+/// counted from the tables of the overlay alone, are what the list says of the overlay.
+#[test]
+fn a_mounted_disk_is_told_as_qemu_img_tells_it() {
+    requires!("/dev/fuse", "qemu-img");
+    let mut random = Rng::for_test("map_of_a_mount");
+    let rig = Rig::new(8 * MIB);
+    let disk = rig.mount().qmp().start();
+    let file = disk.open();
+    for _ in 0..12 {
+        let range = random.range(8 * MIB, 3 * CLUSTER);
+        let (at, len) = (range.start, range.end - range.start);
+        match random.below(4) {
+            0 => file.write_all_at(&vec![9; usize::try_from(len).expect("small")], at).expect("write"),
+            1 => {
+                let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+                rustix::fs::fallocate(&file, punch, at, len).expect("punch");
+            }
+            2 => rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::ZERO_RANGE, at, len).expect("zero"),
+            _ => drop(crate::support::read_at(&file, at, usize::try_from(len).expect("small"))),
+        }
+    }
+    file.sync_all().expect("fsync");
+    settle(&rig.overlay);
+    let expected: Vec<Extent> = {
+        let list = run_ok(Command::new("qemu-img").args(["map", "-U", "-f", "qcow2", "--output=json"]).arg(&rig.overlay));
+        serde_json::from_str(&list).expect("qemu-img map prints a list")
+    };
+    let mut client = disk.client();
+    let (mut found, mut next) = (Vec::new(), json!(0));
+    while !next.is_null() {
+        let mut page = client.ok("x-query-map", json!({"offset": next, "limit": 3}));
+        let extents: Vec<Extent> = serde_json::from_value(page["extents"].take()).expect("extents");
+        assert!((1..=3).contains(&extents.len()), "{extents:?}");
+        extents.into_iter().for_each(|extent| join(&mut found, extent));
+        next = page["next"].take();
+    }
+    assert_eq!(found, expected);
+
+    let cells = client.ok("x-query-cells", json!({"cells": 128}));
+    assert_eq!(cells["cell-size"], json!(CLUSTER));
+    for (cell, (local, zero)) in cells["local"].as_array().expect("list").iter().zip(cells["zero"].as_array().expect("list")).enumerate() {
+        let at = cell as u64 * CLUSTER;
+        let extent = found.iter().find(|extent| extent.start <= at && at < extent.start + extent.length).expect("all is told");
+        let (is_local, is_zero) = (extent.depth == 0 && extent.data, extent.depth == 0 && extent.zero && !extent.data);
+        let bytes = |is: bool| json!(if is { CLUSTER } else { 0 });
+        assert_eq!((local, zero), (&bytes(is_local), &bytes(is_zero)), "cell {cell} of {extent:?}");
+    }
+    drop((file, client));
+    disk.umount();
 }

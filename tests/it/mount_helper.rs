@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -77,17 +77,16 @@ fn the_exit_status_is_that_of_mount() {
 
 /// Runs `script` as root in a mount namespace of its own in which mount(8) finds the helper. `$s` is the scratch directory.
 fn with_helper(bench: &Bench, script: &str) -> String {
-    for dir in ["upper", "work"] {
-        bench.scratch.dir(dir);
-    }
-    // tmpfs below, because an overlay needs an upper directory of a file system that can be one.
-    let prepare = "set -eu; s=$1; trap 'umount -l \"$s/vm.raw\" 2>/dev/null || true' EXIT; mkdir -p $s/t; mount -t tmpfs tmpfs $s/t; \
+    // Mounts of other tests go first: in here they would outlive their end out there. tmpfs, because not every file system can be an overlay's upper one.
+    let prepare = "set -eu; s=$1; trap 'umount -l \"$s/vm.raw\" 2>/dev/null || true' EXIT; \
+                   findmnt -rn -o TARGET | grep /cordisk-test- | tac | while read -r m; do umount -l \"$m\" || true; done; \
+                   mkdir -p $s/t; mount -t tmpfs tmpfs $s/t; \
                    mkdir $s/t/upper $s/t/work; mount -t overlay -o lowerdir=/usr/sbin,upperdir=$s/t/upper,workdir=$s/t/work overlay /usr/sbin; \
                    ln -s \"$2\" /usr/sbin/mount.fuse.cordisk; cd $s; ";
     let mut command = Command::new("unshare");
     command.args(["--mount", "--propagation", "private", "sh", "-c", &format!("{prepare}{script}"), "sh"]);
     command.arg(bench.scratch.path()).arg(CORDISK);
-    assert!(fs::canonicalize("/sbin").is_ok_and(|path| path == PathBuf::from("/usr/sbin")), "a system whose /sbin is not /usr/sbin");
+    assert!(fs::canonicalize("/sbin").is_ok_and(|path| path == Path::new("/usr/sbin")), "a system whose /sbin is not /usr/sbin");
     run_ok(&mut command)
 }
 
@@ -132,7 +131,7 @@ fn a_line_of_fstab_mounts() {
     let said = with_helper(
         &bench,
         &format!(
-            "mount -T fstab -a; cmp vm.raw base.raw; test -S vm.sock; mount -T fstab -a; findmnt -n -o TARGET -t fuse.cordisk | wc -l; \
+            "mount -T fstab -a; cmp vm.raw base.raw; test -S vm.sock; mount -T fstab -a; findmnt -n -o TARGET -t fuse.cordisk | grep -c $s/vm.raw; \
              umount -T fstab vm.raw 2>/dev/null || umount vm.raw; {WAIT_FOR_END} mount -T fstab $s/vm.raw; cmp vm.raw base.raw; umount vm.raw; {WAIT_FOR_END}"
         ),
     );

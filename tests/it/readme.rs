@@ -9,7 +9,7 @@ const README: &str = include_str!("../../README.md");
 
 #[test]
 fn the_readme_has_the_options_of_help_and_no_others() {
-    for command in ["create", "mount", "check", "map", "info", "top"] {
+    for command in ["create", "mount", "check", "stream", "status", "umount", "map", "info", "top"] {
         let help = run_ok(Command::new(CORDISK).args([command, "--help"]));
         let lines = help.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
         // Before the gap stands the option, after it what it means.

@@ -11,11 +11,11 @@ use serde_json::json;
 use crate::support::machine::{self, Machine};
 use crate::support::{CORDISK, Daemon, MIB, Mount, Pattern, Rng, Scratch, assert_same, qemu, run_ok, run_within, sha256};
 
-const DISK: u64 = 384 * MIB;
+const DISK: u64 = 256 * MIB;
 /// Files that the guest reads at its start, files that it leaves alone until its end, files that it overwrites in place.
-const GOLDEN: [(&str, u32, u64); 3] = [("read", 4, 16 * MIB), ("hold", 4, 16 * MIB), ("change", 4, 18 * MIB)];
-/// Bytes per second. What the guest leaves alone lasts four minutes at this speed: the stream does not end before we say so.
-const SLOW: u64 = 256 << 10;
+const GOLDEN: [(&str, u32, u64); 3] = [("read", 4, 8 * MIB), ("hold", 4, 12 * MIB), ("change", 4, 16 * MIB)];
+/// Bytes per second. What the guest leaves alone lasts six minutes at this speed: the stream does not end before we say so.
+const SLOW: u64 = 128 << 10;
 /// The most rounds for which there is room in the files that are overwritten.
 const ROUNDS: u64 = 60;
 
@@ -150,7 +150,7 @@ fn assert_same_files(got: &Files, want: &Files) {
 
 /// A whole life: boot, read, write, power off. The stream is slow until the guest writes, then fast, and ends while the guest writes still.
 fn live_and_power_off(test: &str, drive: &str) {
-    requires!("/dev/fuse", "qemu-img", "qemu-system-x86_64", "mkfs.ext4", "e2fsck", "debugfs", machine::KERNEL);
+    requires!("/dev/fuse", "qemu-img", "qemu-io", "qemu-system-x86_64", "mkfs.ext4", "e2fsck", "debugfs", machine::KERNEL);
     let rack = Rack::new(test);
     let begin = Instant::now();
     let disk: Daemon = Mount::new(&rack.scratch, &rack.overlay).qmp().start();

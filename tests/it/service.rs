@@ -2,8 +2,9 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixDatagram;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::channel;
@@ -21,14 +22,25 @@ const SILENCE: Duration = Duration::from_secs(5);
 
 /// All messages that have arrived.
 struct Manager {
-    path: PathBuf,
+    /// A path, or a name that is in no directory, with an @ in front.
+    address: String,
     messages: Arc<Mutex<Vec<(Instant, String)>>>,
 }
 
 impl Manager {
     fn new(scratch: &Scratch) -> Manager {
         let path = scratch.join("notify");
-        let socket = UnixDatagram::bind(&path).expect("notify socket");
+        Manager::listen(path.to_str().expect("UTF-8").to_owned(), UnixDatagram::bind(&path).expect("notify socket"))
+    }
+
+    /// With an abstract address.
+    fn without_a_path() -> Manager {
+        let name = format!("cordisk-test-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(&name).expect("an address");
+        Manager::listen(format!("@{name}"), UnixDatagram::bind_addr(&address).expect("notify socket"))
+    }
+
+    fn listen(address: String, socket: UnixDatagram) -> Manager {
         let messages = Arc::new(Mutex::new(Vec::new()));
         let heard = Arc::clone(&messages);
         std::thread::spawn(move || {
@@ -37,12 +49,12 @@ impl Manager {
                 heard.lock().expect("messages").push((Instant::now(), String::from_utf8_lossy(&buf[..len]).into_owned()));
             }
         });
-        Manager { path, messages }
+        Manager { address, messages }
     }
 
     /// The disk as a service.
     fn starts(&self, mount: Mount) -> Mount {
-        mount.env("NOTIFY_SOCKET", self.path.to_str().expect("UTF-8")).env("WATCHDOG_USEC", &INTERVAL.as_micros().to_string())
+        mount.env("NOTIFY_SOCKET", &self.address).env("WATCHDOG_USEC", &INTERVAL.as_micros().to_string())
     }
 
     /// Lines that have arrived, oldest first.
@@ -117,6 +129,22 @@ fn a_manager_is_told_when_the_disk_is_there_and_what_it_does() {
     assert_eq!(ready, [0], "once, and before anything else");
 }
 
+/// Protects: the sandbox, which reaches no abstract socket outside of it, does not cut off the one that was connected before.
+#[test]
+fn a_manager_with_an_abstract_socket_is_told() {
+    requires!("/dev/fuse", "qemu-img");
+    let scratch = Scratch::new();
+    let content = Pattern::new(67, 1).bytes(0, MIB);
+    let overlay = overlay_in(scratch.path(), &scratch, &content);
+    let manager = Manager::without_a_path();
+    let disk = manager.starts(Mount::new(&scratch, &overlay)).start();
+    assert!(disk.log().contains("sandbox: "), "{}", disk.log());
+    wait_until("READY=1", || manager.heard("READY=1"));
+    manager.wait_for_more_pings(2);
+    disk.umount();
+    wait_until("the end", || manager.heard("STOPPING=1"));
+}
+
 /// Protects: who is started in the background says nothing: the process that the manager knows is another one, and has ended.
 #[test]
 fn a_daemon_in_the_background_tells_nobody() {
@@ -127,7 +155,7 @@ fn a_daemon_in_the_background_tells_nobody() {
     let manager = Manager::new(&scratch);
     let disk = scratch.write("disk", b"");
     let mut command = Command::new(crate::support::CORDISK);
-    command.arg("mount").arg(&overlay).arg(&disk).env("NOTIFY_SOCKET", &manager.path).env("WATCHDOG_USEC", "200000");
+    command.arg("mount").arg(&overlay).arg(&disk).env("NOTIFY_SOCKET", &manager.address).env("WATCHDOG_USEC", "200000");
     run_ok(&mut command);
     assert_same("the disk", &fs::read(&disk).expect("read"), &content);
     crate::support::mounts::umount(&disk);

@@ -2,6 +2,9 @@
 //!
 //! One thread looks at each disk and reports ([`watch`]); this one takes reports and keys into the [`model`] and draws it ([`screen`]). The terminal
 //! is put back on every way out: return, panic, signal.
+//!
+//! **Touches:** the terminal, sessions with daemons. **Never:** waits for a daemon on the thread that draws. **Locks:** none; threads report over one
+//! channel.
 
 mod bars;
 mod facts;
@@ -15,7 +18,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use ratatui::DefaultTerminal;
@@ -104,9 +107,15 @@ fn live(options: &TopOptions, names: Vec<PathBuf>) -> Result<ExitCode> {
         interval: options.interval,
         sender,
     };
-    top.add(names)?;
     let mut screen = Screen::enter()?;
-    let ended = top.run(&mut screen.terminal, &reports, &signal);
+    // Drawn once before anybody is asked, so that the first map fits already.
+    let ended = screen
+        .terminal
+        .draw(|frame| top.draw(frame))
+        .map(drop)
+        .context(|| "the terminal")
+        .and_then(|()| top.add(names))
+        .and_then(|()| top.run(&mut screen.terminal, &reports, &signal));
     drop(screen);
     ended?;
     // As a shell tells of a program that a signal has ended.
@@ -175,7 +184,7 @@ impl Top {
             if changed {
                 terminal.draw(|frame| self.draw(frame)).context(failed)?;
             }
-            changed = false;
+            changed = self.model.forget_old_message();
             // A signal interrupts the wait, which is no error.
             let mut wait = TICK;
             while event::poll(wait).or_else(interrupted).context(failed)? {
@@ -191,10 +200,10 @@ impl Top {
                 match report {
                     Report::Seen(index, seen) => {
                         if let Some(disk) = self.model.disks.get_mut(index) {
-                            disk.see(seen);
+                            disk.see(*seen);
                         }
                     }
-                    Report::Message(text) => self.model.message = Some(text),
+                    Report::Message(text) => self.model.message = Some((text, Instant::now())),
                     Report::Running(names) => self.add(names)?,
                 }
             }

@@ -1,13 +1,16 @@
 //! What the screen shows: the disks that are watched, and what was seen of each.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::facts::{Rates, Status};
 use crate::map::Cells;
 
 /// How many intervals are remembered for the curves.
 const HISTORY: usize = 240;
+
+/// How long the answer to a key stays on the screen.
+const MESSAGE_TIME: Duration = Duration::from_secs(4);
 
 /// What one look at a disk has brought.
 #[derive(Debug)]
@@ -77,8 +80,8 @@ pub(super) struct Model {
     pub disks: Vec<DiskView>,
     pub selected: usize,
     pub help: bool,
-    /// What came of the last key.
-    pub message: Option<String>,
+    /// What came of the last key, and when.
+    pub message: Option<(String, Instant)>,
     /// Seconds between two looks.
     pub interval: f64,
 }
@@ -86,6 +89,11 @@ pub(super) struct Model {
 impl Model {
     pub fn selected(&self) -> Option<&DiskView> {
         self.disks.get(self.selected)
+    }
+
+    /// Takes a message away that was there long enough; says whether there was one.
+    pub fn forget_old_message(&mut self) -> bool {
+        self.message.take_if(|(_, since)| since.elapsed() > MESSAGE_TIME).is_some()
     }
 
     /// Up or down, not beyond the ends.
@@ -98,8 +106,6 @@ impl Model {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn seen(pid: u32, hits: u64, at: Instant) -> Result<Seen, String> {

@@ -29,7 +29,7 @@ const HELP: [&str; 7] = [
     "local: in the image itself",
     "zero: known to be zero",
     "remote: in the backing files",
-    "hits: reads that needed no backing file",
+    "hits: reads from the image alone",
 ];
 
 fn plain() -> Style {
@@ -56,6 +56,11 @@ fn filled() -> Style {
     plain().fg(colour(Colour::Local))
 }
 
+/// The filled part of a bar; its last character may be filled in part.
+fn bar_filled() -> Style {
+    filled().patch(hollow())
+}
+
 /// The empty part of a bar.
 fn hollow() -> Style {
     plain().bg(colour(Colour::Zero))
@@ -73,7 +78,7 @@ pub(super) fn screen(model: &Model, width: usize, height: usize) -> Vec<Line<'st
     }
     let footer = layout.footer(model);
     match model.selected() {
-        None => lines.push(Line::from(" no disk is running here; `cordisk mount IMAGE MOUNTPOINT` starts one")),
+        None => lines.push(Line::from("  no disk is running here; `cordisk mount IMAGE MOUNTPOINT` starts one")),
         Some(disk) => {
             layout.list(model, height, &mut lines);
             layout.details(disk, &mut lines);
@@ -112,7 +117,7 @@ impl Layout {
             count => format!("{count} disks, "),
         };
         let right = format!("{count}every {} s ", units::significant(model.interval));
-        let left = " cordisk top";
+        let left = "  cordisk top";
         let gap = self.width.saturating_sub(left.len() + right.len());
         Line::from(vec![Span::styled(left, bold()), Span::raw(" ".repeat(gap)), Span::styled(right, dim())])
     }
@@ -161,7 +166,7 @@ impl Layout {
             spans.push(Span::raw(format!("{:>10}", status.map_or(String::new(), |status| units::size(status.size)))));
             if let (true, Some(status)) = (self.bar_width() > 0, status) {
                 let (full, empty) = bars::bar(local_part(status), self.bar_width() - 2);
-                spans.extend([Span::raw("  "), Span::styled(full, filled()), Span::styled(empty, hollow())]);
+                spans.extend([Span::raw("  "), Span::styled(full, bar_filled()), Span::styled(empty, hollow())]);
             }
         }
         let local = status.map_or(String::new(), |status| format!("{} %", whole_percent(local_part(status))));
@@ -184,14 +189,13 @@ impl Layout {
             lines.push(Line::from(Span::styled(text, dim())));
         }
         let most = disk.history.iter().fold(0.0, |most: f64, (read, write)| most.max(*read).max(*write));
-        let flow = |name, flow: fn(&Rates) -> Flow, values: Option<fn(&(f64, f64)) -> f64>| {
-            let curve = |width| values.map_or(String::new(), |value| bars::curve(disk.history.iter().map(value), most, width));
-            self.flow(name, disk.rates.as_ref().map(flow), curve)
-        };
-        lines.push(flow("read", |rates| rates.read, Some(|(read, _)| *read)));
-        lines.push(flow("write", |rates| rates.write, Some(|(_, write)| *write)));
+        let rates = disk.rates.as_ref();
+        let read = |width| bars::curve(disk.history.iter().map(|(read, _)| *read), most, width);
+        let write = |width| bars::curve(disk.history.iter().map(|(_, write)| *write), most, width);
+        lines.push(self.flow("read", rates.map(|rates| rates.read), read));
+        lines.push(self.flow("write", rates.map(|rates| rates.write), write));
         if self.roomy {
-            lines.push(flow("flush", |rates| rates.flush, None));
+            lines.push(self.flow("flush", rates.map(|rates| rates.flush), |_| String::new()));
         }
         lines.push(self.below(disk));
         lines.extend(self.job(disk));
@@ -206,7 +210,7 @@ impl Layout {
         let latency = flow.and_then(|flow| flow.latency);
         let time = |nanoseconds: Option<f64>| nanoseconds.map_or("-".into(), |time| units::time(time, "µ"));
         if !self.wide {
-            let label = Span::styled(format!("  {name:<6}"), dim());
+            let label = Span::styled(format!("  {name:<7}"), dim());
             return Line::from(vec![label, Span::raw(format!("{rate:>11}  p99 {:>8}", time(latency.map(|latency| latency.p99))))]);
         }
         let times = [latency.map(|latency| latency.mean), latency.map(|latency| latency.median), latency.map(|latency| latency.p99)];
@@ -222,7 +226,7 @@ impl Layout {
     fn below(&self, disk: &DiskView) -> Line<'static> {
         let hits = disk.rates.and_then(|rates| rates.hit_ratio).map_or("-".into(), |ratio| format!("{:.1} %", tenths_down(ratio)));
         if !self.wide {
-            return Line::from(vec![Span::styled("  hits  ", dim()), Span::raw(format!("{hits:>11}"))]);
+            return Line::from(vec![Span::styled("  hits   ", dim()), Span::raw(format!("{hits:>11}"))]);
         }
         let rate = |value: fn(&Rates) -> f64| disk.rates.as_ref().map_or("-".into(), |rates| per_second(value(rates)));
         let mut spans = vec![
@@ -241,7 +245,7 @@ impl Layout {
 
     /// The job that runs, or the last one.
     fn job(&self, disk: &DiskView) -> Vec<Line<'static>> {
-        let label = |name: &str| Span::styled(format!("  {name:<width$}", width = if self.wide { LABEL - 2 } else { 6 }), dim());
+        let label = |name: &str| Span::styled(format!("  {name:<width$}", width = if self.wide { LABEL - 2 } else { 7 }), dim());
         if let Some(why) = &disk.gone {
             return vec![Line::from(vec![label("gone"), Span::styled(one_line(why), alarm())])];
         }
@@ -258,12 +262,12 @@ impl Layout {
             return vec![Line::from(vec![label("job"), Span::styled(one_line(&text), dim())])];
         };
         let numbers = self.job_numbers(status, job);
-        let taken = numbers.chars().count() + if self.wide { LABEL } else { 8 } + 3;
+        let taken = numbers.chars().count() + if self.wide { LABEL } else { 9 } + 3;
         let bar = self.width.saturating_sub(taken).clamp(4, 40);
         let (full, empty) = bars::bar(job.done(), bar);
         vec![Line::from(vec![
             label(&job.kind),
-            Span::styled(full, filled()),
+            Span::styled(full, bar_filled()),
             Span::styled(empty, hollow()),
             Span::raw(format!("  {numbers}")),
         ])]
@@ -330,8 +334,8 @@ impl Layout {
         if model.help {
             return wrapped(&HELP, self.width).into_iter().map(|text| Line::from(Span::styled(text, dim()))).collect();
         }
-        if let Some(message) = &model.message {
-            return vec![Line::from(Span::styled(format!(" {}", one_line(message)), bold()))];
+        if let Some((message, _)) = &model.message {
+            return vec![Line::from(Span::styled(format!("  {}", one_line(message)), bold()))];
         }
         let keys = wrapped(&KEYS, self.width).into_iter().next().unwrap_or_default();
         vec![Line::from(Span::styled(keys, dim()))]
@@ -400,7 +404,7 @@ fn wrapped(items: &[&str], width: usize) -> Vec<String> {
             lines.push(String::new());
         }
         if let Some(line) = lines.last_mut() {
-            line.push_str(if line.is_empty() { " " } else { "   " });
+            line.push_str(if line.is_empty() { "  " } else { "   " });
             line.push_str(item);
         }
     }
@@ -452,7 +456,7 @@ mod tests {
         let lines = screen(model, width, height);
         assert_eq!(lines.len(), height);
         for line in &lines {
-            assert!(line.width() <= width || line.to_string().starts_with(" no disk"), "{} of {width}: {line}", line.width());
+            assert!(line.width() <= width || line.to_string().starts_with("  no disk"), "{} of {width}: {line}", line.width());
         }
         lines.iter().map(ToString::to_string).collect()
     }

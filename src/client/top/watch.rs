@@ -24,7 +24,7 @@ const FIND_EVERY: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) enum Report {
     /// What was seen of the disk of this number.
-    Seen(usize, Result<Seen, String>),
+    Seen(usize, Box<Result<Seen, String>>),
     /// What came of a key.
     Message(String),
     /// The disks that run, by name.
@@ -81,7 +81,7 @@ impl Watcher {
             if seen.is_err() {
                 self.connection = None;
             }
-            if self.reports.send(Report::Seen(self.index, seen.map_err(|error| error.to_string()))).is_err() {
+            if self.reports.send(Report::Seen(self.index, Box::new(seen.map_err(|error| error.to_string())))).is_err() {
                 return;
             }
             next = (next + self.interval).max(Instant::now());

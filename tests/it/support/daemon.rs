@@ -232,7 +232,11 @@ impl Daemon {
     pub fn assert_clean_end(&mut self) {
         let status = self.ended_within(STOP);
         let log = self.log();
-        assert!(status.is_some_and(|status| status.success()), "the daemon had to end with status 0 within {STOP:?}: {status:?}\n{log}");
+        let holders = if status.is_none() { mounts::holders(&self.mountpoint) } else { Vec::new() };
+        assert!(
+            status.is_some_and(|status| status.success()),
+            "the daemon had to end with status 0 within {STOP:?}: {status:?}; still mounted in the mount namespaces of {holders:?}\n{log}"
+        );
         assert!(mounts::at(&self.mountpoint).is_none(), "still mounted after the daemon has ended\n{log}");
         if let Some(socket) = &self.socket {
             assert!(!socket.exists(), "the socket is still there after the daemon has ended\n{log}");

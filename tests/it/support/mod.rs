@@ -8,6 +8,7 @@ pub mod guest;
 pub mod header;
 pub mod ledger;
 pub mod machine;
+pub mod metrics;
 pub mod mounts;
 pub mod nbd;
 pub mod pattern;

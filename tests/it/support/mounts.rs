@@ -50,6 +50,17 @@ pub fn at(path: &Path) -> Option<MountEntry> {
     table().into_iter().rev().find(|entry| entry.mountpoint == path)
 }
 
+/// Processes that see a mount at a path, by name and id. One in a mount namespace of its own keeps what is unmounted here alive.
+pub fn holders(path: &Path) -> Vec<String> {
+    let sees = |process: &Path| {
+        let table = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
+        table.lines().filter_map(parse).any(|entry| entry.mountpoint == path)
+    };
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path());
+    let name = |process: &Path| Some(format!("{} ({})", fs::read_to_string(process.join("comm")).ok()?.trim(), process.display()));
+    processes.filter(|process| sees(process)).filter_map(|process| name(&process)).collect()
+}
+
 /// Whether the daemon of what is mounted at a path is gone. Asked for fresh attributes: cached ones outlive it.
 pub fn is_dead(path: &Path) -> bool {
     use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
