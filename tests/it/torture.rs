@@ -164,7 +164,7 @@ impl Drop for Fio {
 
 /// One life of the daemon, from the mount to its `end`.
 fn live_and_die(generation: &mut Generation, rng: &mut Rng, cycle: u64, end: End, longest: u64) {
-    let mount = Mount::named(&generation.scratch, &generation.overlay(), &format!("cycle{cycle}")).qmp();
+    let mount = Mount::named(&generation.scratch, &generation.overlay(), &format!("cycle{cycle}")).qmp().args(&["--no-resume"]);
     if end == End::Starting {
         let daemon = mount.spawn();
         std::thread::sleep(Duration::from_micros(rng.below(40_000)));
