@@ -15,7 +15,7 @@ pub(super) struct MapArgs {
     /// A disk that runs (its mountpoint, or its control socket), or a qcow2 image that nobody writes to
     #[arg(value_name = "TARGET|IMAGE")]
     target: PathBuf,
-    /// Print the list of extents, as qemu-img map --output=json does
+    /// Print the list of extents, as JSON with the members that qemu-img map has
     #[arg(long, conflicts_with = "png")]
     json: bool,
     /// Write a PNG with one square for each cell; `-` is standard output. A file that exists is replaced
@@ -31,7 +31,7 @@ pub(super) struct InfoArgs {
     /// A disk that runs (its mountpoint, or its control socket), or an image, which may be in use
     #[arg(value_name = "TARGET|IMAGE")]
     target: PathBuf,
-    /// Print JSON with the members of qemu-img info --output=json
+    /// Print JSON, with the members that qemu-img info has
     #[arg(long)]
     json: bool,
     /// Go on with the backing files, top first

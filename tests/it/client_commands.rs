@@ -181,7 +181,9 @@ fn a_stream_that_is_waited_for_is_complete() {
     let seconds = text.strip_prefix("stream of drive0.disk completed: 8 MiB in ").and_then(|rest| rest.strip_suffix(" s\n"));
     assert!(seconds.is_some_and(|seconds| seconds.parse::<u64>().is_ok()), "{text}");
     // The daemon still has it open, and no longer needs the base.
-    assert!(ok(&rig.scratch, &["status", "drive0.disk"]).contains("chain  none: the image stands alone\n  last job  stream completed "));
+    let status = ok(&rig.scratch, &["status", "drive0.disk"]);
+    assert!(status.contains("chain  none: the image stands alone\n") && status.contains("  last job  stream completed "), "{status}");
+    assert!(status.contains("remote    0.0 %  0 B\n"), "not even for a moment: {status}");
     assert_eq!(ok(&rig.scratch, &["stream", "drive0.disk", "--wait"]), "stream of drive0.disk completed: there was nothing to copy\n");
     ok(&rig.scratch, &["umount", "drive0.disk"]);
     drop(disk);
