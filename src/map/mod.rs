@@ -3,7 +3,8 @@
 //! **Touches:** facts of the `disk`. **Never:** reads the guest's bytes, writes, holds a range: what changes meanwhile is told as it was or as it is.
 //! **Locks:** none.
 //! **Invariants:** extents follow each other without a gap; no two neighbours are one by the rule of QEMU ([`join`]), but where one call ended and the
-//! next began; the bytes of a cell that are local, zero and remote add up to its length, whoever has counted them. A look may wait for a backing file that hangs, and then nobody waits for it but who asked.
+//! next began; the bytes of a cell that are local, zero and remote add up to its length, whoever has counted them. A look may wait for a backing
+//! file that hangs, and then nobody waits for it but who asked.
 
 use std::time::{Duration, Instant};
 
