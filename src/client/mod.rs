@@ -8,8 +8,9 @@
 //! A disk is named by its mountpoint or by its socket. What stands in an entry is believed where root wrote it, or whoever the mount belongs to.
 //! What a daemon answers is data of another process, and is shown on one line without control characters.
 //!
-mod terminal;
-mod top;
+//! **Touches:** control sockets, entries of [`crate::running`], the list of mounts, umount(2), the terminal. **Never:** opens an image (of one that
+//! nobody serves [`crate::map`] and [`crate::info`] tell); stats a mounted disk that may be dead or hang; waits for a daemon that says nothing for
+//! longer than ten seconds, other than for the end of what it was
 //! told to do.
 //! **Locks:** none. **Invariants:** no command leaves a job or a mount in another state than it says.
 

@@ -863,6 +863,9 @@ fn the_last_job_can_be_asked_for_when_it_is_gone() {
 
     client.events_and_reply(&execute("block-stream", &json!({"device": "drive0", "speed": 1})));
     client.events_and_reply(&execute("block-job-cancel", &json!({"device": "drive0"})));
+    while fixture.jobs.is_busy() {
+        thread::sleep(Duration::from_millis(1));
+    }
     let told = last(&mut client)["return"].take();
     assert_eq!((&told["result"], &told["error"]), (&json!("cancelled"), &json!("Operation canceled")));
     assert!(told["end-time"]["seconds"].as_u64() >= told["start-time"]["seconds"].as_u64());
