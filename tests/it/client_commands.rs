@@ -307,7 +307,7 @@ fn who_waits_hears_of_the_end_of_the_daemon() {
     let rig = Rig::new(SIZE);
     for (killed, words) in [(true, "the daemon has died before it was complete"), (false, "the disk was unmounted before it was complete")]
     {
-        let disk = start(rig.mount(), &rig.scratch);
+        let disk = start(rig.mount().args(&["--no-resume"]), &rig.scratch);
         let mut client = session(&rig.scratch, &disk);
         let mut waiting = Going::start(&rig.scratch, &["stream", "drive0.disk", "--speed", "64K", "--wait"]);
         wait_until("the job runs", || client.ok("query-jobs", json!({})) != json!([]));
