@@ -177,7 +177,7 @@ pub enum Command {
     /// `cordisk create`.
     Create(CreateOptions),
     /// `cordisk mount`.
-    Mount(MountConfig),
+    Mount(Box<MountConfig>),
     /// `cordisk check`.
     Check(CheckOptions),
     /// `cordisk stream`.
@@ -247,7 +247,7 @@ impl Args {
                 size: args.size,
                 cluster_size: args.cluster_size,
             }),
-            Typed::Mount(args) => Command::Mount(args.check()?),
+            Typed::Mount(args) => Command::Mount(Box::new(args.check()?)),
             Typed::Check(args) => Command::Check(CheckOptions {
                 image: args.image,
                 repair: args.repair.map(|RepairArg::Leaks| Repair::Leaks),

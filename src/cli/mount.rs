@@ -268,7 +268,7 @@ mod tests {
 
     fn mount(line: &[&str]) -> MountConfig {
         match Args::try_parse_from([&["cordisk", "mount"], line].concat()).unwrap().check().unwrap() {
-            Command::Mount(config) => config,
+            Command::Mount(config) => *config,
             other => panic!("not mount: {other:?}"),
         }
     }

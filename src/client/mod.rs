@@ -10,8 +10,7 @@
 //!
 //! **Touches:** control sockets, entries of [`crate::running`], the list of mounts, umount(2), the terminal. **Never:** opens an image (of one that
 //! nobody serves [`crate::map`] and [`crate::info`] tell); stats a mounted disk that may be dead or hang; waits for a daemon that says nothing for
-//! longer than ten seconds, other than for the end of what it was
-//! told to do.
+//! longer than ten seconds, other than for the end of what it was told to do.
 //! **Locks:** none. **Invariants:** no command leaves a job or a mount in another state than it says.
 
 mod connection;
