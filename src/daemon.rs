@@ -358,6 +358,8 @@ fn announce(config: &MountConfig, disk: &Arc<Disk>, control: &Control, told: Ann
 /// The session broke, or could not be taken from the kernel.
 fn wait_for_end(mount: &KeptMount<'_>, mounted: &Mounted, disk: &Disk, events: &Receiver<Event>, control: &Control) -> Result<()> {
     let mut asked = None;
+    // Armed when it was unmounted, for as long as the session does not end.
+    let mut overdue = crossbeam_channel::never();
     loop {
         let event = select! {
             recv(mounted.ended()) -> end => {
@@ -370,6 +372,11 @@ fn wait_for_end(mount: &KeptMount<'_>, mounted: &Mounted, disk: &Disk, events: &
                 }
                 continue;
             }
+            recv(overdue) -> _ => {
+                overdue = crossbeam_channel::never();
+                look_again(mount);
+                continue;
+            }
             recv(events) -> event => event.unwrap_or(Event::Terminate),
             recv(control.quit()) -> _ => Event::Quit,
         };
@@ -380,8 +387,10 @@ fn wait_for_end(mount: &KeptMount<'_>, mounted: &Mounted, disk: &Disk, events: &
         let unmounted = mount.unmount().inspect_err(|error| log::error!("{error}"));
         let first = asked.replace(event).is_none();
         if event == Event::Terminate && first {
-            if let Ok(Unmounted::Busy) = unmounted {
-                log::warn!("{} is in use: all is written back, serving on; the next signal detaches it", mount.path().display());
+            match unmounted {
+                Ok(Unmounted::Done) => overdue = crossbeam_channel::after(UNMOUNT_TIMEOUT),
+                Ok(Unmounted::Busy) => warn_of_use(mount),
+                Err(_) => {}
             }
             continue;
         }
@@ -393,6 +402,22 @@ fn wait_for_end(mount: &KeptMount<'_>, mounted: &Mounted, disk: &Disk, events: &
         control.announce_shutdown(Some(event));
         return mount.detach();
     }
+}
+
+/// It was unmounted and is served still: a mount namespace that was made meanwhile has a mount of its own, or it was not ours that went.
+fn look_again(mount: &KeptMount<'_>) {
+    let path = mount.path().display();
+    match mount.unmount() {
+        Ok(Unmounted::Done) => {
+            log::warn!("{path} is unmounted, but another mount namespace (a container?) has it still: the next signal ends it")
+        }
+        Ok(Unmounted::Busy) => warn_of_use(mount),
+        Err(error) => log::error!("{error}"),
+    }
+}
+
+fn warn_of_use(mount: &KeptMount<'_>) {
+    log::warn!("{} is in use: all is written back, serving on; the next signal detaches it", mount.path().display());
 }
 
 /// Writes metadata back every [`COMMIT_INTERVAL`] until dropped.

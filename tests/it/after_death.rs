@@ -197,7 +197,7 @@ fn what_a_kill_leaked_is_given_back() {
         let size = 8 * MIB;
         let rig = Rig::with(Pattern::new(81, 1).bytes(0, size), options);
         for _ in 0..3 {
-            let disk = rig.mount().qmp().start();
+            let disk = rig.mount().args(&["--no-resume"]).qmp().start();
             assert!(is_marked(&rig.overlay), "{options}: while it is mounted");
             disk.client().ok("block-stream", json!({"device": "drive0", "speed": 2 * MIB}));
             let file = disk.open();
@@ -224,7 +224,7 @@ fn what_a_kill_leaked_is_given_back() {
             assert_eq!((found.corruptions, found.check_errors), (0, 0), "{options}: {found:?}");
             leaked += found.leaks;
             let before = qemu::read_all(&rig.overlay);
-            let disk = rig.mount().start();
+            let disk = rig.mount().args(&["--no-resume"]).start();
             assert_same(options, &disk.read_all(), &before);
             disk.umount();
             assert!(!is_marked(&rig.overlay), "{options}: after the clean end");

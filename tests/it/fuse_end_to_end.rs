@@ -1,7 +1,7 @@
 //! The mounted file as programs see it: every operation of the table in the design (6.2), the ways in and the ways out.
 
 use std::fs::{self, File, OpenOptions, Permissions};
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -578,6 +578,29 @@ fn sigterm_when_idle_is_a_clean_end() {
         assert!(!path.exists(), "placeholder");
         rig.assert_overlay(&want);
     }
+}
+
+/// Protects: a mount namespace that was made while the disk was mounted has a mount of its own, and keeps the daemon after SIGTERM: the log says so, and
+/// the daemon ends when that namespace does.
+#[test]
+fn a_namespace_that_keeps_the_disk_is_named() {
+    requires!("/dev/fuse", "qemu-img", "root", "unshare");
+    let rig = Rig::new(MIB);
+    let mut disk = rig.mount().start();
+    let mut holder = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", "echo held; cat > /dev/null"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("unshare");
+    let mut word = [0; 5];
+    holder.stdout.as_mut().expect("stdout").read_exact(&mut word).expect("a word");
+    disk.signal(Signal::TERM);
+    wait_until("the log names the reason", || disk.log().contains("another mount namespace"));
+    assert!(mounts::at(disk.path()).is_none(), "here it is unmounted");
+    drop(holder.stdin.take());
+    assert!(holder.wait().expect("unshare").success());
+    disk.assert_clean_end();
 }
 
 /// Protects: SIGTERM while somebody has the disk open does not pull it away (P15): it goes on serving, and ends when the last one has gone.

@@ -95,7 +95,8 @@ fn power_cuts(fstype: &'static str, size: u64) {
             qemu::create(&overlay, None, options, Some((below.to_str().expect("UTF-8"), "raw")));
             run_ok(Command::new("sync").arg("-f").arg(&overlay));
         }
-        let mut disk = Mount::named(&lower.scratch, &overlay, &format!("cycle{cycle}")).args(&["--reserve", "0"]).qmp().start();
+        let mut disk =
+            Mount::named(&lower.scratch, &overlay, &format!("cycle{cycle}")).args(&["--reserve", "0", "--no-resume"]).qmp().start();
         let speed = [MIB, 8 * MIB][usize::try_from(cycle % 2).expect("small")];
         disk.client().ok("block-stream", json!({"device": "drive0", "speed": speed}));
         let file = disk.open();
@@ -130,7 +131,7 @@ fn power_cuts(fstype: &'static str, size: u64) {
         eprintln!("{what}: {verified:?}");
         total += verified;
         // And it goes on from there.
-        let disk = Mount::named(&lower.scratch, &overlay, &format!("after{cycle}")).args(&["--no-copy-on-read"]).start();
+        let disk = Mount::named(&lower.scratch, &overlay, &format!("after{cycle}")).args(&["--no-copy-on-read", "--no-resume"]).start();
         assert_same("through a new mount", &disk.read_all(), &content);
         let file = disk.open();
         let again = read_at(&file, 0, 512);

@@ -9,6 +9,8 @@ use serde_json::{Value, json};
 
 use crate::support::{MIB, QmpClient, Rig, assert_same, qemu, read_at, run_ok};
 
+const DOCUMENTED: &str = include_str!("../../docs/qmp.md");
+
 /// Protects: `query-blockstats` counts what guests did, byte for byte and once each, and what was read from below beside it.
 #[test]
 fn statistics_are_true() {
@@ -142,6 +144,10 @@ fn the_schema_and_the_commands_are_one() {
     let commands: Vec<Value> = schema.iter().filter(|entry| entry["meta-type"] == json!("command")).cloned().collect();
     let listed = client.ok("query-commands", json!({}));
     assert_eq!(names(&commands), names(listed.as_array().expect("list")));
+    let events: Vec<Value> = schema.iter().filter(|entry| entry["meta-type"] == json!("event")).cloned().collect();
+    for name in names(&commands).into_iter().chain(names(&events)) {
+        assert!(DOCUMENTED.contains(&format!("`{name}`")), "docs/qmp.md does not name {name}");
+    }
     let stream = commands.iter().find(|command| command["name"] == json!("block-stream")).expect("block-stream");
     let arguments = schema.iter().find(|entry| entry["name"] == stream["arg-type"]).expect("its arguments");
     let members = names(arguments["members"].as_array().expect("members"));

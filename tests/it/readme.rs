@@ -1,45 +1,58 @@
-//! The README and the program say the same: every option of `--help` stands in the README's "Command line", and every option there exists.
+//! The documents and the program say the same: every command and option of `--help` stands in docs/commands.md, and every option there exists; what the
+//! README names as proof is there; no link leads nowhere.
 
 use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::support::{CORDISK, run_ok};
 
 const README: &str = include_str!("../../README.md");
+const COMMANDS: &str = include_str!("../../docs/commands.md");
 
 #[test]
-fn the_readme_has_the_options_of_help_and_no_others() {
-    for command in ["create", "mount", "check", "stream", "status", "umount", "map", "info", "top"] {
-        let help = run_ok(Command::new(CORDISK).args([command, "--help"]));
-        let lines = help.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
-        // Before the gap stands the option, after it what it means.
-        let spelled: Vec<&str> = lines.map(|line| line.split("  ").next().unwrap_or_default()).collect();
-        let spelled = spelled.join(" ");
-        let mut offered = options(&spelled);
-        for everywhere in ["-h", "--help"] {
-            assert!(offered.remove(everywhere), "{command} has no {everywhere}");
+fn the_documented_options_are_those_of_help_and_no_others() {
+    let commands = subcommands(&[]);
+    assert!(commands.len() > 10, "{commands:?}");
+    for command in &commands {
+        let deeper = subcommands(&[command]);
+        let mut offered = BTreeSet::new();
+        for help in
+            if deeper.is_empty() { vec![vec![command.as_str()]] } else { deeper.iter().map(|word| vec![command.as_str(), word]).collect() }
+        {
+            offered.extend(offered_by(&help));
         }
-        assert_eq!(options(section_of(command)), offered, "left: README, right: cordisk {command} --help");
+        let documented: BTreeSet<String> = options(section_of(command)).into_iter().map(String::from).collect();
+        assert_eq!(documented, offered, "left: docs/commands.md, right: cordisk {command} --help");
     }
 }
 
-/// Numbers of the sentences are quoted elsewhere, so they are counted here.
-#[test]
-fn the_semantics_are_numbered_without_a_gap() {
-    let start = README.find("## Semantics").expect("the section Semantics");
-    let section = &README[start..];
-    let section = &section[..section[2..].find("\n## ").expect("a section after Semantics") + 2];
-    let numbers: Vec<usize> = section.lines().filter_map(|line| line.split_once(". ")?.0.parse().ok()).collect();
-    assert_eq!(numbers, (1..=numbers.len()).collect::<Vec<_>>());
-    assert!(numbers.len() > 20, "{numbers:?}");
+/// The options in the help of a command, without those that every command has.
+fn offered_by(command: &[&str]) -> BTreeSet<String> {
+    let help = run_ok(Command::new(CORDISK).args(command).arg("--help"));
+    let lines = help.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
+    // Before the gap stands the option, after it what it means.
+    let spelled: Vec<&str> = lines.map(|line| line.split("  ").next().unwrap_or_default()).collect();
+    let spelled = spelled.join(" ");
+    let mut offered = options(&spelled);
+    for everywhere in ["-h", "--help"] {
+        assert!(offered.remove(everywhere), "{command:?} has no {everywhere}");
+    }
+    offered.into_iter().map(String::from).collect()
 }
 
-/// The synopsis and the table of one command.
+/// The names below "Commands:" in the help of a command.
+fn subcommands(of: &[&str]) -> Vec<String> {
+    let help = run_ok(Command::new(CORDISK).args(of).arg("--help"));
+    let below = help.split_once("\nCommands:\n").map_or("", |(_, below)| below);
+    below.lines().take_while(|line| !line.is_empty()).filter_map(|line| line.split_whitespace().next()).map(String::from).collect()
+}
+
+/// The synopsis of one command and what follows, up to the next one.
 fn section_of(command: &str) -> &'static str {
-    let start = README.find(&format!("```text\ncordisk {command} ")).unwrap_or_else(|| panic!("README has no synopsis of {command}"));
-    let rest = &README[start..];
-    let table = rest.find("| option |").expect("a table of options below the synopsis");
-    &rest[..table + rest[table..].find("\n\n").expect("an end of the table")]
+    let start = COMMANDS.find(&format!("```text\ncordisk {command} ")).unwrap_or_else(|| panic!("no synopsis of {command}"));
+    let rest = &COMMANDS[start + 7..];
+    &rest[..rest.find("```text\n").unwrap_or(rest.len())]
 }
 
 /// Words that are options: `-b`, `--backing`.
@@ -54,27 +67,100 @@ fn options(text: &str) -> BTreeSet<&str> {
         .collect()
 }
 
+/// A section of the README, from its heading to the next.
+fn section(heading: &str) -> &'static str {
+    let start = README.find(&format!("\n## {heading}")).unwrap_or_else(|| panic!("no section {heading}")) + 1;
+    let rest = &README[start..];
+    &rest[..rest.find("\n## ").unwrap_or(rest.len())]
+}
+
+/// Numbers of the sentences are quoted elsewhere, so they are counted here. Each has a test.
+#[test]
+fn the_semantics_are_numbered_without_a_gap_and_each_has_a_test() {
+    let mut numbers = Vec::new();
+    let mut sentence = String::new();
+    let check = |number: usize, sentence: &str| {
+        let tests = tests_in(sentence);
+        assert!(!tests.is_empty(), "sentence {number} names no test");
+        tests.iter().for_each(|name| assert!(exists(name), "sentence {number} names {name}, which does not exist"));
+    };
+    for line in section("Semantics").lines() {
+        if let Some(number) = line.split_once(". ").and_then(|(number, _)| number.parse::<usize>().ok()) {
+            if let Some(last) = numbers.last() {
+                check(*last, &sentence);
+            }
+            numbers.push(number);
+            sentence.clear();
+        }
+        sentence += line;
+    }
+    check(numbers.len(), &sentence);
+    assert_eq!(numbers, (1..=numbers.len()).collect::<Vec<_>>());
+    assert!(numbers.len() > 30, "{numbers:?}");
+}
+
 /// Every test that the README names as the proof of a promise is there: in the test programs, or in the library.
 #[test]
 fn the_tests_of_the_promises_exist() {
-    let start = README.find("## What is promised").expect("the section of the promises");
-    let table = &README[start..start + README[start..].find("\nThe figures").expect("the figures behind the table")];
+    let table = section("What is promised");
     let promises = table.lines().filter(|line| line.starts_with("| P")).count();
     assert_eq!(promises, 16);
-    let names: Vec<&str> = table.split('`').skip(1).step_by(2).filter(|name| name.contains("::")).collect();
+    let names = tests_in(table);
     assert!(names.len() > 30, "{names:?}");
-    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
     for name in names {
-        let parts: Vec<&str> = name.split("::").collect();
-        let found = [root.join("tests/it"), root.join("src")].iter().any(|top| {
-            // A module, or a function in one: `a::b::f` is `fn f` in a/b.rs or a/b/mod.rs.
-            let module = |path: &std::path::Path| [path.with_extension("rs"), path.join("mod.rs")].into_iter().find(|file| file.is_file());
-            let (last, above) = parts.split_last().expect("a name");
-            let path = |parts: &[&str]| parts.iter().fold(top.clone(), |path, part| path.join(part));
-            module(&path(&parts)).is_some()
-                || module(&path(above))
-                    .is_some_and(|file| std::fs::read_to_string(file).is_ok_and(|source| source.contains(&format!("fn {last}()"))))
-        });
-        assert!(found, "the README names {name}, which does not exist");
+        assert!(exists(name), "the README names {name}, which does not exist");
     }
+}
+
+/// What stands in backquotes and is a path of Rust.
+fn tests_in(text: &str) -> Vec<&str> {
+    text.split('`').skip(1).step_by(2).filter(|name| name.contains("::")).collect()
+}
+
+/// Whether there is such a test, or a module with tests: `a::b::f` is `fn f` in a/b.rs or a/b/mod.rs, or in a module inside of a.rs.
+fn exists(name: &str) -> bool {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let parts: Vec<&str> = name.split("::").filter(|part| !part.is_empty()).collect();
+    [root.join("tests/it"), root.join("src")].iter().any(|top| {
+        let module = |path: &Path| [path.with_extension("rs"), path.join("mod.rs")].into_iter().find(|file| file.is_file());
+        let (last, above) = parts.split_last().expect("a name");
+        let path = |parts: &[&str]| parts.iter().fold(top.clone(), |path, part| path.join(part));
+        let has = |file: PathBuf| std::fs::read_to_string(file).is_ok_and(|source| source.contains(&format!("fn {last}()")));
+        // `mod tests { … }` stands in the file of the module itself.
+        let inside = above.split_last().filter(|(tests, _)| **tests == "tests").map(|(_, above)| above);
+        module(&path(&parts)).is_some()
+            || module(&path(above)).is_some_and(has)
+            || inside.and_then(|above| module(&path(above))).is_some_and(has)
+    })
+}
+
+/// Links inside of the project lead to files and headings that are there.
+#[test]
+fn no_link_leads_nowhere() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let documents = std::fs::read_dir(root.join("docs")).expect("docs").map(|entry| entry.expect("entry").path());
+    let documents: Vec<PathBuf> = documents.filter(|path| path.extension().is_some_and(|end| end == "md")).collect();
+    assert!(documents.len() > 5, "{documents:?}");
+    let mut links = 0;
+    for document in documents.into_iter().chain(["README.md", "CONTRIBUTING.md", "CHANGELOG.md"].map(|name| root.join(name))) {
+        let text = std::fs::read_to_string(&document).expect("a document");
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split(')').next()).filter(|link| !link.contains("://")) {
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = if file.is_empty() { document.clone() } else { document.parent().expect("a directory").join(file) };
+            assert!(target.exists(), "{}: {link} leads nowhere", document.display());
+            if !heading.is_empty() {
+                let there = std::fs::read_to_string(&target).expect("a document");
+                let anchors = there.lines().filter(|line| line.starts_with('#')).map(anchor);
+                assert!(anchors.into_iter().any(|anchor| anchor == heading), "{}: no heading for {link}", document.display());
+            }
+            links += 1;
+        }
+    }
+    assert!(links > 20, "{links}");
+}
+
+/// As GitHub makes them of headings.
+fn anchor(heading: &str) -> String {
+    let words = heading.trim_start_matches('#').trim().to_lowercase();
+    words.chars().filter(|c| c.is_alphanumeric() || " -_".contains(*c)).map(|c| if c == ' ' { '-' } else { c }).collect()
 }
