@@ -37,7 +37,7 @@ cargo build --locked --release
 program=$repo/target/release/cordisk
 staged=$repo/target/package
 rm -rf "$staged"
-mkdir -p "$staged"/{sbin,completions,doc,examples}
+mkdir -p "$staged"/{sbin,completions,doc,documents,examples}
 
 "$program" man "$staged/man"
 "$program" completions bash >"$staged/completions/cordisk"
@@ -48,6 +48,7 @@ echo '.so man8/mount.fuse.cordisk.8' >"$staged/man/mount.cordisk.8"
 for name in README.md CHANGELOG.md LICENSE-MIT LICENSE-APACHE; do
     if [[ -e $name ]]; then cp "$name" "$staged/doc/"; fi
 done
+cp docs/* "$staged/documents/" # where the links of README.md lead
 cp contrib/systemd/example.conf "$staged/examples/"
 # The Grafana dashboard, wherever below contrib it is.
 find contrib -name '*.json' -exec cp {} "$staged/examples/" \;
