@@ -3,13 +3,15 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::connection::Connection;
+use crate::map::{Cells, Shares, units};
 use crate::{Error, ErrorKind, Result};
 
-/// `x-query-status`. What an older daemon does not tell is absent.
-#[derive(Debug, Default, Deserialize)]
+/// `x-query-status`. What an older daemon does not tell is absent, or nothing.
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub(super) struct Facts {
     pub(super) device: String,
@@ -25,14 +27,23 @@ pub(super) struct Facts {
     pub(super) copy_on_read: Option<bool>,
     pub(super) chain: Vec<Layer>,
     pub(super) usable: Option<bool>,
-    pub(super) bytes: Option<Bytes>,
+    pub(super) bytes: Option<Shares>,
     pub(super) requests: Vec<Requests>,
-    pub(super) backing_reads: Option<Count>,
-    pub(super) hits: Option<u64>,
-    pub(super) misses: Option<u64>,
+    pub(super) latency_bounds_ns: Vec<u64>,
+    pub(super) backing_reads: Count,
+    pub(super) hits: u64,
+    pub(super) misses: u64,
+    pub(super) copied_up: Count,
     pub(super) jobs: Vec<Job>,
     pub(super) last_job: Option<LastJob>,
     pub(super) plan: Option<Plan>,
+}
+
+impl Facts {
+    /// Writing to the image has failed, and nothing more is written.
+    pub(super) fn has_failed(&self) -> bool {
+        self.usable == Some(false)
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
@@ -54,7 +65,7 @@ impl Timestamp {
     }
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Layer {
     pub(super) filename: String,
@@ -62,28 +73,24 @@ pub(super) struct Layer {
     pub(super) size: u64,
 }
 
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
-#[serde(default)]
-pub(super) struct Bytes {
-    pub(super) local: u64,
-    pub(super) zero: u64,
-    pub(super) remote: u64,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
+/// Requests of one kind since the daemon has started.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
 pub(super) struct Requests {
     pub(super) kind: String,
-    #[serde(flatten)]
-    pub(super) count: Count,
-}
-
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
-#[serde(default)]
-pub(super) struct Count {
     pub(super) operations: u64,
     pub(super) bytes: u64,
     pub(super) failed: u64,
+    pub(super) total_time_ns: u64,
+    /// How many took how long: one more than there are bounds.
+    pub(super) latency: Vec<u64>,
+}
+
+/// What was done to answer them.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Count {
+    pub(super) bytes: u64,
 }
 
 /// One job, of `x-query-job-progress`, `X_JOB_PROGRESS` or `query-block-jobs`.
@@ -92,10 +99,13 @@ pub(super) struct Count {
 pub(super) struct Job {
     #[serde(alias = "device")]
     pub(super) id: String,
+    #[serde(rename = "type")]
+    pub(super) kind: String,
     pub(super) status: String,
     pub(super) speed: u64,
     pub(super) offset: u64,
     pub(super) len: u64,
+    pub(super) bytes_failed: u64,
     pub(super) rate: u64,
     pub(super) seconds_left: Option<u64>,
     /// `ok`, `failed` or `nospace`; of `query-block-jobs` only.
@@ -125,7 +135,7 @@ impl Job {
 }
 
 /// `x-query-last-job`.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub(super) struct LastJob {
     pub(super) id: String,
@@ -142,10 +152,24 @@ impl LastJob {
     pub(super) fn took(&self) -> Duration {
         self.end_time.time().duration_since(self.start_time.time()).unwrap_or_default()
     }
+
+    /// What became of it, and when.
+    pub(super) fn in_words(&self) -> String {
+        let ago = match self.end_time.age() {
+            age if age.as_secs() == 0 => "just now".to_owned(),
+            age => format!("{} ago", units::duration(age)),
+        };
+        let at = || units::percent(self.offset, self.len);
+        match self.result.as_str() {
+            "success" => format!("stream completed {ago}: {} in {}", units::size(self.len), units::duration(self.took())),
+            "cancelled" => format!("stream cancelled {ago} at {}", at()),
+            _ => format!("stream failed {ago} at {}: {}", at(), self.error.as_deref().unwrap_or("no reason was given")),
+        }
+    }
 }
 
 /// What governs the speed of a job over time.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub(super) struct Plan {
     pub(super) schedule: Option<String>,
@@ -169,12 +193,40 @@ pub(super) fn query(connection: &mut Connection) -> Result<Value> {
 /// The facts in an answer of [`query`].
 ///
 /// # Errors
-/// They are of another shape.
-pub(super) fn read(value: &Value, name: &str) -> Result<Facts> {
-    Facts::deserialize(value).map_err(|error| {
-        let text = format!("{name}: its daemon answers in a way that this program does not know");
-        Error::wrap(ErrorKind::InvalidArgument, text, error)
-    })
+/// Those of [`query`] and [`read`].
+pub(super) fn status(connection: &mut Connection) -> Result<Facts> {
+    read(query(connection)?, connection.name())
+}
+
+/// What the daemon of the disk that messages call `name` has answered, in the shape that is expected.
+///
+/// # Errors
+/// It has another one.
+pub(super) fn read<T: DeserializeOwned>(answer: Value, name: &str) -> Result<T> {
+    serde_json::from_value(answer).map_err(|error| Error::wrap(ErrorKind::InvalidArgument, of_another_version(name), error))
+}
+
+/// The error for an answer that makes no sense here.
+pub(super) fn of_another_version(name: &str) -> String {
+    format!("{name}: the daemon's answer is of another version of cordisk")
+}
+
+/// The map of a disk in at most so many cells.
+///
+/// # Errors
+/// Those of [`Connection::execute`] and [`read`].
+pub(super) fn cells(connection: &mut Connection, cells: u64) -> Result<Cells> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Answer {
+        size: u64,
+        cell_size: u64,
+        local: Vec<u64>,
+        zero: Vec<u64>,
+    }
+    let answer = connection.execute("x-query-cells", json!({ "cells": cells.clamp(1, Cells::MOST) }))?;
+    let Answer { size, cell_size, local, zero } = read(answer, connection.name())?;
+    Cells::new(size, cell_size, local, zero)
 }
 
 fn from_blocks(connection: &mut Connection) -> Result<Value> {

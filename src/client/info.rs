@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::connection::Connection;
-use super::find;
+use super::{facts, find};
 use crate::error::{Context, one_line};
 use crate::info::{self, ImageInfo};
 use crate::{Error, ErrorKind, Result};
@@ -69,10 +69,8 @@ fn sentences(shown: &Shown) -> String {
 fn of_disk(connection: &mut Connection) -> Result<Vec<Shown>> {
     let mut answer = connection.execute("query-block", json!({}))?;
     let image = answer.pointer_mut("/0/inserted/image").map(Value::take).unwrap_or_default();
-    let what = || "the daemon's answer is of another version of cordisk";
-    let image: ImageInfo = serde_json::from_value(image).map_err(|error| Error::wrap(ErrorKind::InvalidArgument, what(), error))?;
-    let status = connection.execute("x-query-status", json!({}))?;
-    let mut mountpoint = status.get("mountpoint").and_then(Value::as_str).map(str::to_owned);
+    let image: ImageInfo = facts::read(image, connection.name())?;
+    let mut mountpoint = facts::status(connection)?.mountpoint;
     let mut images = Vec::new();
     let mut next = Some(image);
     while let Some(mut image) = next {

@@ -8,10 +8,11 @@ use serde_json::json;
 
 use super::connection::{Connection, Heard};
 use super::facts::{self, Job};
+use super::find;
 use super::limit::Limit;
 use super::stream::say;
-use super::{find, show};
 use crate::error::one_line;
+use crate::map::units;
 use crate::{Error, ErrorKind, Result};
 
 /// How long a cancelled job may take to end. It needs one step of its work; a backing file that hangs makes it need for ever.
@@ -62,7 +63,7 @@ pub fn run(options: &JobOptions) -> Result<ExitCode> {
             return Err(Error::new(ErrorKind::InvalidArgument, text));
         }
     }
-    let at = show::percent(job.offset, job.len);
+    let at = units::percent(job.offset, job.len);
     say(&match &options.action {
         JobAction::Pause => format!("stream of {name} paused at {at}"),
         JobAction::Resume => format!("stream of {name} goes on at {at}"),

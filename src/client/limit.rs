@@ -3,8 +3,8 @@
 use serde_json::json;
 
 use super::connection::{Connection, Refusal};
-use super::show;
 use crate::Result;
+use crate::map::units;
 
 /// The speed of a job that waits for its plan: bytes per second. It copies a first step and sleeps; whatever is set then wakes it.
 const UNTIL_PLANNED: u64 = 1;
@@ -53,7 +53,7 @@ impl std::fmt::Display for Limit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Limit::Speed(0) => f.write_str("without a limit"),
-            Limit::Speed(speed) => write!(f, "at {} at most", show::rate(*speed)),
+            Limit::Speed(speed) => write!(f, "at {} at most", units::rate(*speed)),
             Limit::Schedule(schedule) => write!(f, "by the schedule {schedule}"),
             Limit::FinishBy(at) => write!(f, "as fast as it must to be complete by {at}"),
         }

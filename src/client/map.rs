@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::connection::Connection;
-use super::{Target, find, find_all, show, top};
+use super::{Target, facts, find, find_all, show};
 use crate::error::{Context, one_line};
 use crate::format::BackingFormat;
 use crate::map::{Canvas, Cells, Extent, OfflineMap, Page, join, picture, units, write_png};
@@ -52,7 +52,7 @@ impl Source {
 
     fn cells(&mut self, cells: u64) -> Result<Cells> {
         match self {
-            Source::Running(connection) => top::cells_of(connection, cells),
+            Source::Running(connection) => facts::cells(connection, cells),
             Source::Image(map) => map.cells(cells),
         }
     }
@@ -67,12 +67,10 @@ impl Source {
             Source::Image(map) => map.page(from, PAGE),
             Source::Running(connection) => {
                 let answer = connection.execute("x-query-map", json!({ "offset": from, "limit": PAGE }))?;
-                let what = || "the daemon's answer is of another version of cordisk";
-                let Answer { extents, next } =
-                    serde_json::from_value(answer).map_err(|error| Error::wrap(ErrorKind::InvalidArgument, what(), error))?;
+                let Answer { extents, next } = facts::read(answer, connection.name())?;
                 // Otherwise there would be no end, or none that can be counted.
                 if follow(&extents, from).is_none_or(|end| next.is_some_and(|next| next != end || next == from)) {
-                    return Err(Error::new(ErrorKind::InvalidArgument, what()));
+                    return Err(Error::new(ErrorKind::InvalidArgument, facts::of_another_version(connection.name())));
                 }
                 Ok(Page { extents, next })
             }
@@ -145,7 +143,7 @@ fn canvas() -> Canvas {
     let stdout = io::stdout();
     let size = rustix::termios::tcgetwinsize(&stdout).ok().filter(|size| size.ws_col > 0);
     match size {
-        Some(size) if stdout.is_terminal() && std::env::var_os("TERM").is_none_or(|terminal| terminal != "dumb") => {
+        Some(size) if stdout.is_terminal() && !show::is_dumb() => {
             Canvas { blocks: show::is_unicode(), ..Canvas::terminal(size.ws_col.into(), size.ws_row.into(), show::wanted()) }
         }
         _ => Canvas::plain(),

@@ -9,6 +9,7 @@ use super::facts::Job;
 use super::show;
 use super::terminal::Narrow;
 use crate::error::one_line;
+use crate::map::units;
 
 /// Lines that nobody can take back are written when so much has happened, in percent.
 const STEP: u64 = 10;
@@ -48,7 +49,7 @@ impl Progress {
             bar.tick();
             return;
         }
-        let percent = show::whole_percent(job.offset, job.len);
+        let percent = units::whole_percent(job.offset, job.len);
         let due = percent / STEP > self.said.0 / STEP && self.said.1.is_none_or(|at| at.elapsed() >= PAUSE);
         if due && percent < 100 {
             self.said = (percent, Some(Instant::now()));
@@ -87,12 +88,12 @@ impl Progress {
 
 /// `102 MiB of 256 MiB, 30 MiB/s, 5 s left`.
 pub(super) fn amounts(job: &Job) -> String {
-    let mut text = format!("{} of {}", show::bytes(job.offset), show::bytes(job.len));
+    let mut text = format!("{} of {}", units::size(job.offset), units::size(job.len));
     if job.rate > 0 {
-        text += &format!(", {}", show::rate(job.rate));
+        text += &format!(", {}", units::rate(job.rate));
     }
     if let Some(seconds) = job.seconds_left {
-        text += &format!(", {} left", show::time(Duration::from_secs(seconds)));
+        text += &format!(", {} left", units::duration(Duration::from_secs(seconds)));
     }
     text
 }

@@ -7,13 +7,14 @@ use std::thread;
 use serde_json::{Value, json};
 
 use super::connection::Connection;
-use super::facts::{self, Facts, Job, LastJob};
+use super::facts::{self, Facts, Job};
 use super::find::{self, Disk, Target};
 use super::show::{self, Paint};
 use super::stream::say;
 use super::table::{Row, table};
 use crate::error::one_line;
 use crate::fuse::SeenMount;
+use crate::map::{Shares, units};
 use crate::{Error, ErrorKind, Result};
 
 /// What `cordisk status` is asked for.
@@ -38,7 +39,7 @@ pub fn run(options: &StatusOptions) -> Result<ExitCode> {
             if options.json {
                 print_json(vec![with_place(value, &disk)])?;
             } else {
-                let facts = facts::read(&value, &disk.name)?;
+                let facts: Facts = facts::read(value, &disk.name)?;
                 let paused = paused(&mut connection, &facts)?;
                 say(&block(&facts, &disk, paused.as_ref(), Paint::stdout()))?;
             }
@@ -132,7 +133,7 @@ fn value_of(target: &Target, answer: Option<Result<Value>>) -> Value {
 
 fn row_of(target: &Target, answer: Option<Result<Value>>) -> Row {
     let facts = match (target, answer) {
-        (Target::Running(disk), Some(answer)) => answer.and_then(|value| facts::read(&value, &disk.name)),
+        (Target::Running(disk), Some(answer)) => answer.and_then(|value| facts::read::<Facts>(value, &disk.name)),
         (Target::Dead(mount), _) => return Row::new(&mount.mountpoint, "dead", &mount.image),
         (Target::Unregistered(mount), _) => {
             return Row { job: "(no entry)".to_owned(), ..Row::new(&mount.mountpoint, "running", &mount.image) };
@@ -146,10 +147,10 @@ fn row_of(target: &Target, answer: Option<Result<Value>>) -> Row {
     };
     match facts {
         Ok(facts) => Row {
-            size: show::bytes(facts.size),
-            local: facts.bytes.map_or(String::new(), |bytes| show::percent(facts.size - bytes.remote.min(facts.size), facts.size)),
+            size: units::size(facts.size),
+            local: facts.bytes.as_ref().map(Shares::fetched).map_or(String::new(), |(part, whole)| units::percent(part, whole)),
             job: facts.jobs.first().map_or(String::new(), short_job),
-            ..Row::new(&mountpoint, if facts.usable == Some(false) { "failed" } else { "running" }, &image)
+            ..Row::new(&mountpoint, if facts.has_failed() { "failed" } else { "running" }, &image)
         },
         Err(error) if error.to_string().contains("permission denied") => {
             Row { job: "(another user's)".to_owned(), ..Row::new(&mountpoint, "running", &image) }
@@ -160,10 +161,10 @@ fn row_of(target: &Target, answer: Option<Result<Value>>) -> Row {
 
 /// `stream 45 %, 50 MiB/s`.
 fn short_job(job: &Job) -> String {
-    let percent = show::whole_percent(job.offset, job.len);
+    let percent = units::whole_percent(job.offset, job.len);
     match job {
         job if job.is_paused() => format!("stream {percent} %, paused"),
-        job if job.rate > 0 => format!("stream {percent} %, {}", show::rate(job.rate)),
+        job if job.rate > 0 => format!("stream {percent} %, {}", units::rate(job.rate)),
         _ => format!("stream {percent} %"),
     }
 }
@@ -211,7 +212,7 @@ fn block(facts: &Facts, disk: &Disk, paused: Option<&Job>, paint: Paint) -> Stri
     let mut lines = Lines::new(paint);
     let mountpoint = disk.mountpoint.as_ref().map(|path| path.display().to_string());
     let name = mountpoint.or_else(|| facts.mountpoint.clone()).unwrap_or_else(|| disk.name.clone());
-    if facts.usable == Some(false) {
+    if facts.has_failed() {
         lines.heading(&name, &paint.red("failed"), &paint.red("●"));
         let why = "Writing to the image has failed, and nothing more is written. What was not flushed before may be lost: \
                    unmount it, look at the daemon's log and at the host's disk, then run cordisk check.";
@@ -221,11 +222,11 @@ fn block(facts: &Facts, disk: &Disk, paused: Option<&Job>, paint: Paint) -> Stri
     }
     lines.add("image", &image(facts));
     let chain: Vec<String> =
-        facts.chain.iter().map(|layer| format!("{} ({}, {})", layer.filename, layer.format, show::bytes(layer.size))).collect();
+        facts.chain.iter().map(|layer| format!("{} ({}, {})", layer.filename, layer.format, units::size(layer.size))).collect();
     lines.add("chain", &if chain.is_empty() { "none: the image stands alone".to_owned() } else { chain.join(" ← ") });
     if let Some(bytes) = facts.bytes {
         for (name, count) in [("local", bytes.local), ("zero", bytes.zero), ("remote", bytes.remote)] {
-            lines.add_painted(name, &format!("{:>7}  {}", show::percent(count, facts.size), show::bytes(count)));
+            lines.add_painted(name, &format!("{:>7}  {}", bytes.percent(count), units::size(count)));
         }
     }
     for job in &facts.jobs {
@@ -236,7 +237,7 @@ fn block(facts: &Facts, disk: &Disk, paused: Option<&Job>, paint: Paint) -> Stri
         let rules = [plan.schedule.clone(), plan.finish_by.as_ref().map(|time| format!("finish by {time}"))];
         let mut text = rules.into_iter().flatten().collect::<Vec<_>>().join(", ");
         if let Some(needed) = plan.needed {
-            text += &format!(", needs {}", show::rate(needed));
+            text += &format!(", needs {}", units::rate(needed));
         }
         match plan.feasible {
             Some(false) => lines.add_painted("plan", &paint.yellow(&one_line(&format!("{text}: too fast for this disk, it will be late")))),
@@ -244,7 +245,7 @@ fn block(facts: &Facts, disk: &Disk, paused: Option<&Job>, paint: Paint) -> Stri
         }
     }
     if let Some(last) = &facts.last_job {
-        lines.add("last job", &last_job(last));
+        lines.add("last job", &last.in_words());
     }
     add_requests(&mut lines, facts);
     lines.add("daemon", &daemon(facts, disk));
@@ -252,12 +253,12 @@ fn block(facts: &Facts, disk: &Disk, paused: Option<&Job>, paint: Paint) -> Stri
 }
 
 fn image(facts: &Facts) -> String {
-    let mut text = format!("{}, {}", facts.image, show::bytes(facts.size));
+    let mut text = format!("{}, {}", facts.image, units::size(facts.size));
     if let Some(cluster) = facts.cluster_size {
-        text += &format!(" in clusters of {}", show::bytes(cluster));
+        text += &format!(" in clusters of {}", units::size(cluster));
     }
     if let Some(allocated) = facts.allocated_size {
-        text += &format!(", {} on the host", show::bytes(allocated));
+        text += &format!(", {} on the host", units::size(allocated));
     }
     if facts.read_only {
         text += ", read-only";
@@ -268,28 +269,13 @@ fn image(facts: &Facts) -> String {
 }
 
 fn long_job(job: &Job, paused: Option<String>) -> String {
-    let limit = if job.speed > 0 { format!(", limit {}", show::rate(job.speed)) } else { String::new() };
+    let limit = if job.speed > 0 { format!(", limit {}", units::rate(job.speed)) } else { String::new() };
     let state = match paused {
         Some(why) => why,
         None if job.is_concluded() => "has ended, and waits to be dismissed".to_owned(),
-        None => return format!("stream {}: {}{limit}", show::percent(job.offset, job.len), super::progress::amounts(job)),
+        None => return format!("stream {}: {}{limit}", units::percent(job.offset, job.len), super::progress::amounts(job)),
     };
-    format!("stream {}: {} of {}{limit}, {state}", show::percent(job.offset, job.len), show::bytes(job.offset), show::bytes(job.len))
-}
-
-fn last_job(last: &LastJob) -> String {
-    let ago = match last.end_time.age() {
-        age if age.as_secs() == 0 => "just now".to_owned(),
-        age => format!("{} ago", show::time(age)),
-    };
-    match last.result.as_str() {
-        "success" => format!("stream completed {ago}: {} in {}", show::bytes(last.len), show::time(last.took())),
-        "cancelled" => format!("stream cancelled {ago} at {}", show::percent(last.offset, last.len)),
-        _ => {
-            let why = last.error.as_deref().unwrap_or("no reason was given");
-            format!("stream failed {ago} at {}: {why}", show::percent(last.offset, last.len))
-        }
-    }
+    format!("stream {}: {} of {}{limit}, {state}", units::percent(job.offset, job.len), units::size(job.offset), units::size(job.len))
 }
 
 fn add_requests(lines: &mut Lines, facts: &Facts) {
@@ -298,32 +284,27 @@ fn add_requests(lines: &mut Lines, facts: &Facts) {
             .requests
             .iter()
             .map(|requests| {
-                let count = requests.count;
-                let plural = match (count.operations, requests.kind.as_str()) {
+                let plural = match (requests.operations, requests.kind.as_str()) {
                     (1, kind) => kind.to_owned(),
                     (_, "flush") => "flushes".to_owned(),
                     (_, kind) => format!("{kind}s"),
                 };
-                let mut text = format!("{} {plural}", show::number(count.operations));
-                if count.bytes > 0 {
-                    text += &format!(" ({})", show::bytes(count.bytes));
+                let mut text = format!("{} {plural}", units::number(requests.operations));
+                if requests.bytes > 0 {
+                    text += &format!(" ({})", units::size(requests.bytes));
                 }
-                if count.failed > 0 {
-                    text += &format!(" {} failed!", show::number(count.failed));
+                if requests.failed > 0 {
+                    text += &format!(" {} failed!", units::number(requests.failed));
                 }
                 text
             })
             .collect();
         lines.add("requests", &text.join(", "));
     }
-    if let (Some(hits), Some(misses)) = (facts.hits, facts.misses)
-        && hits.saturating_add(misses) > 0
-    {
-        let below = facts.backing_reads.map_or(String::new(), |count| format!(", {} read from below", show::bytes(count.bytes)));
-        lines.add(
-            "hits",
-            &format!("{} of reads were answered without what is below{below}", show::percent(hits, hits.saturating_add(misses))),
-        );
+    let reads = facts.hits.saturating_add(facts.misses);
+    if reads > 0 {
+        let (hits, below) = (units::percent(facts.hits, reads), units::size(facts.backing_reads.bytes));
+        lines.add("hits", &format!("{hits} of reads were answered without what is below, {below} read from below"));
     }
 }
 
@@ -333,7 +314,7 @@ fn daemon(facts: &Facts, disk: &Disk) -> String {
         parts.push(format!("process {pid}"));
     }
     if let Some(start) = facts.start_time {
-        parts.push(format!("up {}", show::time(start.age())));
+        parts.push(format!("up {}", units::duration(start.age())));
     }
     if let Some(version) = &facts.version {
         parts.push(format!("version {version}"));
@@ -364,7 +345,7 @@ mod tests {
         for (name, member) in more.as_object().unwrap() {
             value[name] = member.clone();
         }
-        facts::read(&value, "x").unwrap()
+        facts::read(value, "x").unwrap()
     }
 
     fn shown(more: &Value) -> String {
@@ -420,11 +401,11 @@ mod tests {
     #[test]
     fn little_is_known_of_an_older_daemon() {
         let value = json!({ "device": "drive0", "image": "/i", "size": 1 << 20, "cluster-size": 65536, "read-only": true, "chain": [], "jobs": [] });
-        let text = block(&facts::read(&value, "x").unwrap(), &disk(), None, Paint::none());
+        let text = block(&facts::read(value, "x").unwrap(), &disk(), None, Paint::none());
         assert!(
             text.contains("/i, 1 MiB in clusters of 64 KiB, read-only\n     chain  none: the image stands alone\n    daemon"),
             "{text}"
         );
-        assert!(facts::read(&json!([1]), "x").is_err());
+        assert!(facts::read::<Facts>(json!([1]), "x").is_err());
     }
 }

@@ -16,6 +16,7 @@ use super::limit::Limit;
 use super::progress::Progress;
 use super::{find, show};
 use crate::error::{Context, one_line};
+use crate::map::units;
 use crate::{Error, ErrorKind, Result};
 
 /// The exit status of a program that was interrupted.
@@ -84,7 +85,7 @@ pub fn run(options: &StreamOptions) -> Result<ExitCode> {
 
 fn busy(name: &str, target: &Path, job: Option<&Job>) -> Error {
     let target = show::quoted(target);
-    let at = job.map_or(String::new(), |job| format!(" ({})", show::percent(job.offset, job.len)));
+    let at = job.map_or(String::new(), |job| format!(" ({})", units::percent(job.offset, job.len)));
     let text = format!(
         "{name} is already being streamed{at}; `cordisk stream {target} --wait` waits for it, `cordisk job speed {target} RATE` changes its speed"
     );
@@ -267,8 +268,8 @@ impl Waiting<'_> {
             Some(last) if last.len == 0 => ": there was nothing to copy".to_owned(),
             Some(last) => {
                 let copied =
-                    if last.bytes_copied == last.len { String::new() } else { format!(", {} copied", show::bytes(last.bytes_copied)) };
-                format!(": {} in {}{copied}", show::bytes(last.len), show::time(last.took()))
+                    if last.bytes_copied == last.len { String::new() } else { format!(", {} copied", units::size(last.bytes_copied)) };
+                format!(": {} in {}{copied}", units::size(last.len), units::duration(last.took()))
             }
             None => String::new(),
         };

@@ -12,7 +12,7 @@ pub(super) struct Row {
     /// `running`, `dead` or `failed`.
     pub(super) state: &'static str,
     pub(super) size: String,
-    /// How much of it does not need what is below.
+    /// How much of what is not zero does not need what is below.
     pub(super) local: String,
     pub(super) job: String,
     pub(super) image: String,

@@ -81,7 +81,7 @@ fn end(disk: &Disk, options: &UmountOptions) -> Result<()> {
     let mut connection = disk.connect_within(PATIENCE);
     let mountpoint = match (&disk.mountpoint, &mut connection) {
         (Some(mountpoint), _) => Some(mountpoint.clone()),
-        (None, Ok(connection)) => facts::read(&facts::query(connection)?, &disk.name)?.mountpoint.map(PathBuf::from),
+        (None, Ok(connection)) => facts::status(connection)?.mountpoint.map(PathBuf::from),
         (None, Err(_)) => None,
     };
     match (&mountpoint, &mut connection) {

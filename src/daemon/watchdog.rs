@@ -19,6 +19,7 @@ use super::COMMIT_INTERVAL;
 use super::notify::Manager;
 use crate::disk::Disk;
 use crate::job::{JobInfo, Jobs, Status};
+use crate::map::units;
 
 /// How often the progress of a job is told, at most.
 const STATUS_INTERVAL: Duration = Duration::from_secs(3);
@@ -185,13 +186,13 @@ impl Teller {
 /// A job in a few words; nothing of one that was cancelled.
 fn in_words(job: &JobInfo) -> Option<String> {
     let progress = &job.progress;
-    let percent = progress.offset.saturating_mul(100).checked_div(progress.len).unwrap_or(100).min(100);
+    let percent = units::whole_percent(progress.offset, progress.len);
     match (job.status, &job.error) {
         _ if job.cancelled => None,
         (_, Some(error)) => Some(format!("{} failed: {error}", progress.kind)),
         (Status::Concluded | Status::Null, None) => Some(format!("{} completed", progress.kind)),
         (Status::Paused | Status::Standby, None) => Some(format!("{} paused at {percent} %", progress.kind)),
-        (_, None) => Some(format!("{}ing: {percent} %, {} MiB/s", progress.kind, job.rate >> 20)),
+        (_, None) => Some(format!("{}ing: {percent} %, {}", progress.kind, units::rate(job.rate))),
     }
 }
 

@@ -2,10 +2,14 @@
 
 use std::ops::Range;
 
+use serde::Deserialize;
+
+use super::units;
 use crate::{Error, ErrorKind, Result};
 
-/// How many bytes of a range, or of a disk, are where.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+/// How many bytes of a range, or of a disk, are where. The numbers may come from a socket, and need not add up.
+#[derive(Clone, Copy, Debug, Default, Deserialize, Eq, PartialEq)]
+#[serde(default)]
 pub struct Shares {
     /// In the overlay, as data or compressed.
     pub local: u64,
@@ -18,12 +22,17 @@ pub struct Shares {
 impl Shares {
     /// All bytes.
     pub fn total(&self) -> u64 {
-        self.local + self.zero + self.remote
+        self.local.saturating_add(self.zero).saturating_add(self.remote)
     }
 
-    /// `part` of these in percent; all of nothing is 0.
-    pub fn percent(&self, part: u64) -> f64 {
-        if self.total() == 0 { 0.0 } else { part as f64 / self.total() as f64 * 100.0 }
+    /// `part` of these as [`units::percent`]; each part of nothing is 0.
+    pub fn percent(&self, part: u64) -> String {
+        units::percent(part, self.total().max(1))
+    }
+
+    /// Part and whole of "this much is here already": zeros are nothing that anybody has to wait for.
+    pub fn fetched(&self) -> (u64, u64) {
+        (self.local, self.local.saturating_add(self.remote))
     }
 
     fn plus(self, other: Shares) -> Shares {
@@ -142,9 +151,11 @@ mod tests {
         assert_eq!((cells.range(2), cells.shares(2)), (2000..2500, Shares { local: 100, zero: 150, remote: 250 }));
         assert_eq!(cells.sum(), Shares { local: 1100, zero: 550, remote: 850 });
         assert_eq!(cells.sum().total(), cells.size());
-        assert_eq!(cells.sum().percent(850), 34.0);
+        assert_eq!(cells.sum().percent(850), "34.0 %");
         assert!(Cells::default().is_empty());
-        assert_eq!(Shares::default().percent(0), 0.0);
+        assert_eq!((Shares::default().percent(0), Shares::default().fetched()), ("0.0 %".into(), (0, 0)));
+        let evil = Shares { local: u64::MAX, zero: 1, remote: 2 };
+        assert_eq!((evil.percent(u64::MAX), evil.percent(2), evil.fetched()), ("100 %".into(), "0.0 %".into(), (u64::MAX, u64::MAX)));
     }
 
     #[test]

@@ -186,7 +186,7 @@ fn legend(text: &mut String, cells: &Cells, canvas: &Canvas) {
         text.push_str("  ");
         canvas.paint(text, look.colours(), &sign(look).to_string());
         let (size, percent) = (units::size(bytes), sum.percent(bytes));
-        let line = format!("  {name:<7} {size:>9}  {percent:>5.1} %");
+        let line = format!("  {name:<7} {size:>9}  {percent:>7}");
         // On a narrow screen the numbers are what counts.
         let room = canvas.width >= line.len() + meaning.len() + 6;
         let _ = if room { writeln!(text, "{line}  {meaning}") } else { writeln!(text, "{line}") };

@@ -83,7 +83,7 @@ fn encode(
     encoder.add_itxt_chunk("Title".into(), title.into())?;
     let sum = cells.sum();
     let entry = |name: &str, [red, green, blue]: [u8; 3], bytes: u64| {
-        format!("{name} #{red:02X}{green:02X}{blue:02X} {bytes} bytes ({}, {:.1} %)", units::size(bytes), sum.percent(bytes))
+        format!("{name} #{red:02X}{green:02X}{blue:02X} {bytes} bytes ({}, {})", units::size(bytes), sum.percent(bytes))
     };
     let legend = [entry("local", LOCAL, sum.local), entry("zero", ZERO, sum.zero), entry("remote", REMOTE, sum.remote)].join("\n");
     encoder.add_text_chunk("Legend".into(), legend)?;

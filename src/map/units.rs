@@ -1,15 +1,23 @@
-//! Numbers as people read them.
+//! Numbers as people read them, the same wherever they are shown.
+
+use std::time::Duration;
 
 /// Bytes with three significant digits and a binary unit, as `qemu-img info` writes them: `512 B`, `1.5 KiB`, `0.977 MiB`.
 pub fn size(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let mut value = bytes as f64;
     let mut unit = 0;
-    while value >= 1000.0 && unit + 1 < UNITS.len() {
+    // From here on it would be rounded to four digits.
+    while value >= 999.5 && unit + 1 < UNITS.len() {
         value /= 1024.0;
         unit += 1;
     }
     format!("{} {}", significant(value), UNITS[unit])
+}
+
+/// Bytes per second.
+pub fn rate(per_second: u64) -> String {
+    format!("{}/s", size(per_second))
 }
 
 /// Three significant digits, without zeros that say nothing: `0.977`, `1.5`, `12.3`, `388`.
@@ -24,6 +32,37 @@ pub fn significant(value: f64) -> String {
     if decimals == 0 { text } else { text.trim_end_matches('0').trim_end_matches('.').to_owned() }
 }
 
+/// `1 234 567`: groups of three digits.
+pub fn number(count: u64) -> String {
+    let digits = count.to_string();
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(' ');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// A part of a whole, rounded down, so that what is not complete is never 100; all of nothing is complete: `45.2 %`, `100 %`.
+pub fn percent(part: u64, whole: u64) -> String {
+    match per_mille(part, whole) {
+        1000 => "100 %".to_owned(),
+        tenths => format!("{}.{} %", tenths / 10, tenths % 10),
+    }
+}
+
+/// The same without decimals: 0 to 100.
+pub fn whole_percent(part: u64, whole: u64) -> u64 {
+    per_mille(part, whole) / 10
+}
+
+fn per_mille(part: u64, whole: u64) -> u64 {
+    let exact = (u128::from(part.min(whole)) * 1000).checked_div(u128::from(whole));
+    exact.and_then(|tenths| u64::try_from(tenths).ok()).unwrap_or(1000)
+}
+
 /// Nanoseconds with three significant digits: `850 ns`, `12.3 µs`, `1.5 ms`, `2 s`. `micro` is what stands for a millionth.
 pub fn time(nanoseconds: f64, micro: &str) -> String {
     match nanoseconds {
@@ -34,21 +73,23 @@ pub fn time(nanoseconds: f64, micro: &str) -> String {
     }
 }
 
-/// Seconds as the two largest units: `9 s`, `2 min 10 s`, `3 h 05 min`, `2 d 04 h`.
-pub fn duration(seconds: u64) -> String {
-    match seconds {
-        0..60 => format!("{seconds} s"),
-        60..3600 => format!("{} min {:02} s", seconds / 60, seconds % 60),
-        3600..86400 => format!("{} h {:02} min", seconds / 3600, seconds / 60 % 60),
-        _ => format!("{} d {:02} h", seconds / 86400, seconds / 3600 % 24),
-    }
+/// Whole seconds in the two largest units, of which the smaller one is left out where it is nothing: `8 s`, `1 min 52 s`, `2 h 5 min`, `3 d`.
+pub fn duration(duration: Duration) -> String {
+    let seconds = duration.as_secs();
+    let (large, name, small, small_name) = match seconds {
+        0..60 => return format!("{seconds} s"),
+        60..3600 => (seconds / 60, "min", seconds % 60, "s"),
+        3600..86400 => (seconds / 3600, "h", seconds % 3600 / 60, "min"),
+        _ => (seconds / 86400, "d", seconds % 86400 / 3600, "h"),
+    };
+    if small == 0 { format!("{large} {name}") } else { format!("{large} {name} {small} {small_name}") }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// The words are those of qemu-img 10.0.
+    /// The words are those of qemu-img 10.0, but where those would be `1e+03`.
     #[test]
     fn sizes_have_three_digits() {
         for (bytes, text) in [
@@ -56,8 +97,11 @@ mod tests {
             (512, "512 B"),
             (999, "999 B"),
             (1000, "0.977 KiB"),
+            (1024, "1 KiB"),
             (1536, "1.5 KiB"),
             (397_312, "388 KiB"),
+            ((1 << 20) - 1, "1 MiB"),
+            ((999 << 20) + (3 << 18), "0.976 GiB"),
             (4 << 20, "4 MiB"),
             (10 << 30, "10 GiB"),
             ((10 << 30) + (300 << 20), "10.3 GiB"),
@@ -66,6 +110,8 @@ mod tests {
         ] {
             assert_eq!(size(bytes), text);
         }
+        assert_eq!(rate(50 << 20), "50 MiB/s");
+        assert_eq!((number(7), number(1000), number(1_234_567)), ("7".into(), "1 000".into(), "1 234 567".into()));
     }
 
     #[test]
@@ -73,8 +119,30 @@ mod tests {
         for (nanoseconds, text) in [(0.0, "0 ns"), (850.0, "850 ns"), (12_345.0, "12.3 us"), (1_500_000.0, "1.5 ms"), (2e9, "2 s")] {
             assert_eq!(time(nanoseconds, "u"), text);
         }
-        for (seconds, text) in [(0, "0 s"), (59, "59 s"), (130, "2 min 10 s"), (11_100, "3 h 05 min"), (187_200, "2 d 04 h")] {
-            assert_eq!(duration(seconds), text);
+    }
+
+    #[test]
+    fn durations_have_two_parts_at_most() {
+        for (seconds, text) in [
+            (0, "0 s"),
+            (59, "59 s"),
+            (60, "1 min"),
+            (112, "1 min 52 s"),
+            (3600, "1 h"),
+            (7500, "2 h 5 min"),
+            (172_800, "2 d"),
+            (273_600, "3 d 4 h"),
+        ] {
+            assert_eq!(duration(Duration::from_secs(seconds)), text, "{seconds}");
         }
+    }
+
+    #[test]
+    fn nothing_is_complete_before_it_is() {
+        assert_eq!(percent(999_999, 1_000_000), "99.9 %");
+        assert_eq!(percent(1, 1), "100 %");
+        assert_eq!(percent(0, 0), "100 %");
+        assert_eq!(percent(u64::MAX - 1, u64::MAX), "99.9 %");
+        assert_eq!((whole_percent(999, 1000), whole_percent(3, 2)), (99, 100));
     }
 }

@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rustix::process::{Signal, kill_process};
@@ -15,8 +15,8 @@ use crate::hung_backing::Stopped;
 use crate::support::nbd::{Fault, NbdFile};
 use crate::support::terminal::Terminal;
 use crate::support::{
-    CORDISK, Daemon, Finished, Guest, KIB, MIB, Mount, Pattern, QmpClient, RUNTIME_DIR, Rig, Scratch, assert_same, mounts, poll, qemu,
-    run_within, wait_until,
+    CORDISK, Daemon, Finished, Guest, KIB, MIB, Mount, Ours, Pattern, QmpClient, RUNTIME_DIR, Rig, Scratch, assert_same, mounts, poll,
+    qemu, run_within, wait_until,
 };
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -71,15 +71,8 @@ fn names_in(dir: &Path) -> Vec<PathBuf> {
     fs::read_dir(dir).expect("directory").map(|entry| entry.expect("entry").path()).collect()
 }
 
-fn terminal(scratch: &Scratch, args: &[&str], more: &[(&str, &OsStr)]) -> Terminal {
-    let runtime_dir = scratch.runtime_dir();
-    let mut env = vec![(RUNTIME_DIR, runtime_dir.as_os_str()), ("LC_ALL", OsStr::new("C.UTF-8"))];
-    env.extend_from_slice(more);
-    Terminal::spawn(CORDISK, args, &env, 24, 120)
-}
-
 /// A command that goes on while the test does something else. Killed when the test fails.
-struct Going(Child);
+struct Going(Ours);
 
 impl Going {
     fn start(scratch: &Scratch, args: &[&str]) -> Going {
@@ -88,26 +81,18 @@ impl Going {
         command
             .stdout(File::create(scratch.join("going.out")).expect("stdout"))
             .stderr(File::create(scratch.join("going.err")).expect("stderr"));
-        Going(command.spawn().expect("cordisk"))
+        Going(Ours(command.spawn().expect("cordisk")))
     }
 
     fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.0.id()).ok().and_then(rustix::process::Pid::from_raw).expect("a pid");
-        kill_process(pid, signal).expect("signal");
+        kill_process(self.0.pid(), signal).expect("signal");
     }
 
     /// Its exit status, standard output and standard error.
     fn ended(&mut self, scratch: &Scratch) -> (Option<i32>, String, String) {
-        let status = poll(LIMIT, || self.0.try_wait().expect("wait")).expect("the command had to end");
+        let status = poll(LIMIT, || self.0.0.try_wait().expect("wait")).expect("the command had to end");
         let text = |name| fs::read_to_string(scratch.join(name)).expect("output");
         (status.code(), text("going.out"), text("going.err"))
-    }
-}
-
-impl Drop for Going {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
     }
 }
 
@@ -261,7 +246,7 @@ fn an_interrupt_leaves_the_stream_running() {
     let disk = start(rig.mount(), &rig.scratch);
     let mut client = session(&rig.scratch, &disk);
     let path = disk.path().to_str().expect("UTF-8");
-    let mut shown = terminal(&rig.scratch, &["stream", path, "--speed", "128K", "--wait"], &[]);
+    let mut shown = Terminal::cordisk(&rig.scratch, &["stream", path, "--speed", "128K", "--wait"], &[], 24, 120);
     let screen = shown.wait_for("a bar that has begun", |screen| {
         let text = screen.contents();
         text.contains(" KiB of 8 MiB, ") && text.contains(" left") && text.contains('━')
@@ -287,7 +272,7 @@ fn an_interrupt_leaves_the_stream_running() {
     assert!(err.contains(" goes on; ") && !err.contains('\u{1b}'), "{err}");
 
     // It joins the paused job, says so, and cancels it.
-    let mut shown = terminal(&rig.scratch, &["stream", path, "--wait", "--cancel-on-interrupt"], &[]);
+    let mut shown = Terminal::cordisk(&rig.scratch, &["stream", path, "--wait", "--cancel-on-interrupt"], &[], 24, 120);
     shown.wait_for("that it is paused", |screen| screen.contents().contains("paused; `cordisk job resume"));
     client.ok("block-job-resume", json!({"device": "drive0"}));
     shown.wait_for("that it moves", |screen| screen.contents().contains(" KiB of 8 MiB") || screen.contents().contains(" MiB of 8 MiB"));
@@ -396,10 +381,10 @@ fn all_disks_are_listed_and_a_dead_one_is_taken_away() {
     // On a terminal in colours, unless somebody does not want any.
     let red = |screen: &vt100::Screen| (0..24).any(|row| screen.cell(row, 0).is_some_and(|cell| cell.fgcolor() == vt100::Color::Idx(1)));
     let dead_name = dead.to_str().expect("UTF-8");
-    let mut shown = terminal(&rig.scratch, &["status", dead_name], &[]);
+    let mut shown = Terminal::cordisk(&rig.scratch, &["status", dead_name], &[], 24, 120);
     shown.assert_status(1);
     assert!(shown.look(red), "{}", shown.contents());
-    let mut shown = terminal(&rig.scratch, &["status", dead_name], &[("NO_COLOR", OsStr::new("1"))]);
+    let mut shown = Terminal::cordisk(&rig.scratch, &["status", dead_name], &[("NO_COLOR", OsStr::new("1"))], 24, 120);
     shown.assert_status(1);
     assert!(!shown.raw().contains(&0x1b) && shown.contents().contains("dead"), "{}", shown.contents());
 

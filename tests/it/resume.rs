@@ -12,10 +12,9 @@ use rustix::io::Errno;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, KIB, MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, mounts, poll, qemu, run_ok, wait_until};
+use crate::support::qmp::FIRST_STEP;
+use crate::support::{Daemon, MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, mounts, poll, qemu, run_ok, wait_until};
 
-/// The first step of a job is free of charge: a job at 1 byte per second sleeps after it.
-const FIRST_STEP: u64 = 512 * KIB;
 const NOTE: &str = "user.cordisk.stream";
 
 /// What stands beside the image.
@@ -48,22 +47,8 @@ fn again(scratch: &Scratch, image: &Path) -> Mount {
     Mount::named(scratch, image, &format!("disk{}", COUNT.fetch_add(1, Ordering::Relaxed)))
 }
 
-/// Mounts, and returns when a stream that is to be resumed has been: the socket accepts a moment earlier.
-fn start(mount: Mount) -> Daemon {
-    let disk = mount.start();
-    wait_until("it is decided what becomes of the stream", || disk.log().contains("mounted "));
-    disk
-}
-
 fn jobs(client: &mut QmpClient) -> Vec<Value> {
     client.ok("query-block-jobs", json!({})).as_array().expect("a list").clone()
-}
-
-/// Waits until the one job, at a speed of next to nothing, sleeps after its first step: what is there already costs it nothing. Returns its offset.
-fn wait_for_first_step(client: &mut QmpClient) -> u64 {
-    let asleep = |job: &Value| job["busy"] == json!(false) && job["offset"].as_u64() >= Some(FIRST_STEP);
-    let job = poll(Duration::from_secs(20), || Some(client.job()).filter(asleep));
-    job.unwrap_or_else(|| panic!("the first step of 512 KiB is free of charge: {}", client.job()))["offset"].as_u64().expect("a number")
 }
 
 /// How a daemon can end with a stream at work.
@@ -100,26 +85,26 @@ fn a_stream_goes_on_at_the_next_mount() {
         if !have_notes(&rig.overlay) {
             return;
         }
-        let disk = start(again(&rig.scratch, &rig.overlay).qmp());
+        let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
         let mut client = disk.client();
         assert_eq!(note(&rig.overlay), None);
         let asked = json!({"device": "drive0", "job-id": "j1", "speed": 1, "on-error": "stop", "auto-dismiss": false});
         client.ok("block-stream", asked.clone());
-        assert_eq!(wait_for_first_step(&mut client), FIRST_STEP);
+        assert_eq!(client.wait_for_first_step(), FIRST_STEP);
         // A higher speed would copy more; this one sleeps as well.
         client.ok("block-job-set-speed", json!({"device": "j1", "speed": 2}));
         let written = note(&rig.overlay).expect("a note");
         assert_eq!((&written["speed"], &written["on-error"], &written["job-id"]), (&json!(2), &json!("stop"), &json!("j1")));
-        let mut offset = wait_for_first_step(&mut client);
+        let mut offset = client.wait_for_first_step();
         drop(client);
         end(disk, how);
         assert!(note(&rig.overlay).is_some(), "{how:?}: the note outlives the daemon");
 
         for round in 0..2 {
-            let disk = start(again(&rig.scratch, &rig.overlay).qmp());
+            let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
             let mut client = disk.client();
             let before = offset;
-            offset = wait_for_first_step(&mut client);
+            offset = client.wait_for_first_step();
             let job = client.job();
             assert_eq!((&job["device"], &job["speed"], &job["auto-dismiss"]), (&json!("j1"), &json!(2), &json!(false)), "{how:?} {round}");
             assert_eq!(job["paused"], json!(false));
@@ -132,9 +117,9 @@ fn a_stream_goes_on_at_the_next_mount() {
             drop(client);
             end(disk, how);
         }
-        let disk = start(again(&rig.scratch, &rig.overlay).qmp());
+        let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
         let mut client = disk.client();
-        wait_for_first_step(&mut client);
+        client.wait_for_first_step();
         client.finish_job("j1");
         assert_eq!(note(&rig.overlay), None, "who sees the completion does not find the note");
         let last = client.ok("x-query-last-job", json!({}));
@@ -170,13 +155,13 @@ fn the_base_means_the_same_after_a_restart() {
     if !have_notes(&top) {
         return;
     }
-    let disk = start(again(&scratch, &top).qmp());
+    let disk = again(&scratch, &top).qmp().start_settled();
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "base": "base.raw", "backing-file": "./base.raw", "speed": 1}));
-    wait_for_first_step(&mut client);
+    client.wait_for_first_step();
     drop(client);
     disk.kill9();
-    let disk = start(again(&scratch, &top).qmp());
+    let disk = again(&scratch, &top).qmp().start_settled();
     let mut client = disk.client();
     client.finish_job("drive0");
     assert_same("disk", &disk.read_all(), &want);
@@ -199,20 +184,20 @@ fn another_chain_is_not_streamed_and_a_cut_one_is_over() {
     if !have_notes(&top) {
         return;
     }
-    let disk = start(again(&scratch, &top).qmp());
+    let disk = again(&scratch, &top).qmp().start_settled();
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "base": "mid.qcow2", "speed": 1}));
     client.wait_completed();
     assert_eq!(note(&top), None, "nothing lay above that base");
     client.ok("block-stream", json!({"device": "drive0", "base": "base.raw", "speed": 1}));
-    wait_for_first_step(&mut client);
+    client.wait_for_first_step();
     drop(client);
     disk.kill9();
     let kept = note(&top).expect("a note");
     // Rebased to a copy of the middle that has no base: the chain is shorter, and another one.
     run_ok(Command::new("qemu-img").args(["convert", "-O", "qcow2"]).arg(scratch.join("mid.qcow2")).arg(scratch.join("flat.qcow2")));
     qemu::img(&["rebase", "-u", "-b", "flat.qcow2", "-F", "qcow2", top.to_str().expect("UTF-8")]);
-    let disk = start(again(&scratch, &top).qmp());
+    let disk = again(&scratch, &top).qmp().start_settled();
     assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new());
     assert!(disk.log().contains("not resumed: the chain of backing files is another one"), "{}", disk.log());
     assert_same("disk", &disk.read_all(), &want);
@@ -221,20 +206,20 @@ fn another_chain_is_not_streamed_and_a_cut_one_is_over() {
 
     // As if it had died between the cut and the removal of its note.
     qemu::img(&["rebase", "-u", "-b", "base.raw", "-F", "raw", top.to_str().expect("UTF-8")]);
-    let disk = start(again(&scratch, &top).qmp());
+    let disk = again(&scratch, &top).qmp().start_settled();
     assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new());
     assert!(!disk.log().contains("resum"), "{}", disk.log());
     assert_eq!(note(&top), None);
     disk.umount();
 
     let rig = Rig::new(MIB);
-    let disk = start(again(&rig.scratch, &rig.overlay).args(&["--stream"]));
+    let disk = again(&rig.scratch, &rig.overlay).args(&["--stream"]).start_settled();
     wait_until("the stream has ended", || qemu::img(&["info", "-U", rig.overlay.to_str().expect("UTF-8")]).find("backing file").is_none());
     disk.umount();
     let whole = json!({"version": 1, "speed": 1, "on-error": "report", "auto-finalize": true, "auto-dismiss": true, "request": "",
         "paused": false, "offset": 0, "len": MIB});
     set_note(&rig.overlay, whole.to_string().as_bytes());
-    let disk = start(again(&rig.scratch, &rig.overlay).qmp());
+    let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
     assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new());
     assert_eq!(note(&rig.overlay), None);
     disk.umount();
@@ -249,15 +234,15 @@ fn a_paused_stream_is_paused_after_a_restart() {
     if !have_notes(&rig.overlay) {
         return;
     }
-    let disk = start(again(&rig.scratch, &rig.overlay).qmp());
+    let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
-    wait_for_first_step(&mut client);
+    client.wait_for_first_step();
     client.ok("block-job-pause", json!({"device": "drive0"}));
     client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0}));
     drop(client);
     disk.kill9();
-    let disk = start(again(&rig.scratch, &rig.overlay).qmp());
+    let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
     let mut client = disk.client();
     let paused = poll(Duration::from_secs(20), || (client.job()["status"] == "paused").then_some(()));
     assert!(paused.is_some(), "{}", client.job());
@@ -266,12 +251,12 @@ fn a_paused_stream_is_paused_after_a_restart() {
     client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 1}));
     client.ok("job-resume", json!({"id": "drive0"}));
     assert_eq!(note(&rig.overlay).expect("a note")["paused"], json!(false));
-    wait_for_first_step(&mut client);
+    client.wait_for_first_step();
     drop(client);
     disk.kill9();
-    let disk = start(again(&rig.scratch, &rig.overlay).qmp());
+    let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
     let mut client = disk.client();
-    wait_for_first_step(&mut client);
+    client.wait_for_first_step();
     assert_eq!(client.job()["paused"], json!(false));
     client.finish_job("drive0");
     disk.umount();
@@ -287,7 +272,7 @@ fn what_has_ended_does_not_come_back() {
         if !have_notes(&rig.overlay) {
             return;
         }
-        let disk = start(again(&rig.scratch, &rig.overlay).qmp());
+        let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
         let mut client = disk.client();
         match ending {
             "completed" => {
@@ -296,7 +281,7 @@ fn what_has_ended_does_not_come_back() {
             }
             "cancelled" => {
                 client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
-                wait_for_first_step(&mut client);
+                client.wait_for_first_step();
                 assert!(note(&rig.overlay).is_some());
                 client.ok("block-job-cancel", json!({"device": "drive0"}));
                 client.wait_event("BLOCK_JOB_CANCELLED");
@@ -312,7 +297,7 @@ fn what_has_ended_does_not_come_back() {
         assert_eq!(note(&rig.overlay), None, "{ending}: removed before anybody is told");
         drop(client);
         disk.kill9();
-        let disk = start(again(&rig.scratch, &rig.overlay).qmp());
+        let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
         assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new(), "{ending}");
         disk.kill9();
     }
@@ -326,17 +311,17 @@ fn the_command_line_has_the_last_word() {
     if !have_notes(&rig.overlay) {
         return;
     }
-    let disk = start(again(&rig.scratch, &rig.overlay).qmp().args(&["--stream", "--speed", "1"]));
-    wait_for_first_step(&mut disk.client());
+    let disk = again(&rig.scratch, &rig.overlay).qmp().args(&["--stream", "--speed", "1"]).start_settled();
+    disk.client().wait_for_first_step();
     disk.kill9();
     let kept = note(&rig.overlay).expect("a note");
     for option in ["--no-resume", "--read-only"] {
-        let disk = start(again(&rig.scratch, &rig.overlay).qmp().args(&[option]));
+        let disk = again(&rig.scratch, &rig.overlay).qmp().args(&[option]).start_settled();
         assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new(), "{option}");
         disk.umount();
         assert_eq!(note(&rig.overlay), Some(kept.clone()), "{option}: the note stays for a later mount");
     }
-    let disk = start(again(&rig.scratch, &rig.overlay).qmp().args(&["--stream", "--speed", "3"]));
+    let disk = again(&rig.scratch, &rig.overlay).qmp().args(&["--stream", "--speed", "3"]).start_settled();
     let mut client = disk.client();
     assert_eq!(client.job()["speed"], json!(3));
     assert_eq!(note(&rig.overlay).expect("a note")["speed"], json!(3));
@@ -375,7 +360,7 @@ fn notes_from_anywhere_hurt_nobody() {
         with("on-complete", json!("touch /tmp/owned")),
     ] {
         set_note(&rig.overlay, &hostile);
-        let disk = start(again(&rig.scratch, &rig.overlay).qmp());
+        let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
         assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new(), "{}", String::from_utf8_lossy(&hostile));
         let log = disk.log();
         assert_eq!(
@@ -401,10 +386,10 @@ fn without_attributes_a_stream_runs_all_the_same() {
     fs::write(dir.join("base.raw"), &content).expect("base");
     let overlay = dir.join("overlay.qcow2");
     qemu::create(&overlay, None, "", Some(("base.raw", "raw")));
-    let disk = start(again(&scratch, &overlay).qmp());
+    let disk = again(&scratch, &overlay).qmp().start_settled();
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
-    wait_for_first_step(&mut client);
+    client.wait_for_first_step();
     client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 2}));
     let log = disk.log();
     assert_eq!(log.matches("would not be resumed after a restart").count(), 1, "once: {log}");
@@ -427,23 +412,23 @@ fn a_stream_of_another_user_goes_on() {
     rig.scratch.open_to_all();
     fs::set_permissions(&rig.overlay, fs::Permissions::from_mode(0o600)).expect("chmod");
     let mount = || again(&rig.scratch, &rig.overlay).qmp().args(&["--user", "65534:65533", "--sandbox", "require"]);
-    let disk = start(mount());
+    let disk = mount().start_settled();
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
-    wait_for_first_step(&mut client);
+    client.wait_for_first_step();
     client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 2}));
     drop(client);
     disk.kill9();
-    let disk = start(mount());
+    let disk = mount().start_settled();
     let mut client = disk.client();
-    wait_for_first_step(&mut client);
+    client.wait_for_first_step();
     assert_eq!(client.job()["speed"], json!(2));
     drop(client);
     disk.umount();
     assert!(note(&rig.overlay).is_some(), "the end of the daemon is not that of the stream");
-    let disk = start(mount());
+    let disk = mount().start_settled();
     let mut client = disk.client();
-    wait_for_first_step(&mut client);
+    client.wait_for_first_step();
     client.ok("block-job-cancel", json!({"device": "drive0"}));
     client.wait_event("BLOCK_JOB_CANCELLED");
     assert_eq!(note(&rig.overlay), None);

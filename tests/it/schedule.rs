@@ -7,10 +7,10 @@ use rustix::fs::fgetxattr;
 use serde_json::{Value, json};
 
 use crate::hung_backing::Stopped;
-use crate::support::{Daemon, KIB, MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, poll, qemu, wait_until};
+use crate::support::qmp::FIRST_STEP;
+use crate::support::{MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, poll, qemu, wait_until};
 
 const GIB: u64 = 1 << 30;
-const FIRST_STEP: u64 = 512 * KIB;
 const HOUR: u64 = 3600;
 /// How much later than the test thinks a daemon may look at its clock.
 const LATE: u64 = 120;
@@ -32,13 +32,6 @@ fn when_it_is(hour: u64, minute: u64, second: u64) -> (u64, String) {
     (now, format!("TST{sign}{:02}:{:02}:{:02}", size / 3600, size / 60 % 60, size % 60))
 }
 
-/// Mounts, and returns when the stream of the command line, or one that is resumed, has been started: the socket accepts a moment earlier.
-fn start(mount: Mount) -> Daemon {
-    let disk = mount.start();
-    wait_until("the stream has been started", || disk.log().contains("mounted "));
-    disk
-}
-
 fn speed(client: &mut QmpClient) -> u64 {
     client.job()["speed"].as_u64().expect("a number")
 }
@@ -48,11 +41,6 @@ fn plan(client: &mut QmpClient) -> Option<Value> {
     client.ok("x-query-job-progress", json!({}))[0].get("plan").cloned()
 }
 
-fn wait_for_first_step(client: &mut QmpClient) {
-    let copied = poll(Duration::from_secs(20), || (client.job()["offset"] == json!(FIRST_STEP)).then_some(()));
-    assert!(copied.is_some(), "the first step of 512 KiB is free of charge: {}", client.job());
-}
-
 /// Protects: the speed is that of the latest entry at or before the local time, from the first moment, and changes when the next one's time has come.
 #[test]
 fn a_schedule_is_followed() {
@@ -60,7 +48,7 @@ fn a_schedule_is_followed() {
     for (hour, want) in [(12, 7), (14, 9), (3, 9)] {
         let rig = Rig::new(2 * MIB);
         let (_, zone) = when_it_is(hour, 0, 0);
-        let disk = start(rig.mount().qmp().env("TZ", &zone).args(&["--stream", "--speed", "13:00=9,11:00=7"]));
+        let disk = rig.mount().qmp().env("TZ", &zone).args(&["--stream", "--speed", "13:00=9,11:00=7"]).start_settled();
         let mut client = disk.client();
         assert_eq!(speed(&mut client), want, "at {hour}:00, {zone}");
         assert_eq!(plan(&mut client), Some(json!({"id": "drive0", "schedule": "13:00=9,11:00=7", "speed": want})));
@@ -68,7 +56,7 @@ fn a_schedule_is_followed() {
     }
     let rig = Rig::new(2 * MIB);
     let (_, zone) = when_it_is(12, 59, 50);
-    let disk = start(rig.mount().qmp().env("TZ", &zone).args(&["--stream", "--speed", "12:00=1,13:00=0"]));
+    let disk = rig.mount().qmp().env("TZ", &zone).args(&["--stream", "--speed", "12:00=1,13:00=0"]).start_settled();
     let mut client = disk.client();
     client.wait_completed();
     assert_same("disk", &disk.read_all(), &rig.content);
@@ -81,11 +69,11 @@ fn a_schedule_is_followed() {
 fn what_a_user_sets_last_counts() {
     requires!("/dev/fuse", "qemu-img");
     let rig = Rig::new(4 * MIB);
-    let disk = start(rig.mount().qmp());
+    let disk = rig.mount().qmp().start_settled();
     let mut client = disk.client();
     let set = |client: &mut QmpClient, name: &str, value: &str| client.ok("x-job-set-plan", json!({"id": "drive0", name: value}));
     client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
-    wait_for_first_step(&mut client);
+    assert_eq!(client.wait_for_first_step(), FIRST_STEP);
     assert_eq!(plan(&mut client), None);
     set(&mut client, "schedule", "03:00=7");
     assert_eq!((speed(&mut client), plan(&mut client).expect("a plan")["schedule"].clone()), (7, json!("03:00=7")));
@@ -125,10 +113,10 @@ fn a_deadline_sets_the_speed_that_it_needs() {
     let overlay = scratch.join("overlay.qcow2");
     qemu::create(&overlay, None, "", Some(("base.raw", "raw")));
     let (now, zone) = when_it_is(12, 0, 0);
-    let disk = start(Mount::new(&scratch, &overlay).qmp().env("TZ", &zone));
+    let disk = Mount::new(&scratch, &overlay).qmp().env("TZ", &zone).start_settled();
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
-    wait_for_first_step(&mut client);
+    assert_eq!(client.wait_for_first_step(), FIRST_STEP);
     client.ok("block-job-pause", json!({"device": "drive0"}));
     client.ok("x-job-set-plan", json!({"id": "drive0", "finish-by": "13:00"}));
     let left = size - FIRST_STEP;
@@ -149,7 +137,7 @@ fn a_deadline_sets_the_speed_that_it_needs() {
         return;
     }
     let (_, elsewhere) = when_it_is(20, 0, 0);
-    let disk = start(Mount::named(&scratch, &overlay, "again").qmp().env("TZ", &elsewhere));
+    let disk = Mount::named(&scratch, &overlay, "again").qmp().env("TZ", &elsewhere).start_settled();
     let mut client = disk.client();
     let facts = plan(&mut client).expect("a plan");
     assert_eq!((&facts["finish-by"], &facts["deadline"]["seconds"]), (&json!("13:00"), &json!(now + HOUR)));

@@ -117,7 +117,7 @@ fn a_manager_is_told_when_the_disk_is_there_and_what_it_does() {
     assert!(environment_of(keeper).contains("PATH="), "this is how to look at it");
     assert!(!environment_of(keeper).contains("NOTIFY_SOCKET") && !environment_of(keeper).contains("WATCHDOG_USEC"));
     wait_until("progress", || {
-        manager.lines().iter().any(|line| line.starts_with(&format!("{serving}; streaming: ")) && line.ends_with("MiB/s"))
+        manager.lines().iter().any(|line| line.starts_with(&format!("{serving}; streaming: ")) && line.ends_with("iB/s"))
     });
     manager.wait_for_more_pings(3);
     wait_until("the end of the stream", || manager.heard(&format!("{serving}; stream completed")));

@@ -2,12 +2,12 @@
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, kill_process};
 
-use crate::support::{CORDISK, MIB, Pattern, Scratch, assert_same, mounts, poll, qemu, run_ok, run_within, wait_until};
+use crate::support::{CORDISK, MIB, Ours, Pattern, Scratch, assert_same, mounts, poll, qemu, run_ok, run_within, wait_until};
 
 const UNIT: &str = include_str!("../../contrib/systemd/cordisk@.service");
 const PROGRAM: &str = "/usr/bin/cordisk";
@@ -99,22 +99,6 @@ fn expanded(line: &str, environment: &[(&str, String)]) -> Vec<String> {
     words.collect()
 }
 
-/// A service without its manager: killed when dropped.
-struct Service(Child);
-
-impl Service {
-    fn pid(&self) -> Pid {
-        i32::try_from(self.0.id()).ok().and_then(Pid::from_raw).expect("a pid")
-    }
-}
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// Protects: the commands of the unit, with what a configuration file says: it starts, says that it is ready, and is stopped, whether the disk is in
 /// use (then by the second SIGTERM, which is systemd's own) or not (then it is just unmounted).
 #[test]
@@ -140,7 +124,7 @@ fn its_commands_start_and_stop_a_disk() {
         assert!(words.len() == 9, "{words:?}");
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).env("NOTIFY_SOCKET", &socket).stdin(Stdio::null());
-        let mut service = Service(command.spawn().expect("start"));
+        let mut service = Ours(command.spawn().expect("start"));
         let mut message = [0; 1000];
         let len = manager.recv(&mut message).expect("READY=1");
         assert!(message[..len].starts_with(b"READY=1\n"));

@@ -5,9 +5,11 @@ const EIGHTHS: [char; 7] = ['▏', '▎', '▍', '▌', '▋', '▊', '▉'];
 /// Eighths of a character, from below.
 const LEVELS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 
-/// A bar of `width` characters that is filled up to `part` (0 to 1): the filled and the empty half. Only what is whole is full.
-pub(super) fn bar(part: f64, width: usize) -> (String, String) {
-    let steps = (part.clamp(0.0, 1.0) * (width * 8) as f64).floor() as usize;
+/// A bar of `width` characters that is filled as `part` is of `whole`: the filled and the empty half. Only what is whole is full.
+pub(super) fn bar(part: u64, whole: u64, width: usize) -> (String, String) {
+    let most = width * 8;
+    let steps = (u128::from(part.min(whole)) * most as u128).checked_div(u128::from(whole));
+    let steps = steps.and_then(|steps| usize::try_from(steps).ok()).unwrap_or(most);
     let mut full: String = std::iter::repeat_n('█', steps / 8).collect();
     if let Some(eighth) = (steps % 8).checked_sub(1) {
         full.push(EIGHTHS[eighth]);
@@ -37,13 +39,13 @@ mod tests {
 
     #[test]
     fn a_bar_has_its_width_and_is_full_only_at_the_end() {
-        assert_eq!(bar(0.0, 4), (String::new(), "    ".into()));
-        assert_eq!(bar(0.5, 4), ("██".into(), "  ".into()));
-        assert_eq!(bar(0.53125, 4), ("██▏".into(), " ".into()));
-        assert_eq!(bar(0.9999, 4), ("███▉".into(), String::new()));
-        assert_eq!(bar(1.0, 4), ("████".into(), String::new()));
-        assert_eq!(bar(7.0, 0), (String::new(), String::new()));
-        assert_eq!(bar(f64::NAN, 2), (String::new(), "  ".into()));
+        assert_eq!(bar(0, 1, 4), (String::new(), "    ".into()));
+        assert_eq!(bar(1, 2, 4), ("██".into(), "  ".into()));
+        assert_eq!(bar(17, 32, 4), ("██▏".into(), " ".into()));
+        assert_eq!(bar(u64::MAX - 1, u64::MAX, 4), ("███▉".into(), String::new()));
+        assert_eq!(bar(1, 1, 4), ("████".into(), String::new()));
+        assert_eq!(bar(7, 1, 0), (String::new(), String::new()));
+        assert_eq!(bar(0, 0, 2), ("██".into(), String::new()), "nothing is complete");
     }
 
     #[test]

@@ -7,9 +7,9 @@
 //! channel.
 
 mod bars;
-mod facts;
 mod model;
 mod plain;
+mod rates;
 mod screen;
 mod watch;
 
@@ -30,8 +30,6 @@ use crate::Result;
 use crate::error::Context;
 use model::{DiskView, Model};
 use watch::{Order, Report, Wanted};
-
-pub(super) use watch::cells_of;
 
 /// How long a key or a report may wait at most until it is seen.
 const TICK: Duration = Duration::from_millis(50);

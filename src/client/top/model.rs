@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use super::facts::{Rates, Status};
+use super::rates::Rates;
+use crate::client::facts::Facts;
 use crate::map::Cells;
 
 /// How many intervals are remembered for the curves.
@@ -12,10 +13,13 @@ const HISTORY: usize = 240;
 /// How long the answer to a key stays on the screen.
 const MESSAGE_TIME: Duration = Duration::from_secs(4);
 
+/// What is said of a disk whose image could not be written to.
+pub(super) const FAILED: &str = "writing has failed for good: unmount, then cordisk check";
+
 /// What one look at a disk has brought.
 #[derive(Debug)]
 pub(super) struct Seen {
-    pub status: Status,
+    pub status: Facts,
     pub cells: Option<Cells>,
     pub at: Instant,
 }
@@ -49,8 +53,8 @@ impl DiskView {
             }
         };
         self.gone = None;
-        if !seen.status.mountpoint.is_empty() {
-            self.name.clone_from(&seen.status.mountpoint);
+        if let Some(mountpoint) = &seen.status.mountpoint {
+            self.name.clone_from(mountpoint);
         }
         let before = self.last.take();
         self.rates = before.as_ref().and_then(|before| {
@@ -69,7 +73,7 @@ impl DiskView {
         self.last = Some(seen);
     }
 
-    pub fn status(&self) -> Option<&Status> {
+    pub fn status(&self) -> Option<&Facts> {
         self.last.as_ref().map(|last| &last.status)
     }
 }
@@ -109,7 +113,7 @@ mod tests {
     use super::*;
 
     fn seen(pid: u32, hits: u64, at: Instant) -> Result<Seen, String> {
-        let status = Status { pid, hits, mountpoint: "/srv/vm.raw".into(), ..Status::default() };
+        let status = Facts { pid: Some(pid), hits, mountpoint: Some("/srv/vm.raw".into()), ..Facts::default() };
         Ok(Seen { status, cells: None, at })
     }
 
@@ -120,7 +124,7 @@ mod tests {
         disk.see(seen(1, 5, start));
         assert_eq!((disk.name.as_str(), disk.rates), ("/srv/vm.raw", None), "one look has no rate");
         disk.see(seen(1, 9, start + Duration::from_secs(1)));
-        assert_eq!((disk.rates.unwrap().hit_ratio, disk.history.len()), (Some(1.0), 1));
+        assert_eq!((disk.rates.unwrap().hit_ratio().as_deref(), disk.history.len()), (Some("100 %"), 1));
         disk.see(Err("no daemon".into()));
         assert_eq!((disk.rates, disk.gone.as_deref()), (None, Some("no daemon")));
         assert!(disk.status().is_some(), "what was last seen stays");

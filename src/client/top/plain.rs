@@ -1,12 +1,14 @@
 //! What `top` says where there is no terminal: the same numbers, one snapshot, ASCII.
 
 use std::fmt::Write;
+use std::time::Duration;
 
-use super::facts::{Flow, Status};
-use super::model::DiskView;
-use super::screen::{per_second, tenths_down};
+use super::model::{DiskView, FAILED};
+use super::rates::Flow;
+use super::screen::per_second;
+use crate::client::facts::Facts;
 use crate::error::one_line;
-use crate::map::{Shares, units};
+use crate::map::units;
 
 /// One disk.
 pub(super) fn snapshot(disk: &DiskView) -> String {
@@ -22,15 +24,16 @@ pub(super) fn snapshot(disk: &DiskView) -> String {
     let Some(status) = disk.status() else { return text };
     line("image", status.image.clone());
     line("size", format!("{} ({} bytes)", units::size(status.size), status.size));
-    let sum = Shares { local: status.bytes.local, zero: status.bytes.zero, remote: status.bytes.remote };
-    for (name, bytes) in [("local", sum.local), ("zero", sum.zero), ("remote", sum.remote)] {
-        line(name, format!("{} ({:.1} %)", units::size(bytes), sum.percent(bytes)));
+    if let Some(sum) = status.bytes {
+        for (name, bytes) in [("local", sum.local), ("zero", sum.zero), ("remote", sum.remote)] {
+            line(name, format!("{} ({})", units::size(bytes), sum.percent(bytes)));
+        }
     }
     if let Some(rates) = &disk.rates {
         line("read", flow(&rates.read));
         line("write", flow(&rates.write));
         line("flush", format!("{} op/s{}", units::significant(rates.flush.operations), latency(&rates.flush)));
-        let hits = rates.hit_ratio.map_or("no reads".into(), |ratio| format!("{:.1} %", tenths_down(ratio)));
+        let hits = rates.hit_ratio().unwrap_or_else(|| "no reads".into());
         line("hits", format!("{hits}, from backing files {}, copied up {}", per_second(rates.backing), per_second(rates.copied_up)));
         if rates.failed > 0 {
             line("failed", format!("{} requests", rates.failed));
@@ -53,20 +56,20 @@ fn latency(flow: &Flow) -> String {
     })
 }
 
-fn jobs(status: &Status) -> Vec<(String, String)> {
-    if !status.usable {
-        return vec![("failed".into(), "writing has failed for good: unmount, then cordisk check".into())];
+fn jobs(status: &Facts) -> Vec<(String, String)> {
+    if status.has_failed() {
+        return vec![("failed".into(), FAILED.into())];
     }
     if let Some(job) = status.jobs.first() {
-        let mut words = format!("{:.1} %", tenths_down(job.done()));
+        let mut words = units::percent(job.offset, job.len);
         if job.is_paused() {
             words += ", paused";
         } else {
-            words += &format!(", {}", per_second(job.rate as f64));
-            words += &job.seconds_left.map_or(String::new(), |seconds| format!(", {} left", units::duration(seconds)));
+            words += &format!(", {}", units::rate(job.rate));
+            words += &job.seconds_left.map_or(String::new(), |seconds| format!(", {} left", units::duration(Duration::from_secs(seconds))));
         }
         if job.speed > 0 {
-            words += &format!(", limit {}", per_second(job.speed as f64));
+            words += &format!(", limit {}", units::rate(job.speed));
         }
         if let Some(plan) = &status.plan {
             words += &plan.finish_by.as_ref().map_or(String::new(), |time| format!(", to be done by {time}"));
@@ -74,16 +77,12 @@ fn jobs(status: &Status) -> Vec<(String, String)> {
         }
         return vec![(job.kind.clone(), words)];
     }
-    let last = status.last_job.as_ref().map_or("none".into(), |last| {
-        let error = last.error.as_ref().map_or(String::new(), |error| format!(": {error}"));
-        format!("none; the last one: {} {}{error}", last.kind, last.result)
-    });
-    vec![("job".into(), last)]
+    vec![("job".into(), status.last_job.as_ref().map_or("none".into(), |last| format!("none; {}", last.in_words())))]
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     use serde_json::json;
 
@@ -110,7 +109,7 @@ mod tests {
             text,
             "/srv/vm.raw\n  image   /srv/vm\\u{1b}.qcow2\n  size    4 KiB (4096 bytes)\n  local   1 KiB (25.0 %)\n  zero    0 B (0.0 %)\n  \
              remote  3 KiB (75.0 %)\n  read    2 KiB/s, 4 op/s, mean 1.5 us, p50 1.5 us, p99 1.99 us\n  write   0 B/s, 0 op/s\n  \
-             flush   0 op/s\n  hits    100.0 %, from backing files 0 B/s, copied up 0 B/s\n  \
+             flush   0 op/s\n  hits    100 %, from backing files 0 B/s, copied up 0 B/s\n  \
              stream  33.3 %, 1 KiB/s, 1 min 15 s left, limit 2 KiB/s\n"
         );
         assert!(text.is_ascii());

@@ -2,12 +2,15 @@
 //!
 //! What there is no room for goes, least important first: the flushes, empty lines, headings, the title. The map takes what is left.
 
+use std::time::Duration;
+
 use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span};
 
 use super::bars;
-use super::facts::{Flow, Job, Rates, Status};
-use super::model::{DiskView, Model};
+use super::model::{DiskView, FAILED, Model};
+use super::rates::{Flow, Rates};
+use crate::client::facts::{Facts, Job};
 use crate::error::one_line;
 use crate::map::{Cells, Colour, Look, Shares, units};
 
@@ -82,7 +85,7 @@ pub(super) fn screen(model: &Model, width: usize, height: usize) -> Vec<Line<'st
         Some(disk) => {
             layout.list(model, height, &mut lines);
             layout.details(disk, &mut lines);
-            let legend = disk.status().map(|status| layout.legend(status));
+            let legend = disk.status().and_then(|status| status.bytes).map(|sum| layout.legend(&sum));
             let used = lines.len() + usize::from(legend.is_some()) + footer.len();
             if let Some(cells) = disk.last.as_ref().and_then(|last| last.cells.as_ref()) {
                 layout.map(cells, height.saturating_sub(used), &mut lines);
@@ -162,14 +165,15 @@ impl Layout {
         let mut spans =
             vec![Span::styled(if chosen { "▸ " } else { "  " }, filled()), Span::styled(name, if chosen { bold() } else { plain() })];
         let status = disk.status();
+        let fetched = status.and_then(|status| status.bytes).map(|bytes| bytes.fetched());
         if self.wide {
             spans.push(Span::raw(format!("{:>10}", status.map_or(String::new(), |status| units::size(status.size)))));
-            if let (true, Some(status)) = (self.bar_width() > 0, status) {
-                let (full, empty) = bars::bar(local_part(status), self.bar_width() - 2);
+            if let (true, Some((part, whole))) = (self.bar_width() > 0, fetched) {
+                let (full, empty) = bars::bar(part, whole, self.bar_width() - 2);
                 spans.extend([Span::raw("  "), Span::styled(full, bar_filled()), Span::styled(empty, hollow())]);
             }
         }
-        let local = status.map_or(String::new(), |status| format!("{} %", whole_percent(local_part(status))));
+        let local = fetched.map_or(String::new(), |(part, whole)| format!("{} %", units::whole_percent(part, whole)));
         spans.push(Span::raw(format!("{local:>8}")));
         if self.wide {
             for rate in [disk.rates.map(|rates| rates.read.bytes), disk.rates.map(|rates| rates.write.bytes)] {
@@ -224,7 +228,7 @@ impl Layout {
 
     /// Hits, and what comes from the backing files.
     fn below(&self, disk: &DiskView) -> Line<'static> {
-        let hits = disk.rates.and_then(|rates| rates.hit_ratio).map_or("-".into(), |ratio| format!("{:.1} %", tenths_down(ratio)));
+        let hits = disk.rates.and_then(|rates| rates.hit_ratio()).unwrap_or_else(|| "-".into());
         if !self.wide {
             return Line::from(vec![Span::styled("  hits   ", dim()), Span::raw(format!("{hits:>11}"))]);
         }
@@ -250,21 +254,17 @@ impl Layout {
             return vec![Line::from(vec![label("gone"), Span::styled(one_line(why), alarm())])];
         }
         let Some(status) = disk.status() else { return vec![Line::from(vec![label("job"), Span::raw("-")])] };
-        if !status.usable {
-            let why = "writing has failed for good: unmount, then cordisk check";
-            return vec![Line::from(vec![label("failed"), Span::styled(why, alarm())])];
+        if status.has_failed() {
+            return vec![Line::from(vec![label("failed"), Span::styled(FAILED, alarm())])];
         }
         let Some(job) = status.jobs.first() else {
-            let text = status.last_job.as_ref().map_or("none".into(), |last| {
-                let error = last.error.as_ref().filter(|_| last.result == "error").map_or(String::new(), |error| format!(": {error}"));
-                format!("none; the last one: {} {}{error}", last.kind, last.result)
-            });
+            let text = status.last_job.as_ref().map_or("none".into(), |last| format!("none; {}", last.in_words()));
             return vec![Line::from(vec![label("job"), Span::styled(one_line(&text), dim())])];
         };
         let numbers = self.job_numbers(status, job);
         let taken = numbers.chars().count() + if self.wide { LABEL } else { 9 } + 3;
         let bar = self.width.saturating_sub(taken).clamp(4, 40);
-        let (full, empty) = bars::bar(job.done(), bar);
+        let (full, empty) = bars::bar(job.offset, job.len, bar);
         vec![Line::from(vec![
             label(&job.kind),
             Span::styled(full, bar_filled()),
@@ -273,14 +273,14 @@ impl Layout {
         ])]
     }
 
-    fn job_numbers(&self, status: &Status, job: &Job) -> String {
-        let mut parts = vec![format!("{:.1} %", tenths_down(job.done()))];
+    fn job_numbers(&self, status: &Facts, job: &Job) -> String {
+        let mut parts = vec![units::percent(job.offset, job.len)];
         if job.is_paused() {
             parts.push("paused".into());
         } else {
-            parts.extend(self.wide.then(|| per_second(job.rate as f64)));
+            parts.extend(self.wide.then(|| units::rate(job.rate)));
             if let Some(seconds) = job.seconds_left {
-                parts.push(format!("{} left", units::duration(seconds)));
+                parts.push(format!("{} left", units::duration(Duration::from_secs(seconds))));
             }
         }
         if self.wide {
@@ -291,7 +291,7 @@ impl Layout {
                 }
                 (Some(time), _) => parts.push(format!("by {}", one_line(time))),
                 (None, 0) => {}
-                (None, speed) => parts.push(format!("limit {}", per_second(speed as f64))),
+                (None, speed) => parts.push(format!("limit {}", units::rate(speed))),
             }
             if job.bytes_failed > 0 {
                 parts.push(format!("{} failed", units::size(job.bytes_failed)));
@@ -312,15 +312,16 @@ impl Layout {
         }
     }
 
-    fn legend(&self, status: &Status) -> Line<'static> {
-        let sum = Shares { local: status.bytes.local, zero: status.bytes.zero, remote: status.bytes.remote };
+    fn legend(&self, sum: &Shares) -> Line<'static> {
         let mut spans = Vec::new();
         for (look, name, bytes) in
             [(Look::Local, "local", sum.local), (Look::Zero, "zero", sum.zero), (Look::Remote { some_zero: false }, "remote", sum.remote)]
         {
-            let percent = sum.percent(bytes);
-            let numbers =
-                if self.wide { format!(" {name} {} {percent:.1} %", units::size(bytes)) } else { format!(" {name} {percent:.0} %") };
+            let numbers = if self.wide {
+                format!(" {name} {} {}", units::size(bytes), sum.percent(bytes))
+            } else {
+                format!(" {name} {} %", units::whole_percent(bytes, sum.total().max(1)))
+            };
             spans.extend([
                 Span::raw(if self.wide { "  " } else { " " }),
                 Span::styled(look.block().to_string(), painted(look)),
@@ -347,12 +348,12 @@ fn state(disk: &DiskView) -> (String, Style) {
     let Some(status) = disk.status().filter(|_| disk.gone.is_none()) else {
         return if disk.gone.is_some() { ("gone".into(), alarm()) } else { ("...".into(), dim()) };
     };
-    if !status.usable {
+    if status.has_failed() {
         return ("failed".into(), alarm());
     }
     match status.jobs.first() {
-        Some(job) if job.is_paused() => (format!("paused {} %", whole_percent(job.done())), bold()),
-        Some(job) => (format!("{} {} %", one_line(&job.kind), whole_percent(job.done())), plain()),
+        Some(job) if job.is_paused() => (format!("paused {} %", units::whole_percent(job.offset, job.len)), bold()),
+        Some(job) => (format!("{} {} %", one_line(&job.kind), units::whole_percent(job.offset, job.len)), plain()),
         None if status.last_job.as_ref().is_some_and(|last| last.result == "error") => ("job failed".into(), alarm()),
         None => ("-".into(), dim()),
     }
@@ -364,24 +365,8 @@ fn painted(look: Look) -> Style {
     back.map_or(style, |back| style.bg(colour(back)))
 }
 
-/// Local of what is not zero: what is left to be fetched decides.
-pub(super) fn local_part(status: &Status) -> f64 {
-    let wanted = status.bytes.local as f64 + status.bytes.remote as f64;
-    if wanted == 0.0 { 1.0 } else { status.bytes.local as f64 / wanted }
-}
-
-/// Rounded down: 100 is all.
-pub(super) fn whole_percent(part: f64) -> u64 {
-    (part * 100.0) as u64
-}
-
-/// Percent with one decimal, rounded down.
-pub(super) fn tenths_down(part: f64) -> f64 {
-    (part * 1000.0).floor() / 10.0
-}
-
 pub(super) fn per_second(bytes: f64) -> String {
-    format!("{}/s", units::size(bytes.round() as u64))
+    units::rate(bytes.round() as u64)
 }
 
 fn count(number: f64) -> String {
@@ -413,7 +398,7 @@ fn wrapped(items: &[&str], width: usize) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     use serde_json::json;
 
@@ -422,7 +407,7 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    fn status(second: u64) -> Status {
+    fn status(second: u64) -> Facts {
         serde_json::from_value(json!({
             "pid": 1, "mountpoint": "/srv/vm.raw", "size": 1024 * MIB, "usable": true, "latency-bounds-ns": [1000, 1_000_000],
             "bytes": { "local": 512 * MIB, "zero": 256 * MIB, "remote": 256 * MIB },
@@ -510,7 +495,7 @@ mod tests {
         let lines = text(&model, 80, 24).join("\n");
         assert!(lines.contains("gone") && lines.contains("the daemon has ended"), "{lines}");
         let mut failed = status(9);
-        failed.usable = false;
+        failed.usable = Some(false);
         model.disks[0].see(Ok(Seen { status: failed, cells: None, at: Instant::now() }));
         assert!(text(&model, 80, 24).join("\n").contains("cordisk check"));
         let mut paused = status(9);

@@ -7,15 +7,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::facts::Status;
 use super::model::Seen;
-use crate::client::{Connection, Target, find, find_all};
+use crate::Result;
+use crate::client::{Connection, Target, facts, find, find_all};
 use crate::error::Context;
-use crate::map::Cells;
-use crate::{Error, ErrorKind, Result};
 
 /// How often disks are looked for, at most.
 const FIND_EVERY: Duration = Duration::from_secs(2);
@@ -115,7 +112,7 @@ impl Watcher {
     /// Pauses the job that runs, or resumes the one that is paused.
     fn toggle(&mut self) -> Result<String> {
         let connection = self.connected()?;
-        let status = status_of(connection)?;
+        let status = facts::status(connection)?;
         let Some(job) = status.jobs.first() else { return Ok("there is no job to pause".into()) };
         let (command, done) = if job.is_paused() { ("job-resume", "goes on") } else { ("job-pause", "is paused; p lets it go on") };
         connection.execute(command, json!({ "id": job.id }))?;
@@ -130,34 +127,10 @@ pub(super) fn connect(target: &Path) -> Result<Connection> {
 
 /// Asks for the facts, and for a map of so many cells where that is wanted.
 pub(super) fn look(connection: &mut Connection, cells: Option<u64>) -> Result<Seen> {
-    let status = status_of(connection)?;
+    let status = facts::status(connection)?;
     let at = Instant::now();
-    let cells = cells.map(|cells| cells_of(connection, cells)).transpose()?;
+    let cells = cells.map(|cells| facts::cells(connection, cells)).transpose()?;
     Ok(Seen { status, cells, at })
-}
-
-fn status_of(connection: &mut Connection) -> Result<Status> {
-    parsed(connection.execute("x-query-status", json!({}))?, "status")
-}
-
-/// The map of a disk in at most so many cells.
-pub(in crate::client) fn cells_of(connection: &mut Connection, cells: u64) -> Result<Cells> {
-    #[derive(Deserialize)]
-    #[serde(rename_all = "kebab-case")]
-    struct Answer {
-        size: u64,
-        cell_size: u64,
-        local: Vec<u64>,
-        zero: Vec<u64>,
-    }
-    let answer = connection.execute("x-query-cells", json!({ "cells": cells.clamp(1, Cells::MOST) }))?;
-    let Answer { size, cell_size, local, zero } = parsed(answer, "map")?;
-    Cells::new(size, cell_size, local, zero)
-}
-
-fn parsed<T: serde::de::DeserializeOwned>(answer: Value, what: &str) -> Result<T> {
-    let text = || format!("the daemon's answer ({what}) is of another version of cordisk");
-    serde_json::from_value(answer).map_err(|error| Error::wrap(ErrorKind::InvalidArgument, text(), error))
 }
 
 /// Names of all disks that run.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{CORDISK, QmpClient, RUNTIME_DIR, Scratch, mounts, poll};
+use super::{CORDISK, QmpClient, RUNTIME_DIR, Scratch, mounts, poll, wait_until};
 
 /// How long a disk may live in a test. Then it is killed: requests that hang fail, and so does the test, instead of blocking the suite.
 const LIFETIME: Duration = Duration::from_secs(240);
@@ -92,6 +92,14 @@ impl Mount {
         });
         assert!(ready.is_some(), "the daemon did not mount within {START:?}\n{}", daemon.log());
         daemon
+    }
+
+    /// As [`Mount::start`], and returns when the stream of the command line, or one that is resumed, has been started: the socket accepts a moment
+    /// earlier.
+    pub fn start_settled(self) -> Daemon {
+        let disk = self.start();
+        wait_until("it is decided what becomes of the stream", || disk.log().contains("mounted "));
+        disk
     }
 
     /// Starts the process and does not wait for the disk.

@@ -21,9 +21,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::Pid;
 use tempfile::TempDir;
 
 pub use daemon::{Daemon, Mount};
@@ -242,6 +243,22 @@ pub fn run_ok(command: &mut Command) -> String {
     let done = run_within(command, Duration::from_secs(120));
     assert!(done.status.success(), "{command:?} failed: {}\nstdout: {}\nstderr: {}", done.status, done.stdout, done.stderr);
     done.stdout
+}
+
+/// A process of ours that goes on while the test does something else: killed when dropped.
+pub struct Ours(pub Child);
+
+impl Ours {
+    pub fn pid(&self) -> Pid {
+        i32::try_from(self.0.id()).ok().and_then(Pid::from_raw).expect("a pid")
+    }
+}
+
+impl Drop for Ours {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// The SHA-256 of a file, in hexadecimal. For files that are too large to be held twice.

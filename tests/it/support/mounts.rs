@@ -21,7 +21,12 @@ pub struct MountEntry {
 
 /// The mount table of this process.
 pub fn table() -> Vec<MountEntry> {
-    fs::read_to_string("/proc/self/mountinfo").expect("mount table").lines().filter_map(parse).collect()
+    read(Path::new("/proc/self/mountinfo")).expect("mount table")
+}
+
+/// What others have mounted may have a name that is no UTF-8, which is nothing to us.
+fn read(table: &Path) -> std::io::Result<Vec<MountEntry>> {
+    Ok(String::from_utf8_lossy(&fs::read(table)?).lines().filter_map(parse).collect())
 }
 
 /// `36 35 98:0 /root /mountpoint rw,noatime shared:1 - ext3 /dev/root rw,errors=continue`
@@ -52,10 +57,7 @@ pub fn at(path: &Path) -> Option<MountEntry> {
 
 /// Processes that see a mount at a path, by name and id. One in a mount namespace of its own keeps what is unmounted here alive.
 pub fn holders(path: &Path) -> Vec<String> {
-    let sees = |process: &Path| {
-        let table = fs::read_to_string(process.join("mountinfo")).unwrap_or_default();
-        table.lines().filter_map(parse).any(|entry| entry.mountpoint == path)
-    };
+    let sees = |process: &Path| read(&process.join("mountinfo")).unwrap_or_default().iter().any(|entry| entry.mountpoint == path);
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path());
     let name = |process: &Path| Some(format!("{} ({})", fs::read_to_string(process.join("comm")).ok()?.trim(), process.display()));
     processes.filter(|process| sees(process)).filter_map(|process| name(&process)).collect()

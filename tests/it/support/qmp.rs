@@ -8,6 +8,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::{KIB, poll};
+
+/// The first step of a job in bytes. It is free of charge: a job at 1 byte per second sleeps after it.
+pub const FIRST_STEP: u64 = 512 * KIB;
+
 const PATIENCE: Duration = Duration::from_secs(90);
 
 /// An error reply.
@@ -216,6 +221,14 @@ impl QmpClient {
         let jobs = jobs.as_array().expect("a list");
         assert_eq!(jobs.len(), 1, "exactly one job: {jobs:?}");
         jobs[0].clone()
+    }
+
+    /// Waits until the one job, at a speed of next to nothing, sleeps after its [`FIRST_STEP`]; returns its offset: what was there already costs it
+    /// nothing.
+    pub fn wait_for_first_step(&mut self) -> u64 {
+        let asleep = |job: &Value| job["busy"] == json!(false) && job["offset"].as_u64() >= Some(FIRST_STEP);
+        let job = poll(Duration::from_secs(20), || Some(self.job()).filter(asleep));
+        job.unwrap_or_else(|| panic!("the first step of 512 KiB is free of charge: {}", self.job()))["offset"].as_u64().expect("a number")
     }
 
     /// Names of events in order; `JOB_STATUS_CHANGE` by its status.

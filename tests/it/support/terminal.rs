@@ -15,6 +15,8 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 
+use super::{CORDISK, RUNTIME_DIR, Scratch};
+
 /// How long anything may take to appear.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -42,6 +44,13 @@ impl std::fmt::Debug for Shown {
 }
 
 impl Terminal {
+    /// The program under test on a terminal that shows UTF-8, told where disks are entered. `env` has the last word.
+    pub fn cordisk<A: AsRef<OsStr>>(scratch: &Scratch, args: &[A], env: &[(&str, &OsStr)], rows: u16, cols: u16) -> Terminal {
+        let directory = scratch.runtime_dir();
+        let env = [&[(RUNTIME_DIR, directory.as_os_str()), ("LC_ALL", OsStr::new("C.UTF-8"))], env].concat();
+        Terminal::spawn(CORDISK, args, &env, rows, cols)
+    }
+
     /// Starts a program on a new terminal of this size, which is its controlling terminal: Ctrl-C (`send(b"\x03")`) is a SIGINT for it.
     pub fn spawn<A: AsRef<OsStr>>(program: impl AsRef<OsStr>, args: &[A], env: &[(&str, &OsStr)], rows: u16, cols: u16) -> Terminal {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a pseudo-terminal");

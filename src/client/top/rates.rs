@@ -1,106 +1,7 @@
-//! What a daemon says of its disk (`x-query-status`), and what has happened between two answers.
+//! What has happened on a disk between two answers of its daemon.
 
-use serde::Deserialize;
-
-/// An answer to `x-query-status`; what is not looked at is left out, what a daemon does not say is nothing.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "kebab-case", default)]
-pub(super) struct Status {
-    pub device: String,
-    pub image: String,
-    pub mountpoint: String,
-    pub pid: u32,
-    pub size: u64,
-    pub read_only: bool,
-    pub usable: bool,
-    pub bytes: Bytes,
-    pub requests: Vec<Requests>,
-    pub latency_bounds_ns: Vec<u64>,
-    pub backing_reads: Count,
-    pub hits: u64,
-    pub misses: u64,
-    pub copied_up: Count,
-    pub jobs: Vec<Job>,
-    pub last_job: Option<LastJob>,
-    pub plan: Option<Plan>,
-}
-
-/// What the disk is made of, in bytes.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
-#[serde(default)]
-pub(super) struct Bytes {
-    pub local: u64,
-    pub zero: u64,
-    pub remote: u64,
-}
-
-/// Requests of one kind since the daemon has started.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "kebab-case", default)]
-pub(super) struct Requests {
-    pub kind: String,
-    pub operations: u64,
-    pub bytes: u64,
-    pub failed: u64,
-    pub total_time_ns: u64,
-    /// How many took how long: one more than there are bounds.
-    pub latency: Vec<u64>,
-}
-
-/// Operations of another kind.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
-#[serde(default)]
-pub(super) struct Count {
-    pub bytes: u64,
-    pub failed: u64,
-}
-
-/// A job that runs.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "kebab-case", default)]
-pub(super) struct Job {
-    pub id: String,
-    #[serde(rename = "type")]
-    pub kind: String,
-    pub status: String,
-    pub speed: u64,
-    pub offset: u64,
-    pub len: u64,
-    pub bytes_failed: u64,
-    pub rate: u64,
-    pub seconds_left: Option<u64>,
-}
-
-impl Job {
-    /// How much of it is done, from 0 to 1.
-    pub fn done(&self) -> f64 {
-        if self.len == 0 { 0.0 } else { (self.offset as f64 / self.len as f64).clamp(0.0, 1.0) }
-    }
-
-    pub fn is_paused(&self) -> bool {
-        matches!(self.status.as_str(), "paused" | "standby")
-    }
-}
-
-/// How the last job has ended.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "kebab-case", default)]
-pub(super) struct LastJob {
-    pub id: String,
-    #[serde(rename = "type")]
-    pub kind: String,
-    pub result: String,
-    pub error: Option<String>,
-}
-
-/// What governs the speed of the job.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(rename_all = "kebab-case", default)]
-pub(super) struct Plan {
-    pub schedule: Option<String>,
-    pub finish_by: Option<String>,
-    pub feasible: Option<bool>,
-}
+use crate::client::facts::{Facts, Requests};
+use crate::map::units;
 
 /// What went on between two answers, per second.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -108,8 +9,10 @@ pub(super) struct Rates {
     pub read: Flow,
     pub write: Flow,
     pub flush: Flow,
-    /// Of the guest's reads, those that were answered from the overlay alone: from 0 to 1, `None` where there were no reads.
-    pub hit_ratio: Option<f64>,
+    /// How many times the guest has read, in all.
+    pub reads: u64,
+    /// How many of these reads were answered from the overlay alone.
+    pub hits: u64,
     /// Bytes per second from the backing chain.
     pub backing: f64,
     /// Bytes per second that reads have copied up.
@@ -136,8 +39,13 @@ pub(super) struct Latency {
 }
 
 impl Rates {
+    /// Part of the reads that were hits; `None` where there were no reads.
+    pub fn hit_ratio(&self) -> Option<String> {
+        (self.reads > 0).then(|| units::percent(self.hits, self.reads))
+    }
+
     /// What has happened in the `seconds` between two answers; `None` where the second one is not of the same process.
-    pub fn between(before: &Status, after: &Status, seconds: f64) -> Option<Rates> {
+    pub fn between(before: &Facts, after: &Facts, seconds: f64) -> Option<Rates> {
         if before.pid != after.pid || seconds <= 0.0 {
             return None;
         }
@@ -152,12 +60,12 @@ impl Rates {
             }
         };
         let (hits, misses) = (after.hits.saturating_sub(before.hits), after.misses.saturating_sub(before.misses));
-        let reads = hits.saturating_add(misses);
         Some(Rates {
             read: flow("read"),
             write: flow("write"),
             flush: flow("flush"),
-            hit_ratio: (reads > 0).then(|| hits as f64 / reads as f64),
+            reads: hits.saturating_add(misses),
+            hits,
             backing: per_second(before.backing_reads.bytes, after.backing_reads.bytes),
             copied_up: per_second(before.copied_up.bytes, after.copied_up.bytes),
             failed: after.requests.iter().fold(0, |sum: u64, requests| sum.saturating_add(requests.failed)),
@@ -165,7 +73,7 @@ impl Rates {
     }
 }
 
-fn of_kind(status: &Status, kind: &str) -> Requests {
+fn of_kind(status: &Facts, kind: &str) -> Requests {
     status.requests.iter().find(|requests| requests.kind == kind).cloned().unwrap_or_default()
 }
 
@@ -211,7 +119,7 @@ mod tests {
 
     use super::*;
 
-    fn status(value: serde_json::Value) -> Status {
+    fn status(value: serde_json::Value) -> Facts {
         serde_json::from_value(value).unwrap()
     }
 
@@ -232,7 +140,7 @@ mod tests {
         assert_eq!((latency.mean, latency.median), (1500.0, 1000.0));
         assert!((latency.p99 - 1980.0).abs() < 1e-6, "{latency:?}");
         assert_eq!(rates.write.latency.unwrap(), Latency { mean: 50_000.0, median: 2000.0, p99: 2000.0 }, "beyond the last bound");
-        assert_eq!((rates.flush, rates.hit_ratio), (Flow::default(), Some(0.75)));
+        assert_eq!((rates.flush, rates.hits, rates.reads), (Flow::default(), 3, 4));
         assert_eq!((rates.backing, rates.copied_up, rates.failed), (100.0, 25.0, 4));
     }
 
@@ -241,7 +149,7 @@ mod tests {
         let one = status(json!({ "pid": 7, "hits": 10 }));
         assert_eq!(Rates::between(&one, &status(json!({ "pid": 8, "hits": 20 })), 1.0), None);
         assert_eq!(Rates::between(&one, &one, 0.0), None);
-        assert_eq!(Rates::between(&one, &one, 1.0).unwrap().hit_ratio, None);
-        assert_eq!(Rates::between(&one, &status(json!({ "pid": 7, "hits": 3 })), 1.0).unwrap().hit_ratio, None, "never less than nothing");
+        assert_eq!(Rates::between(&one, &one, 1.0).unwrap().reads, 0);
+        assert_eq!(Rates::between(&one, &status(json!({ "pid": 7, "hits": 3 })), 1.0).unwrap().reads, 0, "never less than nothing");
     }
 }
