@@ -249,7 +249,7 @@ fn an_interrupt_leaves_the_stream_running() {
     let mut shown = Terminal::cordisk(&rig.scratch, &["stream", path, "--speed", "128K", "--wait"], &[], 24, 120);
     let screen = shown.wait_for("a bar that has begun", |screen| {
         let text = screen.contents();
-        text.contains(" KiB of 8 MiB, ") && text.contains(" left") && text.contains('━')
+        text.contains("iB of 8 MiB, ") && text.contains(" left") && text.contains('━')
     });
     assert!(screen.contains(&format!("{path}   ")) && screen.contains(" % ") && screen.contains("iB/s, "), "{screen}");
     shown.send(b"\x03");
