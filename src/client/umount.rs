@@ -81,7 +81,11 @@ fn end(disk: &Disk, options: &UmountOptions) -> Result<()> {
     let mut connection = disk.connect_within(PATIENCE);
     let mountpoint = match (&disk.mountpoint, &mut connection) {
         (Some(mountpoint), _) => Some(mountpoint.clone()),
-        (None, Ok(connection)) => facts::read(&facts::query(connection)?, &disk.name)?.mountpoint.map(PathBuf::from),
+        (None, Ok(connection)) => {
+            let said = facts::read(&facts::query(connection)?, &disk.name)?.mountpoint.map(PathBuf::from);
+            // Whoever listens may say anything, and we perhaps may unmount anything.
+            said.filter(|mountpoint| find::is_mounted_by(connection.listener(), mountpoint).unwrap_or(false))
+        }
         (None, Err(_)) => None,
     };
     match (&mountpoint, &mut connection) {
@@ -92,7 +96,8 @@ fn end(disk: &Disk, options: &UmountOptions) -> Result<()> {
         (None, _) => {
             connection?;
             let name = one_line(&disk.name);
-            let text = format!("{name}: this daemon does not say where it is mounted; name the mountpoint, or end it with --lazy");
+            let text =
+                format!("{name}: this daemon does not say where its disk is mounted here; name the mountpoint, or end it with --lazy");
             return Err(Error::new(ErrorKind::InvalidArgument, text));
         }
     }
@@ -104,6 +109,7 @@ fn wait_for_end(disk: &Disk, mut connection: Option<Connection>, mut process: Op
     let started = Instant::now();
     let mut explained = false;
     let mut failure = None;
+    let mut ended = false;
     loop {
         match &mut connection {
             None => {}
@@ -114,9 +120,10 @@ fn wait_for_end(disk: &Disk, mut connection: Option<Connection>, mut process: Op
             },
         }
         if process.as_mut().is_some_and(|process| process.has_ended()) {
-            process = None;
+            (process, ended) = (None, true);
         }
-        let locked = disk.found.as_ref().is_some_and(Found::is_running);
+        // Whoever may read an entry may lock it as well, as soon as the daemon does not any more: the end of the process counts.
+        let locked = !ended && disk.found.as_ref().is_some_and(Found::is_running);
         if connection.is_none() && process.is_none() && !locked {
             break;
         }
