@@ -94,6 +94,12 @@ impl Streams {
     /// [`ErrorKind::ReadOnly`] for a read-only disk; [`ErrorKind::Busy`] while another one runs; what [`Jobs::create`] refuses; the thread could not
     /// be made.
     pub fn start(&self, disk: &Arc<Disk>, options: StreamOptions) -> Result<()> {
+        self.start_as(disk, options, None)
+    }
+
+    /// As [`Streams::start`]; with `after`, only if that is still the last stream that was started, and is over: what the options say of the chain was
+    /// found out then.
+    fn start_as(&self, disk: &Arc<Disk>, options: StreamOptions, after: Option<u64>) -> Result<()> {
         if disk.is_read_only() {
             return Err(Error::new(ErrorKind::ReadOnly, "a read-only disk cannot be streamed into"));
         }
@@ -109,6 +115,9 @@ impl Streams {
         // There is one chain. Clients are told before they come here; this is for one that is faster than the stream of the last mount.
         if state.running.is_some() {
             return Err(Error::new(ErrorKind::Busy, "another stream is at work"));
+        }
+        if after.is_some_and(|serial| serial != state.serial) {
+            return Err(Error::new(ErrorKind::Busy, "another stream was faster"));
         }
         let control = self.shared.jobs.create(JobSpec {
             id: options.job_id.clone(),
@@ -157,6 +166,14 @@ impl Streams {
             Ok(note) => note,
             Err(error) => return log::warn!("the note of an interrupted stream is not obeyed: {error}"),
         };
+        // A client may be faster than we are: then the note beside the image is that of its stream, and the chain may be another one at any moment.
+        let serial = {
+            let state = self.shared.state.lock();
+            if state.running.is_some() || state.serial != 0 {
+                return log::warn!("the interrupted stream is not resumed: another stream was faster");
+            }
+            state.serial
+        };
         let place = match note.base {
             Some(_) => disk.info().map(|info| note.place(&info.backing)),
             // Not a word with files below, which may hang.
@@ -167,7 +184,10 @@ impl Streams {
             Ok(Place::Depth(depth)) => depth,
             Ok(Place::Over) => {
                 log::debug!("the stream had come to its end");
-                return self.keep(&mut self.shared.state.lock(), None);
+                let mut state = self.shared.state.lock();
+                return if state.serial == serial {
+                    self.keep(&mut state, None)
+                };
             }
             Ok(Place::Elsewhere) => {
                 return log::warn!(
@@ -177,7 +197,7 @@ impl Streams {
             Err(error) => return log::warn!("a stream was interrupted and is not resumed: {error}"),
         };
         log::info!("resuming the stream that was interrupted at {} %", note.percent());
-        if let Err(error) = self.start(disk, note.into_options(depth, &self.shared.device, priority)) {
+        if let Err(error) = self.start_as(disk, note.into_options(depth, &self.shared.device, priority), Some(serial)) {
             log::warn!("the interrupted stream is not resumed: {error}");
         }
     }
