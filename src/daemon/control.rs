@@ -144,6 +144,8 @@ impl Control {
                 return Ok(());
             }
         };
+        let starting = self.streams.starting();
+        let _starting = starting.lock();
         match self.streams.start(disk, StreamOptions { speed, plan, priority, ..StreamOptions::new(&config.device) }) {
             // A client was faster, and its stream is no reason to take the disk away again.
             Err(error) if error.kind() == ErrorKind::Busy => log::warn!("--stream: {error}; that one goes on"),
