@@ -23,6 +23,8 @@ use crate::{Error, ErrorKind, Result};
 const PATIENCE: Duration = Duration::from_secs(2);
 /// After so long somebody wants to know what takes so long.
 const EXPLAIN: Duration = Duration::from_secs(5);
+/// How long a lock on the entry is believed that neither a process nor a socket goes with: whoever may read an entry of the dead may lock it.
+const LOCK_ALONE: Duration = Duration::from_secs(10);
 /// How long one look takes.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -101,12 +103,13 @@ fn end(disk: &Disk, options: &UmountOptions) -> Result<()> {
             return Err(Error::new(ErrorKind::InvalidArgument, text));
         }
     }
-    wait_for_end(disk, connection.ok(), process)
+    wait_for_end(disk, connection.ok(), process, LOCK_ALONE)
 }
 
 /// Waits until the daemon is gone, and hears how it closed the image.
-fn wait_for_end(disk: &Disk, mut connection: Option<Connection>, mut process: Option<Process>) -> Result<()> {
+fn wait_for_end(disk: &Disk, mut connection: Option<Connection>, mut process: Option<Process>, lock_alone: Duration) -> Result<()> {
     let started = Instant::now();
+    let mut seen = started;
     let mut explained = false;
     let mut failure = None;
     let mut ended = false;
@@ -123,7 +126,10 @@ fn wait_for_end(disk: &Disk, mut connection: Option<Connection>, mut process: Op
             (process, ended) = (None, true);
         }
         // Whoever may read an entry may lock it as well, as soon as the daemon does not any more: the end of the process counts.
-        let locked = !ended && disk.found.as_ref().is_some_and(Found::is_running);
+        if connection.is_some() || process.is_some() {
+            seen = Instant::now();
+        }
+        let locked = !ended && seen.elapsed() < lock_alone && disk.found.as_ref().is_some_and(Found::is_running);
         if connection.is_none() && process.is_none() && !locked {
             break;
         }
@@ -172,6 +178,32 @@ impl Process {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Protects: nobody keeps an umount waiting by a lock on the entry of a daemon that is gone.
+    #[test]
+    fn a_lock_of_somebody_else_is_not_waited_for() {
+        let entry = crate::running::Entry {
+            pid: 1,
+            mountpoint: "/m".into(),
+            image: "/i".into(),
+            device: "d".into(),
+            qmp: "/s".into(),
+            metrics: None,
+        };
+        let file = tempfile::NamedTempFile::new().unwrap();
+        rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+        let found = Found::for_tests(entry, 0, file.reopen().unwrap());
+        assert!(found.is_running());
+        let disk = Disk { name: "m".into(), socket: "/s".into(), mountpoint: None, found: Some(found) };
+        wait_for_end(&disk, None, None, Duration::from_millis(50)).unwrap();
+        let mut child =
+            std::process::Command::new("/bin/sh").args(["-c", "read line"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        let process = Process(rustix::process::pidfd_open(pid, PidfdFlags::empty()).unwrap());
+        drop(child.stdin.take());
+        wait_for_end(&disk, None, Some(process), Duration::from_secs(3600)).unwrap();
+        child.wait().unwrap();
+    }
 
     #[test]
     fn a_close_that_failed_is_told_either_way() {

@@ -22,8 +22,9 @@ const LEAST_AGE: Duration = Duration::from_secs(1);
 /// And in relation to what it has cost: walks take at most one part in so many of the time.
 const FRESH: u32 = 20;
 
-/// No walk takes longer: a small file can be made to name one L2 table so often that nobody lives to see the end of it.
-const LONGEST_WALK: Duration = Duration::from_secs(20);
+/// No walk takes longer: a small file can be made to name one L2 table so often that nobody lives to see the end of it. Shorter than a
+/// client waits for an answer.
+const LONGEST_WALK: Duration = Duration::from_secs(8);
 /// How many steps of a walk are done between two looks at the clock.
 const STEPS: u64 = 4096;
 
