@@ -19,6 +19,8 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Longest line that is taken: several times the largest reply there is.
 const LONGEST: usize = 16 << 20;
+/// Most events that are kept while an answer is waited for: far more than happen in that time.
+const MOST_EVENTS: usize = 10_000;
 /// Pieces in which the socket is read.
 const PIECE: usize = 64 << 10;
 /// How often a socket is tried again whose daemon has too many waiting.
@@ -28,6 +30,8 @@ const TRY_AGAIN: Duration = Duration::from_millis(50);
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
+    /// The user who listens.
+    listener: Option<u32>,
     /// What is talked to, for messages: the disk as the user has named it.
     name: String,
     /// Bytes that have come and are not a whole line yet, of which the first `looked_at` have no end of a line.
@@ -78,10 +82,26 @@ impl Connection {
     /// # Errors
     /// Nobody listens there; this user may not connect; whoever listens does not speak QMP, or says nothing.
     pub fn open(path: &Path, name: &str, patience: Duration) -> Result<Connection> {
+        Connection::open_of(path, name, patience, None)
+    }
+
+    /// As [`Connection::open`], where only a daemon of the user `owner` may listen, if one is given: a socket that this user has named can be anybody's.
+    ///
+    /// # Errors
+    /// As there; somebody else listens.
+    pub fn open_of(path: &Path, name: &str, patience: Duration, owner: Option<u32>) -> Result<Connection> {
         let stream = connect(path, patience).map_err(|error| explain(&error, path, name))?;
+        let listener = rustix::net::sockopt::socket_peercred(&stream).ok().map(|who| who.uid.as_raw());
+        if let Some(owner) = owner
+            && listener != Some(owner)
+        {
+            let text = format!("{name}: user {owner} says that its control socket is {}, where somebody else listens", path.display());
+            return Err(Error::new(ErrorKind::InvalidArgument, text));
+        }
         stream.set_write_timeout(Some(patience)).context(|| "socket")?;
         let mut connection = Connection {
             stream,
+            listener,
             name: name.to_owned(),
             received: Vec::new(),
             looked_at: 0,
@@ -100,6 +120,11 @@ impl Connection {
         }
         connection.execute("qmp_capabilities", json!({}))?;
         Ok(connection)
+    }
+
+    /// The user whose daemon this is.
+    pub fn listener(&self) -> Option<u32> {
+        self.listener
     }
 
     /// What messages call the disk.
@@ -125,7 +150,13 @@ impl Connection {
         let give_up = Instant::now() + PATIENCE;
         loop {
             match self.next_line(give_up)? {
-                Line::Message(message) if message.get("event").is_some() => self.events.push_back(message),
+                Line::Message(message) if message.get("event").is_some() => {
+                    // Whoever listens may be anybody, who never stops.
+                    if self.events.len() >= MOST_EVENTS || Instant::now() >= give_up {
+                        return Err(self.nonsense("events instead of an answer"));
+                    }
+                    self.events.push_back(message);
+                }
                 Line::Message(message) => match answer_of(message, id) {
                     Some(answer) => return Ok(answer),
                     None => return Err(self.nonsense("an answer to something else")),
@@ -172,6 +203,7 @@ impl Connection {
 
     /// One line. `Nothing` also where a signal has come, so that whoever waits can look what it was.
     fn next_line(&mut self, until: Instant) -> Result<Line> {
+        let mut has_read = false;
         loop {
             if let Some(end) = self.received[self.looked_at..].iter().position(|&byte| byte == b'\n') {
                 let line: Vec<u8> = self.received.drain(..=self.looked_at + end).collect();
@@ -183,13 +215,20 @@ impl Connection {
             if self.looked_at > LONGEST {
                 return Err(self.nonsense("a line without an end"));
             }
+            // Bytes that keep coming one by one are no line either.
+            if std::mem::take(&mut has_read) && Instant::now() >= until {
+                return Ok(Line::Nothing);
+            }
             // Zero would mean for ever.
             let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
             self.stream.set_read_timeout(Some(left)).context(|| "socket")?;
             let mut piece = [0; PIECE];
             match self.stream.read(&mut piece) {
                 Ok(0) => return Ok(self.end()),
-                Ok(read) => self.received.extend_from_slice(&piece[..read]),
+                Ok(read) => {
+                    self.received.extend_from_slice(&piece[..read]);
+                    has_read = true;
+                }
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut | io::ErrorKind::Interrupted) => {
                     return Ok(Line::Nothing);
                 }
@@ -339,6 +378,30 @@ mod tests {
         let other = vec!["{\"return\": {}, \"id\": 9}\r\n".to_owned()];
         let error = with_daemon(GREETING, other, |path| open(path).unwrap_err());
         assert!(error.to_string().contains("an answer to something else"));
+    }
+
+    /// Protects: a user cannot have somebody else, root for instance, talk to a socket of a third.
+    #[test]
+    fn only_whoever_is_said_to_listen_is_talked_to() {
+        let me = rustix::process::geteuid().as_raw();
+        let open = |owner| {
+            with_daemon(GREETING, vec!["{\"return\": {}, \"id\": 1}\n".to_owned()], move |path| {
+                let opened = Connection::open_of(path, "disk", PATIENCE, Some(owner));
+                opened.map(|connection| connection.listener())
+            })
+        };
+        assert_eq!(open(me).unwrap(), Some(me));
+        let error = open(me + 1).unwrap_err().to_string();
+        assert!(error.contains("somebody else listens"), "{error}");
+    }
+
+    /// Protects: who floods whoever asks is left, and takes neither all of the memory nor all of the time.
+    #[test]
+    fn a_flood_of_events_is_no_answer() {
+        let flood = "{\"event\": \"A\"}\n".repeat(MOST_EVENTS + 1);
+        let lines = vec!["{\"return\": {}, \"id\": 1}\r\n".to_owned(), flood];
+        let error = with_daemon(GREETING, lines, |path| open(path).unwrap().ask("x", json!({})).unwrap_err());
+        assert!(error.to_string().contains("events instead of an answer"), "{error}");
     }
 
     #[test]

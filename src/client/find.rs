@@ -13,6 +13,9 @@ use crate::{Error, ErrorKind, Result};
 /// What to do where nothing was found.
 const LISTED: &str = "`cordisk status` lists those that run";
 
+/// Most entries of one mountpoint that are looked at, the own ones first.
+const MOST_KNOWN: usize = 100;
+
 /// A disk whose daemon can be talked to.
 #[derive(Debug)]
 pub struct Disk {
@@ -40,7 +43,8 @@ impl Disk {
     /// # Errors
     /// Those of [`Connection::open`].
     pub fn connect_within(&self, patience: Duration) -> Result<Connection> {
-        Connection::open(&self.socket, &self.name, patience)
+        let stranger = self.found.as_ref().map(|found| found.owner).filter(|&owner| !is_believed(owner));
+        Connection::open_of(&self.socket, &self.name, patience, stranger)
     }
 }
 
@@ -68,7 +72,8 @@ pub fn find(target: &Path) -> Result<Target> {
     // Nothing of ours is mounted there, so asking for it cannot hang on us.
     if target.metadata().is_ok_and(|there| there.file_type().is_socket()) {
         let socket = std::path::absolute(target).context(|| name.clone())?;
-        let found = running::find_all().into_iter().find(|found| same(&found.entry.qmp, &socket) && found.is_running());
+        let says_so = |found: &Found| speaks_for(found, &mounts) && same(&found.entry.qmp, &socket) && found.is_running();
+        let found = running::find_all().find(says_so);
         let mountpoint = found.as_ref().map(|found| found.entry.mountpoint.clone());
         return Ok(Target::Running(Disk { name, socket, mountpoint, found }));
     }
@@ -119,16 +124,30 @@ pub fn find_all() -> Result<Vec<Target>> {
     let mounts = fuse::mounts()?;
     let mut all: Vec<Target> = mounts.iter().map(|mount| resolve(mount.mountpoint.display().to_string(), mount)).collect();
     // Detached from its path, or mounted where this process does not see it, and served all the same.
-    let me = rustix::process::geteuid().as_raw();
     let shown: Vec<u32> = all.iter().filter_map(|target| Some(entry_of(target)?.entry.pid)).collect();
     for found in running::find_all() {
-        let believed = found.owner == 0 || found.owner == me;
-        if believed && !shown.contains(&found.entry.pid) && found.is_running() {
+        if is_believed(found.owner) && !shown.contains(&found.entry.pid) && found.is_running() {
             all.push(Target::Running(disk_of(found.entry.mountpoint.display().to_string(), found)));
         }
     }
     all.sort_by_key(|target| (entry_of(target).is_none(), entry_of(target).map(|found| found.since)));
     Ok(all)
+}
+
+/// Whether whatever this user writes into an entry is believed.
+fn is_believed(owner: u32) -> bool {
+    owner == 0 || owner == rustix::process::geteuid().as_raw()
+}
+
+/// Whether what an entry says of its mountpoint counts: a user can write anything into an entry, and root would unmount it.
+fn speaks_for(found: &Found, mounts: &[SeenMount]) -> bool {
+    is_believed(found.owner) || mounts.iter().any(|mount| mount.user == Some(found.owner) && found.entry.is_at(&mount.mountpoint))
+}
+
+/// Whether a disk is mounted at `mountpoint` that may be one of the user `listener`, who says so.
+pub(super) fn is_mounted_by(listener: Option<u32>, mountpoint: &Path) -> Result<bool> {
+    let theirs = |mount: &SeenMount| mount.mountpoint == mountpoint && (listener.is_some_and(is_believed) || mount.user == listener);
+    Ok(fuse::mounts()?.iter().any(theirs))
 }
 
 fn entry_of(target: &Target) -> Option<&Found> {
@@ -164,15 +183,15 @@ fn image_of<'a>(target: &Path, mounts: &'a [SeenMount]) -> Option<&'a SeenMount>
 
 /// Who serves a mount.
 fn resolve(name: String, mount: &SeenMount) -> Target {
-    let me = rustix::process::geteuid().as_raw();
     // A user can write anything into an entry: it counts for that user's own mounts only.
-    let believed = |found: &Found| found.owner == 0 || found.owner == me || Some(found.owner) == mount.user;
-    let mut known: Vec<Found> = running::find_all();
-    known.retain(|found| found.entry.is_at(&mount.mountpoint) && believed(found));
+    let believed = |found: &Found| is_believed(found.owner) || Some(found.owner) == mount.user;
+    let known = running::find_all().filter(|found| found.entry.is_at(&mount.mountpoint) && believed(found));
+    let mut known: Vec<Found> = known.take(MOST_KNOWN).collect();
     let had_entry = !known.is_empty();
     known.retain(Found::is_running);
-    // Of several the one of this image, and of those the newest: an older one may have been detached, and still be served to those who have it open.
-    known.sort_by_key(|found| (found.entry.image == mount.image, found.since));
+    // Of several the one of this image, of those one that is believed everything (a mount may be root's for a user), and of those the newest: an older
+    // one may have been detached, and still be served to those who have it open.
+    known.sort_by_key(|found| (found.entry.image == mount.image, is_believed(found.owner), found.since));
     if let Some(found) = known.pop() {
         return Target::Running(disk_of(name, found));
     }
@@ -190,4 +209,27 @@ fn disk_of(name: String, found: Found) -> Disk {
 /// Whether two paths lead to one file.
 fn same(one: &Path, other: &Path) -> bool {
     one == other || one.canonicalize().ok().is_some_and(|one| other.canonicalize().ok() == Some(one))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::running::Entry;
+
+    /// Protects: root does not unmount what any user says is a disk.
+    #[test]
+    fn an_entry_counts_for_mounts_of_its_own_user() {
+        let entry =
+            Entry { pid: 1, mountpoint: "/srv/data".into(), image: "/i".into(), device: "d".into(), qmp: "/s".into(), metrics: None };
+        let me = rustix::process::geteuid().as_raw();
+        let stranger = me + 4242;
+        let found = |owner| Found::for_tests(entry.clone(), owner, tempfile::tempfile().unwrap());
+        let mount = |mountpoint: &str, user| SeenMount { mountpoint: mountpoint.into(), image: "/i".into(), user: Some(user) };
+        assert!(speaks_for(&found(me), &[]) && speaks_for(&found(0), &[]));
+        assert!(speaks_for(&found(stranger), &[mount("/srv/data", stranger)]));
+        for mounts in [vec![], vec![mount("/srv/data", 0)], vec![mount("/home/x", stranger)]] {
+            assert!(!speaks_for(&found(stranger), &mounts), "{mounts:?}");
+        }
+        assert!(!is_mounted_by(Some(me), Path::new("/")).unwrap(), "a mount, and none of ours");
+    }
 }

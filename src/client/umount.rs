@@ -23,6 +23,8 @@ use crate::{Error, ErrorKind, Result};
 const PATIENCE: Duration = Duration::from_secs(2);
 /// After so long somebody wants to know what takes so long.
 const EXPLAIN: Duration = Duration::from_secs(5);
+/// How long a lock on the entry is believed that neither a process nor a socket goes with: whoever may read an entry of the dead may lock it.
+const LOCK_ALONE: Duration = Duration::from_secs(10);
 /// How long one look takes.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -81,7 +83,11 @@ fn end(disk: &Disk, options: &UmountOptions) -> Result<()> {
     let mut connection = disk.connect_within(PATIENCE);
     let mountpoint = match (&disk.mountpoint, &mut connection) {
         (Some(mountpoint), _) => Some(mountpoint.clone()),
-        (None, Ok(connection)) => facts::status(connection)?.mountpoint.map(PathBuf::from),
+        (None, Ok(connection)) => {
+            let said = facts::status(connection)?.mountpoint.map(PathBuf::from);
+            // Whoever listens may say anything, and we perhaps may unmount anything.
+            said.filter(|mountpoint| find::is_mounted_by(connection.listener(), mountpoint).unwrap_or(false))
+        }
         (None, Err(_)) => None,
     };
     match (&mountpoint, &mut connection) {
@@ -92,18 +98,21 @@ fn end(disk: &Disk, options: &UmountOptions) -> Result<()> {
         (None, _) => {
             connection?;
             let name = one_line(&disk.name);
-            let text = format!("{name}: this daemon does not say where it is mounted; name the mountpoint, or end it with --lazy");
+            let text =
+                format!("{name}: this daemon does not say where its disk is mounted here; name the mountpoint, or end it with --lazy");
             return Err(Error::new(ErrorKind::InvalidArgument, text));
         }
     }
-    wait_for_end(disk, connection.ok(), process)
+    wait_for_end(disk, connection.ok(), process, LOCK_ALONE)
 }
 
 /// Waits until the daemon is gone, and hears how it closed the image.
-fn wait_for_end(disk: &Disk, mut connection: Option<Connection>, mut process: Option<Process>) -> Result<()> {
+fn wait_for_end(disk: &Disk, mut connection: Option<Connection>, mut process: Option<Process>, lock_alone: Duration) -> Result<()> {
     let started = Instant::now();
+    let mut seen = started;
     let mut explained = false;
     let mut failure = None;
+    let mut ended = false;
     loop {
         match &mut connection {
             None => {}
@@ -114,9 +123,13 @@ fn wait_for_end(disk: &Disk, mut connection: Option<Connection>, mut process: Op
             },
         }
         if process.as_mut().is_some_and(|process| process.has_ended()) {
-            process = None;
+            (process, ended) = (None, true);
         }
-        let locked = disk.found.as_ref().is_some_and(Found::is_running);
+        // Whoever may read an entry may lock it as well, as soon as the daemon does not any more: the end of the process counts.
+        if connection.is_some() || process.is_some() {
+            seen = Instant::now();
+        }
+        let locked = !ended && seen.elapsed() < lock_alone && disk.found.as_ref().is_some_and(Found::is_running);
         if connection.is_none() && process.is_none() && !locked {
             break;
         }
@@ -165,6 +178,32 @@ impl Process {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Protects: nobody keeps an umount waiting by a lock on the entry of a daemon that is gone.
+    #[test]
+    fn a_lock_of_somebody_else_is_not_waited_for() {
+        let entry = crate::running::Entry {
+            pid: 1,
+            mountpoint: "/m".into(),
+            image: "/i".into(),
+            device: "d".into(),
+            qmp: "/s".into(),
+            metrics: None,
+        };
+        let file = tempfile::NamedTempFile::new().unwrap();
+        rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+        let found = Found::for_tests(entry, 0, file.reopen().unwrap());
+        assert!(found.is_running());
+        let disk = Disk { name: "m".into(), socket: "/s".into(), mountpoint: None, found: Some(found) };
+        wait_for_end(&disk, None, None, Duration::from_millis(50)).unwrap();
+        let mut child =
+            std::process::Command::new("/bin/sh").args(["-c", "read line"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        let process = Process(rustix::process::pidfd_open(pid, PidfdFlags::empty()).unwrap());
+        drop(child.stdin.take());
+        wait_for_end(&disk, None, Some(process), Duration::from_secs(3600)).unwrap();
+        child.wait().unwrap();
+    }
 
     #[test]
     fn a_close_that_failed_is_told_either_way() {

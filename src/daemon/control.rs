@@ -9,7 +9,6 @@ use jiff::tz::TimeZone;
 
 use super::Event;
 use super::servers::Servers;
-use crate::Result;
 use crate::cli::{MountConfig, StreamSpeed};
 use crate::disk::Disk;
 use crate::fuse::{Finished, SizeNotice};
@@ -18,6 +17,7 @@ use crate::keeper::{EntrustedNote, Keeper};
 use crate::metrics;
 use crate::qmp::{Server, ShutdownReason, Target};
 use crate::stream::{self, KIND, StreamOptions, Streams};
+use crate::{ErrorKind, Result};
 
 /// How long cancelled jobs may take to end: one step of a stream and a write-back. What they leave unfinished is only what they have not
 /// copied yet.
@@ -131,7 +131,7 @@ impl Control {
     /// Starts the job of `--stream`, or else the one that was interrupted when the last process ended that had this image.
     ///
     /// # Errors
-    /// Those of [`Streams::start`], for the job of `--stream`.
+    /// Those of [`Streams::start`], for the job of `--stream`, unless another stream runs already.
     pub(super) fn start_stream(&self, disk: &Arc<Disk>, config: &MountConfig) -> Result<()> {
         let priority = config.stream_priority;
         let (speed, plan) = match &config.stream {
@@ -144,7 +144,14 @@ impl Control {
                 return Ok(());
             }
         };
-        self.streams.start(disk, StreamOptions { speed, plan, priority, ..StreamOptions::new(&config.device) })
+        let starting = self.streams.starting();
+        let _starting = starting.lock();
+        match self.streams.start(disk, StreamOptions { speed, plan, priority, ..StreamOptions::new(&config.device) }) {
+            // A client was faster, and its stream is no reason to take the disk away again.
+            Err(error) if error.kind() == ErrorKind::Busy => log::warn!("--stream: {error}; that one goes on"),
+            started => return started,
+        }
+        Ok(())
     }
 
     /// Where it is told what happens to jobs, if `--on-complete` wants to know; silent for ever otherwise.

@@ -13,14 +13,20 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::Disk;
-use crate::Result;
 use crate::format::{GuestOffset, Mapping};
 use crate::sync::unranked::{Condvar, Mutex};
+use crate::{Error, ErrorKind, Result};
 
 /// The least age at which a result is looked for anew.
 const LEAST_AGE: Duration = Duration::from_secs(1);
 /// And in relation to what it has cost: walks take at most one part in so many of the time.
 const FRESH: u32 = 20;
+
+/// No walk takes longer: a small file can be made to name one L2 table so often that nobody lives to see the end of it. Shorter than a
+/// client waits for an answer.
+const LONGEST_WALK: Duration = Duration::from_secs(8);
+/// How many steps of a walk are done between two looks at the clock.
+const STEPS: u64 = 4096;
 
 /// The most cells that a disk is divided into.
 pub const MOST_CELLS: u64 = 65536;
@@ -62,6 +68,8 @@ pub(super) struct Surveys {
 struct State {
     walking: bool,
     last: Option<Walked>,
+    /// When a walk was given up that took too long: who asks soon after is told so at once.
+    gave_up: Option<Instant>,
     /// How often all that is below has changed at once: a walk that began before is not told again.
     changes: u64,
 }
@@ -130,6 +138,9 @@ impl Disk {
             {
                 return Ok(last.clone());
             }
+            if state.gave_up.is_some_and(|at| at.elapsed() < LONGEST_WALK.saturating_mul(FRESH)) {
+                return Err(too_long());
+            }
             if !state.walking {
                 break;
             }
@@ -142,7 +153,15 @@ impl Disk {
         let start = Instant::now();
         // Who asks for the whole gets the cells that somebody else looks at, so that those are not lost.
         let cells = cells.or(last).unwrap_or(1);
-        let survey = Arc::new(self.walk(cells)?);
+        let survey = match self.walk(cells, start + LONGEST_WALK) {
+            Ok(survey) => Arc::new(survey),
+            Err(error) => {
+                if error.kind() == ErrorKind::Busy {
+                    self.surveys.state.lock().gave_up = Some(Instant::now());
+                }
+                return Err(error);
+            }
+        };
         let walked = Walked { cells, survey, at: Instant::now(), took: start.elapsed() };
         let mut state = self.surveys.state.lock();
         if state.changes == changes {
@@ -152,14 +171,19 @@ impl Disk {
         Ok(walked)
     }
 
-    fn walk(&self, cells: u64) -> Result<Survey> {
+    /// [`ErrorKind::Busy`] where it is not done by `deadline`.
+    fn walk(&self, cells: u64, deadline: Instant) -> Result<Survey> {
         let size = self.size();
         let below = self.chain().map_or(0, |chain| chain.size()).min(size);
         let cell_size = size.div_ceil(cells).next_multiple_of(self.cluster_size()).max(self.cluster_size());
         let count = size.div_ceil(cell_size) as usize;
         let mut survey = Survey { size, cell_size, local: vec![0; count], zero: vec![0; count] };
-        let mut at = 0;
+        let (mut at, mut steps) = (0, 0_u64);
         while at < size {
+            if steps.is_multiple_of(STEPS) && Instant::now() >= deadline {
+                return Err(too_long());
+            }
+            steps += 1;
             // The tables alone: what is wrong in them is found, and acted upon, by who reads or writes there.
             let extent = self.reader().map(GuestOffset(at), size - at)?;
             let end = at + extent.len;
@@ -172,6 +196,10 @@ impl Disk {
         }
         Ok(survey)
     }
+}
+
+fn too_long() -> Error {
+    Error::new(ErrorKind::Busy, "the tables of the image are too many to be counted")
 }
 
 /// Distributes the bytes from `at` to `end`, where there are any.
@@ -278,6 +306,20 @@ mod tests {
         disk.detach_backing(usize::MAX, None).unwrap();
         assert_eq!(disk.totals().unwrap().remote, 0);
         assert!(disk.surveys.state.lock().changes > before);
+    }
+
+    /// Protects: an image that takes for ever to count takes nobody's time for ever, and not again and again.
+    #[test]
+    fn a_walk_that_takes_too_long_is_given_up() {
+        let (disk, _) = disk(16);
+        assert_eq!(disk.walk(16, Instant::now()).unwrap_err().kind(), ErrorKind::Busy);
+        disk.surveys.state.lock().gave_up = Some(Instant::now());
+        // Somebody who walked would be waited for.
+        disk.surveys.state.lock().walking = true;
+        assert_eq!(disk.totals().unwrap_err().kind(), ErrorKind::Busy);
+        drop(Walking(&disk.surveys));
+        disk.surveys.state.lock().gave_up = Some(Instant::now() - FRESH * LONGEST_WALK);
+        assert!(disk.totals().is_ok());
     }
 
     /// Protects: who comes while somebody walks is told the last result instead of waiting, and a walk that fails leaves nobody waiting.

@@ -145,9 +145,13 @@ pub(super) fn remove_left_behind(path: &Path, user: Option<u32>) -> bool {
     if !matches!(mountinfo::mounted_at(path), Ok(None)) {
         return false;
     }
-    let Ok(stat) = rustix::fs::lstat(path) else { return false };
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return false };
+    // Held: the directory may be somebody else's, who could put a link to another one in its place between the look and the removal.
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let Ok(parent) = rustix::fs::open(parent, flags, Mode::empty()) else { return false };
+    let Ok(stat) = rustix::fs::statat(&parent, name, AtFlags::SYMLINK_NOFOLLOW) else { return false };
     let ours = stat.st_uid == rustix::process::geteuid().as_raw() || Some(stat.st_uid) == user;
-    ours && is_placeholder(&stat) && rustix::fs::unlink(path).is_ok()
+    ours && is_placeholder(&stat) && rustix::fs::unlinkat(&parent, name, AtFlags::empty()).is_ok()
 }
 
 /// Refuses a path where something is mounted. Does not ask whoever serves it, who may never answer.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
+use crossbeam_channel::bounded;
 use nix::unistd::{Uid, User};
 
 use crate::error::Context;
@@ -60,17 +61,29 @@ impl Hook {
             // The group first, then no groups, then the user: the standard library does it in this order, and gives the groups up for root.
             command.gid(gid).uid(uid);
         }
-        let mut child = command.spawn().context(what)?;
         self.running.fetch_add(1, Ordering::Relaxed);
         let running = Arc::clone(&self.running);
-        let wait = move || {
-            match child.wait() {
-                Ok(status) if status.success() => log::debug!("--on-complete: done"),
-                Ok(status) => log::warn!("--on-complete: {status}"),
-                Err(error) => log::warn!("--on-complete: {error}"),
+        let (sender, started) = bounded(1);
+        // The thread first: a command that runs with nobody to wait for its end would stay a zombie, and be counted for ever.
+        let body = move || {
+            let spawned = command.spawn();
+            let (told, child) = match spawned {
+                Ok(child) => (Ok(()), Some(child)),
+                Err(error) => (Err(error), None),
+            };
+            let _ = sender.send(told);
+            match child.map(|mut child| child.wait()) {
+                None => {}
+                Some(Ok(status)) if status.success() => log::debug!("--on-complete: done"),
+                Some(Ok(status)) => log::warn!("--on-complete: {status}"),
+                Some(Err(error)) => log::warn!("--on-complete: {error}"),
             }
             running.fetch_sub(1, Ordering::Relaxed);
         };
-        thread::Builder::new().name("on-complete".into()).spawn(wait).map(drop).context(what)
+        if let Err(error) = thread::Builder::new().name("on-complete".into()).spawn(body) {
+            self.running.fetch_sub(1, Ordering::Relaxed);
+            return Err(Error::io(what(), error));
+        }
+        started.recv().unwrap_or_else(|_| Err(std::io::Error::other("no answer"))).context(what)
     }
 }

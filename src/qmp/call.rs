@@ -49,7 +49,7 @@ pub(super) struct Backend {
     pub device: String,
     pub quit: Sender<()>,
     /// Between the look at the jobs there are and the start of another one, or a change of size. Taken while no other lock is held.
-    pub starting: Mutex<()>,
+    pub starting: Arc<Mutex<()>>,
     pub info: Box<dyn Fn() -> Result<DiskInfo> + Send + Sync>,
     pub stats: Box<dyn Fn() -> DiskStats + Send + Sync>,
     pub facts: Facts,
@@ -86,6 +86,7 @@ impl From<Target> for Backend {
     fn from(target: Target) -> Self {
         let Target { disk, mountpoint, jobs, streams, device, priority, quit, grown } = target;
         let facts = Facts::of(&disk, mountpoint);
+        let starting = streams.starting();
         let start_stream = {
             let (disk, streams) = (Arc::clone(&disk), streams.clone());
             Box::new(move |options| streams.start(&disk, StreamOptions { priority, ..options }))
@@ -98,18 +99,7 @@ impl From<Target> for Backend {
             let disk = Arc::clone(&disk);
             Box::new(move || disk.stats())
         };
-        Backend {
-            jobs,
-            streams,
-            device,
-            quit,
-            starting: Mutex::default(),
-            info: Box::new(move || disk.info()),
-            stats,
-            facts,
-            grow,
-            start_stream,
-        }
+        Backend { jobs, streams, device, quit, starting, info: Box::new(move || disk.info()), stats, facts, grow, start_stream }
     }
 }
 

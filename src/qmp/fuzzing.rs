@@ -1,7 +1,6 @@
 //! What must hold whatever bytes clients send: the judge of the property test (`properties.rs`) and of the fuzz target (`tests/fuzz`), and compiled for
 //! these two only.
 
-use parking_lot::Mutex;
 use serde_json::{Value, json};
 
 use super::call::{Backend, Facts, Session};
@@ -66,7 +65,7 @@ fn backend() -> Backend {
         jobs,
         device: "drive0".into(),
         quit: crossbeam_channel::bounded(1).0,
-        starting: Mutex::default(),
+        starting: std::sync::Arc::default(),
         info: Box::new(move || Err(no_disk())),
         stats: Box::new(Default::default),
         facts: Facts {

@@ -164,7 +164,7 @@ impl Fixture {
             streams: Streams::keeping(&jobs, "drive0", jiff::tz::TimeZone::UTC, Box::new(|_| Ok(()))),
             device: "drive0".into(),
             quit: sender,
-            starting: Mutex::default(),
+            starting: Arc::default(),
             info: Box::new(move || Ok(info.clone())),
             stats: Box::new(disk_stats),
             facts: facts(),

@@ -1,12 +1,14 @@
 //! Looking for daemons.
 
-use std::fs::{self, File, Metadata};
+use std::ffi::{CStr, CString, OsStr};
+use std::fs::{File, Metadata};
 use std::io::Read;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::SystemTime;
 
-use rustix::fs::{FlockOperation, OFlags};
+use rustix::fs::{Dir, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::Entry;
@@ -15,6 +17,8 @@ use super::registration::pid_of;
 
 /// Paths are at most 4096 bytes, and escapes may make each six times as long.
 const LONGEST: u64 = 128 << 10;
+/// More disks than one user mounts, and few enough to look at.
+const MOST_ENTRIES: usize = 4096;
 
 /// An entry that was found.
 #[derive(Debug)]
@@ -29,6 +33,12 @@ pub struct Found {
 }
 
 impl Found {
+    /// One that says what a test wants.
+    #[cfg(test)]
+    pub(crate) fn for_tests(entry: Entry, owner: u32, file: File) -> Found {
+        Found { entry, owner, since: SystemTime::UNIX_EPOCH, file }
+    }
+
     /// Whether the daemon lives: it holds its entry.
     pub fn is_running(&self) -> bool {
         // A shared lock, so that two who look do not take each other for the daemon.
@@ -43,26 +53,32 @@ impl Found {
 }
 
 /// All entries that this user may read, of the living and of the dead. Those that make no sense are left out: a daemon that starts has an empty one.
-pub fn find_all() -> Vec<Found> {
+/// One after the other: who has no use for an entry closes it before the next is opened, so that a user with very many takes nobody's descriptors.
+pub fn find_all() -> impl Iterator<Item = Found> {
     find_in(&Surroundings::of_this_process())
 }
 
-pub(super) fn find_in(surroundings: &Surroundings) -> Vec<Found> {
-    surroundings.all().iter().flat_map(|directory| entries_of(directory)).collect()
+pub(super) fn find_in(surroundings: &Surroundings) -> impl Iterator<Item = Found> + use<> {
+    surroundings.all().into_iter().flat_map(|directory| entries_of(&directory).into_iter().flatten())
 }
 
-fn entries_of(directory: &Path) -> Vec<Found> {
-    let Ok(owner) = fs::symlink_metadata(directory).map(|there| there.uid()) else { return Vec::new() };
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    let mut found: Vec<Found> = entries.filter_map(|entry| read(&entry.path(), pid_of(&entry.file_name())?, owner)).collect();
-    found.sort_by_key(|found| found.entry.pid);
-    found
+/// The directory is opened once and not followed to elsewhere: whoever may replace it could otherwise have it be root's when its owner is looked at, and
+/// another one when entries are read.
+fn entries_of(directory: &Path) -> Option<impl Iterator<Item = Found> + use<>> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(directory, flags, Mode::empty()).ok()?;
+    let owner = rustix::fs::fstat(&directory).ok()?.st_uid;
+    let names = Dir::read_from(&directory).ok()?.map_while(|entry| entry.ok().map(|entry| entry.file_name().to_owned()));
+    let with_pid = |name: CString| Some((pid_of(OsStr::from_bytes(name.as_bytes()))?, name));
+    let mut names: Vec<(u32, CString)> = names.filter_map(with_pid).take(MOST_ENTRIES).collect();
+    names.sort_unstable();
+    Some(names.into_iter().filter_map(move |(pid, name)| read(&directory, &name, pid, owner)))
 }
 
-fn read(path: &Path, pid: u32, owner: u32) -> Option<Found> {
+fn read(directory: &OwnedFd, name: &CStr, pid: u32, owner: u32) -> Option<Found> {
     // Whoever owns the directory may have put anything there: what would block, and what lies elsewhere.
-    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
-    let file = File::options().read(true).custom_flags(flags).open(path).ok()?;
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::openat(directory, name, flags, Mode::empty()).ok()?);
     let metadata = file.metadata().ok().filter(Metadata::is_file)?;
     let mut text = Vec::new();
     (&file).take(LONGEST).read_to_end(&mut text).ok()?;

@@ -3,7 +3,6 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 
 use super::directory::Surroundings;
-use super::search::find_in;
 use super::*;
 use crate::ErrorKind;
 
@@ -16,6 +15,10 @@ fn entry() -> Entry {
         qmp: "/run/x.sock".into(),
         metrics: None,
     }
+}
+
+fn find_in(surroundings: &Surroundings) -> Vec<Found> {
+    super::search::find_in(surroundings).collect()
 }
 
 fn surroundings(directory: &Path) -> Surroundings {
@@ -116,4 +119,41 @@ fn entries_that_make_no_sense_are_left_out() {
     let found = find_in(&surroundings(scratch.path()));
     assert_eq!(found.iter().map(|found| found.entry.pid).collect::<Vec<_>>(), [10]);
     assert!(!found[0].is_running(), "nobody holds it");
+}
+
+/// Protects: whose an entry is cannot be made to look otherwise by a link to a directory of somebody else.
+#[test]
+fn no_link_leads_to_a_directory_of_entries() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (real, link) = (scratch.path().join("real"), scratch.path().join("link"));
+    let registration = Registration::begin_in(&surroundings(&real)).unwrap();
+    registration.publish(&entry()).unwrap();
+    symlink(&real, &link).unwrap();
+    assert_eq!(find_in(&surroundings(&real)).len(), 1);
+    assert_eq!(find_in(&surroundings(&link)).len(), 0);
+}
+
+/// Protects: entries that nobody has a use for do not take the descriptors of whoever looks.
+#[test]
+fn entries_are_open_one_after_the_other() {
+    let scratch = tempfile::tempdir().unwrap();
+    for pid in 1..=300 {
+        let text = serde_json::to_vec(&Entry { pid, ..entry() }).unwrap();
+        fs::write(scratch.path().join(format!("{pid}.json")), text).unwrap();
+    }
+    let place = surroundings(scratch.path());
+    let open = || {
+        fs::read_dir("/proc/self/fd").unwrap().filter(|fd| {
+            let path = fd.as_ref().ok().and_then(|fd| fs::read_link(fd.path()).ok());
+            path.is_some_and(|path| path.starts_with(scratch.path()))
+        })
+    };
+    let (mut count, mut most) = (0, 0);
+    for found in super::search::find_in(&place) {
+        count += 1;
+        most = most.max(open().count());
+        drop(found);
+    }
+    assert_eq!(count, 300);
+    assert!(most <= 2, "{most} open at a time");
 }

@@ -1,6 +1,6 @@
 //! The streams of a disk as one thing that outlives each of them: it starts them, keeps their note, and lets a plan govern their speed.
 //!
-//! **Locks:** `state`, before the jobs' and never inside one of the disk's. It is held while the note is written, so that notes come one after the
+//! **Locks:** `starting`, before all others; `state`, before the jobs' and never inside one of the disk's. It is held while the note is written, so that notes come one after the
 //! other; no worker waits for it between chunks but once in [`NOTE_INTERVAL`].
 //! **Invariants:** a note is only ever written for the stream that runs ([`Running::serial`]), and removed before that is told to have ended. While a
 //! plan governs a job, whoever else sets its speed does so under `state` and ends the plan first: what a user set last counts.
@@ -39,6 +39,8 @@ struct Shared {
     zone: TimeZone,
     keep: Keep,
     started: Instant,
+    /// As [`Streams::starting`].
+    starting: Arc<Mutex<()>>,
     state: Mutex<State>,
     /// A plan has ended, or its job.
     changed: Condvar,
@@ -84,8 +86,14 @@ impl Streams {
     /// With somebody else to keep the notes.
     pub fn keeping(jobs: &Jobs, device: &str, zone: TimeZone, keep: Keep) -> Streams {
         let (jobs, device) = (jobs.clone(), device.to_string());
-        let (state, changed) = (Mutex::default(), Condvar::new());
-        Streams { shared: Arc::new(Shared { jobs, device, zone, keep, started: Instant::now(), state, changed }) }
+        let (starting, state, changed) = (Arc::default(), Mutex::default(), Condvar::new());
+        Streams { shared: Arc::new(Shared { jobs, device, zone, keep, started: Instant::now(), starting, state, changed }) }
+    }
+
+    /// Held by whoever looks at the chain and then starts a stream by what was seen, or changes the size: between the two nobody else does. Taken while no
+    /// other lock is held.
+    pub fn starting(&self) -> Arc<Mutex<()>> {
+        Arc::clone(&self.shared.starting)
     }
 
     /// Starts a stream on a thread of its own.
@@ -157,6 +165,11 @@ impl Streams {
             Ok(note) => note,
             Err(error) => return log::warn!("the note of an interrupted stream is not obeyed: {error}"),
         };
+        // A client may be faster than we are: then the note beside the image is that of its stream, and the chain may be another one at any moment.
+        let _starting = self.shared.starting.lock();
+        if self.shared.state.lock().serial != 0 {
+            return log::warn!("the interrupted stream is not resumed: another stream was faster");
+        }
         let place = match note.base {
             Some(_) => disk.info().map(|info| note.place(&info.backing)),
             // Not a word with files below, which may hang.

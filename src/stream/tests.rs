@@ -537,3 +537,39 @@ fn flushing(chunks: u64) -> (Arc<Disk>, Arc<SimStorage>) {
     disk.write(0, &[1]).unwrap();
     (Arc::new(disk), overlay)
 }
+
+/// Protects: a stream that a client has started while the daemon was about to resume another one keeps its own note, and is the only one; also when it
+/// is over already, and has cut the chain that the interrupted one was meant for.
+#[test]
+fn a_client_that_is_faster_than_a_resumed_stream_keeps_its_note() {
+    let (disk, _, _) = simulated(16, 4);
+    let jobs = Jobs::new();
+    let notes = Arc::new(parking_lot::Mutex::new(None::<String>));
+    let kept = Arc::clone(&notes);
+    let keep = move |note: Option<&str>| {
+        *kept.lock() = note.map(str::to_owned);
+        Ok(())
+    };
+    let streams = Streams::keeping(&jobs, "drive0", jiff::tz::TimeZone::UTC, Box::new(keep));
+    streams.start(&disk, StreamOptions { paused: true, depth: Some(0), ..StreamOptions::new("over") }).unwrap();
+    jobs.resume("over").unwrap();
+    wait_until("the end of the first stream", || jobs.query().is_empty());
+    streams.start(&disk, StreamOptions { paused: true, ..StreamOptions::new("client") }).unwrap();
+    let layers = disk.info().unwrap().backing;
+    let base = serde_json::json!({ "name": layers[0].reference.name, "path": layers[0].path, "layers": 1 });
+    for base in [Some(base), None] {
+        let mut note = serde_json::json!({
+            "version": 1, "speed": 0, "on-error": "report", "auto-finalize": true, "auto-dismiss": true, "request": "", "paused": false, "offset": 0, "len": 1,
+        });
+        if let Some(base) = base {
+            note["base"] = base;
+        }
+        streams.resume(&disk, Ok(Some(note.to_string().into_bytes())), Priority::Normal);
+        assert!(notes.lock().as_deref().is_some_and(|note| note.contains("\"client\"")), "{:?}", notes.lock());
+    }
+    assert_eq!(streams.start(&disk, StreamOptions::new("third")).unwrap_err().kind(), crate::ErrorKind::Busy);
+    jobs.cancel("client", crate::job::Force::Yes).unwrap();
+    wait_until("the end of the stream", || jobs.query().is_empty());
+    streams.resume(&disk, Ok(Some(notes.lock().clone().unwrap_or_default().into_bytes())), Priority::Normal);
+    assert!(jobs.query().is_empty() && notes.lock().is_none());
+}
