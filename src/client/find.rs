@@ -69,7 +69,11 @@ pub fn find(target: &Path) -> Result<Target> {
     if target.metadata().is_ok_and(|there| there.file_type().is_socket()) {
         let socket = std::path::absolute(target).context(|| name.clone())?;
         let found = running::find_all().into_iter().find(|found| same(&found.entry.qmp, &socket) && found.is_running());
-        let mountpoint = found.as_ref().map(|found| found.entry.mountpoint.clone());
+        let mountpoint = found.as_ref().map(|found| {
+            // An entry is text. The list of mounts has the name that can be unmounted, whatever its bytes are.
+            let mount = mounts.iter().find(|mount| found.entry.is_at(&mount.mountpoint) && same_text(&found.entry.image, &mount.image));
+            mount.map_or_else(|| found.entry.mountpoint.clone(), |mount| mount.mountpoint.clone())
+        });
         return Ok(Target::Running(Disk { name, socket, mountpoint, found }));
     }
     let hint = match image_of(target, &mounts) {
@@ -124,7 +128,8 @@ pub fn find_all() -> Result<Vec<Target>> {
     for found in running::find_all() {
         let believed = found.owner == 0 || found.owner == me;
         if believed && !shown.contains(&found.entry.pid) && found.is_running() {
-            all.push(Target::Running(disk_of(found.entry.mountpoint.display().to_string(), found)));
+            let mountpoint = found.entry.mountpoint.clone();
+            all.push(Target::Running(disk_of(mountpoint.display().to_string(), mountpoint, found)));
         }
     }
     all.sort_by_key(|target| (entry_of(target).is_none(), entry_of(target).map(|found| found.since)));
@@ -162,6 +167,27 @@ fn image_of<'a>(target: &Path, mounts: &'a [SeenMount]) -> Option<&'a SeenMount>
     mounts.iter().find(|mount| mount.image == path)
 }
 
+/// Says where an image that is in use is mounted, if it is, and what to do: `advice` with `cordisk COMMAND` for that mountpoint. Any other error stays
+/// as it is. Asks no daemon.
+pub fn explain_busy(error: Error, image: &Path, advice: &str, command: &str) -> Error {
+    if error.kind() != ErrorKind::Busy {
+        return error;
+    }
+    let Ok(path) = image.canonicalize() else { return error };
+    let mountpoint = find_all().unwrap_or_default().into_iter().find_map(|target| match target {
+        Target::Running(disk) => disk.mountpoint.filter(|_| disk.found.is_some_and(|found| same_text(&found.entry.image, &path))),
+        Target::Dead(_) | Target::Unregistered(_) => None,
+    });
+    match mountpoint {
+        Some(at) => {
+            let at = super::show::quoted(&at);
+            let text = format!("{} is in use: it is mounted at {at}; {advice}: cordisk {command} {at}", image.display());
+            Error::new(ErrorKind::Busy, text)
+        }
+        None => error,
+    }
+}
+
 /// Who serves a mount.
 fn resolve(name: String, mount: &SeenMount) -> Target {
     let me = rustix::process::geteuid().as_raw();
@@ -172,9 +198,9 @@ fn resolve(name: String, mount: &SeenMount) -> Target {
     let had_entry = !known.is_empty();
     known.retain(Found::is_running);
     // Of several the one of this image, and of those the newest: an older one may have been detached, and still be served to those who have it open.
-    known.sort_by_key(|found| (found.entry.image == mount.image, found.since));
+    known.sort_by_key(|found| (same_text(&found.entry.image, &mount.image), found.since));
     if let Some(found) = known.pop() {
-        return Target::Running(disk_of(name, found));
+        return Target::Running(disk_of(name, mount.mountpoint.clone(), found));
     }
     match fuse::life_of(&mount.mountpoint) {
         Life::Dead => Target::Dead(mount.clone()),
@@ -183,8 +209,13 @@ fn resolve(name: String, mount: &SeenMount) -> Target {
     }
 }
 
-fn disk_of(name: String, found: Found) -> Disk {
-    Disk { name, socket: found.entry.qmp.clone(), mountpoint: Some(found.entry.mountpoint.clone()), found: Some(found) }
+fn disk_of(name: String, mountpoint: PathBuf, found: Found) -> Disk {
+    Disk { name, socket: found.entry.qmp.clone(), mountpoint: Some(mountpoint), found: Some(found) }
+}
+
+/// Whether a path of an entry, which is text, is this one.
+fn same_text(entry: &Path, path: &Path) -> bool {
+    entry.to_string_lossy() == path.to_string_lossy()
 }
 
 /// Whether two paths lead to one file.
