@@ -134,7 +134,7 @@ fn translate(args: HelperArgs) -> Result<HelperMount, String> {
     let parsed = Args::try_parse_from(std::iter::once(OsStr::new("cordisk")).chain(arguments.iter().map(OsString::as_os_str)));
     parsed.map_err(|error| {
         let text = super::wrong_usage(&error).unwrap_or_else(|| error.to_string());
-        text.replace("'--", "'")
+        text.replace("'--", "'").replace(" --", " ")
     })?;
     Ok(HelperMount { arguments, fake: args.fake, verbose: args.verbose })
 }
@@ -316,6 +316,7 @@ mod tests {
         let message = wrong("stream,speed=fast");
         assert!(message.contains("'speed") && message.lines().count() == 1, "{message:?}");
         assert!(wrong("stream,ro").contains("read-only"), "{}", wrong("stream,ro"));
+        assert!(wrong("speed=5M").ends_with("were not provided: stream\n"), "{:?}", wrong("speed=5M"));
     }
 
     #[test]

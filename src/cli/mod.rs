@@ -77,7 +77,8 @@ enum Typed {
     /// Copy everything up from the backing file, and show how far it is
     ///
     /// Starts a stream on a mounted disk: everything that is still in the backing file is copied into the image in the background, then the image
-    /// stands alone. The disk can be used meanwhile. With --wait the command stays until the stream is complete; Ctrl-C then leaves it running.
+    /// stands alone. The disk can be used meanwhile. With --wait the command stays until the stream is complete; Ctrl-C then leaves it running, and the
+    /// exit status is 130.
     #[command(after_help = "Example: cordisk stream disk --speed 50M --wait")]
     Stream(StreamArgs),
     /// Pause, resume or cancel the job of a disk, or change its speed
