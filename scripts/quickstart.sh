@@ -142,6 +142,11 @@ if [[ -z $speed ]]; then
 fi
 speed_bytes=$(numfmt --from=iec "$speed")
 
+# stands_alone: whether the running disk has nothing below it any more.
+stands_alone() {
+    cordisk status --json disk | python3 -c 'import json, sys; sys.exit(bool(json.load(sys.stdin)[0]["chain"]))'
+}
+
 # ---- the disk ------------------------------------------------------------------------------------
 
 step 'Create an empty overlay on top of it'
@@ -150,8 +155,8 @@ empty=$(on_disk overlay.qcow2)
 say "overlay.qcow2 occupies $(human "$empty")"
 
 step 'Mount it: the whole disk is there at once, as a raw file'
-show_command cordisk mount --qmp qmp.sock --pidfile pid overlay.qcow2 disk
-cordisk mount --qmp qmp.sock --pidfile pid overlay.qcow2 disk # not through run: a pipe would wait for the daemon as well
+show_command cordisk mount --pidfile pid overlay.qcow2 disk
+cordisk mount --pidfile pid overlay.qcow2 disk # not through run: a pipe would wait for the daemon as well
 run ls -l disk
 
 step 'Read through it: what is read is copied up into the overlay'
@@ -179,8 +184,13 @@ grown=$(on_disk overlay.qcow2)
 say "overlay.qcow2 occupies $(human "$grown") now: $(human $((grown - empty))) came with these reads"
 
 step "Fill the rest in the background, at $(human "$speed_bytes")/s; the disk stays usable"
-show_command scripts/qmp.py --follow qmp.sock block_stream device=drive0 "speed=$speed_bytes"
-python3 "$repo/scripts/qmp.py" --follow qmp.sock block_stream device=drive0 "speed=$speed_bytes"
+run cordisk stream disk --speed "$speed"
+sleep 1 # so that there is something to see
+run cordisk status disk
+show_command cordisk stream disk --wait
+# Joins the stream; on a terminal this is a bar. One that was so fast that it has ended leaves nothing to join, and is started again as one with nothing to do.
+cordisk stream disk --wait
+stands_alone || die 'the stream is complete, and the disk still has a backing file'
 say "overlay.qcow2 occupies $(human "$(on_disk overlay.qcow2)") now"
 
 # ---- the proof -----------------------------------------------------------------------------------
@@ -195,8 +205,8 @@ same_as_base disk raw "$base"
 
 step 'Unmount; the overlay needs its base no longer'
 pid=$(cat pid)
-if ((EUID == 0)); then run umount disk; else run fusermount3 -u disk; fi
-wait_for_end "$pid" || die "cordisk still runs 10 s after its disk was unmounted"
+run cordisk umount disk
+[[ $(readlink "/proc/$pid/exe" 2>/dev/null) != */cordisk* ]] || die 'cordisk umount came back before its daemon had ended'
 show_command 'qemu-img info overlay.qcow2 | head -5'
 qemu-img info overlay.qcow2 | sed -n '1,5s/^/     /p'
 qemu-img info --output=json overlay.qcow2 | python3 -c 'import json, sys; sys.exit("backing-filename" in json.load(sys.stdin))' ||

@@ -43,7 +43,17 @@ pub fn create(options: &CreateOptions) -> Result<()> {
     let overlay = &options.overlay;
     let directory = overlay.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let backing = BackingReference { name: options.base.clone(), format: Some(options.format) };
-    let base_size = chain::base_size(&backing, directory)?;
+    if !directory.is_dir() {
+        let text = format!("{}: no such directory to create {} in", directory.display(), overlay.display());
+        return Err(Error::new(ErrorKind::NotFound, text));
+    }
+    let base_size = chain::base_size(&backing, directory).map_err(|error| match error.kind() {
+        ErrorKind::NotFound if Path::new(&options.base).is_relative() => Error::new(
+            ErrorKind::NotFound,
+            format!("{error}; a relative name of a backing file is relative to the directory of the overlay"),
+        ),
+        _ => error,
+    })?;
     let cluster_bits = cluster_bits(options.cluster_size)?;
     let Some(size) = options.size.unwrap_or(base_size).checked_next_multiple_of(GUEST_SECTOR) else {
         return Err(Error::new(ErrorKind::InvalidArgument, "virtual size is too large"));

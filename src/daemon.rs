@@ -56,6 +56,9 @@ const COMMIT_INTERVAL: Duration = Duration::from_secs(1);
 /// How long an unmounted session may take to end before it counts as in use.
 const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// The signal of who writes where nobody reads.
+const SIGPIPE: u8 = 13;
+
 /// A reason to end.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Event {
@@ -70,6 +73,8 @@ enum Event {
 pub fn main() -> ExitCode {
     match cli::parse().and_then(run) {
         Ok(status) => status,
+        // As if the signal had ended it: whoever read has seen enough, and a status of 0 would say more than is known.
+        Err(error) if is_closed_output(&error) => ExitCode::from(128 + SIGPIPE),
         Err(error) => {
             // Not eprintln, which panics where nobody reads any more.
             let _ = writeln!(std::io::stderr(), "cordisk: {}", one_line(&error.to_string()));
@@ -78,13 +83,20 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Whether nobody reads standard output any more, as behind `| head -1`.
+fn is_closed_output(error: &Error) -> bool {
+    error.errno() == Some(rustix::io::Errno::PIPE.raw_os_error()) && error.to_string().starts_with("standard output")
+}
+
 fn run(command: Command) -> Result<ExitCode> {
     if let Some(level) = log_level(&command) {
         start_log(level);
     }
     match command {
         Command::Create(options) => crate::create::create(&options).map(|()| ExitCode::SUCCESS),
-        Command::Check(options) => crate::check::run(&options),
+        Command::Check(options) => {
+            crate::check::run(&options).map_err(|error| client::explain_busy(error, &options.image, "unmount it first", "umount"))
+        }
         Command::Stream(options) => client::stream(&options),
         Command::Job(options) => client::job(&options),
         Command::Status(options) => client::status(&options),
@@ -172,7 +184,9 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
         full_check: config.full_check,
         reserve: config.reserve,
     };
-    let disk = Arc::new(Disk::open(&config.image, &options)?);
+    let disk = Arc::new(
+        Disk::open(&config.image, &options).map_err(|error| client::explain_busy(error, &config.image, "unmount it first", "umount"))?,
+    );
     // The socket before the mount: one that cannot be bound should not make a disk appear and vanish.
     let (mut socket, mut registration) = servers::listen(config, registration)?;
     let _entry = registration.as_mut().ok().map(|place| entrust(keeper, Leftover::Entry, place.file())).transpose()?;

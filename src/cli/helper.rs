@@ -103,7 +103,10 @@ pub(super) fn is_helper(program: Option<&OsStr>) -> bool {
 
 /// Parses the arguments of a helper, the program's name first. Help and wrong usage are `Err`, with what is to be printed, and whether it is help.
 pub(super) fn parse(line: impl IntoIterator<Item = OsString>) -> Result<HelperMount, (String, bool)> {
-    let args = HelperArgs::try_parse_from(line).map_err(|error| (error.to_string(), error.exit_code() == 0))?;
+    let args = HelperArgs::try_parse_from(line).map_err(|error| match super::wrong_usage(&error) {
+        Some(text) => (format!("{}: {text}; see {0} --help\n", NAMES[0]), false),
+        None => (error.to_string(), error.exit_code() == 0),
+    })?;
     translate(args).map_err(|message| (format!("{}: {message}\n", NAMES[0]), false))
 }
 
@@ -130,9 +133,8 @@ fn translate(args: HelperArgs) -> Result<HelperMount, String> {
     // Values and contradictions, by the definition of the command itself.
     let parsed = Args::try_parse_from(std::iter::once(OsStr::new("cordisk")).chain(arguments.iter().map(OsString::as_os_str)));
     parsed.map_err(|error| {
-        let text = error.to_string();
-        let text = text.strip_prefix("error: ").unwrap_or(&text).replace("'--", "'");
-        text.split("\n\n").next().unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ")
+        let text = super::wrong_usage(&error).unwrap_or_else(|| error.to_string());
+        text.replace("'--", "'").replace(" --", " ")
     })?;
     Ok(HelperMount { arguments, fake: args.fake, verbose: args.verbose })
 }
@@ -314,6 +316,7 @@ mod tests {
         let message = wrong("stream,speed=fast");
         assert!(message.contains("'speed") && message.lines().count() == 1, "{message:?}");
         assert!(wrong("stream,ro").contains("read-only"), "{}", wrong("stream,ro"));
+        assert!(wrong("speed=5M").ends_with("were not provided: stream\n"), "{:?}", wrong("speed=5M"));
     }
 
     #[test]

@@ -125,12 +125,19 @@ fn more_sections(command: &Command, name: &str, names: &[String]) -> Roff {
     }
     roff.control("SH", ["EXIT STATUS"]);
     let check = name == "cordisk-check";
-    let failed = if check { "The check could not be done." } else { "It has failed; one line on standard error says why." };
+    let failed = match name {
+        "cordisk-check" => "The check could not be done.",
+        "cordisk-status" => "It has failed, and one line on standard error says why; or the disk that was asked for is dead.",
+        _ => "It has failed; one line on standard error says why.",
+    };
     define(&mut roff, "0", if check { "All is well, or is now." } else { "Success." });
     define(&mut roff, "1", failed);
     define(&mut roff, "2", if check { "There are corruptions." } else { "Wrong usage." });
     if check {
         define(&mut roff, "3", "Clusters are leaked, and nothing else is wrong.");
+    }
+    if name == "cordisk-stream" {
+        define(&mut roff, "130", "With --wait: interrupted by Ctrl-C.");
     }
     if name == "cordisk" || name == "cordisk-mount" {
         roff.control("SH", ["ENVIRONMENT"]);

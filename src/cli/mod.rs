@@ -1,20 +1,22 @@
 //! The command line, in two steps: what was typed ([`Args`], by clap) and what it means ([`Command`], checked).
 //!
 //! **Touches:** `format`, `create`, `check` and `client` for their option types, the current directory (paths are made absolute here, because the daemon
-//! moves to `/`); with `man`, the directory that it is given. **Never:** opens a file otherwise. Wrong usage is reported by clap and ends with exit
+//! moves to `/`); with `man`, the directory that it is given. **Never:** opens a file otherwise. Wrong usage is one line here and ends with exit
 //! status 2 (1 for `check`).
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::error::ErrorKind as Wrong;
+use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use crate::Result;
 use crate::check::{CheckOptions, Output, Repair};
 use crate::client::{InfoOptions, JobOptions, MapOptions, StatusOptions, StreamOptions, TopOptions, UmountOptions};
 use crate::create::CreateOptions;
+use crate::error::one_line;
 
 mod control;
 mod helper;
@@ -75,7 +77,8 @@ enum Typed {
     /// Copy everything up from the backing file, and show how far it is
     ///
     /// Starts a stream on a mounted disk: everything that is still in the backing file is copied into the image in the background, then the image
-    /// stands alone. The disk can be used meanwhile. With --wait the command stays until the stream is complete; Ctrl-C then leaves it running.
+    /// stands alone. The disk can be used meanwhile. With --wait the command stays until the stream is complete; Ctrl-C then leaves it running, and the
+    /// exit status is 130.
     #[command(after_help = "Example: cordisk stream disk --speed 50M --wait")]
     Stream(StreamArgs),
     /// Pause, resume or cancel the job of a disk, or change its speed
@@ -221,10 +224,41 @@ pub fn parse() -> Result<Command> {
         Ok(args) => args.check(),
         Err(error) => {
             // Where this fails nobody listens.
-            let _ = error.print();
+            let _ = match wrong_usage(&error) {
+                Some(text) => writeln!(std::io::stderr(), "cordisk: {text}; see {} --help", named_command(std::env::args_os().skip(1))),
+                None => error.print(),
+            };
             std::process::exit(usage_status(&error, std::env::args_os().nth(1).as_deref()));
         }
     }
+}
+
+/// What is wrong with a command line, on one line; nothing where help or the version is what is to be printed.
+fn wrong_usage(error: &clap::Error) -> Option<String> {
+    if matches!(error.kind(), Wrong::DisplayHelp | Wrong::DisplayVersion | Wrong::DisplayHelpOnMissingArgumentOrSubcommand) {
+        return None;
+    }
+    let text = error.to_string();
+    // What is wrong, then tips, usage and a pointer to the help.
+    let mut parts = text.split("\n\n");
+    let joined = |part: &str| part.split_whitespace().collect::<Vec<_>>().join(" ");
+    let what = joined(parts.next().unwrap_or_default());
+    let what = what.strip_prefix("error: ").unwrap_or(&what);
+    // Only the tip about what was probably meant: that to put `--` in front makes -1 no better size.
+    let tip = parts.map(joined).find_map(|part| part.strip_prefix("tip: ").filter(|tip| tip.contains("similar")).map(str::to_owned));
+    Some(one_line(&tip.map_or(what.to_owned(), |tip| format!("{what}; {tip}"))))
+}
+
+/// The command whose help tells more: `cordisk job speed`.
+fn named_command(arguments: impl Iterator<Item = OsString>) -> String {
+    let mut definition = Args::command();
+    let mut path = definition.get_name().to_owned();
+    for argument in arguments {
+        let Some(next) = definition.find_subcommand(&argument).filter(|next| !next.is_hide_set()).cloned() else { break };
+        path = format!("{path} {}", next.get_name());
+        definition = next;
+    }
+    path
 }
 
 /// The exit status of help and of wrong usage. That of `check` must not be taken for corruptions, so there it is 1, as with qemu-img.
@@ -287,7 +321,7 @@ mod tests {
 
     #[test]
     fn clap_finds_no_contradiction_in_the_definition() {
-        <Args as clap::CommandFactory>::command().debug_assert();
+        Args::command().debug_assert();
     }
 
     #[test]
@@ -314,6 +348,27 @@ mod tests {
         assert_eq!(usage_status(&error, Some(OsStr::new("mount"))), 2);
         let help = Args::try_parse_from(["cordisk", "check", "--help"]).unwrap_err();
         assert_eq!(usage_status(&help, Some(OsStr::new("check"))), 0);
+    }
+
+    #[test]
+    fn wrong_usage_is_one_line_that_says_what_was_meant() {
+        let said = |line: &[&str]| wrong_usage(&Args::try_parse_from(line).unwrap_err());
+        let missing = said(&["cordisk", "mount", "i"]).unwrap();
+        assert_eq!(missing, "the following required arguments were not provided: <MOUNTPOINT>");
+        let format = said(&["cordisk", "create", "o", "-b", "base", "-F", "vmdk"]).unwrap();
+        assert_eq!(format, "invalid value 'vmdk' for '--backing-format <FORMAT>' [possible values: raw, qcow2]");
+        let option = said(&["cordisk", "stream", "--spede", "1", "d"]).unwrap();
+        assert!(option.starts_with("unexpected argument '--spede' found; a similar argument exists: '--speed"), "{option}");
+        assert_eq!(said(&["cordisk", "stream", "--speed", "-1", "d"]).unwrap(), "unexpected argument '-1' found");
+        let strange = said(&["cordisk", "top", "--interval", "\u{1b}[31m\n\nerror: x"]).unwrap();
+        assert!(!strange.contains(char::is_control), "{strange:?}");
+        for help in [&["cordisk", "--help"][..], &["cordisk", "--version"], &["cordisk"], &["cordisk", "job"]] {
+            assert_eq!(said(help), None, "{help:?}");
+        }
+        let named = |line: &[&str]| named_command(line.iter().map(OsString::from));
+        assert_eq!(named(&["job", "speed", "disk"]), "cordisk job speed");
+        assert_eq!(named(&["mount", "stream"]), "cordisk mount");
+        assert_eq!(named(&["frobnicate"]), "cordisk");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 
-use super::values::{FormatArg, absolute, parse_device, parse_minute, parse_size, parse_speed};
+use super::values::{FormatArg, absolute, parse_device, parse_minute, parse_shell_command, parse_size, parse_speed};
 use crate::Result;
 use crate::format::BackingFormat;
 use crate::fuse::Transport;
@@ -49,7 +49,7 @@ pub(super) struct MountArgs {
     no_resume: bool,
     /// Run this with /bin/sh when a stream has completed, outside of the sandbox, as the user that the daemon becomes. It has CORDISK_IMAGE,
     /// CORDISK_MOUNTPOINT, CORDISK_DEVICE and CORDISK_QMP in its environment
-    #[arg(long, value_name = "CMD")]
+    #[arg(long, value_name = "CMD", value_parser = parse_shell_command())]
     on_complete: Option<OsString>,
     /// What streams without a speed do while the guest reads, writes or syncs: `low` gives way to it, `normal` does not
     #[arg(long, value_name = "PRIORITY", default_value = "low")]

@@ -1,8 +1,10 @@
 //! What is typed for one argument, and what it means.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
+use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use crate::error::Context;
 use crate::format::BackingFormat;
@@ -48,6 +50,12 @@ pub fn parse_speed(text: &str) -> std::result::Result<Speed, String> {
 /// A time of day, HH:MM.
 pub fn parse_minute(text: &str) -> std::result::Result<Minute, String> {
     text.parse()
+}
+
+/// A command for the shell.
+pub(super) fn parse_shell_command() -> impl TypedValueParser<Value = OsString> {
+    let something = |text: OsString| if text.is_empty() { Err("expected a command for /bin/sh") } else { Ok(text) };
+    OsStringValueParser::new().try_map(something)
 }
 
 /// A cluster size that qcow2 knows and QEMU opens.

@@ -74,7 +74,11 @@ pub fn find(target: &Path) -> Result<Target> {
         let socket = std::path::absolute(target).context(|| name.clone())?;
         let says_so = |found: &Found| speaks_for(found, &mounts) && same(&found.entry.qmp, &socket) && found.is_running();
         let found = running::find_all().find(says_so);
-        let mountpoint = found.as_ref().map(|found| found.entry.mountpoint.clone());
+        let mountpoint = found.as_ref().map(|found| {
+            // An entry is text. The list of mounts has the name that can be unmounted, whatever its bytes are.
+            let mount = mounts.iter().find(|mount| found.entry.is_at(&mount.mountpoint) && same_text(&found.entry.image, &mount.image));
+            mount.map_or_else(|| found.entry.mountpoint.clone(), |mount| mount.mountpoint.clone())
+        });
         return Ok(Target::Running(Disk { name, socket, mountpoint, found }));
     }
     let hint = match image_of(target, &mounts) {
@@ -127,7 +131,8 @@ pub fn find_all() -> Result<Vec<Target>> {
     let shown: Vec<u32> = all.iter().filter_map(|target| Some(entry_of(target)?.entry.pid)).collect();
     for found in running::find_all() {
         if is_believed(found.owner) && !shown.contains(&found.entry.pid) && found.is_running() {
-            all.push(Target::Running(disk_of(found.entry.mountpoint.display().to_string(), found)));
+            let mountpoint = found.entry.mountpoint.clone();
+            all.push(Target::Running(disk_of(mountpoint.display().to_string(), mountpoint, found)));
         }
     }
     all.sort_by_key(|target| (entry_of(target).is_none(), entry_of(target).map(|found| found.since)));
@@ -181,6 +186,27 @@ fn image_of<'a>(target: &Path, mounts: &'a [SeenMount]) -> Option<&'a SeenMount>
     mounts.iter().find(|mount| mount.image == path)
 }
 
+/// Says where an image that is in use is mounted, if it is, and what to do: `advice` with `cordisk COMMAND` for that mountpoint. Any other error stays
+/// as it is. Asks no daemon.
+pub fn explain_busy(error: Error, image: &Path, advice: &str, command: &str) -> Error {
+    if error.kind() != ErrorKind::Busy {
+        return error;
+    }
+    let Ok(path) = image.canonicalize() else { return error };
+    let mountpoint = find_all().unwrap_or_default().into_iter().find_map(|target| match target {
+        Target::Running(disk) => disk.mountpoint.filter(|_| disk.found.is_some_and(|found| same_text(&found.entry.image, &path))),
+        Target::Dead(_) | Target::Unregistered(_) => None,
+    });
+    match mountpoint {
+        Some(at) => {
+            let at = super::show::quoted(&at);
+            let text = format!("{} is in use: it is mounted at {at}; {advice}: cordisk {command} {at}", image.display());
+            Error::new(ErrorKind::Busy, text)
+        }
+        None => error,
+    }
+}
+
 /// Who serves a mount.
 fn resolve(name: String, mount: &SeenMount) -> Target {
     // A user can write anything into an entry: it counts for that user's own mounts only.
@@ -191,9 +217,9 @@ fn resolve(name: String, mount: &SeenMount) -> Target {
     known.retain(Found::is_running);
     // Of several the one of this image, of those one that is believed everything (a mount may be root's for a user), and of those the newest: an older
     // one may have been detached, and still be served to those who have it open.
-    known.sort_by_key(|found| (found.entry.image == mount.image, is_believed(found.owner), found.since));
+    known.sort_by_key(|found| (same_text(&found.entry.image, &mount.image), is_believed(found.owner), found.since));
     if let Some(found) = known.pop() {
-        return Target::Running(disk_of(name, found));
+        return Target::Running(disk_of(name, mount.mountpoint.clone(), found));
     }
     match fuse::life_of(&mount.mountpoint) {
         Life::Dead => Target::Dead(mount.clone()),
@@ -202,8 +228,13 @@ fn resolve(name: String, mount: &SeenMount) -> Target {
     }
 }
 
-fn disk_of(name: String, found: Found) -> Disk {
-    Disk { name, socket: found.entry.qmp.clone(), mountpoint: Some(found.entry.mountpoint.clone()), found: Some(found) }
+fn disk_of(name: String, mountpoint: PathBuf, found: Found) -> Disk {
+    Disk { name, socket: found.entry.qmp.clone(), mountpoint: Some(mountpoint), found: Some(found) }
+}
+
+/// Whether a path of an entry, which is text, is this one.
+fn same_text(entry: &Path, path: &Path) -> bool {
+    entry.to_string_lossy() == path.to_string_lossy()
 }
 
 /// Whether two paths lead to one file.

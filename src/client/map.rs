@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::connection::Connection;
-use super::{Target, facts, find, find_all, show};
+use super::{Target, explain_busy, facts, find, show};
 use crate::error::{Context, one_line};
 use crate::format::BackingFormat;
 use crate::map::{Canvas, Cells, Extent, OfflineMap, Page, join, picture, units, write_png};
@@ -46,7 +46,7 @@ impl Source {
             }
             Err(_) => OfflineMap::open(target, options.backing_format)
                 .map(|map| Source::Image(Box::new(map)))
-                .map_err(|error| explained(error, target)),
+                .map_err(|error| explain_busy(error, target, "ask for that", "map")),
         }
     }
 
@@ -85,25 +85,6 @@ fn follow(extents: &[Extent], from: u64) -> Option<u64> {
             extent.start == at && extent.length > 0 && extent.offset.is_none_or(|offset| offset.checked_add(extent.length).is_some());
         extent.start.checked_add(extent.length).filter(|&end| fits && i64::try_from(end).is_ok())
     })
-}
-
-/// An image that is in use: who has it, if that is one of ours.
-fn explained(error: Error, image: &Path) -> Error {
-    if error.kind() != ErrorKind::Busy {
-        return error;
-    }
-    let Ok(path) = image.canonicalize() else { return error };
-    let mountpoint = find_all().unwrap_or_default().into_iter().find_map(|target| match target {
-        Target::Running(disk) => disk.found.filter(|found| found.entry.image == path).map(|found| found.entry.mountpoint),
-        Target::Dead(_) | Target::Unregistered(_) => None,
-    });
-    match mountpoint {
-        Some(at) => {
-            let text = format!("{} is in use: it is mounted at {1}; ask for that: cordisk map {1}", image.display(), show::quoted(&at));
-            Error::new(ErrorKind::Busy, text)
-        }
-        None => error,
-    }
 }
 
 /// Shows the map.

@@ -30,7 +30,7 @@ mod top;
 mod umount;
 
 pub use connection::{Connection, Heard, Refusal};
-pub use find::{Disk, Target, connect, find, find_all};
+pub use find::{Disk, Target, connect, explain_busy, find, find_all};
 pub use info::InfoOptions;
 pub use job::{JobAction, JobOptions};
 pub use limit::Limit;

@@ -60,6 +60,14 @@ pub fn run(options: &UmountOptions) -> Result<ExitCode> {
 
 /// Unmounts, or detaches.
 fn take_away(mountpoint: &Path, options: &UmountOptions) -> Result<()> {
+    let me = rustix::process::geteuid().as_raw();
+    let of_another = |mount: &SeenMount| mount.mountpoint == mountpoint && mount.user.is_some_and(|user| user != me);
+    // fusermount3 would refuse as well, and say something about a list of mounts.
+    if me != 0 && fuse::mounts()?.iter().any(of_another) {
+        let text =
+            format!("{}: permission denied: the disk belongs to another user; ask as that user, or as root", options.target.display());
+        return Err(Error::new(ErrorKind::InvalidArgument, text));
+    }
     match fuse::unmount(mountpoint)? {
         Unmounted::Done => Ok(()),
         Unmounted::Busy if options.lazy => fuse::detach(mountpoint),
@@ -136,7 +144,7 @@ fn wait_for_end(disk: &Disk, mut connection: Option<Connection>, mut process: Op
         if !explained && started.elapsed() > EXPLAIN {
             explained = true;
             let who = disk.found.as_ref().map_or(String::new(), |found| format!(" (process {})", found.entry.pid));
-            let text = format!("unmounted; waiting for its daemon{who} to write everything back");
+            let text = format!("unmounted; waiting for its daemon{who} to write everything back; Ctrl-C only ends the waiting");
             let _ = writeln!(std::io::stderr(), "{}: {text}", one_line(&disk.name));
         }
         if connection.is_none() {

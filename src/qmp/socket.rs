@@ -46,7 +46,9 @@ impl Socket {
     }
 
     fn bind(path: &Path) -> Result<Socket> {
-        let address = SocketAddrUnix::new(path).map_err(io::Error::from).context(|| "address")?;
+        let address = SocketAddrUnix::new(path).map_err(|_| {
+            Error::new(ErrorKind::InvalidArgument, "the kernel takes names of sockets with up to 107 bytes; choose a shorter one")
+        })?;
         let directory = open_parent(path).ok();
         let _lock = directory.as_ref().and_then(lock_directory);
         remove_stale(path)?;

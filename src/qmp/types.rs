@@ -237,7 +237,7 @@ pub(super) const OBJECTS: &[(&str, &[Member])] = &[
 ];
 
 /// `bytes` is absent where the tables of the overlay cannot be read.
-const STATUS: [Member; 23] = [
+const STATUS: [Member; 24] = [
     always("device", Str),
     always("image", Str),
     always("mountpoint", Str),
@@ -261,6 +261,8 @@ const STATUS: [Member; 23] = [
     always("commits", Int),
     always("jobs", List(&Object("JobProgress"))),
     maybe("last-job", Object("LastJob")),
+    // Of the job that runs, if it has one.
+    maybe("plan", Object("Plan")),
 ];
 const REQUESTS: [Member; 6] = [
     always("kind", Enum(&["read", "write", "flush", "discard"])),

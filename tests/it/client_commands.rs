@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -419,6 +420,54 @@ fn umount_returns_when_the_image_is_free() {
     }
 }
 
+/// Protects: a mountpoint may be called anything that the kernel allows. An entry is text, and what it says of such a name cannot be unmounted: `umount`
+/// took that for done, and waited for ever.
+#[test]
+fn a_mountpoint_of_strange_bytes_is_unmounted() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    let strange = OsStr::from_bytes(b"a\n\x1b[31m\xff b");
+    let run = |args: &[&OsStr]| run_within(rig.scratch.cordisk().args(args).current_dir(rig.scratch.path()).env_remove("RUST_LOG"), LIMIT);
+    for by_socket in [false, true] {
+        let mounted = run(&["mount".as_ref(), rig.overlay.as_os_str(), strange]);
+        assert!(mounted.status.success(), "{mounted:?}");
+        let status = run(&["status".as_ref(), strange]);
+        assert!(status.status.success() && status.stdout.contains("a\\n\\u{1b}[31m\u{fffd} b  running"), "{status:?}");
+        let socket = names_in(&rig.scratch.runtime_dir()).into_iter().find(|name| name.extension() == Some("sock".as_ref()));
+        let socket = socket.expect("a control socket");
+        let done = run(&["umount".as_ref(), if by_socket { socket.as_os_str() } else { strange }]);
+        assert!(done.status.success() && done.stderr.is_empty(), "{done:?}");
+        assert!(!rig.scratch.join(strange).exists() && !socket.exists(), "by socket: {by_socket}");
+        qemu::assert_clean(&rig.overlay);
+    }
+}
+
+/// Protects: whoever is told that an image is in use is told by whom, where it is one of ours.
+#[test]
+fn an_image_in_use_is_where_it_is_mounted() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    let disk = start(rig.mount(), &rig.scratch);
+    let (image, at) = (rig.overlay.to_str().expect("UTF-8"), disk.path().to_str().expect("UTF-8"));
+    let first = format!("it is mounted at {at}; unmount it first: cordisk umount {at}");
+    refused(&rig.scratch, &["check", image], &[&first]);
+    refused(&rig.scratch, &["mount", image, "other.disk"], &[&first]);
+    refused(&rig.scratch, &["map", image], &[&format!("it is mounted at {at}; ask for that: cordisk map {at}")]);
+    disk.umount();
+}
+
+/// Protects: `| head -1` ends a command without a word, and not with success either.
+#[test]
+fn who_has_read_enough_is_told_nothing() {
+    let scratch = Scratch::new();
+    let (reader, writer) = std::io::pipe().expect("pipe");
+    drop(reader);
+    let mut command = scratch.cordisk();
+    let output =
+        command.args(["completions", "bash"]).stdin(Stdio::null()).stdout(writer).stderr(Stdio::piped()).output().expect("cordisk");
+    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr).as_ref()), (Some(128 + 13), ""));
+}
+
 /// Protects: `--lazy` takes the disk away from who uses it, with nothing lost of what was written.
 #[test]
 fn a_lazy_umount_takes_the_disk_away() {
@@ -474,6 +523,7 @@ fn other_users_see_disks_and_are_refused() {
     }
     let done = as_nobody(&["umount", path]);
     assert!(done.status.code() == Some(1) && done.stderr.lines().count() == 1, "{done:?}");
+    assert!(done.stderr.contains("permission denied: the disk belongs to another user"), "{done:?}");
     assert!(disk.is_mounted());
     ok(&rig.scratch, &["status", path]);
     disk.umount();

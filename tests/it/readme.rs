@@ -5,10 +5,13 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::support::{CORDISK, run_ok};
+use serde_json::{Value, json};
+
+use crate::support::{CORDISK, MIB, Rig, run_ok};
 
 const README: &str = include_str!("../../README.md");
 const COMMANDS: &str = include_str!("../../docs/commands.md");
+const QMP: &str = include_str!("../../docs/qmp.md");
 
 #[test]
 fn the_documented_options_are_those_of_help_and_no_others() {
@@ -24,6 +27,50 @@ fn the_documented_options_are_those_of_help_and_no_others() {
         }
         let documented: BTreeSet<String> = options(section_of(command)).into_iter().map(String::from).collect();
         assert_eq!(documented, offered, "left: docs/commands.md, right: cordisk {command} --help");
+    }
+}
+
+/// What a script finds in the output of `cordisk status --json`, while a job runs and another has ended, it also finds in the documentation.
+#[test]
+fn the_members_of_status_are_documented() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(4 * MIB);
+    let disk = rig.mount().qmp().start();
+    let path = disk.path().to_str().expect("UTF-8");
+    let cordisk = |args: &[&str]| run_ok(rig.scratch.cordisk().args(args));
+    cordisk(&["stream", path, "--wait", "--base", rig.base.to_str().expect("UTF-8")]);
+    cordisk(&["stream", path, "--speed", "1K"]);
+    cordisk(&["job", "speed", path, "00:00=1K,12:00=1K"]);
+    let status: Value = serde_json::from_str(&cordisk(&["status", "--json", path])).expect("JSON");
+    assert!(status[0]["jobs"][0].is_object() && status[0]["last-job"].is_object() && status[0]["plan"].is_object(), "{status}");
+    let mut names = BTreeSet::new();
+    members(&status, &mut names);
+    assert!(names.len() > 50, "{names:?}");
+    // What stands in `arguments` is what the command takes.
+    let unknown: Vec<&String> = names.iter().filter(|name| !QMP.contains(&format!("`{name}`"))).collect();
+    assert_eq!(unknown, Vec::<&String>::new());
+
+    let schema = disk.client().ok("query-qmp-schema", json!({}));
+    let entry = |name: &Value| schema.as_array().expect("list").iter().find(|entry| entry["name"] == *name).expect("an entry").clone();
+    let returned = entry(&entry(&json!("x-query-status"))["ret-type"]);
+    let in_schema: Vec<&str> =
+        returned["members"].as_array().expect("members").iter().filter_map(|member| member["name"].as_str()).collect();
+    let told = status[0].as_object().expect("object").keys().map(String::as_str);
+    let missing: Vec<&str> = told.filter(|name| !["qmp", "state"].contains(name) && !in_schema.contains(name)).collect();
+    assert_eq!(missing, Vec::<&str>::new(), "not in query-qmp-schema");
+    cordisk(&["job", "cancel", path]);
+    disk.umount();
+}
+
+/// The names of all members, however deep.
+fn members(value: &Value, names: &mut BTreeSet<String>) {
+    match value {
+        Value::Object(all) => all.iter().for_each(|(name, value)| {
+            names.insert(name.clone());
+            members(value, names);
+        }),
+        Value::Array(all) => all.iter().for_each(|value| members(value, names)),
+        _ => {}
     }
 }
 
