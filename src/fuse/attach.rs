@@ -172,12 +172,29 @@ fn complaint(output: &Output) -> String {
     }
 }
 
+/// umount2(2) at `path`, which is absolute and without symbolic links, and only there: a directory on the way may belong to somebody who puts a link in its
+/// place, and would have root unmount something else.
+///
+/// # Errors
+/// ELOOP: the path leads elsewhere by now. Those of umount2(2).
+pub(super) fn take_away(path: &Path, flags: UnmountFlags) -> rustix::io::Result<()> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return rustix::mount::unmount(path, flags) };
+    let directory = rustix::fs::open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let held = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string());
+    match std::fs::read_link(&held) {
+        Ok(place) if place != parent => Err(Errno::LOOP),
+        Ok(_) => rustix::mount::unmount(held.join(name), flags),
+        // Without /proc.
+        Err(_) => rustix::mount::unmount(path, flags),
+    }
+}
+
 /// Unmounts what is mounted at `path`, whatever it is, unless it is in use.
 ///
 /// # Errors
 /// Neither done nor busy.
 pub(super) fn unmount(path: &Path) -> io::Result<Unmounted> {
-    match rustix::mount::unmount(path, UnmountFlags::NOFOLLOW) {
+    match take_away(path, UnmountFlags::NOFOLLOW) {
         // Invalid: unmounted by somebody else since the caller looked.
         Ok(()) | Err(Errno::INVAL | Errno::NOENT) => return Ok(Unmounted::Done),
         Err(Errno::BUSY) => return Ok(Unmounted::Busy),
@@ -227,7 +244,7 @@ impl Attachment {
         }
         // FORCE aborts the connection, which ends the session although descriptors are open; DETACH frees the path.
         let flags = UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
-        if rustix::mount::unmount(&self.path, flags).is_ok() {
+        if take_away(&self.path, flags).is_ok() {
             return Ok(());
         }
         // The same in two steps, without privilege.
@@ -273,6 +290,19 @@ impl Drop for Attachment {
 mod tests {
     use super::*;
     use std::os::unix::process::ExitStatusExt;
+
+    /// Protects: who may replace a directory on the way to a mount does not have something else unmounted.
+    #[test]
+    fn nothing_is_unmounted_behind_a_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let (real, link) = (dir.path().canonicalize().unwrap().join("real"), dir.path().join("link"));
+        std::fs::create_dir_all(real.join("m")).unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        assert_eq!(take_away(&link.join("m"), UnmountFlags::NOFOLLOW), Err(Errno::LOOP));
+        // Nothing is mounted there, which is only found out where it leads.
+        let error = take_away(&real.join("m"), UnmountFlags::NOFOLLOW).unwrap_err();
+        assert!([Errno::INVAL, Errno::PERM].contains(&error), "{error}");
+    }
 
     #[test]
     fn the_source_is_escaped_for_the_helper() {

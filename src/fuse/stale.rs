@@ -14,6 +14,7 @@ use rustix::fs::{AtFlags, CWD, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
+use super::attach;
 use super::mountinfo::{self, MountEntry};
 use crate::error::Context;
 use crate::{Error, ErrorKind, Result};
@@ -95,7 +96,7 @@ fn is_of(entry: &MountEntry, image: &Path) -> bool {
 
 /// Takes the topmost mount away: by umount2(2), or by fusermount3 for whoever may not call it.
 pub(super) fn detach(path: &Path) -> Result<()> {
-    match rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+    match attach::take_away(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
         // Invalid: somebody else was faster.
         Ok(()) | Err(Errno::INVAL) => return Ok(()),
         Err(Errno::PERM) => {}
