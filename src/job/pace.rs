@@ -48,10 +48,12 @@ impl Pace {
         Some(u64::try_from(nanoseconds).map_or(Duration::MAX, Duration::from_nanos))
     }
 
-    /// The oldest sample of the present, or the newest there is, and how long ago that was (more than nothing).
+    /// The oldest sample of the present, or the newest there is, and how long ago that was. Nothing in the first moment: the burst with which a limited job
+    /// begins is no rate, and what it would promise is wrong.
     fn since(&self, now: Instant) -> Option<(Sample, Duration)> {
         let present = self.samples.iter().find(|sample| sample.at + WINDOW >= now).or(self.samples.back())?;
-        Some((*present, now.saturating_duration_since(present.at).max(Duration::from_nanos(1))))
+        let elapsed = now.saturating_duration_since(present.at);
+        (elapsed >= STEP).then_some((*present, elapsed))
     }
 }
 
@@ -89,6 +91,15 @@ mod tests {
         pace.note(begin + Duration::from_secs(1), 8 * MIB, 8 * MIB);
         let later = begin + Duration::from_secs(60);
         assert_eq!((pace.rate(later, 8 * MIB), pace.remaining(later, 8 * MIB, MIB)), (0, None));
-        assert_eq!(pace.rate(begin, u64::MAX), u64::MAX, "no time has passed");
+        assert_eq!(pace.rate(begin + STEP, u64::MAX), u64::MAX, "more than a number can hold");
+    }
+
+    #[test]
+    fn the_burst_at_the_start_is_no_rate() {
+        let (mut pace, begin) = (Pace::default(), Instant::now());
+        pace.note(begin, 0, 0);
+        let soon = begin + STEP / 2;
+        assert_eq!((pace.rate(soon, 8 * MIB), pace.remaining(soon, 8 * MIB, MIB)), (0, None));
+        assert_eq!(pace.rate(begin + STEP, 8 * MIB), 32 * MIB);
     }
 }

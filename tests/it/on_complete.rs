@@ -25,9 +25,10 @@ fn the_command_runs_once_and_knows_what_it_is_about() {
     let rig = Rig::new(2 * MIB);
     let out = rig.scratch.dir("out");
     // The list of descriptors is that of the shell, which has one more while it redirects a single command.
+    // The masks are those of grep, which has them from the shell: the shell itself blocks all signals for the moment in which it starts grep.
     let command = format!(
         "cd {out}; env > env.new; exec > fds; ls -1 /proc/$$/fd; exec > /dev/null; readlink /proc/$$/fd/0 > stdin; echo $OLDPWD > cwd; grep -E '^(SigBlk|SigIgn|Seccomp):' \
-         /proc/$$/status > status; mv env.new env; echo done >> runs",
+         /proc/self/status > status; mv env.new env; echo done >> runs",
         out = out.display()
     );
     let disk = rig.mount().qmp().args(&["--stream", "--sandbox", "require", "--on-complete", &command]).start();
