@@ -11,8 +11,8 @@
 //!    shared ([`range_lock`]). Copy-on-read, allocating write, zero, discard and stream are then the same critical section.
 //! 4. One durability rule: data and refcounts ▸ barrier ▸ L2 ▸ barrier ▸ L1 ▸ barrier ▸ frees. It lives in one function, `image/write_back.rs`,
 //!    shared by all who flush at the same time.
-//! 5. Two processes: the one that reads images and clients is in a [`sandbox`] and cannot mount, open or remove; a [`keeper`] that reads neither
-//!    does that.
+//! 5. Two processes: the one that reads images and clients is in a [`sandbox`] and cannot mount, open, remove or run anything; a [`keeper`] that reads
+//!    neither does that. Commands about a disk that runs are a third kind of process, a [`client`] of its control socket like any other.
 //! 6. What can be a pure function is one ([`mod@format`], conflicts of ranges, job tables, rate limit, QMP codec); the rest is a thin shell.
 //!
 //! # Rooms and floors
@@ -49,7 +49,8 @@
 //!
 //! A killed daemon leaves a dead mount, an image whose refcounts may be too high, and an attribute on the file that says so ([`storage::OpenMark`]).
 //! The next read-write open looks for the leaks and gives them back ([`image::Image::find_leaks`]); the next mount at the same place removes the
-//! dead one (`fuse/stale.rs`). [`check`] is the same walk for people.
+//! dead one (`fuse/stale.rs`). [`check`] is the same walk for people. A stream that ran is noted in another attribute, and goes on at the next mount
+//! (`stream/note.rs`). The entry by which commands have found the disk is held by a lock, so that one of the dead is known as such ([`running`]).
 //!
 //! # Where we left the first plan, and why
 //!
@@ -66,6 +67,8 @@
 //! * Who mounts is a child of the process that serves, not its parent (`keeper`): the id, the signals and the exit status that a user or a
 //!   supervisor sees stay those of the disk.
 //! * Flushes share a pass by counting passes (`image/write_back.rs`) instead of asking a committer thread; the 1 s timer only calls the same.
+//! * How much is local is counted by walking the tables, with a bounded part of the time (`disk/survey.rs`), instead of kept while clusters change: the
+//!   tables are the truth, and nothing on the way of a request counts for it.
 //! * The backing format extension of the header goes with the backing link only where both fit one atomic 512-byte write; otherwise it stays
 //!   without a name, which QEMU does not show either.
 
