@@ -16,6 +16,9 @@ const STEP: u64 = 10;
 /// And not more often than this.
 const PAUSE: Duration = Duration::from_secs(2);
 
+/// Characters of a name beside a bar: what is said of the job is more than that.
+const LONGEST_NAME: usize = 24;
+
 /// What is shown while a job runs.
 #[derive(Debug)]
 pub(super) struct Progress {
@@ -34,7 +37,7 @@ impl Progress {
         let bar = std::io::stderr().is_terminal().then(|| {
             let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::term_like_with_hz(Box::new(Narrow), 10));
             bar.set_style(style());
-            bar.set_prefix(name.clone());
+            bar.set_prefix(end_of(&name));
             bar
         });
         Progress { name, bar, said: (0, None), note: None }
@@ -98,6 +101,16 @@ pub(super) fn amounts(job: &Job) -> String {
     text
 }
 
+/// The end of a long name, which is what tells one disk from another.
+fn end_of(name: &str) -> String {
+    let length = name.chars().count();
+    if length <= LONGEST_NAME {
+        return name.to_owned();
+    }
+    let cut = if show::is_unicode() { "…" } else { "..." };
+    cut.chars().chain(name.chars().skip(length - LONGEST_NAME + cut.chars().count())).collect()
+}
+
 fn style() -> ProgressStyle {
     let bar = if show::wanted() { "{bar:30.green/dim}" } else { "{bar:30}" };
     let template = format!("{{prefix}} {{percent:>3}} % {bar} {{wide_msg}}");
@@ -108,6 +121,14 @@ fn style() -> ProgressStyle {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_names_leave_room_for_what_is_said() {
+        assert_eq!(end_of("disk"), "disk");
+        let long = end_of("/srv/machines/of/somebody/vm.raw");
+        assert!(long.chars().count() == LONGEST_NAME && long.ends_with("/somebody/vm.raw") && !long.starts_with('/'), "{long}");
+        assert_eq!(end_of(&"ä".repeat(99)).chars().count(), LONGEST_NAME);
+    }
 
     #[test]
     fn amounts_say_what_is_known() {
