@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::hung_backing::Stopped;
 use crate::support::qmp::FIRST_STEP;
-use crate::support::{MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, poll, qemu, wait_until};
+use crate::support::{MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, poll, qemu, run_ok, wait_until};
 
 const GIB: u64 = 1 << 30;
 const HOUR: u64 = 3600;
@@ -60,6 +60,33 @@ fn a_schedule_is_followed() {
     let mut client = disk.client();
     client.wait_completed();
     assert_same("disk", &disk.read_all(), &rig.content);
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: what is typed for a stream, and for a job that runs, governs it: a schedule, a deadline, a speed; a wrong one starts nothing.
+#[test]
+fn plans_are_typed() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(8 * MIB);
+    let disk = rig.mount().qmp().start_settled();
+    let mut client = disk.client();
+    let typed = |words: &[&str]| run_ok(rig.scratch.cordisk().args(words));
+    let path = disk.path().to_str().expect("UTF-8");
+    let wrong = rig.scratch.cordisk().args(["stream", path, "--speed", "24:00=1"]).output().expect("cordisk");
+    assert_eq!((wrong.status.code(), client.ok("query-jobs", json!({}))), (Some(2), json!([])));
+    typed(&["stream", path, "--speed", "00:00=7"]);
+    assert_eq!(plan(&mut client), Some(json!({"id": "drive0", "schedule": "00:00=7", "speed": 7})));
+    typed(&["job", "speed", path, "--finish-by", "06:00"]);
+    let planned = plan(&mut client).expect("a plan");
+    assert_eq!((&planned["finish-by"], planned.get("schedule")), (&json!("06:00"), None), "{planned}");
+    typed(&["job", "speed", path, "9"]);
+    assert_eq!((speed(&mut client), plan(&mut client)), (9, None));
+    typed(&["job", "cancel", path]);
+    typed(&["stream", path, "--finish-by", "06:00"]);
+    assert_eq!(plan(&mut client).expect("a plan")["finish-by"], json!("06:00"));
+    typed(&["job", "speed", path, "0"]);
+    client.wait_completed();
     disk.umount();
     rig.assert_standalone(&rig.content);
 }
