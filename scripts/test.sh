@@ -103,6 +103,8 @@ chmod 755 "$scratch" # tests look at a disk as another user
 mkdir "$scratch/run"
 export CORDISK_RUNTIME_DIR=$scratch/run # disks that tests mount are entered there, whatever else runs here
 mounts_before=$(cordisk_mounts)
+uring_switch=/sys/module/fuse/parameters/enable_uring # some tests switch it on
+uring_before=$(cat "$uring_switch" 2>/dev/null || true)
 rm -f "$logs"/*.log
 
 leftovers() {
@@ -140,6 +142,7 @@ clean_up() {
         if ((EUID == 0)); then umount -l "$mount"; else fusermount3 -uz "$mount"; fi || true
     done < <(awk -v below="$scratch/" 'index($2, below) == 1 { print $2 }' /proc/self/mounts | sort -r)
     for process in $(processes_of_ours); do kill -9 "$process" 2>/dev/null || true; done
+    if [[ -n $uring_before && $(cat "$uring_switch") != "$uring_before" ]]; then echo "$uring_before" >"$uring_switch" || true; fi
     [[ -n ${CORDISK_KEEP:-} ]] || rm -rf --one-file-system "$scratch"
 }
 
@@ -215,7 +218,7 @@ tortured() {
 
 # The same requests over io_uring, where the kernel has that: switched on for as long as it takes.
 over_io_uring() {
-    local switch=/sys/module/fuse/parameters/enable_uring before
+    local switch=$uring_switch before
     before=$(cat "$switch" 2>/dev/null) || { echo "skipped: this kernel has no FUSE over io_uring" && return 0; }
     [[ $before == Y ]] || echo Y >"$switch" 2>/dev/null || { echo "skipped: $switch is off, and only root can change that" && return 0; }
     local status=0
