@@ -1,8 +1,9 @@
 //! The program's life: composition root, wiring, orderly shutdown. No logic that a test would want.
 //!
-//! Start: the mount keeper, lock the pidfile and the entry, open the disk, bind the QMP socket, mount, fill the entry in, become `--user`, enter the sandbox; only then threads:
-//! signals, QMP, the session, the stream; say "ready". Shutdown, whatever the reason, strictly in this order: unmount, stop jobs, close the
-//! disk, close QMP, let the keeper go. After that point every acknowledged write is durable or the exit status says otherwise.
+//! Start: the mount keeper, lock the pidfile and the entry, bind the address of the metrics, open the disk, bind the control socket, mount, fill the entry
+//! in, become `--user`, enter the sandbox; only then threads: signals, metrics, QMP, the session, the stream; say "ready". Shutdown, whatever the reason,
+//! strictly in this order: unmount, stop jobs, close the disk, close QMP, let the keeper go. After that point every acknowledged write is durable or the
+//! exit status says otherwise.
 //!
 //! **Touches:** everything once. **Never:** leaves a mount, placeholder, socket, pidfile or entry behind, on any path but a kill; starts a thread or
 //! answers anybody before the sandbox is entered.

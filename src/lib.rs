@@ -35,7 +35,7 @@
 //! | 6 | [`fuse`] | kernel request ⇄ `disk` call | jobs, QMP, the image |
 //! | 6 | [`qmp`] | JSON ⇄ jobs, streams, facts of the disk | FUSE, the image |
 //! | 6 | [`metrics`] | HTTP and OpenMetrics ⇄ facts of the disk and its jobs | FUSE, images, backing files |
-//! | 7 | [`keeper`] | the second process: mounts, unmounts, removes | images, clients |
+//! | 7 | [`keeper`] | the second process: mounts, unmounts, removes, runs `--on-complete` | images, clients |
 //! | 7 | [`client`] | the other end of the socket: commands about disks that run | the image, serving |
 //! | 8 | [`cli`] | what was typed, checked | the disk |
 //! | 9 | [`daemon`] | wiring and lifetime | logic that a test would want |

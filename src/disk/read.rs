@@ -30,7 +30,7 @@ impl Disk {
     }
 
     /// Reads the first sector as [`Disk::read_local`] does, for nobody: it is no request of the guest, and not counted as one. That it returns at all says
-    /// that the locks and tables of the disk can be had, and that the file answers.
+    /// that the locks and tables of the disk can be had, and, where the overlay holds that sector, that the file answers.
     ///
     /// # Errors
     /// As [`Disk::read_local`].

@@ -3,7 +3,7 @@
 //! ```text
 //!  serving process (images, clients, requests; in the sandbox)        keeper (mount, umount, files that go away at the end)
 //!     │  starts it before anything is opened                             │  /proc/self/exe, a session of its own, cwd /
-//!     ├── Remember pidfile, socket, command ── SOCK_SEQPACKET ──────────▶│
+//!     ├── Remember pidfile, entry, socket, command ── SOCK_SEQPACKET ───▶│
 //!     ├── Mount ────────────────────────────────────────────────────────▶│ placeholder, mount(2) or fusermount3
 //!     │◀────────────────────────────────────────────── /dev/fuse ────────┤ and keeps no copy of it
 //!     │  (becomes --user, enters the sandbox, serves)                    │
@@ -11,9 +11,9 @@
 //! ```
 //!
 //! A process under Landlock cannot unmount, not even lazily, and cannot remove a file. Somebody else has to, and it should be somebody who reads no
-//! image and no client: the keeper knows twelve requests about one mount, two files, two attributes and one command, all named before the sandbox was
-//! entered. A serving process that was taken over can have the command run when no stream has completed, more than once, or never; it cannot
-//! have another one run, nor tell it anything.
+//! image and no client: the keeper knows twelve requests about one mount, three files, two attributes and one command, all named before the sandbox was
+//! entered. A serving process that was taken over can have the command run when no stream has completed, more than once, or never, and choose the text
+//! of the note of its stream; it cannot have another command run, nor tell it anything.
 //!
 //! It is the *child* of the serving process, not its parent: so the process that the user started, whose id stands in the pidfile, which gets the
 //! signals and whose exit status counts, stays the one that serves the disk; a supervisor sees what it saw without a keeper.
