@@ -8,15 +8,17 @@ usage() {
     cat <<'END'
 usage: scripts/fuzz.sh [TARGET] [SECONDS]
 
-Builds the fuzz targets in tests/fuzz with nightly Rust, runs all of them (or TARGET) one after the other for
-SECONDS each (60), and prints a table. What a run finds is kept in tests/fuzz/artifacts; the exit status is 1 then.
-Needs: rustup toolchain install nightly, cargo install cargo-fuzz.
+Builds the fuzz targets in tests/fuzz, runs all of them (or TARGET) one after the other for SECONDS each (60), and
+prints a table. What a run finds is kept in tests/fuzz/artifacts; the exit status is 1 then.
+Needs cargo-fuzz (cargo install cargo-fuzz). Uses nightly Rust where rustup has it, and otherwise the installed
+compiler with RUSTC_BOOTSTRAP=1, which makes a stable one accept what the fuzzer's instrumentation needs.
 
   -l, --list     the targets
   -h, --help     this text
 
 Environment:
   CORDISK_SANITIZER=address  another sanitizer than none (the crate has no unsafe code)
+  RUSTC_BOOTSTRAP=1          the installed compiler, although there is a nightly one
 END
 }
 
@@ -39,9 +41,16 @@ if [[ -n $target ]]; then
     targets=("$target")
 fi
 cd "$repo"
-cargo +nightly fuzz --version >/dev/null 2>&1 || die 'nightly Rust and cargo-fuzz are needed: rustup toolchain install nightly && cargo install cargo-fuzz'
+cargo fuzz --version >/dev/null 2>&1 || die 'cargo-fuzz is needed: cargo install cargo-fuzz'
+cargo=(cargo)
+if [[ ${RUSTC_BOOTSTRAP:-} != 1 ]] && cargo +nightly --version >/dev/null 2>&1; then
+    cargo=(cargo +nightly)
+else
+    export RUSTC_BOOTSTRAP=1
+    printf 'RUSTC_BOOTSTRAP=1 with %s\n' "$(rustc --version)"
+fi
 sanitizer=(-s "${CORDISK_SANITIZER:-none}")
-cargo +nightly fuzz build --fuzz-dir "$fuzz" "${sanitizer[@]}"
+"${cargo[@]}" fuzz build --fuzz-dir "$fuzz" "${sanitizer[@]}"
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/cordisk-fuzz.XXXXXX")
 trap 'rm -rf "$work"' EXIT
@@ -54,7 +63,7 @@ for target in "${targets[@]}"; do
     # What is new goes to a directory of its own, the committed inputs stay as they are. QMP's are longest. Each case is short:
     # ten seconds are a hang. Memory: what the engine holds is bounded by the file, and files here are small.
     case $target in qmp_codec) longest=4096 ;; *) longest=1500 ;; esac
-    cargo +nightly fuzz run --fuzz-dir "$fuzz" "${sanitizer[@]}" "$target" "$work/$target" "$fuzz/corpus/$target" -- \
+    "${cargo[@]}" fuzz run --fuzz-dir "$fuzz" "${sanitizer[@]}" "$target" "$work/$target" "$fuzz/corpus/$target" -- \
         -max_total_time="$seconds" -max_len=$longest -len_control=0 -timeout=10 -rss_limit_mb=1024 -malloc_limit_mb=256 -print_final_stats=1 \
         >"$work/$target.log" 2>&1 || found=1 status=1
     executions=$(awk '/stat::number_of_executed_units/ { print $2 }' "$work/$target.log" | tail -1)

@@ -24,7 +24,8 @@ const MAX_BITMAPS: u32 = 65535;
 /// V18, QEMU's QCOW2_MAX_BITMAP_DIRECTORY_SIZE, bytes.
 const MAX_BITMAP_DIRECTORY: u64 = 1024 * MAX_BITMAPS as u64;
 
-/// One extension: its type and where it is in the first cluster, padding to 8 bytes included.
+/// One extension: its type and where it is in the first cluster, padding to 8 bytes included where
+/// there is room for it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 struct Extension {
     magic: u32,
@@ -49,6 +50,19 @@ pub(super) struct Extensions {
 impl Extensions {
     /// Walks the extensions from `start` to END, or to the end of `bytes`: where the backing file name or the next cluster begins (V15).
     pub(super) fn parse(bytes: &[u8], start: usize) -> Result<Extensions, FormatError> {
+        Extensions::walk(bytes, start, bytes.len())
+    }
+
+    /// As [`Extensions::parse`], for `bytes` that end with END (or, without one, with the extensions)
+    /// and were parsed before, when they had `end` bytes: END may have a length, which counts bytes
+    /// that nobody reads.
+    pub(super) fn parse_again(bytes: &[u8], start: usize, end: usize) -> Result<Extensions, FormatError> {
+        Extensions::walk(bytes, start, end)
+    }
+
+    /// `limit`: the offset that no extension may reach beyond. As in QEMU the data must fit before it,
+    /// the padding need not, and the length of END is checked like any other.
+    fn walk(bytes: &[u8], start: usize, limit: usize) -> Result<Extensions, FormatError> {
         let mut list: Vec<Extension> = Vec::new();
         let mut at = start;
         while at < bytes.len() {
@@ -56,9 +70,9 @@ impl Extensions {
                 return invalid(format!("header extension at {at:#x} does not fit before {:#x}", bytes.len()));
             }
             let (magic, len) = (be32(bytes, at), be32(bytes, at + 4) as usize);
-            let end = len.checked_next_multiple_of(8).and_then(|len| len.checked_add(at + PREFIX));
-            let Some(end) = end.filter(|&end| end <= bytes.len()) else {
-                return invalid(format!("header extension {magic:#010x} at {at:#x} of {len} bytes does not fit before {:#x}", bytes.len()));
+            let limit = if magic == END { limit } else { bytes.len() };
+            let Some(end) = len.checked_add(at + PREFIX).filter(|&end| end <= limit) else {
+                return invalid(format!("header extension {magic:#010x} at {at:#x} of {len} bytes does not fit before {limit:#x}"));
             };
             if magic == END {
                 return Ok(Extensions { list, end: at + PREFIX, terminated: true });
@@ -72,8 +86,9 @@ impl Extensions {
             if magic == BITMAPS && len != 24 {
                 return invalid(format!("bitmaps extension has {len} bytes, must be 24"));
             }
-            list.push(Extension { magic, whole: at..end, len });
-            at = end;
+            let padded = end.next_multiple_of(8).min(bytes.len());
+            list.push(Extension { magic, whole: at..padded, len });
+            at = padded;
         }
         Ok(Extensions { list, end: at, terminated: false })
     }
@@ -91,12 +106,15 @@ impl Extensions {
     /// V16. To be asked only where there is a backing file name.
     pub(super) fn backing_format(&self, cluster: &[u8]) -> Result<Option<BackingFormat>, FormatError> {
         let Some(extension) = self.find(BACKING_FORMAT) else { return Ok(None) };
-        match extension.payload(cluster) {
+        let payload = extension.payload(cluster);
+        if payload.len() > MAX_FORMAT {
+            return invalid(format!("backing format has {} bytes, at most {MAX_FORMAT} are allowed", payload.len()));
+        }
+        // A C string to QEMU: it ends with the first NUL, and an empty one names no format.
+        match payload.split(|&byte| byte == 0).next().unwrap_or_default() {
+            b"" => Ok(None),
             b"raw" => Ok(Some(BackingFormat::Raw)),
             b"qcow2" => Ok(Some(BackingFormat::Qcow2)),
-            other if other.len() > MAX_FORMAT => {
-                invalid(format!("backing format has {} bytes, at most {MAX_FORMAT} are allowed", other.len()))
-            }
             other => Err(FormatError::Unsupported(format!(
                 "backing format \"{}\" is not supported, only raw and qcow2 are",
                 printable(&String::from_utf8_lossy(other))
@@ -120,6 +138,8 @@ impl Extensions {
                 BACKING_FORMAT => bytes.extend(format.map_or(Vec::new(), encode_backing_format)),
                 _ => bytes.extend(&cluster[extension.whole.clone()]),
             }
+            // The last one may lack its padding.
+            bytes.resize(bytes.len().next_multiple_of(8), 0);
         }
         bytes.extend([0; PREFIX]);
         bytes

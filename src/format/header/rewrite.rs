@@ -19,7 +19,7 @@ impl Header {
     pub fn with_backing(&self, backing: Option<&BackingReference>) -> Result<HeaderPatch, FormatError> {
         let old = self.serialised();
         let length = header_length(&old, self.geometry.version() >= 3)?;
-        let extensions = Extensions::parse(&old, length)?;
+        let extensions = Extensions::parse_again(&old, length, self.geometry.cluster_size() as usize)?;
         let mut new = old[..length].to_vec();
         new.extend(extensions.with_backing_format(&old, backing.and_then(|backing| backing.format)));
         let one_sector = new.len() <= SECTOR || (new.len() == old.len() && new[SECTOR..] == old[SECTOR..]);

@@ -390,6 +390,84 @@ fn extension(magic: u32, data: &[u8]) -> Vec<u8> {
     bytes
 }
 
+/// Whether qemu-img opens it, and the backing format that it reports.
+fn qemu_takes(bytes: &[u8]) -> Option<Option<String>> {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("a.qcow2"), bytes).unwrap();
+    let output = Command::new("qemu-img").current_dir(dir.path()).args(["info", "--output=json", "a.qcow2"]).output().unwrap();
+    let info: serde_json::Value = output.status.success().then(|| serde_json::from_slice(&output.stdout).unwrap())?;
+    Some(info.get("backing-filename-format").map(|format| format.as_str().unwrap().to_string()))
+}
+
+#[test]
+fn an_end_marker_with_a_length_is_taken_as_qemu_takes_it() {
+    let end = |len: u32| [[0; 4], len.to_be_bytes()].concat();
+    for (extensions, name, taken) in [
+        (end(8), Some("base.raw"), false),
+        (end(1), Some("base.raw"), false),
+        (end(4096), None, false),
+        (end(u32::MAX), None, false),
+        (end(4096 - 104 - 8), None, true),
+        ([end(8), vec![0xee; 8]].concat(), Some("base.raw"), true),
+        ([extension(0xe279_2aca, b"raw"), end(12), vec![0xee; 16]].concat(), Some("base.raw"), true),
+    ] {
+        let bytes = by_hand(104, &extensions, name);
+        assert_eq!(qemu_takes(&bytes).is_some(), taken, "{extensions:?}");
+        match parse(&bytes) {
+            Ok(_) => assert!(taken, "{extensions:?}"),
+            Err(error) => assert!(!taken && error.to_string().contains("does not fit"), "{extensions:?}: {error}"),
+        }
+        if taken {
+            for backing in [None, Some(raw("b")), Some(raw(&"x".repeat(700)))] {
+                let after = rebased(&bytes, backing.as_ref()).unwrap();
+                assert_eq!(info(&after).contains("\"backing-filename\""), backing.is_some());
+                rebased(&after, None).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn the_last_extension_may_lack_its_padding() {
+    let unpadded = [&0x1234_5678u32.to_be_bytes()[..], &5u32.to_be_bytes(), b"abcde"].concat();
+    let bytes = by_hand(104, &unpadded, Some("base.raw"));
+    assert_eq!(qemu_takes(&bytes), Some(None));
+    for backing in [None, Some(raw("b"))] {
+        let after = rebased(&bytes, backing.as_ref()).unwrap();
+        let format = extension(0xe279_2aca, b"raw").len();
+        let at = 104 + if backing.is_some() { format } else { 0 };
+        assert_eq!(after[at..][..24], [&unpadded[..], &[0; 11]].concat(), "padded, then the end marker");
+        info(&after);
+    }
+}
+
+#[test]
+fn a_backing_format_ends_at_its_first_nul_and_an_empty_one_is_none() {
+    let (raw, qcow2) = (Some(BackingFormat::Raw), Some(BackingFormat::Qcow2));
+    for (text, expected) in [
+        (&b""[..], None),
+        (b"\0", None),
+        (b"\0raw", None),
+        (b"raw", raw),
+        (b"raw\0", raw),
+        (b"raw\0\0\0", raw),
+        (b"raw\0qcow2", raw),
+        (b"qcow2\0", qcow2),
+        (b"qcow2\0\0\0\0\0\0\0\0\0\0", qcow2),
+    ] {
+        let bytes = by_hand(104, &[extension(0xe279_2aca, text), vec![0; 8]].concat(), Some("base.raw"));
+        let backing = parse(&bytes).unwrap().backing.unwrap();
+        assert_eq!((backing.name.as_str(), backing.format), ("base.raw", expected), "{text:?}");
+        assert_eq!(qemu_takes(&bytes), Some(expected.map(|format| format.to_string())), "{text:?}");
+        assert!(!info(&rebased(&bytes, None).unwrap()).contains("backing"));
+    }
+    for (text, word) in [(&b"vmdk\0raw"[..], "\"vmdk\""), (b" raw", "\" raw\""), (b"RAW\0", "\"RAW\""), (&[0; 16], "16 bytes")] {
+        let bytes = by_hand(104, &[extension(0xe279_2aca, text), vec![0; 8]].concat(), Some("base.raw"));
+        let error = parse(&bytes).unwrap_err().to_string();
+        assert!(error.contains(word), "{error}");
+    }
+}
+
 #[test]
 fn unknown_fields_and_extensions_survive_byte_for_byte() {
     let unknown = extension(0x1234_5678, b"keep me");
