@@ -110,6 +110,18 @@ mutants! {
     CorruptionLatches = "corruption-latches",
     /// P1: a write with O_DSYNC is durable when it is answered.
     SyncedWritesFlush = "synced-writes-flush",
+    /// P1: a flush that is asked for while another one runs waits for the next one.
+    LateFlushesWait = "late-flushes-wait",
+    /// P1: a write that returns during a flush is not counted as covered by it.
+    WritesCountedBeforeFlush = "writes-counted-before-flush",
+    /// R12: the check before the backing file is cut off goes up to the last cluster of the disk.
+    VerifyTheLastCluster = "verify-the-last-cluster",
+    /// R11: what a failed header write may have done is undone before the next header write.
+    HeaderIsPutBack = "header-is-put-back",
+    /// H1: a read from the host's memory that is short is a miss.
+    ShortCachedReadIsAMiss = "short-cached-read-is-a-miss",
+    /// P7: an error of fdatasync(2) is an error of the barrier.
+    SyncErrorsAreErrors = "sync-errors-are-errors",
 }
 
 /// Whether this step is left out: never, outside of tests.

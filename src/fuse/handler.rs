@@ -271,6 +271,7 @@ impl FileSystem for Handler {
         // The count first: a write that returns during the flush may not be covered by it.
         let written = self.written.load(Ordering::Acquire);
         self.disk.flush().map_err(|error| self.failed("flush", &error))?;
+        let written = if without(Step::WritesCountedBeforeFlush) { self.written.load(Ordering::Acquire) } else { written };
         self.durable.fetch_max(written, Ordering::AcqRel);
         Ok(())
     }

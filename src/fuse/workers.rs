@@ -26,6 +26,7 @@ use rustix::thread::CpuSet;
 use super::file_system::FileSystem;
 use crate::Result;
 use crate::error::Context;
+use crate::mutants::{Step, without};
 
 /// Threads for misses, at most: there is one, and one more whenever a miss comes and all are busy. They wait for the disk most of the time, so this is not a number of cores: it is how many reads from below, and
 /// how many requests for clusters in use, are in progress at once. Twice the depth at which one NVMe base saturates.
@@ -209,8 +210,11 @@ impl Workers {
         spawn("flush".to_string(), move || {
             let _alive = alive;
             while let Ok(first) = flush_queue.recv() {
-                let waiting: Vec<Flushed> = std::iter::once(first).chain(flush_queue.try_iter()).collect();
+                let mut waiting: Vec<Flushed> = std::iter::once(first).chain(flush_queue.try_iter()).collect();
                 let result = file_system.flush();
+                if without(Step::LateFlushesWait) {
+                    waiting.extend(flush_queue.try_iter());
+                }
                 for flushed in waiting {
                     flushed(result);
                 }
@@ -236,9 +240,18 @@ fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use crossbeam_channel::bounded;
+    use std::time::SystemTime;
 
+    use crossbeam_channel::bounded;
+    use rustix::fs::{Mode, OFlags};
+
+    use super::super::attributes::Attributes;
+    use super::super::handler::{Durability, Handler};
     use super::*;
+    use crate::disk::Disk;
+    use crate::image::Image;
+    use crate::simulation::start::Start;
+    use crate::simulation::{Action, SimStorage};
 
     fn entrance(workers: usize) -> (Entrance, Ended) {
         let (alive, ended) = bounded(0);
@@ -354,6 +367,39 @@ mod tests {
             thread::yield_now();
         }
         entrance.put(Box::new(move |_| drop(done)));
+        assert!(ended.recv().is_err());
+    }
+
+    /// P1: a flush that is asked for while another one waits for the disk is not answered by that one,
+    /// which may not cover what was written before it was asked for.
+    #[test]
+    fn a_flush_that_comes_during_another_one_waits_for_the_next() {
+        let file = SimStorage::new(Start::new("flush", 3, 16, 4, 1 << 20).bytes());
+        let disk = Arc::new(Disk::for_tests(Image::open(file.clone()).unwrap(), None));
+        let attributes = Attributes::new(0, 0, SystemTime::UNIX_EPOCH, false, false);
+        let directory = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        let handler: Arc<dyn FileSystem> = Arc::new(Handler::new(disk, attributes, directory));
+        let (workers, ended) = Workers::start(&handler).unwrap();
+        handler.write(0, &[1; 65536], Durability::Later).unwrap();
+        file.record();
+        let (answer, answers) = unbounded();
+        let flush = |name: &'static str| {
+            let (answer, file) = (answer.clone(), Arc::clone(&file));
+            workers.flush(Box::new(move |result| {
+                answer.send((name, result, file.recorded_len())).unwrap();
+            }));
+        };
+        let hold = file.hold(|operation| operation.action == Action::Sync);
+        flush("first");
+        hold.wait_for(1);
+        // In place, so that the running flush has nothing to do with it.
+        handler.write(0, &[2; 512], Durability::Later).unwrap();
+        flush("second");
+        drop(hold);
+        let (first, second) = (answers.recv().unwrap(), answers.recv().unwrap());
+        assert_eq!((first.0, first.1, second.0, second.1), ("first", Ok(()), "second", Ok(())));
+        assert!(second.2 > first.2, "no barrier came between the two answers");
+        drop(workers);
         assert!(ended.recv().is_err());
     }
 }

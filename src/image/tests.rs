@@ -5,6 +5,7 @@ use std::io;
 use super::*;
 use crate::format::{GuestCluster, NewImage};
 use crate::range_lock::RangeLock;
+use crate::simulation::start::Start;
 use crate::simulation::{Action, Failure, Fault, Operation, SimStorage, Times};
 use crate::storage::{Holding, OpenMark};
 
@@ -315,6 +316,35 @@ fn failed_write_back_is_done_by_the_next() {
     bench.image.close().unwrap();
     let again = reopen(bench.memory.clone());
     assert_eq!((again.reads(0), again.reads(9000), again.host(1)), (0, 8, None));
+}
+
+/// R11: a header write that fails may have been done. Before the next change of the header, the old
+/// header is back: that change is the only one that a reader of the file ever sees.
+#[test]
+fn a_header_write_that_failed_is_undone_before_the_next_one() {
+    let start = Start { autoclear: 1 << 40, ..Start::new("header", 3, 9, 4, 32 << 10) };
+    let file = SimStorage::new(start.bytes());
+    let image = Image::open(file.clone()).unwrap();
+    let header = |file: &SimStorage| Header::parse(&file.bytes(), file.size()).unwrap();
+    let before = header(&file);
+    // All of the write is done, and then it is an error.
+    file.inject(Fault {
+        matches: Box::new(|operation| operation.action == Action::Write(WriteKind::Header)),
+        after: 0,
+        failure: Failure::ShortBy(0, 5),
+        times: Times::Once,
+    });
+    let lock = RangeLock::new(512);
+    let all = lock.exclusive(0..u64::MAX);
+    image.make_room(&all, 4 << 20).unwrap_err();
+    let failed = header(&file);
+    assert_ne!(failed.l1_table_offset, before.l1_table_offset, "the write was done");
+    // Writes eight bytes of the header, and reads the rest of it as it stands in memory.
+    image.begin_writing().unwrap();
+    let after = header(&file);
+    assert_eq!((after.l1_table_offset, after.l1_size), (before.l1_table_offset, before.l1_size));
+    assert_eq!((before.autoclear, after.autoclear), (1 << 40, 0), "and this change is there");
+    image.close().unwrap();
 }
 
 /// H13: what was allocated and not published is free again at once.

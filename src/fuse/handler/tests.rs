@@ -12,6 +12,9 @@ use crate::chain::Gate;
 use crate::create::{CreateOptions, create};
 use crate::disk::DiskOptions;
 use crate::format::BackingFormat;
+use crate::image::Image;
+use crate::simulation::start::Start;
+use crate::simulation::{Action, SimStorage};
 
 /// Bytes; not a multiple of the cluster size, so that the end is inside a cluster.
 const SIZE: u64 = 1_000_448;
@@ -225,4 +228,35 @@ fn durability_is_in_the_flags_of_the_write() {
     assert_eq!(Durability::of_write(0o10_001), Durability::Now);
     assert_eq!(Durability::of_write(0o4_000_001), Durability::Now);
     assert_eq!(Durability::of_write(0o4_010_001), Durability::Now);
+}
+
+/// A handler above an image in memory, whose barriers a test can hold.
+fn in_memory() -> (Arc<SimStorage>, Handler, tempfile::TempDir) {
+    let file = SimStorage::new(Start::new("handler", 3, 16, 4, 1 << 20).bytes());
+    let disk = Arc::new(Disk::for_tests(Image::open(file.clone()).unwrap(), None));
+    let attributes = Attributes::new(7, 8, SystemTime::UNIX_EPOCH, false, false);
+    let scratch = tempfile::tempdir().unwrap();
+    let directory = rustix::fs::open(scratch.path(), OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).unwrap();
+    (file, Handler::new(disk, attributes, directory), scratch)
+}
+
+/// P1: a write that returns while a flush waits for the disk is not covered by that flush: the close
+/// that follows still has something to flush.
+#[test]
+fn a_write_during_a_flush_leaves_something_to_flush() {
+    let (file, handler, _scratch) = in_memory();
+    handler.write(0, &[1; 65536], Durability::Later).unwrap();
+    handler.flush().unwrap();
+    handler.write(0, &[2; 512], Durability::Later).unwrap();
+    let hold = file.hold(|operation| operation.action == Action::Sync);
+    std::thread::scope(|scope| {
+        let flush = scope.spawn(|| handler.flush());
+        hold.wait_for(1);
+        handler.write(512, &[3; 512], Durability::Later).unwrap();
+        drop(hold);
+        flush.join().unwrap().unwrap();
+    });
+    assert!(handler.needs_flush(), "the second write is covered by no flush");
+    handler.flush().unwrap();
+    assert!(!handler.needs_flush());
 }

@@ -128,3 +128,21 @@ fn h34_a_renamed_base_stays_the_base() {
     assert!(all.iter().all(|byte| *byte == 7));
     disk.close().unwrap();
 }
+
+/// R12: whichever cluster a stream has left out, the first, one in the middle or the last one, the
+/// chain is not cut, and the error names the cluster.
+#[test]
+fn a_single_cluster_that_is_missing_keeps_the_chain() {
+    for missing in 0..CLUSTERS {
+        let rig = Rig::without_copy_on_read();
+        for cluster in (0..CLUSTERS).filter(|&cluster| cluster != missing) {
+            rig.write(cluster, 1);
+        }
+        let error = rig.disk.detach_backing(usize::MAX, None).unwrap_err();
+        assert!(error.to_string().contains(&format!("offset {} still", missing * CLUSTER)), "{error}");
+        rig.disk.flush().unwrap();
+        assert_eq!(rig.killed().at(missing, CLUSTER).0, from_base(missing), "still read from below");
+        rig.write(missing, 1);
+        rig.disk.detach_backing(usize::MAX, None).unwrap();
+    }
+}

@@ -449,3 +449,40 @@ fn a_write_out_changes_no_byte() {
     file.sync().unwrap();
     assert_eq!(file.size(), 1 << 20);
 }
+
+/// P7: what fdatasync(2) answers is the answer of the barrier. A file of /proc is a regular file that
+/// it cannot be called for.
+#[test]
+fn an_error_of_the_host_is_an_error_of_the_barrier() {
+    let file = FileStorage::open_unlocked(Path::new("/proc/self/limits"), Access::ReadOnly).unwrap();
+    assert_eq!(file.sync().unwrap_err().raw_os_error(), Some(Errno::INVAL.raw_os_error()));
+}
+
+/// A range of which the host has only the first page in memory is a miss, and never a buffer of which
+/// only the beginning was filled.
+#[test]
+fn a_range_that_is_partly_in_memory_is_a_miss() {
+    const PAGE: usize = 4096;
+    const PAGES: usize = 64;
+    let (_dir, path) = scratch(0);
+    let content: Vec<u8> = (0..PAGES * PAGE).map(|at| (at / PAGE + 1) as u8).collect();
+    std::fs::write(&path, &content).unwrap();
+    let file = FileStorage::open(&path, Access::ReadOnly).unwrap();
+    let mut whole = vec![0; content.len()];
+    if !file.read_cached(0, &mut whole) {
+        println!("skipped: this file system does not read from memory only, or has dropped the file already");
+        return;
+    }
+    assert!(whole == content);
+    file.file.sync_all().unwrap();
+    rustix::fs::fadvise(&file.file, 0, None, Advice::DontNeed).unwrap();
+    // Reads only what is asked for, no pages after it.
+    rustix::fs::fadvise(&file.file, 0, None, Advice::Random).unwrap();
+    file.read_at(0, &mut [0; PAGE]).unwrap();
+    let mut buf = vec![0xee; content.len()];
+    let answered = file.read_cached(0, &mut buf);
+    assert!(!answered || buf == content, "{} of {PAGES} pages were filled", buf.chunks(PAGE).filter(|page| page[0] != 0xee).count());
+    // After a read that waits for the disk, all of it is in memory.
+    file.read_at(0, &mut buf).unwrap();
+    assert!(buf == content);
+}
