@@ -35,7 +35,7 @@ use crate::cli::{self, Command, MountConfig, Role};
 use crate::client;
 use crate::disk::{Disk, DiskOptions};
 use crate::error::{Context, one_line};
-use crate::fuse::{self, Finished, MountOptions, Mounted, Unmounted};
+use crate::fuse::{self, Finished, MappedPages, MountOptions, Mounted, Unmounted};
 use crate::job::Batch;
 use crate::keeper::{self, Entrusted, EntrustedMark, Keeper, KeptMount, Leftover, Messages};
 use crate::metrics;
@@ -57,8 +57,16 @@ const COMMIT_INTERVAL: Duration = Duration::from_secs(1);
 /// How long an unmounted session may take to end before it counts as in use.
 const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// How long the kernel may take to write back what programs have written to mappings of the disk, before a signal or `quit` is acted on without.
+const MAPPED_PAGES_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// The signal of who writes where nobody reads.
 const SIGPIPE: u8 = 13;
+
+/// What a message says of the writes before it.
+const WRITTEN_BACK: &str = "all is written back";
+/// The same where that could not be done.
+const NOT_WRITTEN_BACK: &str = "not all could be written back";
 
 /// A reason to end.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -395,16 +403,16 @@ fn wait_for_end(mount: &KeptMount<'_>, mounted: &Mounted, disk: &Disk, events: &
             recv(events) -> event => event.unwrap_or(Event::Terminate),
             recv(control.quit()) -> _ => Event::Quit,
         };
-        // Whatever happens next, what was written until now is safe (P15).
-        if let Err(error) = disk.flush() {
-            log::error!("flush: {error}");
-        }
+        // Whatever happens next, what was written until now is safe (P15): first the pages that the kernel holds for mappings of the disk.
+        let mapped = mounted.write_mapped_pages(MAPPED_PAGES_TIMEOUT);
+        let flushed = disk.flush().inspect_err(|error| log::error!("flush: {error}"));
+        let state = if mapped == MappedPages::Written && flushed.is_ok() { WRITTEN_BACK } else { NOT_WRITTEN_BACK };
         let unmounted = mount.unmount().inspect_err(|error| log::error!("{error}"));
         let first = asked.replace(event).is_none();
         if event == Event::Terminate && first {
             match unmounted {
                 Ok(Unmounted::Done) => overdue = crossbeam_channel::after(UNMOUNT_TIMEOUT),
-                Ok(Unmounted::Busy) => warn_of_use(mount),
+                Ok(Unmounted::Busy) => warn_of_use(mount, state),
                 Err(_) => {}
             }
             continue;
@@ -413,7 +421,7 @@ fn wait_for_end(mount: &KeptMount<'_>, mounted: &Mounted, disk: &Disk, events: &
         if matches!(unmounted, Ok(Unmounted::Done)) && mounted.ends_within(UNMOUNT_TIMEOUT) {
             continue;
         }
-        log::warn!("{} is in use: detaching it", mount.path().display());
+        log::warn!("{} is in use: {state}, detaching it", mount.path().display());
         control.announce_shutdown(Some(event));
         return mount.detach();
     }
@@ -426,13 +434,13 @@ fn look_again(mount: &KeptMount<'_>) {
         Ok(Unmounted::Done) => {
             log::warn!("{path} is unmounted, but another mount namespace (a container?) has it still: the next signal ends it")
         }
-        Ok(Unmounted::Busy) => warn_of_use(mount),
+        Ok(Unmounted::Busy) => warn_of_use(mount, WRITTEN_BACK),
         Err(error) => log::error!("{error}"),
     }
 }
 
-fn warn_of_use(mount: &KeptMount<'_>) {
-    log::warn!("{} is in use: all is written back, serving on; the next signal detaches it", mount.path().display());
+fn warn_of_use(mount: &KeptMount<'_>, state: &str) {
+    log::warn!("{} is in use: {state}, serving on; the next signal detaches it", mount.path().display());
 }
 
 /// Writes metadata back every [`COMMIT_INTERVAL`] until dropped.

@@ -120,6 +120,15 @@ impl SizeNotice {
     }
 }
 
+/// Whether the kernel holds pages of shared mappings still that were dirty before [`Mounted::write_mapped_pages`].
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum MappedPages {
+    /// None: all were sent and answered.
+    Written,
+    /// Perhaps: a write did not return in time.
+    Unknown,
+}
+
 /// Whether requests can still be running after [`Mounted::finish`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Finished {
@@ -193,6 +202,26 @@ impl Mounted {
     /// For whoever changes the size of the disk.
     pub fn size_notice(&self) -> SizeNotice {
         SizeNotice { notifier: self.notifier.clone() }
+    }
+
+    /// Makes the kernel send the pages that programs have dirtied through shared mappings of the disk: to be called before a flush that must
+    /// cover them, while requests are served. Waits at most for `timeout`: a write to a cluster whose backing file hangs does not return, and is
+    /// answered or ended with the session.
+    pub fn write_mapped_pages(&self, timeout: Duration) -> MappedPages {
+        let notifier = self.notifier.clone();
+        let (written, answer) = crossbeam_channel::bounded(1);
+        let thread = std::thread::Builder::new().name("mapped-pages".to_string()).spawn(move || {
+            let _ = written.send(session::write_mapped_pages(&notifier));
+        });
+        match thread.map(|_detached| answer.recv_timeout(timeout)) {
+            Ok(Ok(Ok(()))) => MappedPages::Written,
+            // The session has ended: so have the mappings.
+            Ok(Ok(Err(error))) => {
+                log::debug!("writing mapped pages: {error}");
+                MappedPages::Written
+            }
+            Ok(Err(_)) | Err(_) => MappedPages::Unknown,
+        }
     }
 
     /// Yields once, when the kernel has ended the session: the disk is unmounted, by whomever, and nobody has it open any more.
