@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
-# The one gate: everything that must hold before a change lands. CI runs exactly this.
+# The one gate: everything that must hold before a change lands. CI runs this with --switch-uring.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 usage() {
     cat <<'END'
-usage: scripts/test.sh [--quick | --torture N] [--require-all]
+usage: scripts/test.sh [--quick | --torture N] [--require-all] [--switch-uring]
 
-Formatting, lints, documentation, the release build, and every test. As root it installs with
+Formatting, lints, documentation, the release build, and every test. A section that fails does not
+end the run: all failures are listed at the end, and the exit status is 1. As root it installs with
 apt what is missing; otherwise it says what is missing. Leaves nothing mounted and nothing running.
 
   --quick        without the slow parts: release tests beside the dev-dependencies, the quickstart, the Debian package
   --torture N    only this: N times the daemon is killed at a random moment, and N / 5
                  times the power fails below it on each of ext4 and XFS; --torture 1000 takes about half an hour
   --require-all  a missing tool is an error instead of a skip (also: CI=true)
+  --switch-uring as root: switch FUSE over io_uring on while the tests run that use it, for the
+                 whole machine (/sys/module/fuse/parameters/enable_uring), and back afterwards;
+                 without it they are skipped where it is off
   -h, --help     this text
 
 Environment:
@@ -25,7 +29,7 @@ Environment:
 END
 }
 
-quick='' require_all='' torture=''
+quick='' require_all='' torture='' switch_uring=''
 [[ ${CI:-} == true || ${CI:-} == 1 || ${CORDISK_REQUIRE_ALL:-} == 1 ]] && require_all=1
 while (($#)); do
     case $1 in
@@ -36,6 +40,7 @@ while (($#)); do
             shift
             ;;
         --require-all) require_all=1 ;;
+        --switch-uring) switch_uring=1 ;;
         -h | --help) usage && exit 0 ;;
         *) usage >&2 && exit 2 ;;
     esac
@@ -47,12 +52,14 @@ cd "$repo"
 
 started=$SECONDS
 results=() # one line per section, for the summary
+failed=()  # names of the sections that failed
 logs=$repo/target/test-logs
 mkdir -p "$logs"
 
 clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
 
 # section NAME COMMAND...: runs it under a heading; its output goes to the terminal and to target/test-logs/NAME.log.
+# A failure is noted, and the next section runs all the same.
 section() {
     local name=$1 begin=$SECONDS status
     shift
@@ -66,7 +73,7 @@ section() {
         results+=("$(printf '%sok    %s %5s  %s' "$green" "$plain" "$(clock $took)" "$name")")
     else
         results+=("$(printf '%sFAILED%s %5s  %s' "$red" "$plain" "$(clock $took)" "$name")")
-        exit 1
+        failed+=("$name")
     fi
 }
 
@@ -77,8 +84,9 @@ finish() {
     left=$(leftovers) || true
     if [[ -n $left ]]; then
         results+=("$(printf '%sFAILED%s %5s  left behind:\n%s' "$red" "$plain" '' "$left")")
-        ((status)) || status=1
+        failed+=('left behind')
     fi
+    ((status == 0 && ${#failed[@]})) && status=1
     clean_up
     printf '\n%s== summary%s  %s(%s)%s\n' "$bold" "$plain" "$dim" "$(clock $((SECONDS - started)))" "$plain"
     local file
@@ -90,7 +98,9 @@ finish() {
     if ((status == 0)); then
         printf '%sall good%s%s\n' "$green" "$plain" "${quick:+ (quick: without the slow parts)}"
     else
-        printf '%snot good%s; logs are in %s; CORDISK_SEED=%s repeats the random tests\n' "$red" "$plain" target/test-logs "${CORDISK_SEED:-}"
+        local what=${failed[*]/%/,}
+        printf '%snot good%s: %s; logs are in %s; CORDISK_SEED=%s repeats the random tests\n' "$red" "$plain" "${what%,}" target/test-logs \
+            "${CORDISK_SEED:-}"
     fi
     exit "$status"
 }
@@ -103,8 +113,10 @@ chmod 755 "$scratch" # tests look at a disk as another user
 mkdir "$scratch/run"
 export CORDISK_RUNTIME_DIR=$scratch/run # disks that tests mount are entered there, whatever else runs here
 mounts_before=$(cordisk_mounts)
-uring_switch=/sys/module/fuse/parameters/enable_uring # some tests switch it on
+uring_switch=/sys/module/fuse/parameters/enable_uring
 uring_before=$(cat "$uring_switch" 2>/dev/null || true)
+unset CORDISK_SWITCH_URING
+[[ -n $switch_uring ]] && export CORDISK_SWITCH_URING=1 # tests that need it switch it on, and the end switches it back
 rm -f "$logs"/*.log
 
 leftovers() {
@@ -142,7 +154,7 @@ clean_up() {
         if ((EUID == 0)); then umount -l "$mount"; else fusermount3 -uz "$mount"; fi || true
     done < <(awk -v below="$scratch/" 'index($2, below) == 1 { print $2 }' /proc/self/mounts | sort -r)
     for process in $(processes_of_ours); do kill -9 "$process" 2>/dev/null || true; done
-    if [[ -n $uring_before && $(cat "$uring_switch") != "$uring_before" ]]; then echo "$uring_before" >"$uring_switch" || true; fi
+    if [[ -n $switch_uring && -n $uring_before && $(cat "$uring_switch") != "$uring_before" ]]; then echo "$uring_before" >"$uring_switch" || true; fi
     [[ -n ${CORDISK_KEEP:-} ]] || rm -rf --one-file-system "$scratch"
 }
 
@@ -159,7 +171,6 @@ export CARGO_TERM_COLOR=${CARGO_TERM_COLOR:-$([[ -t 1 ]] && echo always || echo 
 unset RUST_LOG
 
 tools() {
-    have cargo || die "cargo is not in PATH; see https://rustup.rs"
     printf 'seed: CORDISK_SEED=%s\n' "$CORDISK_SEED"
     local status=0
     install_missing cc qemu-img qemu-io qemu-storage-daemon fio fusermount3 mkfs.ext4 e2fsck debugfs filefrag mkfs.xfs xfs_io mkfs.btrfs \
@@ -216,10 +227,11 @@ tortured() {
     cargo test --locked --test it -- --nocapture --test-threads 1 torture:: lower_power_cut::
 }
 
-# The same requests over io_uring, where the kernel has that: switched on for as long as it takes.
+# The same requests over io_uring, where the kernel has that and it is on, or may be switched on for as long as it takes.
 over_io_uring() {
     local switch=$uring_switch before
     before=$(cat "$switch" 2>/dev/null) || { echo "skipped: this kernel has no FUSE over io_uring" && return 0; }
+    [[ $before == Y || -n $switch_uring ]] || { echo "skipped: $switch is off; --switch-uring switches it on meanwhile, as root" && return 0; }
     [[ $before == Y ]] || echo Y >"$switch" 2>/dev/null || { echo "skipped: $switch is off, and only root can change that" && return 0; }
     local status=0
     CORDISK_TEST_TRANSPORT=uring cargo test --locked --test it -- --test-threads 2 transports:: fuse_end_to_end:: fio_verify:: hung_backing:: stream_qmp:: ||
@@ -269,10 +281,11 @@ END
 
 # ---- the gate ------------------------------------------------------------------------------------
 
+have cargo || die "cargo is not in PATH; see https://rustup.rs"
 section tools tools
 if [[ -n $torture ]]; then
     section torture tortured
-    exit 0
+    exit 0 # or 1: `finish` knows what failed
 fi
 section format cargo fmt --check
 section scripts scripts_parse
