@@ -136,7 +136,10 @@ fn a_map_of_an_image_is_what_is_in_it() {
     let rig = mixed();
     let image = rig.overlay.as_os_str();
     let list = said(&rig.scratch, &[word("map"), word("--json"), image]);
-    assert_eq!(list, qemu::img(&[word("map"), word("--output=json"), image]));
+    let qemus = qemu::img(&[word("map"), word("--output=json"), image]);
+    // QEMU before 8.2 does not tell what is compressed.
+    let untold = if qemus.contains("compressed") { [""; 2] } else { [", \"compressed\": false", ", \"compressed\": true"] };
+    assert_eq!(list.replace(untold[0], "").replace(untold[1], ""), qemus);
 
     let text = said(&rig.scratch, &[word("map"), image]);
     assert!(text.is_ascii() && text.lines().skip(1).all(|line| line.len() <= 80), "{text}");
