@@ -57,7 +57,8 @@ const COMMIT_INTERVAL: Duration = Duration::from_secs(1);
 /// How long an unmounted session may take to end before it counts as in use.
 const UNMOUNT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long the kernel may take to write back what programs have written to mappings of the disk, before a signal or `quit` is acted on without.
+/// How long the kernel may take to write back what programs have written to mappings of the disk,
+/// before a signal or `quit` is acted on without.
 const MAPPED_PAGES_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The signal of who writes where nobody reads.
@@ -403,7 +404,8 @@ fn wait_for_end(mount: &KeptMount<'_>, mounted: &Mounted, disk: &Disk, events: &
             recv(events) -> event => event.unwrap_or(Event::Terminate),
             recv(control.quit()) -> _ => Event::Quit,
         };
-        // Whatever happens next, what was written until now is safe (P15): first the pages that the kernel holds for mappings of the disk.
+        // Whatever happens next, what was written until now is safe (P15): first the pages that the
+        // kernel holds for mappings of the disk.
         let mapped = mounted.write_mapped_pages(MAPPED_PAGES_TIMEOUT);
         let flushed = disk.flush().inspect_err(|error| log::error!("flush: {error}"));
         let state = if mapped == MappedPages::Written && flushed.is_ok() { WRITTEN_BACK } else { NOT_WRITTEN_BACK };

@@ -63,6 +63,10 @@ enum Typed {
     /// for whoever is not root. SIGTERM unmounts as well; while the file is in use the daemon writes everything back and goes on serving,
     /// until a second SIGTERM.
     ///
+    /// The disk is written like a block device: its size is fixed, and truncating it is refused, as
+    /// `cp image disk` and `> disk` try. Write an image to it with `qemu-img convert -n -O raw
+    /// image disk` or `dd conv=notrunc if=image of=disk`.
+    ///
     /// After a daemon was killed, the same command mounts again: it replaces the dead mount of this image at MOUNTPOINT, and gives back the
     /// clusters that were leaked.
     #[command(after_help = "Example: cordisk mount --qmp qmp.sock overlay.qcow2 disk")]

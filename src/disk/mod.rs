@@ -41,6 +41,7 @@ mod note;
 mod populate;
 mod read;
 mod reserve;
+mod seek;
 mod stats;
 mod survey;
 mod write;
@@ -53,6 +54,7 @@ pub use ahead::{Ahead, ToRead};
 pub use locate::Locator;
 pub use note::LONGEST_STREAM_NOTE;
 pub use populate::Populated;
+pub use seek::Seek;
 pub use stats::{Activity, CopyCount, Cost, DiskStats, LATENCY_BOUNDS, LATENCY_BUCKETS, Latency, RequestCount};
 pub use survey::{MOST_CELLS, Survey, Totals};
 
@@ -62,11 +64,9 @@ use stats::Stats;
 use survey::Surveys;
 use write_out::Placed;
 
-/// Runs that one seek looks at, at most: an image can be made of more of them than anybody can count (I8).
-const SEEK_RUNS: u32 = 1 << 20;
-/// And no longer than this: each run may cost the loading of a table in every layer, and the tables of a hostile chain can be one and the same,
-/// named a million times by a small file.
-const SEEK_TIME: Duration = Duration::from_secs(1);
+/// How long the end of an image on a block device is looked for: the table of a hostile image can
+/// name one block of zeros a million times.
+const END_TIME: Duration = Duration::from_secs(1);
 
 /// How a disk is opened.
 #[derive(Clone, Debug)]
@@ -92,15 +92,6 @@ pub enum Local {
     Done,
     /// Nothing was done: it needs the backing file, an allocation, or a range that is in use. Call the blocking sibling on a miss worker.
     Miss,
-}
-
-/// What SEEK_DATA and SEEK_HOLE look for.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Seek {
-    /// The next byte that may be non-zero.
-    Data,
-    /// The next byte known to be zero, or the end of the disk.
-    Hole,
 }
 
 /// Facts of the disk, for people and for QMP.
@@ -136,6 +127,9 @@ enum Overlay {
 pub struct Disk {
     path: PathBuf,
     overlay: Overlay,
+    /// Where the image ended when it was opened, in bytes; looked for only where the host says that
+    /// it occupies nothing, as of block devices.
+    end_at_open: u64,
     /// What lies below; none once detached. Cloned and released, never held across I/O.
     backing: RwLock<{ rank::BACKING }, Option<Arc<Chain>>>,
     in_flight: RangeLock,
@@ -169,7 +163,11 @@ impl Disk {
             Some(reference) => Some(Chain::open(&reference, path.parent().unwrap_or(Path::new("/")), &gate)?),
             None => None,
         };
-        let disk = Disk::assemble(path, overlay, chain, options.copy_on_read, options.reserve);
+        let end_at_open = match overlay.reader().storage().allocated_size() {
+            Ok(0) => overlay.reader().end(Instant::now() + END_TIME),
+            _ => 0,
+        };
+        let disk = Disk { end_at_open, ..Disk::assemble(path, overlay, chain, options.copy_on_read, options.reserve) };
         if let Overlay::Writable(image) = &disk.overlay {
             let what = || disk.path.display().to_string();
             let leaks = find_leaks(image, options.full_check).context(what)?;
@@ -191,6 +189,7 @@ impl Disk {
         Disk {
             path,
             overlay,
+            end_at_open: 0,
             backing: RwLock::new(chain.map(Arc::new)),
             in_flight: RangeLock::new(cluster_size),
             copy_on_read,
@@ -291,12 +290,18 @@ impl Disk {
         self.stats.activity()
     }
 
-    /// Bytes the overlay occupies on the host (`st_blocks` × 512).
+    /// Bytes the overlay occupies on the host: `st_blocks` × 512 of a file. A block device has no
+    /// blocks of its own, so there it is the end of the image on the device.
     ///
     /// # Errors
     /// fstat(2) failed.
     pub fn allocated_size(&self) -> Result<u64> {
-        self.reader().storage().allocated_size().context(|| self.path.display().to_string())
+        let allocated = self.reader().storage().allocated_size().context(|| self.path.display().to_string())?;
+        Ok(match (allocated, &self.overlay) {
+            (0, Overlay::Writable(image)) => self.end_at_open.max(image.highest_allocated()),
+            (0, Overlay::ReadOnly(_)) => self.end_at_open,
+            (allocated, _) => allocated,
+        })
     }
 
     /// Makes every operation that has returned before this call durable (P1).
@@ -420,48 +425,6 @@ impl Disk {
             at += len;
         }
         Ok(())
-    }
-
-    /// SEEK_DATA and SEEK_HOLE over overlay and chain. `None` where there is no data before the end (ENXIO); a hole is always found, the end
-    /// of the disk at the latest. A hint: what changes meanwhile may or may not be seen.
-    ///
-    /// # Errors
-    /// [`ErrorKind::InvalidArgument`] beyond the end; I/O, corruption.
-    pub fn seek(&self, from: u64, what: Seek) -> Result<Option<u64>> {
-        self.seek_until(from, what, Instant::now() + SEEK_TIME)
-    }
-
-    /// As [`Disk::seek`], no longer than until `deadline`.
-    pub(crate) fn seek_until(&self, from: u64, what: Seek, deadline: Instant) -> Result<Option<u64>> {
-        let size = self.size();
-        self.check_range(&(from..from))?;
-        let mut at = from;
-        for _ in 0..SEEK_RUNS {
-            if at >= size {
-                return Ok((what == Seek::Hole).then_some(size));
-            }
-            let extent = self.reader().map(GuestOffset(at), size - at)?;
-            let (holds, len) = match (extent.mapping, self.chain_below(at)) {
-                (Mapping::Data { .. } | Mapping::Compressed { .. }, _) => (Seek::Data, extent.len),
-                (Mapping::Unallocated, Some(chain)) => match chain.content(usize::MAX, at, extent.len)? {
-                    (Content::Data, len) => (Seek::Data, len),
-                    (Content::Zero | Content::Unallocated, len) => (Seek::Hole, len),
-                },
-                (Mapping::Unallocated | Mapping::Zero { .. }, _) => (Seek::Hole, extent.len),
-            };
-            if holds == what {
-                return Ok(Some(at));
-            }
-            at += len;
-            if Instant::now() >= deadline {
-                break;
-            }
-        }
-        // Further on is further than one request may take; both answers are right, if not the best.
-        Ok(match what {
-            Seek::Data => (at < size).then_some(at),
-            Seek::Hole => Some(size),
-        })
     }
 
     /// How long a stream of the first `depth` backing layers is, in bytes: the virtual size, or 0 where there is nothing to copy.

@@ -603,3 +603,46 @@ fn requests_are_counted_once() {
     assert_eq!(read.time + waited.time, stats.reads.time);
     assert!(!activity.is_waiting && !activity.is_flushing && activity.idle.is_some());
 }
+
+/// A discard of part of a cluster that is not allocated costs no copy where those bytes are zeros
+/// below, whether the host knows that or they have to be read; where they are not, it is exact all
+/// the same.
+#[test]
+fn edges_of_a_discard_are_copied_up_only_where_they_hide_something() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.raw");
+    let file = std::fs::File::create(&base).unwrap();
+    file.set_len(1 << 20).unwrap();
+    let mut expected = vec![0; 1 << 20];
+    // Cluster 1: data with written zeros in the middle. Cluster 3: data. All others: a hole.
+    expected[65_536..131_072].fill(1);
+    expected[80_000..120_000].fill(0);
+    expected[196_608..262_144].fill(3);
+    std::os::unix::fs::FileExt::write_all_at(&file, &expected[65_536..131_072], 65_536).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, &expected[196_608..262_144], 196_608).unwrap();
+    let overlay = overlay_on(&base, "raw", None, "");
+    let disk = Disk::open(&overlay, &DiskOptions { copy_on_read: false, ..options() }).unwrap();
+    let is_local = |cluster: u64| disk.reader().map(GuestOffset(cluster << 16), 1).unwrap().mapping != Mapping::Unallocated;
+    let compare = |expected: &[u8]| {
+        let mut got = vec![9; 1 << 20];
+        disk.read(0, &mut got).unwrap();
+        assert!(got == expected);
+    };
+
+    disk.discard(100..5_000).unwrap();
+    disk.discard(80_000..120_000).unwrap();
+    disk.write_zeroes(85_000..86_000).unwrap();
+    assert!(!is_local(0) && !is_local(1), "nothing is hidden that is not zero anyway");
+    compare(&expected);
+    disk.discard(79_999..120_000).unwrap();
+    expected[79_999] = 0;
+    assert!(is_local(1), "one byte is");
+    disk.discard(200_000..300_000).unwrap();
+    expected[200_000..300_000].fill(0);
+    assert!(is_local(3) && !is_local(4));
+    compare(&expected);
+    disk.close().unwrap();
+    drop(disk);
+    check(&overlay);
+    assert!(qemu_reads(&overlay) == expected);
+}

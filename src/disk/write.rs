@@ -198,7 +198,7 @@ impl Disk {
         let mut at = range.start;
         while at < range.end {
             let len = (range.end - at).min(self.cluster_size() - at % self.cluster_size());
-            if !self.reads_as_zero(at)? {
+            if !self.reads_as_zero(at..at + len)? {
                 self.write_waiting(at, &vec![0; len as usize])?;
             }
             at += len;
@@ -206,14 +206,38 @@ impl Disk {
         Ok(())
     }
 
-    /// Whether the cluster at `at` is known to read as zero. A hint: a write that comes in between is as if it came after us.
-    fn reads_as_zero(&self, at: u64) -> Result<bool> {
-        let _shared = self.in_flight.shared(at..at + 1);
-        Ok(match self.map(at, 1)?.mapping {
-            Mapping::Zero { .. } => true,
-            Mapping::Unallocated => self.chain_below(at).is_none(),
-            _ => false,
-        })
+    /// Whether a part of one cluster reads as zero already. A hint: a write that comes in between
+    /// is as if it came after us.
+    ///
+    /// The bytes of a cluster that is not allocated are read below: zeros there cost nothing, where
+    /// zeros written here would copy the rest of the cluster up. fstrim(8) of a fresh overlay
+    /// begins and ends in the middle of clusters, and free space of a golden image is often zeros.
+    fn reads_as_zero(&self, part: Range<u64>) -> Result<bool> {
+        let chain = {
+            let _shared = self.in_flight.shared(part.clone());
+            match (self.map(part.start, 1)?.mapping, self.chain_below(part.start)) {
+                (Mapping::Zero { .. }, _) | (Mapping::Unallocated, None) => return Ok(true),
+                (Mapping::Unallocated, Some(chain)) => chain,
+                _ => return Ok(false),
+            }
+        };
+        // The chain is read-only: what it holds now it held while the guard was held.
+        let mut at = part.start;
+        while at < part.end {
+            match chain.content(usize::MAX, at, part.end - at) {
+                Ok((Content::Zero | Content::Unallocated, len)) => at += len,
+                Ok((Content::Data, len)) => {
+                    let mut bytes = vec![0; len as usize];
+                    // A failed read below fails no request: these bytes are replaced.
+                    if self.read_below(&chain, at, &mut bytes).is_err() || bytes.iter().any(|byte| *byte != 0) {
+                        return Ok(false);
+                    }
+                    at += len;
+                }
+                Err(_) => return Ok(false),
+            }
+        }
+        Ok(true)
     }
 
     fn make_clusters_zero(&self, held: &Exclusive<'_>, aligned: Range<u64>, hosts: HostClusters) -> Result<()> {

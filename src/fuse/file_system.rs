@@ -17,13 +17,14 @@ pub trait FileSystem: Send + Sync + std::fmt::Debug {
     /// EIO and the like: fstat of the overlay failed.
     fn getattr(&self) -> Result<Stat, Errno>;
 
-    /// truncate(2), chmod(2), chown(2), utimensat(2). A change of size is refused, so nothing is half done.
+    /// truncate(2), chmod(2), chown(2), utimensat(2), and open(2) with O_TRUNC. A change of size is
+    /// refused, so nothing is half done.
     ///
     /// # Errors
     /// EROFS, EINVAL or EPERM for another size; those of a change of attributes and of [`FileSystem::getattr`].
     fn setattr(&self, truncate: Option<Truncate>, changes: &Changes) -> Result<Stat, Errno>;
 
-    /// open(2). O_TRUNC is ignored, as on a block device (see [`Truncate`]).
+    /// open(2). O_TRUNC comes as a [`FileSystem::setattr`] of its own after it (see [`Truncate`]).
     ///
     /// # Errors
     /// EROFS for writing to a read-only disk.
@@ -58,9 +59,14 @@ pub trait FileSystem: Send + Sync + std::fmt::Debug {
 
     /// fallocate(2).
     ///
-    /// Mode 0 inside the disk succeeds and does nothing: no request of the file system makes the disk longer, and a thin overlay promises no space.
-    /// Past the end it is ENOSPC, like a write there: the disk does not grow. Holes and zeroes reach up to the end of the disk;
+    /// Mode 0, with FALLOC_FL_KEEP_SIZE or without, is EOPNOTSUPP: a thin overlay reserves no
+    /// space, and success would promise some. posix_fallocate(3) then writes one byte to each block
+    /// of 4 KiB that begins with a zero, which allocates it. Past the end mode 0 is ENOSPC, like a
+    /// write there: the disk does not grow. Holes and zeroes reach up to the end of the disk;
     /// without FALLOC_FL_KEEP_SIZE a range of zeroes past the end is ENOSPC as well.
+    ///
+    /// A hole reads as zeros to the byte: loop devices send the discards *and* the zero writes of
+    /// their users as holes, and QEMU writes zeros as holes with `discard=unmap`.
     ///
     /// # Errors
     /// EROFS, EOPNOTSUPP for all other modes, ENOSPC, EIO and the like.
@@ -82,7 +88,8 @@ pub trait FileSystem: Send + Sync + std::fmt::Debug {
     /// close(2): whether something was written that no flush has covered. If not, the close has nothing to wait for.
     fn needs_flush(&self) -> bool;
 
-    /// statfs(2): the file system that holds the overlay, which is where space runs out.
+    /// statfs(2): the file system that holds the overlay, which is where space runs out, counted in
+    /// clusters.
     ///
     /// # Errors
     /// Those of fstatvfs(3).

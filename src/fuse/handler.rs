@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{FallocateFlags, OFlags, StatVfs};
 use rustix::io::Errno;
@@ -18,7 +18,8 @@ use crate::disk::{Disk, Local, Seek};
 use crate::mutants::{Step, without};
 use crate::{Error, ErrorKind};
 
-/// Block size for stat(2) is the cluster size, but never less than a page: `cp` and `dd` take it as their buffer size.
+/// Least block size of stat(2) and statfs(2), bytes: a page. `cp` takes it as its buffer size, and
+/// a discard of less than a page gives the host no block back.
 const BLKSIZE_MIN: u64 = 4096;
 
 /// What stat(2) shows.
@@ -38,9 +39,14 @@ pub struct Stat {
 
 /// A size, in bytes, that a client wants the disk to have.
 ///
-/// open(O_TRUNC) arrives as `ByPath(0)`, just like truncate(2) to 0 by path: both succeed and change nothing. We could tell them apart by
-/// asking for `FUSE_ATOMIC_O_TRUNC`, but then the kernel itself takes the size for 0 after such an open, until somebody calls stat(2), and
-/// meanwhile asynchronous reads of *all* other users meet the end of the file (tried on Linux 6.18): a virtual machine would read zeros.
+/// open(2) with O_TRUNC arrives as `ByPath(0)`, like truncate(2) to 0 by path, and is refused like
+/// it: the open fails. Programs that truncate skip the holes of what they write afterwards (`cp`,
+/// `tar`, `zstd -o`); a truncation that is answered with success and not done leaves old bytes
+/// there.
+///
+/// `FUSE_ATOMIC_O_TRUNC` must not be asked for: with it the kernel itself takes the size for 0
+/// after such an open, until the next stat(2), and meanwhile asynchronous reads of *all* other
+/// users meet the end of the file (tried on Linux 6.18): a virtual machine would read zeros.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Truncate {
     /// truncate(2), or open(2) with O_TRUNC.
@@ -88,12 +94,28 @@ pub struct Handler {
     /// How many of them the last successful flush covered.
     durable: AtomicU64,
     errors: LogLimit,
+    /// The log names the refused truncation once, not once for each.
+    truncation_logged: AtomicBool,
 }
 
 impl Handler {
     /// `directory` is on the file system that holds the overlay.
     pub(super) fn new(disk: Arc<Disk>, attributes: Attributes, directory: OwnedFd) -> Self {
-        Handler { disk, attributes, directory, written: AtomicU64::new(0), durable: AtomicU64::new(0), errors: LogLimit::default() }
+        Handler {
+            disk,
+            attributes,
+            directory,
+            written: AtomicU64::new(0),
+            durable: AtomicU64::new(0),
+            errors: LogLimit::default(),
+            truncation_logged: AtomicBool::new(false),
+        }
+    }
+
+    /// Block size in stat(2) and statfs(2), bytes: a cluster, the unit in which discards give space
+    /// back.
+    fn block_size(&self) -> u64 {
+        self.disk.cluster_size().max(BLKSIZE_MIN)
     }
 
     fn change_range(&self, what: &str, range: Range<u64>, change: impl Fn(Range<u64>) -> crate::Result<()>) -> Result<(), Errno> {
@@ -119,6 +141,16 @@ impl Handler {
         match self.clamp(offset, len) {
             0 if len > 0 => Err(Errno::NOSPC),
             len => Ok(len),
+        }
+    }
+
+    /// Says once in the log what a program that truncates should do instead; it sees EPERM only.
+    fn explain_truncation(&self) {
+        if !self.truncation_logged.swap(true, Ordering::Relaxed) {
+            log::warn!(
+                "a program tried to truncate the disk, as cp and `>` do, and was refused: the size is fixed; \
+                 write images with `qemu-img convert -n` or `dd conv=notrunc`, change the size with block_resize"
+            );
         }
     }
 
@@ -148,8 +180,9 @@ impl FileSystem for Handler {
         let allocated = self.disk.allocated_size().map_err(|error| self.failed("stat", &error))?;
         Ok(Stat {
             size: self.disk.size(),
-            blocks: allocated.div_ceil(512),
-            blksize: u32::try_from(self.disk.cluster_size().max(BLKSIZE_MIN)).unwrap_or(u32::MAX),
+            // 0 would mean to GNU tar that all of the file is a hole.
+            blocks: allocated.div_ceil(512).max(u64::from(self.disk.size() > 0)),
+            blksize: u32::try_from(self.block_size()).unwrap_or(u32::MAX),
             owner: self.attributes.owner(),
             times: self.attributes.times(),
         })
@@ -157,10 +190,13 @@ impl FileSystem for Handler {
 
     fn setattr(&self, truncate: Option<Truncate>, changes: &Changes) -> Result<Stat, Errno> {
         match truncate {
-            None | Some(Truncate::ByPath(0)) => {}
+            None => {}
             Some(Truncate::ByPath(size) | Truncate::ByHandle(size)) if size == self.disk.size() => {}
             Some(_) if self.disk.is_read_only() => return Err(Errno::ROFS),
-            Some(Truncate::ByPath(size) | Truncate::ByHandle(size)) if size.is_multiple_of(512) => return Err(Errno::PERM),
+            Some(Truncate::ByPath(size) | Truncate::ByHandle(size)) if size.is_multiple_of(512) => {
+                self.explain_truncation();
+                return Err(Errno::PERM);
+            }
             Some(_) => return Err(Errno::INVAL),
         }
         self.attributes.change(changes)?;
@@ -247,8 +283,7 @@ impl FileSystem for Handler {
             _ if mode.difference(FallocateFlags::KEEP_SIZE) == FallocateFlags::ZERO_RANGE && !grows => {
                 self.change_range("write zeroes", range, |range| self.disk.write_zeroes(range))
             }
-            _ if mode.is_empty() && !grows => Ok(()),
-            _ if mode.is_empty() || mode == FallocateFlags::ZERO_RANGE => Err(Errno::NOSPC),
+            _ if grows && (mode.is_empty() || mode == FallocateFlags::ZERO_RANGE) => Err(Errno::NOSPC),
             _ => Err(Errno::OPNOTSUPP),
         }
     }
@@ -281,7 +316,28 @@ impl FileSystem for Handler {
     }
 
     fn statfs(&self) -> Result<StatVfs, Errno> {
-        rustix::fs::fstatvfs(&self.directory)
+        let host = rustix::fs::fstatvfs(&self.directory)?;
+        Ok(in_blocks(host, self.block_size()))
+    }
+}
+
+/// What statfs(2) says of the host's file system, counted in blocks of `size` bytes, a power of
+/// two.
+///
+/// A loop device takes its discard granularity from `f_bsize` (drivers/block/loop.c,
+/// `loop_get_discard_config`). `f_frsize` is the same: programs multiply the counts with either.
+fn in_blocks(host: StatVfs, size: u64) -> StatVfs {
+    let scaled = |blocks: u64| {
+        let bytes = u128::from(blocks) * u128::from(host.f_frsize);
+        u64::try_from(bytes / u128::from(size.max(1))).unwrap_or(u64::MAX)
+    };
+    StatVfs {
+        f_bsize: size,
+        f_frsize: size,
+        f_blocks: scaled(host.f_blocks),
+        f_bfree: scaled(host.f_bfree),
+        f_bavail: scaled(host.f_bavail),
+        ..host
     }
 }
 

@@ -120,7 +120,8 @@ impl SizeNotice {
     }
 }
 
-/// Whether the kernel holds pages of shared mappings still that were dirty before [`Mounted::write_mapped_pages`].
+/// Whether the kernel holds pages of shared mappings still that were dirty before
+/// [`Mounted::write_mapped_pages`].
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum MappedPages {
     /// None: all were sent and answered.
@@ -204,8 +205,9 @@ impl Mounted {
         SizeNotice { notifier: self.notifier.clone() }
     }
 
-    /// Makes the kernel send the pages that programs have dirtied through shared mappings of the disk: to be called before a flush that must
-    /// cover them, while requests are served. Waits at most for `timeout`: a write to a cluster whose backing file hangs does not return, and is
+    /// Makes the kernel send the pages that programs have dirtied through shared mappings of the
+    /// disk: to be called before a flush that must cover them, while requests are served. Waits at
+    /// most for `timeout`: a write to a cluster whose backing file hangs does not return, and is
     /// answered or ended with the session.
     pub fn write_mapped_pages(&self, timeout: Duration) -> MappedPages {
         let notifier = self.notifier.clone();

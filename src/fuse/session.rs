@@ -108,10 +108,12 @@ pub(super) fn tell_size(notifier: &Notifier, size: u64) -> io::Result<()> {
     notifier.inval_inode(INodeNo::ROOT, i64::try_from(last).unwrap_or(i64::MAX), 1)
 }
 
-/// Makes the kernel send what programs have written to shared mappings of the disk, and waits until that is answered.
+/// Makes the kernel send what programs have written to shared mappings of the disk, and waits until
+/// that is answered.
 ///
-/// An invalidation writes dirty pages before it drops them (`launder_folio`). It needs no path, which another mount may hide or a lazy unmount
-/// may have taken away, and no right to open the file, which root has not where another user mounts without `allow_other`; fsync(2) of the
+/// An invalidation writes dirty pages before it drops them (`launder_folio`). It needs no path,
+/// which another mount may hide or a lazy unmount may have taken away, and no permission to open
+/// the file, which root lacks where another user mounts without `allow_other`; fsync(2) of the
 /// mounted file needs both. Errors of these writes are reported to the programs, by their msync(2).
 ///
 /// # Errors

@@ -22,6 +22,7 @@ use super::refcounts::{RefcountTable, RefcountWrites};
 use crate::format::{Geometry, Header, HostCluster};
 use crate::mutants::{Step, without};
 use crate::storage::Storage;
+use crate::sync::atomic::{AtomicU64, Ordering};
 use crate::sync::{Mutex, rank};
 use crate::{Error, ErrorKind, Result};
 
@@ -39,6 +40,9 @@ pub(super) struct Allocator {
     storage: Arc<dyn Storage>,
     geometry: Geometry,
     state: Mutex<{ rank::ALLOCATOR }, State>,
+    /// Where the highest cluster ends that was handed out since the image was opened, as a cluster
+    /// number.
+    highest: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -93,7 +97,7 @@ impl Allocator {
             reserved: 0..0,
             pending: BTreeMap::new(),
         };
-        Ok(Allocator { storage, geometry, state: Mutex::new(state) })
+        Ok(Allocator { storage, geometry, state: Mutex::new(state), highest: AtomicU64::new(0) })
     }
 
     /// At open: an L1 entry names this cluster as L2 table.
@@ -175,8 +179,20 @@ impl Allocator {
         state.add_gap(cluster.0);
     }
 
+    /// Where the highest cluster ends that was handed out since the image was opened, in bytes; 0
+    /// where none was.
+    pub fn highest(&self) -> u64 {
+        self.highest.load(Ordering::Relaxed) << self.geometry.cluster_bits()
+    }
+
     /// Clusters that nothing was in since the image was opened, counted.
     fn take_unused(&self, state: &mut State, at_most: u64) -> Result<(u64, u64)> {
+        let (start, len) = self.take_gap_or_end(state, at_most)?;
+        self.highest.fetch_max(start + len, Ordering::Relaxed);
+        Ok((start, len))
+    }
+
+    fn take_gap_or_end(&self, state: &mut State, at_most: u64) -> Result<(u64, u64)> {
         self.search_gaps(state)?;
         if let Some((start, len)) = state.gaps.take(at_most) {
             if let Err(error) = state.count(start..start + len) {
@@ -279,6 +295,7 @@ impl Allocator {
             state.refcounts.set(cluster, 1)?;
         }
         state.end = next + extra;
+        self.highest.fetch_max(state.end, Ordering::Relaxed);
         Ok(next)
     }
 

@@ -222,6 +222,12 @@ impl Image {
         }
     }
 
+    /// Where the highest cluster ends that was allocated since the image was opened, in bytes; 0
+    /// where none was.
+    pub fn highest_allocated(&self) -> u64 {
+        self.allocator.highest()
+    }
+
     /// The reading half.
     pub fn reader(&self) -> &ImageReader {
         &self.reader

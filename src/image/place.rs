@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::ImageReader;
-use super::check::allocated_clusters;
+use super::check::{allocated_clusters, counted_end};
 use crate::format::{GuestOffset, Mapping};
 use crate::storage::Holding;
 use crate::{Error, Result};
@@ -47,6 +47,15 @@ impl ImageReader {
             Ok(true) => Holes::Seen,
             Ok(false) | Err(_) => Holes::Unseen,
         }
+    }
+
+    /// Where the image ends in its file, in bytes, by its refcounts as they are on disk. Beyond
+    /// `deadline`, and where they cannot be read, the end of the file.
+    pub fn end(&self, deadline: Instant) -> u64 {
+        let size = self.storage().size();
+        let header = self.header();
+        counted_end(&**self.storage(), &header, deadline)
+            .map_or(size, |clusters| clusters.saturating_mul(header.geometry.cluster_size()).min(size))
     }
 
     fn is_preallocated(&self, deadline: Instant) -> Result<bool> {

@@ -242,6 +242,44 @@ fn full_tmpfs_at_every_stage() {
     full_at_every_stage("tmpfs", 64 * MIB);
 }
 
+/// Protects: P5 for one write over several clusters of which only the first can be stored: it gets
+/// the error, each of its sectors is old or new, nothing beside it changes, and with room the same
+/// write succeeds.
+#[test]
+fn a_write_that_runs_out_of_space_half_way() {
+    requires!("/dev/fuse", "root", "qemu-img");
+    let mut rig = Rig::new("tmpfs", 64 * MIB, SIZE, "");
+    let disk = rig.mount(&["--no-copy-on-read"]);
+    let file = disk.open();
+    assert!(rig.write(&file, MIB, 1), "one cluster that is overwritten in place");
+    file.sync_all().expect("its tables");
+    rig.fill(0);
+    let range = at(MIB + 512)..at(MIB + 5 * CLUSTER);
+    let new = Pattern::new(82, 1).bytes(range.start as u64, range.len() as u64);
+    let error = file.write_all_at(&new, range.start as u64).expect_err("there is no room for the other clusters");
+    assert_eq!(error.raw_os_error(), Some(Errno::NOSPC.raw_os_error()));
+    let got = disk.read_all();
+    let mut written = 0;
+    for (sector, bytes) in got[range.clone()].chunks(512).enumerate() {
+        let place = sector * 512..(sector + 1) * 512;
+        let is_new = bytes == &new[place.clone()];
+        assert!(is_new || bytes == &rig.want[range.clone()][place], "sector {sector} is neither old nor new");
+        written += usize::from(is_new);
+    }
+    assert!((1..range.len() / 512).contains(&written), "{written} sectors were written: it did not run out half way");
+    assert_same("before it", &got[..range.start], &rig.want[..range.start]);
+    assert_same("behind it", &got[range.end..], &rig.want[range.end..]);
+    rig.make_room();
+    file.write_all_at(&new, range.start as u64).expect("there is room");
+    rig.want[range].copy_from_slice(&new);
+    rig.check("after the same write with room", &disk);
+    drop(file);
+    disk.umount();
+    qemu::assert_clean(&rig.overlay);
+    assert_same("in the image", &qemu::read_all(&rig.overlay), &rig.want);
+    rig.fs.umount();
+}
+
 /// Protects: P1 and P5 where the space ends between a write and its flush: the tables find no room, the flush says so, and does not forget
 /// what it could not write: the next one with room makes it durable, and a kill after that loses nothing.
 #[test]

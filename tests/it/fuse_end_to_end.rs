@@ -211,30 +211,49 @@ fn writes_at_and_across_the_end() {
     rig.assert_overlay(&want);
 }
 
-/// Protects: O_TRUNC is ignored as on a block device: `cp` and `dd` onto the disk overwrite its start and destroy nothing else.
+/// Protects: a truncation is never answered with success and not done: `cp`, `tar` and `zstd -o`
+/// truncate and then skip the holes of what they write, where the old bytes would stay. Each of
+/// them fails, with nothing changed; what writes every byte without truncating works.
 #[test]
-fn open_with_o_trunc_destroys_nothing() {
-    requires!("/dev/fuse", "qemu-img");
+fn open_with_o_trunc_is_refused() {
+    requires!("/dev/fuse", "qemu-img", "dd");
     let rig = Rig::new(SIZE);
     let disk = rig.mount().start();
-    drop(OpenOptions::new().write(true).truncate(true).open(disk.path()).expect("open with O_TRUNC"));
-    assert_same("after O_TRUNC", &disk.read_all(), &rig.content);
-    let mut want = rig.content.clone();
-    let small = rig.scratch.write("small", &Pattern::new(5, 1).bytes(0, 100_000));
-    run_ok(Command::new("cp").arg(&small).arg(disk.path()));
-    Pattern::new(5, 1).fill(0, &mut want[..100_000]);
-    assert_same("after cp", &disk.read_all(), &want);
-    rig.scratch.write("small", &Pattern::new(5, 2).bytes(0, 50_000));
-    run_ok(
-        Command::new("dd")
-            .args(["bs=4k", "status=none"])
-            .arg(format!("if={}", small.display()))
-            .arg(format!("of={}", disk.path().display())),
-    );
-    Pattern::new(5, 2).fill(0, &mut want[..50_000]);
-    assert_same("after dd", &disk.read_all(), &want);
+    assert_eq!(errno(OpenOptions::new().write(true).truncate(true).open(disk.path())), Errno::PERM);
+    // Some data, a hole, and data at the end: what a sparse image looks like.
+    let sparse = rig.scratch.join("sparse");
+    let image = File::create(&sparse).expect("sparse image");
+    image.set_len(SIZE).expect("hole");
+    image.write_all_at(&Pattern::new(5, 1).bytes(0, 100_000), 0).expect("start");
+    image.write_all_at(&[7], SIZE - 1).expect("end");
+    let new = fs::read(&sparse).expect("new content");
+    let shell = |script: &str| {
+        let status = Command::new("sh").args(["-c", script]).arg(&sparse).arg(disk.path()).stderr(Stdio::null()).status();
+        status.expect("sh").success()
+    };
+    for script in [
+        r#"cp "$0" "$1""#,
+        r#"cp --sparse=always "$0" "$1""#,
+        r#"cat "$0" > "$1""#,
+        r#"dd if="$0" of="$1" bs=64K"#,
+        r#"dd if="$0" of="$1" bs=64K conv=sparse"#,
+        r#"tee "$1" < "$0" > /dev/null"#,
+        r#"qemu-img convert -f raw -O raw "$0" "$1""#,
+    ] {
+        assert!(!shell(script), "{script}: it must fail");
+        assert_same(script, &disk.read_all(), &rig.content);
+    }
+    assert!(!shell(r#"cat "$0" >> "$1""#), "there is no room behind the end");
+    assert_same("after >>", &disk.read_all(), &rig.content);
+    assert_eq!(disk.log().matches("tried to truncate the disk").count(), 1, "said once\n{}", disk.log());
+
+    assert!(shell(r#"dd if="$0" of="$1" bs=64K conv=notrunc status=none"#));
+    assert_same("after dd conv=notrunc", &disk.read_all(), &new);
+    disk.open().write_all_at(&rig.content, 0).expect("the old content again");
+    assert!(shell(r#"qemu-img convert -n -f raw -O raw "$0" "$1""#));
+    assert_same("after qemu-img convert -n", &disk.read_all(), &new);
     disk.umount();
-    rig.assert_overlay(&want);
+    rig.assert_overlay(&new);
 }
 
 /// Protects: the size of the disk cannot be changed from the guest's side; nothing is lost by trying.
@@ -264,7 +283,7 @@ fn truncate_is_refused() {
 }
 
 /// Protects: every fallocate mode does what it says or refuses (6.2): punch and zero work at any byte, also across and past the end,
-/// everything else changes nothing.
+/// everything else is refused.
 #[test]
 fn fallocate_modes() {
     requires!("/dev/fuse", "qemu-img");
@@ -279,7 +298,8 @@ fn fallocate_modes() {
     refused(FallocateFlags::COLLAPSE_RANGE, 0..CLUSTER);
     refused(FallocateFlags::INSERT_RANGE, 0..CLUSTER);
     refused(FallocateFlags::UNSHARE_RANGE, 0..CLUSTER);
-    fallocate(&guest.file, FallocateFlags::empty(), 0, SIZE).expect("posix_fallocate inside the disk is a no-op");
+    // Success would promise space that is not reserved.
+    refused(FallocateFlags::empty(), 0..SIZE);
     guest.check_all();
     for flags in [FallocateFlags::empty(), FallocateFlags::ZERO_RANGE] {
         assert!(fallocate(&guest.file, flags, SIZE - 512, 1024).is_err(), "{flags:?} must not grow the disk");

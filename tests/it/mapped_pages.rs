@@ -1,5 +1,6 @@
-//! What a program has written to a shared mapping of the disk and the kernel has not sent yet is covered by every promise that all is written
-//! back (P15): the daemon asks the kernel for it before it flushes, for each reason to end and for every way to be told.
+//! What a program has written to a shared mapping of the disk and the kernel has not sent yet is
+//! covered by every promise that all is written back (P15): the daemon asks the kernel for it
+//! before it flushes, for each reason to end and for every way to be told.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -38,7 +39,8 @@ struct Mapper {
 }
 
 impl Mapper {
-    /// Returns when it has mapped the disk and read the pages at `touched`. `None`, with a reason on standard error, where disks cannot be mapped.
+    /// Returns when it has mapped the disk and read the pages at `touched`. `None`, with a reason
+    /// on standard error, where disks cannot be mapped.
     fn start(disk: &Path, touched: &[u64]) -> Option<Mapper> {
         let mut command = Command::new("python3");
         command.args(["-c", PROGRAM]).arg(disk).args(touched.iter().map(u64::to_string));
@@ -72,8 +74,9 @@ fn terminate_and_wait_for(disk: &Daemon, what: &str) {
     wait_until(what, || disk.log().contains(what));
 }
 
-/// Protects: P15 for dirty pages of shared mappings. After the first SIGTERM ("all is written back, serving on") what was written before it
-/// survives even a kill; a second one, QMP `quit` and `umount --lazy` take the disk away and lose nothing that was written before them.
+/// Protects: P15 for dirty pages of shared mappings. After the first SIGTERM ("all is written back,
+/// serving on") what was written before it survives even a kill; a second one, QMP `quit` and
+/// `umount --lazy` take the disk away and lose nothing that was written before them.
 #[test]
 fn nothing_that_was_written_to_a_mapping_is_lost() {
     requires!("/dev/fuse", "qemu-img", "python3");
@@ -111,8 +114,9 @@ fn nothing_that_was_written_to_a_mapping_is_lost() {
     }
 }
 
-/// Protects: a page that cannot be written back, since its cluster has to be completed from a backing file that hangs, keeps no daemon from
-/// ending; the log does not claim that all is written back.
+/// Protects: a page that cannot be written back, since its cluster has to be completed from a
+/// backing file that hangs, keeps no daemon from ending; the log does not claim that all is written
+/// back.
 #[test]
 fn a_page_that_hangs_does_not_keep_the_daemon() {
     requires!("/dev/fuse", "qemu-img", "python3");
@@ -133,6 +137,6 @@ fn a_page_that_hangs_does_not_keep_the_daemon() {
     assert!(!upper.log().contains("all is written back"), "{}", upper.log());
     drop((mapper, stopped));
     assert!(upper.ended_within(PATIENCE).is_some(), "it does not end\n{}", upper.log());
+    qemu::assert_not_corrupt(&overlay); // opens the base as well
     lower.umount();
-    qemu::assert_not_corrupt(&overlay);
 }

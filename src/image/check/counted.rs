@@ -143,3 +143,30 @@ pub fn allocated_clusters(storage: &dyn Storage, header: &Header, clusters: u64,
     }
     Ok(found)
 }
+
+/// Where the last cluster ends that has a refcount on disk, as a cluster number; beyond `deadline`
+/// where it ends at the latest.
+///
+/// # Errors
+/// I/O.
+pub fn counted_end(storage: &dyn Storage, header: &Header, deadline: Instant) -> Result<u64> {
+    let mut counted = Counted::open(storage, header)?;
+    let entries = header.geometry.refblock_entries();
+    for index in (0..counted.table().len() as u64).rev() {
+        let first = index * entries;
+        if counted.none_until(first).is_some() {
+            continue;
+        }
+        if Instant::now() >= deadline {
+            return Ok(first + entries);
+        }
+        if counted.next_counted(first)?.is_some() {
+            for cluster in (first..first + entries).rev() {
+                if counted.get(cluster)?.is_some_and(|count| count > 0) {
+                    return Ok(cluster + 1);
+                }
+            }
+        }
+    }
+    Ok(0)
+}

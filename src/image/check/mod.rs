@@ -23,7 +23,7 @@ mod counted;
 mod references;
 mod walk;
 
-pub(super) use counted::allocated_clusters;
+pub(super) use counted::{allocated_clusters, counted_end};
 use walk::Walk;
 
 /// So many findings are kept one by one; the rest is only counted.
