@@ -242,7 +242,7 @@ fn a_job_is_paused_resumed_throttled_and_cancelled() {
 /// Protects: Ctrl-C ends the waiting and not the work, unless that was asked for. What is shown is a bar with bytes and the time that is left.
 #[test]
 fn an_interrupt_leaves_the_stream_running() {
-    requires!("/dev/fuse", "qemu-img", "setsid");
+    requires!("/dev/fuse", "qemu-img", "terminal");
     let rig = Rig::new(SIZE);
     let disk = start(rig.mount(), &rig.scratch);
     let mut client = session(&rig.scratch, &disk);
@@ -347,7 +347,7 @@ fn who_waits_hears_of_errors() {
 /// Protects: one look shows all disks, the dead as dead; a dead one is taken away with all that it has left.
 #[test]
 fn all_disks_are_listed_and_a_dead_one_is_taken_away() {
-    requires!("/dev/fuse", "qemu-img", "setsid");
+    requires!("/dev/fuse", "qemu-img", "terminal");
     let rig = Rig::new(MIB);
     let other = rig.scratch.join("other.qcow2");
     qemu::create(&other, None, "", Some(("base.raw", "raw")));

@@ -214,7 +214,7 @@ fn a_mounted_disk_has_the_map_of_its_image() {
 /// Protects: on a terminal the map is blocks in colours, as wide as the terminal; without colours where they are not wanted.
 #[test]
 fn a_map_on_a_terminal_has_blocks_and_colours() {
-    requires!("qemu-img", "qemu-io", "setsid");
+    requires!("qemu-img", "qemu-io", "terminal");
     let rig = mixed();
     let args = [word("map"), rig.overlay.as_os_str()];
     let mut terminal = Terminal::cordisk(&rig.scratch, &args, &[], 30, 74);
@@ -407,7 +407,7 @@ fn read_direct(file: &fs::File, offset: u64, len: usize) {
 /// key here, so that what lies between them is known.
 #[test]
 fn top_shows_what_is_read_and_written() {
-    requires!("/dev/fuse", "qemu-img", "setsid");
+    requires!("/dev/fuse", "qemu-img", "terminal");
     let rig = Rig::new(32 * MIB);
     let disk = rig.mount().qmp().args(&["--device", "d1"]).start();
     let began = Instant::now();
@@ -491,7 +491,7 @@ fn qmp_bytes(disk: &Daemon, kind: &str) -> u64 {
 /// Protects: the bar, the map and the list follow the stream, to the end; `p` pauses the job and lets it go on; the terminal is as it was afterwards.
 #[test]
 fn top_follows_a_stream() {
-    requires!("/dev/fuse", "qemu-img", "setsid");
+    requires!("/dev/fuse", "qemu-img", "terminal");
     let rig = Rig::new(64 * MIB);
     let disk = rig.mount().qmp().args(&["--stream", "--speed", "16M", "--stream-priority", "normal"]).start();
     let mut terminal = Terminal::cordisk(&rig.scratch, &[word("top"), word("--interval"), word("0.2")], &[], 24, 80);
@@ -571,7 +571,7 @@ fn qmp_bytes_settled(client: &mut QmpClient) -> u64 {
 /// every way out leaves the terminal as it was.
 #[test]
 fn top_outlives_its_disks() {
-    requires!("/dev/fuse", "qemu-img", "setsid");
+    requires!("/dev/fuse", "qemu-img", "terminal");
     let scratch = Scratch::new();
     for (name, size) in [("one", 8 * MIB), ("two", 24 * MIB)] {
         qemu::create(&scratch.join(format!("{name}.qcow2")), Some(size), "", None);
@@ -626,7 +626,7 @@ fn top_outlives_its_disks() {
 /// Protects: a daemon that hangs holds up its own line only, and neither keys nor the end.
 #[test]
 fn top_does_not_wait_for_a_disk_that_hangs() {
-    requires!("/dev/fuse", "qemu-img", "setsid");
+    requires!("/dev/fuse", "qemu-img", "terminal");
     let scratch = Scratch::new();
     for name in ["one", "two"] {
         qemu::create(&scratch.join(format!("{name}.qcow2")), Some(8 * MIB), "", None);

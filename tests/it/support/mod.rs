@@ -44,7 +44,8 @@ pub const RUNTIME_DIR: &str = "CORDISK_RUNTIME_DIR";
 
 /// Skips the test with a reason when something is missing; fails instead where everything has to be there (CI).
 ///
-/// A need is `"root"`, a path that must exist (`"/dev/fuse"`), a file system that the kernel can mount (`"fs:xfs"`), or the name of a program.
+/// A need is `"root"`, `"terminal"` (pseudo-terminals), a path that must exist (`"/dev/fuse"`), a
+/// file system that the kernel can mount (`"fs:xfs"`), or the name of a program.
 #[macro_export]
 macro_rules! requires {
     ($($need:expr),+ $(,)?) => {
@@ -69,6 +70,12 @@ pub fn have(needs: &[&str]) -> bool {
 fn missing(need: &str) -> Option<String> {
     if need == "root" {
         return (!rustix::process::geteuid().is_root()).then(|| "not running as root".to_owned());
+    }
+    if need == "losetup" && !Path::new("/sys/block").exists() {
+        return Some("loop devices cannot be looked at without /sys: mount -t sysfs sysfs /sys".to_owned());
+    }
+    if need == "terminal" {
+        return missing("setsid").or_else(terminal::missing);
     }
     if need.starts_with('/') {
         return (!Path::new(need).exists()).then(|| format!("there is no {need}"));

@@ -43,6 +43,17 @@ impl std::fmt::Debug for Shown {
     }
 }
 
+/// Why there are no pseudo-terminals here, as in a chroot without /dev/pts; `None` where there are.
+pub fn missing() -> Option<String> {
+    let other_end = || {
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)?;
+        grantpt(&master).and_then(|()| unlockpt(&master))?;
+        let name = ptsname(&master, Vec::new())?;
+        OpenOptions::new().read(true).write(true).custom_flags_noctty().open(OsStr::from_bytes(name.as_bytes()))
+    };
+    other_end().err().map(|error| format!("no pseudo-terminals ({error}): mount -t devpts devpts /dev/pts"))
+}
+
 impl Terminal {
     /// The program under test on a terminal that shows UTF-8, told where disks are entered. `env` has the last word.
     pub fn cordisk<A: AsRef<OsStr>>(scratch: &Scratch, args: &[A], env: &[(&str, &OsStr)], rows: u16, cols: u16) -> Terminal {
@@ -220,7 +231,7 @@ pub fn picture(screen: &vt100::Screen) -> String {
 /// What the rest relies on: size, colours, keys, Ctrl-C, change of size.
 #[test]
 fn a_program_has_a_terminal() {
-    if !super::have(&["setsid", "stty", "sh"]) {
+    if !super::have(&["terminal", "stty", "sh"]) {
         return;
     }
     let script = "trap 'echo interrupted; exit 7' INT; trap 'stty size' WINCH; stty size; printf '\\033[31mred\\033[0m\\n'; \
