@@ -183,6 +183,10 @@ tools() {
         if ((EUID == 0)); then modprobe fuse 2>/dev/null || true; fi
         [[ -e /dev/fuse ]] || { echo 'missing: /dev/fuse (no test can mount)' >&2; status=1; }
     fi
+    # What a plain chroot lacks.
+    [[ -e /proc/self/mountinfo ]] || { echo 'missing: /proc (mount -t proc proc /proc); every test that mounts is skipped' >&2; status=1; }
+    [[ -e /sys/block ]] || { echo 'missing: /sys (mount -t sysfs sysfs /sys); tests with loop devices are skipped' >&2; status=1; }
+    [[ -e /dev/pts/ptmx ]] || { echo 'missing: /dev/pts (mount -t devpts devpts /dev/pts); tests with a terminal are skipped' >&2; status=1; }
     ((EUID == 0)) || echo 'not root: tests that need loop devices are skipped'
     if ((status)) && [[ -z $require_all ]]; then
         echo 'going on without; the tests that need it are skipped'

@@ -57,7 +57,7 @@ macro_rules! requires {
 
 /// See [`requires!`].
 pub fn have(needs: &[&str]) -> bool {
-    for need in needs {
+    for need in std::iter::once(&mounts::TABLE).chain(needs) {
         let Some(reason) = missing(need) else { continue };
         let required = |name| std::env::var(name).is_ok_and(|value| value == "1" || value == "true");
         assert!(!(required("CI") || required("CORDISK_REQUIRE_ALL")), "this test needs what is missing here: {reason}");
@@ -70,6 +70,10 @@ pub fn have(needs: &[&str]) -> bool {
 fn missing(need: &str) -> Option<String> {
     if need == "root" {
         return (!rustix::process::geteuid().is_root()).then(|| "not running as root".to_owned());
+    }
+    // The root of a chroot is none, and then mounts cannot be made private.
+    if need == "unshare" && mounts::at(Path::new("/")).is_none() {
+        return Some("/ is no mountpoint: unshare cannot make a mount namespace (in a chroot: mount --bind it to itself first)".to_owned());
     }
     if need == "losetup" && !Path::new("/sys/block").exists() {
         return Some("loop devices cannot be looked at without /sys: mount -t sysfs sysfs /sys".to_owned());
