@@ -388,7 +388,7 @@ fn wait_for_end(mount: &KeptMount<'_>, mounted: &Mounted, disk: &Disk, events: &
         let event = select! {
             recv(mounted.ended()) -> end => {
                 control.announce_shutdown(asked);
-                return end.unwrap_or(Ok(())).context(|| "reading requests from /dev/fuse");
+                return end.unwrap_or(Ok(()));
             }
             recv(control.told()) -> batch => {
                 if let Ok(batch) = batch {

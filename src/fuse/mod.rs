@@ -1,13 +1,14 @@
 //! The mount: the disk as one regular file AT the mountpoint. Kernel requests become calls of [`Disk`].
 //!
 //! ```text
-//!  kernel ── /dev/fuse ── session (2 threads) ──▶ handler ──▶ Disk::read_local, write_local      a hit: answered where it arrived
-//!                            │                                                                   miss:
-//!                            └── workers ── miss threads ─────▶ handler ──▶ Disk::read, write, discard, seek
-//!                                       └── 1 flush thread  ──▶ handler ──▶ Disk::flush
+//!  kernel ── /dev/fuse ── device (2 threads) ──▶ dispatch ──▶ handler ──▶ Disk::read_local, write_local      a hit
+//!        └── io_uring ─── ring (2 per CPU) ────▶    │
+//!                                                   └── workers ── miss threads ─▶ handler ──▶ Disk::read, write, …
+//!                                                           └── 1 flush thread ──▶ handler ──▶ Disk::flush
 //! ```
 //!
-//! Where the kernel offers it, requests come over io_uring instead (`ring.rs`): the same handler and workers behind queues in shared memory.
+//! A transport reads requests and writes replies; `wire` knows their bytes; `dispatch` decides which thread does the work. fuser only
+//! answers the kernel's INIT and sends notifications.
 //!
 //! The files are opened for direct I/O: every write is acknowledged by us, nothing is cached in the kernel (shared mappings excepted,
 //! which Linux offers since 6.6). Writeback caching does not work with a file as mountpoint and is never asked for (data-safety 0.7).
@@ -24,6 +25,8 @@
 
 mod attach;
 mod attributes;
+mod device;
+mod dispatch;
 mod file_system;
 mod handler;
 mod host;
@@ -100,7 +103,7 @@ pub struct Prepared {
 /// A mounted disk, being served. It ends when the disk is unmounted, whoever does that.
 #[derive(Debug)]
 pub struct Mounted {
-    session: Receiver<io::Result<()>>,
+    session: Receiver<Result<()>>,
     workers: workers::Ended,
     notifier: fuser::Notifier,
 }
@@ -226,9 +229,9 @@ impl Mounted {
         }
     }
 
-    /// Yields once, when the kernel has ended the session: the disk is unmounted, by whomever, and nobody has it open any more.
-    /// An error is one of reading /dev/fuse.
-    pub fn ended(&self) -> &Receiver<io::Result<()>> {
+    /// Yields once. Well: the kernel has ended the session, since the disk is unmounted and no process has it open any more.
+    /// An error: a thread that serves has failed, and requests may wait for it for ever unless the disk is detached.
+    pub fn ended(&self) -> &Receiver<Result<()>> {
         &self.session
     }
 

@@ -1,13 +1,14 @@
 //! Transport 2: FUSE over io_uring (Linux 6.14 and later, with the module parameter `enable_uring`). Requests come and answers go through memory that
 //! we share with the kernel: one system call takes the answers of a batch there and brings the next requests, where /dev/fuse takes two for each.
 //!
-//! Here are that memory and the rings, which is all that needs `unsafe`; who answers is in [`queue`].
+//! Here are that memory and the rings, which is nearly all that needs `unsafe` ([`clone_device`] is the rest); the threads are in [`queue`].
 //!
 //! **Touches:** io_uring, the session's /dev/fuse, shared memory. **Never:** knows what a request means.
 //! **Locks:** none. **Invariants:** an [`Entry`] is either the kernel's or ours. Ours, it is a value that somebody owns: a queue, a task, a channel between
 //! them; the kernel's, it lies in the slot of a [`Port`] and nobody looks at it.
 #![allow(unsafe_code)] // the only file that needs it: memory that the kernel writes to
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
@@ -17,7 +18,8 @@ use io_uring::types::Fd;
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use rustix::io::Errno;
 
-use super::session::MAX_IO;
+use super::attach::DEVICE;
+use super::dispatch::MAX_IO;
 use super::wire::{self, Operation};
 
 mod queue;
@@ -38,6 +40,22 @@ const PAYLOAD_LEN: std::ops::Range<usize> = 272..276;
 const WAKE: u64 = u64::MAX;
 
 type Ring = IoUring<squeue::Entry128, cqueue::Entry>;
+
+/// FUSE_DEV_IOC_CLONE: `_IOR(229, 0, uint32_t)`.
+const CLONE: rustix::ioctl::Opcode = rustix::ioctl::opcode::read::<u32>(229, 0);
+
+/// One more descriptor of the connection of `device`. Each has a list of requests of its own in the kernel: one that is
+/// read from a descriptor is answered there.
+///
+/// # Errors
+/// /dev/fuse cannot be opened here.
+pub(super) fn clone_device(device: &OwnedFd) -> io::Result<OwnedFd> {
+    let new = File::options().read(true).write(true).open(DEVICE)?;
+    let mut number = device.as_raw_fd().cast_unsigned();
+    // SAFETY: the kernel reads one u32 there, the number of a descriptor, and writes nothing.
+    unsafe { rustix::ioctl::ioctl(&new, rustix::ioctl::Updater::<CLONE, u32>::new(&mut number)) }?;
+    Ok(new.into())
+}
 
 /// A ring for so many commands. It takes those of FUSE and the poll of an eventfd and nothing else: what is done through a ring is seen by no filter of
 /// system calls.

@@ -11,7 +11,7 @@
 //! of at most 1 MiB of data to write; reads bring no buffer with them.
 //!
 //! A panic in a task is a broken invariant. In release it ends the process (`panic = "abort"`, architecture D7); in tests it ends its
-//! worker, and fuser answers the request with EIO when the reply is dropped.
+//! worker, and the reply answers EIO when it is dropped.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;

@@ -95,6 +95,33 @@ fn a_guest_sees_no_difference() {
     }
 }
 
+/// Protects: the owner of a disk, perhaps another user than the daemon's, sets any times, and the daemon goes on. Times that fit are shown as they were set.
+#[test]
+fn any_times_can_be_set() {
+    requires!("/dev/fuse", "qemu-img");
+    for transport in ["dev", "uring"] {
+        if transport == "uring" && !has_uring() {
+            continue;
+        }
+        let rig = Rig::new(MIB);
+        let disk = rig.mount().args(&["--transport", transport]).start();
+        let file = disk.open();
+        let seconds = [i64::MIN, i64::MIN + 1, -(1 << 62), -62_135_596_801, -1, 0, 1 << 34, 253_402_300_800, 1 << 62, i64::MAX];
+        for (accessed, modified) in seconds.iter().flat_map(|&first| seconds.map(|second| (first, second))) {
+            let [last_access, last_modification] =
+                [(accessed, 999_999_999), (modified, 1)].map(|(tv_sec, tv_nsec)| rustix::fs::Timespec { tv_sec, tv_nsec });
+            rustix::fs::futimens(&file, &rustix::fs::Timestamps { last_access, last_modification })
+                .unwrap_or_else(|error| panic!("{transport}, {accessed}, {modified}: {error}"));
+        }
+        let small = rustix::fs::Timespec { tv_sec: -5, tv_nsec: 7 };
+        rustix::fs::futimens(&file, &rustix::fs::Timestamps { last_access: small, last_modification: small }).expect("utimensat");
+        assert_eq!((file.metadata().expect("stat").mtime(), file.metadata().expect("stat").mtime_nsec()), (-5, 7), "{transport}");
+        assert_same("still served", &disk.read_all(), &rig.content);
+        drop(file);
+        disk.umount();
+    }
+}
+
 /// How often each thread of a process whose name starts so has run.
 fn runs(pid: u32, name: &str) -> u64 {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("threads").map(|thread| thread.expect("thread").path());

@@ -20,7 +20,7 @@
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::thread;
 
 use crossbeam_channel::{Receiver, Sender};
@@ -29,11 +29,9 @@ use rustix::io::Errno;
 use rustix::thread::CpuSet;
 
 use super::super::Transport;
-use super::super::file_system::FileSystem;
-use super::super::handler::{Answer, Durability};
-use super::super::session::{ATTR_TTL, MAX_IO, OPEN_FLAGS};
-use super::super::wire::{self, Operation};
-use super::super::workers::Workers;
+use super::super::dispatch::{Dispatcher, LaterReply, MAX_IO, Reply};
+use super::super::session::Ending;
+use super::super::wire::Operation;
 use super::{Completion, Entry, Port, Ring, ring};
 use crate::error::Context;
 use crate::{Error, ErrorKind, Result};
@@ -113,7 +111,7 @@ impl Rings {
     ///
     /// # Errors
     /// The system has no more threads or descriptors. The kernel then waits for queues that never come: the mount must be taken down.
-    pub(in super::super) fn serve(self, device: BorrowedFd<'_>, file_system: &Arc<dyn FileSystem>, workers: &Workers) -> Result<()> {
+    pub(in super::super) fn serve(self, device: BorrowedFd<'_>, dispatcher: &Dispatcher, ending: &Arc<Ending>) -> Result<()> {
         let depth = depth(self.0.len());
         for (number, (ring, lane_ring)) in self.0.into_iter().enumerate() {
             let (home, to_home) = Mailbox::new().context(|| "eventfd")?;
@@ -124,20 +122,37 @@ impl Rings {
                 ("fuse-lane", lane_ring, lane, to_lane, Role::Lane { home: to_home }),
             ] {
                 let port = Port::new(ring, device, queue, depth).context(|| "duplicating /dev/fuse")?;
-                let (file_system, workers) = (Arc::clone(file_system), workers.clone());
                 let buffer = vec![0; LARGE].into_boxed_slice();
-                let server = Server { port, queue, file_system, workers, mailbox, address, buffer, role };
+                let server = Server { port, queue, dispatcher: dispatcher.clone(), mailbox, address, buffer, role };
+                // Not kept alive by this thread: the session ends with those that read /dev/fuse.
+                let ending = Arc::downgrade(ending);
                 thread::Builder::new()
                     .name(format!("{name}-{number}"))
                     .spawn(move || {
-                        if let Err(error) = server.run() {
-                            log::error!("FUSE over io_uring, queue {number}: {error}");
+                        let _panic = Panic(Weak::clone(&ending));
+                        if let Err(error) = server.run().context(|| format!("FUSE over io_uring, queue {number}"))
+                            && let Some(ending) = ending.upgrade()
+                        {
+                            ending.fail(error);
                         }
                     })
                     .context(|| "starting a thread of FUSE over io_uring")?;
             }
         }
         Ok(())
+    }
+}
+
+/// A thread; dropped when it ends. Requests of its CPU would wait for ever after a panic.
+struct Panic(Weak<Ending>);
+
+impl Drop for Panic {
+    fn drop(&mut self) {
+        if thread::panicking()
+            && let Some(ending) = self.0.upgrade()
+        {
+            ending.fail(Error::new(ErrorKind::Io, "a thread of FUSE over io_uring has panicked"));
+        }
     }
 }
 
@@ -197,32 +212,124 @@ impl Address {
 struct Pending {
     slot: usize,
     entry: Option<Entry>,
+    /// Bytes of a write.
+    len: usize,
     back: Address,
 }
 
 impl Pending {
-    /// Answers with what `work` makes of the entry.
-    fn answer(mut self, work: impl FnOnce(&mut Entry) -> Result<usize, Errno>) {
-        if let Some(entry) = &mut self.entry {
-            let result = work(entry);
-            entry.answer(result);
-        }
-        self.give_back();
-    }
-
-    fn give_back(&mut self) {
-        if let Some(entry) = self.entry.take() {
+    fn give_back(&mut self, answer: Result<&[u8], Errno>) {
+        if let Some(mut entry) = self.entry.take() {
+            fill(&mut entry, answer);
             self.back.send(Parcel::Answered(self.slot, entry));
         }
     }
 }
 
+impl LaterReply for Pending {
+    fn data(&mut self) -> &[u8] {
+        self.entry.as_mut().map_or(&[], |entry| &entry.payload()[..self.len])
+    }
+
+    fn send(mut self, answer: Result<&[u8], Errno>) {
+        self.give_back(answer);
+    }
+}
+
 impl Drop for Pending {
     fn drop(&mut self) {
-        if let Some(entry) = &mut self.entry {
-            entry.answer(Err(Errno::IO));
+        self.give_back(Err(Errno::IO));
+    }
+}
+
+/// Puts an answer into an entry.
+fn fill(entry: &mut Entry, answer: Result<&[u8], Errno>) {
+    let result = answer.map(|bytes| {
+        entry.payload()[..bytes.len()].copy_from_slice(bytes);
+        bytes.len()
+    });
+    entry.answer(result);
+}
+
+/// The reply to a request, on the thread of its server.
+struct RingReply<'a> {
+    port: &'a mut Port,
+    role: &'a Role,
+    address: &'a Address,
+    slot: usize,
+    /// Until it is sent.
+    entry: Option<Entry>,
+    /// Bytes of a write.
+    len: usize,
+    is_large: bool,
+    /// What handing it to the kernel has led to.
+    handed_in: &'a mut io::Result<()>,
+}
+
+impl RingReply<'_> {
+    /// With its answer in it: to the kernel, through the port by which the entry's next request is to come.
+    fn hand_in(&mut self, entry: Entry) {
+        match self.role {
+            Role::Lane { home } if !self.is_large => home.send(Parcel::Answered(self.slot, entry)),
+            _ => *self.handed_in = self.port.commit(self.slot, entry),
         }
-        self.give_back();
+    }
+
+    fn answer(&mut self, answer: Result<&[u8], Errno>) {
+        if let Some(mut entry) = self.entry.take() {
+            fill(&mut entry, answer);
+            self.hand_in(entry);
+        }
+    }
+}
+
+impl Reply for RingReply<'_> {
+    type Later = Pending;
+
+    fn data(&mut self) -> &[u8] {
+        self.entry.as_mut().map_or(&[], |entry| &entry.payload()[..self.len])
+    }
+
+    fn room<'a>(&'a mut self, scratch: &'a mut [u8]) -> &'a mut [u8] {
+        self.entry.as_mut().map_or(scratch, Entry::payload)
+    }
+
+    fn send_room(mut self, _scratch: &[u8], len: usize) {
+        if let Some(mut entry) = self.entry.take() {
+            entry.answer(Ok(len));
+            self.hand_in(entry);
+        }
+    }
+
+    fn send(mut self, answer: Result<&[u8], Errno>) {
+        self.answer(answer);
+    }
+
+    fn has_time(&mut self) -> bool {
+        // Where several requests wait, more threads are better.
+        matches!(self.role, Role::Home { .. }) && !self.port.has_more()
+    }
+
+    fn send_now(mut self, answer: Result<&[u8], Errno>) {
+        self.answer(answer);
+        if self.handed_in.is_ok() {
+            *self.handed_in = self.port.push();
+        }
+    }
+
+    fn forget(self) {
+        // Does not come this way. The entry goes back all the same.
+        self.send(Ok(&[]));
+    }
+
+    fn later(mut self) -> Pending {
+        Pending { slot: self.slot, entry: self.entry.take(), len: self.len, back: self.address.clone() }
+    }
+}
+
+impl Drop for RingReply<'_> {
+    fn drop(&mut self) {
+        self.answer(Err(Errno::IO));
     }
 }
 
@@ -239,8 +346,7 @@ struct Server {
     port: Port,
     /// The number of the queue, which is that of its CPU.
     queue: u16,
-    file_system: Arc<dyn FileSystem>,
-    workers: Workers,
+    dispatcher: Dispatcher,
     mailbox: Mailbox,
     /// Of its own mailbox.
     address: Address,
@@ -319,129 +425,23 @@ impl Server {
             }
             _ => {}
         }
-        let Some((mut entry, result)) = self.attend(slot, entry, operation)? else { return Ok(()) };
-        entry.answer(result);
-        match &self.role {
-            Role::Lane { home } if !is_large => {
-                home.send(Parcel::Answered(slot, entry));
-                Ok(())
-            }
-            _ => self.port.commit(slot, entry),
-        }
-    }
-
-    /// The entry with what it is to be answered; `None` where it has been, or a worker or the flush thread has it now.
-    fn attend(&mut self, slot: usize, mut entry: Entry, operation: Operation) -> io::Result<Option<(Entry, Result<usize, Errno>)>> {
-        let result = match operation {
-            Operation::Read { offset, len } => {
-                let len = (len as usize).min(MAX_IO);
-                match self.file_system.read_local(offset, &mut entry.payload()[..len]) {
-                    Ok(Answer::Done(len)) => Ok(len),
-                    Ok(Answer::Miss) => {
-                        if let Some(entry) = self.read_cached(slot, entry, offset, len)? {
-                            self.read_on_worker(slot, entry, offset, len);
-                        }
-                        return Ok(None);
-                    }
-                    Err(errno) => Err(errno),
-                }
-            }
-            Operation::Write { offset, len, flags } => {
-                let (len, durability) = ((len as usize).min(MAX_IO), Durability::of_write(flags));
-                match self.file_system.write_local(offset, &entry.payload()[..len]) {
-                    Ok(Answer::Done(len)) if durability == Durability::Now => {
-                        self.after_flush(slot, entry, move |entry| wire::written(len as u32, entry.payload()));
-                        return Ok(None);
-                    }
-                    Ok(Answer::Done(len)) => Ok(wire::written(len as u32, entry.payload())),
-                    Ok(Answer::Miss) => {
-                        self.on_worker(slot, entry, move |file_system, entry| {
-                            let written = file_system.write(offset, &entry.payload()[..len], durability)?;
-                            Ok(wire::written(written as u32, entry.payload()))
-                        });
-                        return Ok(None);
-                    }
-                    Err(errno) => Err(errno),
-                }
-            }
-            Operation::Close if !self.file_system.needs_flush() => Ok(0),
-            Operation::Close | Operation::Sync => {
-                self.after_flush(slot, entry, |_| 0);
-                return Ok(None);
-            }
-            Operation::Allocate { offset, len, mode } => {
-                self.on_worker(slot, entry, move |file_system, _| file_system.fallocate(offset, len, mode).map(|()| 0));
-                return Ok(None);
-            }
-            Operation::Seek { offset, whence } => {
-                self.on_worker(slot, entry, move |file_system, entry| {
-                    file_system.lseek(offset, whence).map(|found| wire::sought(found, entry.payload()))
-                });
-                return Ok(None);
-            }
-            Operation::GetAttributes => self.file_system.getattr().map(|stat| wire::attributes(&stat, ATTR_TTL, entry.payload())),
-            Operation::SetAttributes { truncate, changes } => {
-                self.file_system.setattr(truncate, &changes).map(|stat| wire::attributes(&stat, ATTR_TTL, entry.payload()))
-            }
-            Operation::Open { flags } => self.file_system.open(flags).map(|()| wire::opened(OPEN_FLAGS.bits(), entry.payload())),
-            Operation::FileSystem => self.file_system.statfs().map(|host| wire::file_system(&host, entry.payload())),
-            Operation::Nothing => Ok(0),
-            Operation::Refused(errno) => Err(errno),
+        let len = match operation {
+            Operation::Write { len, .. } => (len as usize).min(MAX_IO),
+            _ => 0,
         };
-        Ok(Some((entry, result)))
-    }
-
-    /// A read that misses and need not wait: the answer is on its way before anything is stored. Returns the entry if it was not answered.
-    fn read_cached(&mut self, slot: usize, entry: Entry, offset: u64, len: usize) -> io::Result<Option<Entry>> {
-        // Where several wait, more hands are better.
-        if matches!(self.role, Role::Lane { .. }) || len > self.buffer.len() || self.port.has_more() {
-            return Ok(Some(entry));
-        }
-        let (mut entry, mut handed_in) = (Some(entry), Ok(()));
-        let port = &mut self.port;
-        self.file_system.read_cached(offset, &mut self.buffer[..len], &mut |answer| {
-            let Some(mut entry) = entry.take() else { return };
-            let result = answer.map(|bytes| {
-                entry.payload()[..bytes.len()].copy_from_slice(bytes);
-                bytes.len()
-            });
-            entry.answer(result);
-            handed_in = port.commit(slot, entry).and_then(|()| port.push());
-        });
-        handed_in.map(|()| entry)
-    }
-
-    fn on_worker(
-        &self,
-        slot: usize,
-        entry: Entry,
-        work: impl FnOnce(&dyn FileSystem, &mut Entry) -> Result<usize, Errno> + Send + 'static,
-    ) {
-        let file_system = Arc::clone(&self.file_system);
-        let pending = Pending { slot, entry: Some(entry), back: self.address.clone() };
-        self.workers.miss(Box::new(move |_buffer| pending.answer(|entry| work(&*file_system, entry))));
-    }
-
-    /// Through the worker's own buffer: the entry goes back to the kernel with the answer, and what was read may have to be stored after that.
-    fn read_on_worker(&self, slot: usize, entry: Entry, offset: u64, len: usize) {
-        let file_system = Arc::clone(&self.file_system);
-        let mut pending = Some(Pending { slot, entry: Some(entry), back: self.address.clone() });
-        self.workers.miss(Box::new(move |buffer| {
-            file_system.read(offset, buffer.first(len), &mut |answer| {
-                let Some(pending) = pending.take() else { return };
-                pending.answer(|entry| {
-                    answer.map(|bytes| {
-                        entry.payload()[..bytes.len()].copy_from_slice(bytes);
-                        bytes.len()
-                    })
-                });
-            });
-        }));
-    }
-
-    fn after_flush(&self, slot: usize, entry: Entry, work: impl FnOnce(&mut Entry) -> usize + Send + 'static) {
-        let pending = Pending { slot, entry: Some(entry), back: self.address.clone() };
-        self.workers.flush(Box::new(move |flushed| pending.answer(|entry| flushed.map(|()| work(entry)))));
+        let mut handed_in = Ok(());
+        let reply = RingReply {
+            port: &mut self.port,
+            role: &self.role,
+            address: &self.address,
+            slot,
+            entry: Some(entry),
+            len,
+            is_large,
+            handed_in: &mut handed_in,
+        };
+        self.dispatcher.serve(operation, reply, &mut self.buffer);
+        handed_in
     }
 }
 
@@ -463,7 +463,7 @@ mod tests {
         let (mailbox, back) = Mailbox::new().unwrap();
         let mut entry = Entry::new();
         entry.header()[8..16].copy_from_slice(&77u64.to_ne_bytes());
-        drop(Pending { slot: 5, entry: Some(entry), back });
+        drop(Pending { slot: 5, entry: Some(entry), len: 0, back });
         let Ok(Parcel::Answered(slot, mut entry)) = mailbox.parcels.try_recv() else { panic!("not answered") };
         let header = entry.header();
         assert_eq!((slot, &header[4..8], &header[8..16]), (5, &(-5i32).to_ne_bytes()[..], &77u64.to_ne_bytes()[..]));
