@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
+use std::time::Duration;
 
 use io_uring::register::Restriction;
 use io_uring::types::Fd;
@@ -137,25 +138,55 @@ struct Port {
     queue: u16,
     /// The entries that the kernel has, each in its place.
     slots: Vec<Option<Entry>>,
+    /// Where their memory is, as registering says it. The kernel reads that while it takes the commands. Kept as long as the ring, whatever
+    /// part of them the kernel has taken.
+    places: Box<[Place]>,
 }
+
+/// Submits what was pushed, and waits for so many completions; returns how many commands the kernel has taken. A parameter for tests.
+type Enter = fn(&Ring, usize) -> io::Result<usize>;
+
+fn enter(ring: &Ring, want: usize) -> io::Result<usize> {
+    ring.submitter().submit_and_wait(want)
+}
+
+/// How long a system call is not tried again after the kernel had no memory for it.
+const PAUSE: Duration = Duration::from_millis(1);
+/// So many tries after which the kernel has taken nothing, although it said that all is well, are an error.
+const TRIES: u32 = 1000;
 
 impl Port {
     /// A way to a queue, for as many entries as `slots`. `device` is the session's.
     fn new(ring: Ring, device: BorrowedFd<'_>, queue: u16, slots: usize) -> io::Result<Port> {
-        Ok(Port { ring, device: device.try_clone_to_owned()?, queue, slots: (0..slots).map(|_| None).collect() })
+        let slots = (0..slots).map(|_| None).collect();
+        Ok(Port { ring, device: device.try_clone_to_owned()?, queue, slots, places: Box::default() })
     }
 
     /// Gives the kernel an entry for each slot.
+    ///
+    /// # Errors
+    /// The kernel has not taken all of them.
     fn register(&mut self) -> io::Result<()> {
+        self.register_by(enter)
+    }
+
+    fn register_by(&mut self, enter: Enter) -> io::Result<()> {
         let entries: Vec<Entry> = self.slots.iter().map(|_| Entry::new()).collect();
-        let places: Vec<Place> = entries.iter().map(place).collect();
+        self.places = entries.iter().map(place).collect();
         for (slot, entry) in entries.into_iter().enumerate() {
             let command = command(&self.device, REGISTER, self.queue, 0);
-            self.submit(slot, entry, with_place(command, &places[slot]))?;
+            let command = with_place(command, &self.places[slot]);
+            self.submit(slot, entry, command)?;
         }
-        // The kernel reads the places while it takes the commands, here.
-        self.ring.submit()?;
-        drop(places);
+        let mut tries = 0;
+        while !self.ring.submission().is_empty() {
+            let taken = self.enter_by(enter, 0)?;
+            tries = if taken == 0 { tries + 1 } else { 0 };
+            if tries == TRIES {
+                let left = self.ring.submission().len();
+                return Err(io::Error::other(format!("the kernel does not take {left} of {} entries", self.slots.len())));
+            }
+        }
         Ok(())
     }
 
@@ -170,11 +201,10 @@ impl Port {
     fn submit(&mut self, slot: usize, entry: Entry, command: squeue::Entry128) -> io::Result<()> {
         self.slots[slot] = Some(entry);
         let command = command.user_data(slot as u64);
-        // SAFETY: what the command names, the entry's memory, stays where it is and untouched in `slots` until the command completes, and the list of the
-        // two places that registering reads lives until `register` has submitted it.
+        // SAFETY: what the command names stays where it is: the entry's memory, which nobody touches in `slots` until the command completes, and its
+        // place, which `places` holds as long as the ring exists.
         while unsafe { self.ring.submission().push(&command) }.is_err() {
-            // There is room for every entry, so this is for the sake of completeness.
-            self.ring.submit()?;
+            self.make_room()?;
         }
         Ok(())
     }
@@ -185,26 +215,54 @@ impl Port {
         let poll = opcode::PollAdd::new(Fd(eventfd.as_raw_fd()), u32::from(readable)).multi(true).build().user_data(WAKE);
         // SAFETY: it names a descriptor and no memory.
         while unsafe { self.ring.submission().push(&poll.clone().into()) }.is_err() {
-            self.ring.submit()?;
+            self.make_room()?;
         }
         Ok(())
     }
 
-    /// Takes the answers there, and waits until something comes out.
-    fn wait(&mut self) -> io::Result<()> {
-        match self.ring.submit_and_wait(1) {
-            // Busy: there are completions to take first.
-            Err(error) if !matches!(Errno::from_io_error(&error), Some(Errno::INTR | Errno::BUSY)) => Err(error),
+    /// There is room for a command of every entry and for the poll, so this is for the sake of completeness.
+    fn make_room(&mut self) -> io::Result<()> {
+        match self.enter_by(enter, 0)? {
+            0 => Err(io::Error::other("the kernel takes no commands")),
             _ => Ok(()),
         }
     }
 
-    /// Takes the answers there now: whoever answers has something else to do before [`Port::wait`].
+    /// Takes the answers there, and waits until something comes out.
+    fn wait(&mut self) -> io::Result<()> {
+        self.enter_by(enter, 1).map(drop)
+    }
+
+    /// Takes the answers there now, for a thread that has something else to do before [`Port::wait`].
     fn push(&mut self) -> io::Result<()> {
-        match self.ring.submit() {
-            // They go with the next wait.
-            Err(error) if !matches!(Errno::from_io_error(&error), Some(Errno::INTR | Errno::BUSY)) => Err(error),
-            _ => Ok(()),
+        self.enter_by(enter, 0).map(drop)
+    }
+
+    /// Enters the kernel until that is not refused for a passing reason: no memory for a command at the moment (EAGAIN, ENOMEM), or completions
+    /// that have to be taken first (EBUSY). Where there are completions they are taken first in any case, by the caller.
+    ///
+    /// # Errors
+    /// Those that stay.
+    fn enter_by(&mut self, enter: Enter, want: usize) -> io::Result<usize> {
+        let mut refused = 0_u64;
+        loop {
+            match enter(&self.ring, want) {
+                Ok(taken) => return Ok(taken),
+                Err(error) => match Errno::from_io_error(&error) {
+                    Some(Errno::INTR) => return Ok(0),
+                    Some(Errno::AGAIN | Errno::NOMEM | Errno::BUSY | Errno::NOBUFS) => {
+                        if self.has_more() {
+                            return Ok(0);
+                        }
+                        if refused.is_multiple_of(60_000) {
+                            log::warn!("FUSE over io_uring, queue {}: {}: trying again", self.queue, crate::error::os_text(&error));
+                        }
+                        refused += 1;
+                        std::thread::sleep(PAUSE);
+                    }
+                    _ => return Err(error),
+                },
+            }
         }
     }
 
@@ -235,13 +293,21 @@ impl Drop for Port {
     }
 }
 
+/// `struct iovec`, with its address as a number: it is the kernel that reads it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Memory {
+    address: usize,
+    len: usize,
+}
+
 /// Where an entry's memory lies.
-type Place = [nix::libc::iovec; 2];
+type Place = [Memory; 2];
 
 fn place(entry: &Entry) -> Place {
     [
-        nix::libc::iovec { iov_base: entry.header.as_ptr().cast(), iov_len: HEADER },
-        nix::libc::iovec { iov_base: entry.payload.as_ptr().cast(), iov_len: entry.payload.len() },
+        Memory { address: entry.header.as_ptr().expose_provenance(), len: HEADER },
+        Memory { address: entry.payload.as_ptr().cast::<u8>().expose_provenance(), len: entry.payload.len() },
     ]
 }
 
@@ -266,3 +332,6 @@ fn with_place(command: squeue::Entry128, place: &Place) -> squeue::Entry128 {
     // SAFETY: as above.
     unsafe { std::mem::transmute(bytes) }
 }
+
+#[cfg(test)]
+mod tests;
