@@ -175,7 +175,7 @@ impl FileSystem for Passthrough {
     }
 
     fn read_cached(&self, _offset: u64, _buf: &mut [u8], _answer: &mut ReadAnswer<'_>) -> Answer<()> {
-        Answer::Miss
+        Answer::Below
     }
 
     fn read(&self, offset: u64, buf: &mut [u8], answer: &mut ReadAnswer<'_>) {

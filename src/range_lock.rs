@@ -47,8 +47,18 @@ struct Queue {
 struct Entry {
     range: Range<u64>,
     mode: Mode,
+    hold: Hold,
     ticket: u64,
     held: bool,
+}
+
+/// For how long a range is waited for and held.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Hold {
+    /// Neither reads below the overlay nor waits for one that does.
+    Brief,
+    /// Perhaps for as long as a backing file hangs.
+    Lasting,
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -90,6 +100,7 @@ struct Registration<'a> {
     lock: &'a RangeLock,
     range: Range<u64>,
     mode: Mode,
+    hold: Hold,
     /// Stripes in which it stands.
     stripes: u64,
     _held: Held,
@@ -108,6 +119,23 @@ impl RangeLock {
         Shared { _registration: self.wait(range, Mode::Shared) }
     }
 
+    /// As [`RangeLock::shared`], for a caller that reads nothing below the overlay while it holds the
+    /// range: gives up where it would have to wait for a guard of [`RangeLock::shared`] or
+    /// [`RangeLock::exclusive`], whose holder may wait for a backing file.
+    pub fn shared_briefly(&self, range: Range<u64>) -> Option<Shared<'_>> {
+        self.wait_briefly(range, Mode::Shared).map(|registration| Shared { _registration: registration })
+    }
+
+    /// As [`RangeLock::exclusive`], with the conditions of [`RangeLock::shared_briefly`].
+    pub fn exclusive_briefly(&self, range: Range<u64>) -> Option<Exclusive<'_>> {
+        self.wait_briefly(range, Mode::Exclusive).map(|registration| Exclusive { registration })
+    }
+
+    /// Whether [`RangeLock::shared_briefly`] would give up just now.
+    pub fn is_shared_lastingly(&self, range: &Range<u64>) -> bool {
+        bits(self.stripes_of(range)).any(|stripe| self.stripes[stripe].queue.lock().has_lasting(range, Mode::Shared))
+    }
+
     /// Waits until the mapping of `range` may be changed.
     pub fn exclusive(&self, range: Range<u64>) -> Exclusive<'_> {
         Exclusive { registration: self.wait(range, Mode::Exclusive) }
@@ -124,13 +152,13 @@ impl RangeLock {
     }
 
     fn try_now(&self, range: Range<u64>, mode: Mode) -> Option<Registration<'_>> {
-        let mut registration = self.begin(range, mode);
+        let mut registration = self.begin(range, mode, Hold::Brief);
         for stripe in bits(self.stripes_of(&registration.range)) {
             let mut queue = self.stripes[stripe].queue.lock();
             if queue.entries.iter().any(|entry| entry.conflicts(&registration.range, mode)) {
                 return None; // dropping the registration leaves the stripes entered so far
             }
-            queue.push(&registration.range, mode, true);
+            queue.push(&registration.range, mode, Hold::Brief, true);
             registration.stripes |= 1 << stripe;
         }
         Some(registration)
@@ -143,16 +171,27 @@ impl RangeLock {
     }
 
     fn wait(&self, range: Range<u64>, mode: Mode) -> Registration<'_> {
-        let mut registration = self.begin(range, mode);
+        let mut registration = self.begin(range, mode, Hold::Lasting);
         for stripe in bits(self.stripes_of(&registration.range)) {
-            self.stripes[stripe].enter(&registration.range, mode);
+            self.stripes[stripe].enter(&registration.range, mode, Hold::Lasting);
             registration.stripes |= 1 << stripe;
         }
         registration
     }
 
-    fn begin(&self, range: Range<u64>, mode: Mode) -> Registration<'_> {
-        Registration { lock: self, range, mode, stripes: 0, _held: Held::take(rank::RANGE), _thread: PhantomData }
+    fn wait_briefly(&self, range: Range<u64>, mode: Mode) -> Option<Registration<'_>> {
+        let mut registration = self.begin(range, mode, Hold::Brief);
+        for stripe in bits(self.stripes_of(&registration.range)) {
+            if !self.stripes[stripe].enter(&registration.range, mode, Hold::Brief) {
+                return None; // dropping the registration leaves the stripes entered so far
+            }
+            registration.stripes |= 1 << stripe;
+        }
+        Some(registration)
+    }
+
+    fn begin(&self, range: Range<u64>, mode: Mode, hold: Hold) -> Registration<'_> {
+        Registration { lock: self, range, mode, hold, stripes: 0, _held: Held::take(rank::RANGE), _thread: PhantomData }
     }
 
     /// The set of stripes that `range` touches, as a bit mask; none for an empty range.
@@ -182,14 +221,19 @@ fn bits(mut mask: u64) -> impl Iterator<Item = usize> {
 }
 
 impl Stripe {
-    fn enter(&self, range: &Range<u64>, mode: Mode) {
+    /// Waits for the range. `false` where the hold is brief and a lasting one is in the way: those that
+    /// come later do not get in the way of one that waits.
+    fn enter(&self, range: &Range<u64>, mode: Mode, hold: Hold) -> bool {
         let mut queue = self.queue.lock();
-        let ticket = queue.push(range, mode, false);
+        if hold == Hold::Brief && queue.has_lasting(range, mode) {
+            return false;
+        }
+        let ticket = queue.push(range, mode, hold, false);
         loop {
             let mine = queue.entries.iter().position(|entry| entry.ticket == ticket).expect("a waiting entry stays in the queue");
             if !queue.entries[..mine].iter().any(|earlier| earlier.conflicts(range, mode)) {
                 queue.entries[mine].held = true;
-                return;
+                return true;
             }
             queue.waiting += 1;
             self.released.wait(&mut queue);
@@ -197,13 +241,13 @@ impl Stripe {
         }
     }
 
-    fn leave(&self, range: &Range<u64>, mode: Mode) {
+    fn leave(&self, range: &Range<u64>, mode: Mode, hold: Hold) {
         let mut queue = self.queue.lock();
         // Equal held entries are interchangeable: any of them may go.
         let mine = queue
             .entries
             .iter()
-            .position(|entry| entry.held && entry.mode == mode && entry.range == *range)
+            .position(|entry| entry.held && entry.mode == mode && entry.hold == hold && entry.range == *range)
             .expect("a held entry stays in the queue");
         queue.entries.remove(mine);
         if queue.waiting > 0 {
@@ -213,10 +257,15 @@ impl Stripe {
 }
 
 impl Queue {
-    fn push(&mut self, range: &Range<u64>, mode: Mode, held: bool) -> u64 {
+    /// Whether a hold that may last, or one that waits for such a hold, is in the way.
+    fn has_lasting(&self, range: &Range<u64>, mode: Mode) -> bool {
+        self.entries.iter().any(|entry| entry.hold == Hold::Lasting && entry.conflicts(range, mode))
+    }
+
+    fn push(&mut self, range: &Range<u64>, mode: Mode, hold: Hold, held: bool) -> u64 {
         let ticket = self.next_ticket;
         self.next_ticket += 1;
-        self.entries.push(Entry { range: range.clone(), mode, ticket, held });
+        self.entries.push(Entry { range: range.clone(), mode, hold, ticket, held });
         ticket
     }
 }
@@ -224,7 +273,7 @@ impl Queue {
 impl Drop for Registration<'_> {
     fn drop(&mut self) {
         for stripe in bits(self.stripes) {
-            self.lock.stripes[stripe].leave(&self.range, self.mode);
+            self.lock.stripes[stripe].leave(&self.range, self.mode, self.hold);
         }
     }
 }
@@ -241,6 +290,38 @@ mod tests {
         while lock.waiting() < n {
             thread::yield_now();
         }
+    }
+
+    /// A brief wait ends with the brief holds before it, and does not begin where one that may last is in the way, held or waiting, in any stripe.
+    #[test]
+    fn who_waits_briefly_waits_for_nobody_who_may_last() {
+        let lock = RangeLock::new(65536);
+        let far = 65536 << 8;
+        let lasting = lock.shared(far..far + 1);
+        assert!(!lock.is_shared_lastingly(&(far..far + 1)), "shared with shared");
+        thread::scope(|scope| {
+            // One that only waits is in the way as well.
+            scope.spawn(|| drop(lock.exclusive(far..far + 1)));
+            until_waiting(&lock, 1);
+            assert!(lock.is_shared_lastingly(&(far..far + 1)));
+            scope
+                .spawn(|| {
+                    assert!(lock.shared_briefly(far..far + 1).is_none());
+                    assert!(lock.exclusive_briefly(0..far + 1).is_none());
+                    // The stripes before are left.
+                    drop(lock.exclusive(0..1));
+                    let brief = lock.exclusive_briefly(0..65536).expect("nobody is there");
+                    thread::scope(|inner| {
+                        let waits = inner.spawn(|| lock.shared_briefly(0..1).is_some());
+                        until_waiting(&lock, 2);
+                        drop(brief);
+                        assert!(waits.join().unwrap(), "a brief hold is waited for");
+                    });
+                })
+                .join()
+                .unwrap();
+            drop(lasting);
+        });
     }
 
     #[test]

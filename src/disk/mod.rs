@@ -29,7 +29,7 @@ use crate::error::Context;
 use crate::format::{BackingReference, Geometry, GuestCluster, GuestOffset, Mapping};
 use crate::image::{Image, ImageReader, Leaks};
 use crate::mutants::{Step, without};
-use crate::range_lock::{Exclusive, RangeLock};
+use crate::range_lock::{Exclusive, RangeLock, Shared};
 use crate::storage::{Access, FileStorage, Storage};
 use crate::sync::{RwLock, rank};
 use crate::{Error, ErrorKind, Result};
@@ -90,8 +90,21 @@ pub struct DiskOptions {
 pub enum Local {
     /// Done.
     Done,
-    /// Nothing was done: it needs the backing file, an allocation, or a range that is in use. Call the blocking sibling on a miss worker.
+    /// Nothing was done: it needs an allocation, or a range that is in use for a moment. Call the sibling
+    /// that may wait, but not for a base (`…_without_base`).
     Miss,
+    /// It needs the backing file, or a range that is in use for as long as one takes. Call the sibling that
+    /// waits for whatever it takes. Nothing was done, or part of a write, which is to be done again.
+    Below,
+}
+
+/// For what a request may wait.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Patience {
+    /// For the overlay, and for ranges that are in use by requests that wait for nothing else either.
+    Brief,
+    /// For a backing file as well.
+    Long,
 }
 
 /// Facts of the disk, for people and for QMP.
@@ -227,6 +240,22 @@ impl Disk {
         match &self.overlay {
             Overlay::Writable(image) => Ok(image),
             Overlay::ReadOnly(_) => Err(Error::new(ErrorKind::ReadOnly, "the disk is read-only")),
+        }
+    }
+
+    /// Holds a range for a change; `None` where that takes more than `patience`.
+    fn hold(&self, range: Range<u64>, patience: Patience) -> Option<Exclusive<'_>> {
+        match patience {
+            Patience::Brief => self.in_flight.exclusive_briefly(range),
+            Patience::Long => Some(self.in_flight.exclusive(range)),
+        }
+    }
+
+    /// Holds a range as it is; `None` where that takes more than `patience`.
+    fn hold_shared(&self, range: Range<u64>, patience: Patience) -> Option<Shared<'_>> {
+        match patience {
+            Patience::Brief => self.in_flight.shared_briefly(range),
+            Patience::Long => Some(self.in_flight.shared(range)),
         }
     }
 

@@ -318,8 +318,8 @@ impl Disk {
         buf: &mut [u8],
     ) -> Result<Option<Unstored<'a>>> {
         let mut bounce = self.bounces.take((aligned.end - aligned.start) as usize);
-        let read = || Ok(if chain.read_cached(aligned.start, &mut bounce) { Local::Done } else { Local::Miss });
-        if self.stats.read_below((aligned.end - aligned.start) as usize, read)? == Local::Miss {
+        let read = || Ok(if chain.read_cached(aligned.start, &mut bounce) { Local::Done } else { Local::Below });
+        if self.stats.read_below((aligned.end - aligned.start) as usize, read)? != Local::Done {
             return Ok(None);
         }
         let start = (offset - aligned.start) as usize;

@@ -23,10 +23,26 @@ impl Disk {
         let range = offset..offset.saturating_add(buf.len() as u64);
         self.check_range(&range)?;
         let range = if without(Step::ReadersHoldTheirRange) { 0..0 } else { range };
-        match self.in_flight.try_shared(range) {
+        match self.in_flight.try_shared(range.clone()) {
             Some(_shared) if self.read_overlay(offset, buf)? == buf.len() => Ok(Local::Done),
-            _ => Ok(Local::Miss),
+            None if !self.in_flight.is_shared_lastingly(&range) => Ok(Local::Miss),
+            _ => Ok(Local::Below),
         }
+    }
+
+    /// Reads if the overlay alone can answer, waiting at most for other requests that need no base.
+    ///
+    /// # Errors
+    /// I/O, corruption.
+    pub fn read_without_base(&self, offset: u64, buf: &mut [u8]) -> Result<Local> {
+        self.stats.waiting_read(buf.len(), || {
+            let range = offset..offset.saturating_add(buf.len() as u64);
+            self.check_range(&range)?;
+            match self.in_flight.shared_briefly(range) {
+                Some(_shared) if self.read_overlay(offset, buf)? == buf.len() => Ok(Local::Done),
+                _ => Ok(Local::Below),
+            }
+        })
     }
 
     /// Reads the first sector as [`Disk::read_local`] does, for nobody: it is no request of the guest, and not counted as one. That it returns at all says
@@ -49,7 +65,7 @@ impl Disk {
         let mut unstored = None;
         let local = self.stats.read(buf.len(), || {
             unstored = self.read_missing_now(offset, buf)?;
-            Ok(if unstored.is_some() { Local::Done } else { Local::Miss })
+            Ok(if unstored.is_some() { Local::Done } else { Local::Below })
         })?;
         if let Some(unstored) = unstored {
             answer(buf);

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::Disk;
+use super::{Disk, Patience};
 use crate::Result;
 use crate::chain::Content;
 use crate::format::{GuestOffset, Mapping};
@@ -34,18 +34,32 @@ impl Disk {
         self.seek_until(from, what, Instant::now() + SEEK_TIME)
     }
 
+    /// As [`Disk::seek`], as far as the overlay knows it; the outer `None` where the chain would have to
+    /// be asked.
+    ///
+    /// # Errors
+    /// As [`Disk::seek`].
+    pub fn seek_without_base(&self, from: u64, what: Seek) -> Result<Option<Option<u64>>> {
+        self.seek_by(from, what, Instant::now() + SEEK_TIME, Patience::Brief)
+    }
+
     /// As [`Disk::seek`], no longer than until `deadline`.
     pub(crate) fn seek_until(&self, from: u64, what: Seek, deadline: Instant) -> Result<Option<u64>> {
+        self.seek_by(from, what, deadline, Patience::Long).map(Option::flatten)
+    }
+
+    fn seek_by(&self, from: u64, what: Seek, deadline: Instant, patience: Patience) -> Result<Option<Option<u64>>> {
         let size = self.size();
         self.check_range(&(from..from))?;
         let mut at = from;
         for _ in 0..SEEK_RUNS {
             if at >= size {
-                return Ok((what == Seek::Hole).then_some(size));
+                return Ok(Some((what == Seek::Hole).then_some(size)));
             }
             let extent = self.reader().map(GuestOffset(at), size - at)?;
             let (holds, len) = match (extent.mapping, self.chain_below(at)) {
                 (Mapping::Data { .. } | Mapping::Compressed { .. }, _) => (Seek::Data, extent.len),
+                (Mapping::Unallocated, Some(_)) if patience == Patience::Brief => return Ok(None),
                 (Mapping::Unallocated, Some(chain)) => match chain.content(usize::MAX, at, extent.len)? {
                     (Content::Data, len) => (Seek::Data, len),
                     (Content::Zero | Content::Unallocated, len) => (Seek::Hole, len),
@@ -53,7 +67,7 @@ impl Disk {
                 (Mapping::Unallocated | Mapping::Zero { .. }, _) => (Seek::Hole, extent.len),
             };
             if holds == what {
-                return Ok(Some(at));
+                return Ok(Some(Some(at)));
             }
             at += len;
             if Instant::now() >= deadline {
@@ -61,9 +75,9 @@ impl Disk {
             }
         }
         // Further on is further than one request may take; both answers are right, if not the best.
-        Ok(match what {
+        Ok(Some(match what {
             Seek::Data => (at < size).then_some(at),
             Seek::Hole => Some(size),
-        })
+        }))
     }
 }

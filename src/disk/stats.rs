@@ -199,11 +199,13 @@ impl Stats {
     }
 
     /// As [`Stats::write`], for one that may take long.
-    pub fn waiting_write(&self, offset: u64, len: u64, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    pub fn waiting_write<T: Served>(&self, offset: u64, len: u64, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let _running = Running::new(&self.waited_writes);
-        self.count([&self.writes, &self.waited_writes], len, work)?;
-        self.has_written(offset + len);
-        Ok(())
+        let written = self.count([&self.writes, &self.waited_writes], len, work)?;
+        if written.is_served() {
+            self.has_written(offset + len);
+        }
+        Ok(written)
     }
 
     fn has_written(&self, end: u64) {
@@ -219,7 +221,7 @@ impl Stats {
     }
 
     /// Counts a discard of `len` bytes.
-    pub fn discard(&self, len: u64, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    pub fn discard<T: Served>(&self, len: u64, work: impl FnOnce() -> Result<T>) -> Result<T> {
         self.count([&self.discards], len, work)
     }
 

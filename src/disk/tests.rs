@@ -552,6 +552,50 @@ fn discard_in_version_2_writes_only_what_it_must() {
     check(&overlay);
 }
 
+/// Protects: a request that needs no base is done without it, and one that does leaves everything as it was.
+#[test]
+fn what_needs_no_base_is_done_without_it() {
+    const CLUSTER: u64 = 65536;
+    let dir = tempfile::tempdir().unwrap();
+    let base = dir.path().join("base.raw");
+    std::fs::write(&base, vec![7; 1 << 20]).unwrap();
+    let disk = open(&overlay_on(&base, "raw", None, ""));
+    let whole = vec![1; 2 * CLUSTER as usize];
+    // Whole clusters, of which the base has others.
+    assert_eq!(disk.write_local(2 * CLUSTER, &whole).unwrap(), Local::Miss);
+    assert_eq!(disk.write_without_base(2 * CLUSTER, &whole).unwrap(), Local::Done);
+    // From the middle of one of them to the end of a whole new one; and into the middle of one more.
+    assert_eq!(disk.write_without_base(7 * CLUSTER / 2, &vec![2; 3 * CLUSTER as usize / 2]).unwrap(), Local::Done);
+    assert_eq!(disk.write_local(4 * CLUSTER, &vec![3; CLUSTER as usize + 1]).unwrap(), Local::Below);
+    assert_eq!(disk.write_without_base(4 * CLUSTER, &vec![3; CLUSTER as usize + 1]).unwrap(), Local::Below);
+    assert_eq!(disk.discard_without_base(6 * CLUSTER..8 * CLUSTER).unwrap(), Local::Done);
+    assert_eq!(disk.write_zeroes_without_base(8 * CLUSTER..9 * CLUSTER).unwrap(), Local::Done);
+    for edge in [9 * CLUSTER - 1..10 * CLUSTER + 1, 9 * CLUSTER + 1..10 * CLUSTER, 11 * CLUSTER + 1..11 * CLUSTER + 2] {
+        assert_eq!(disk.discard_without_base(edge.clone()).unwrap(), Local::Below, "{edge:?}");
+        assert_eq!(disk.write_zeroes_without_base(edge.clone()).unwrap(), Local::Below, "{edge:?}");
+    }
+    assert_eq!(disk.write_without_base(6 * CLUSTER + 5, &[4]).unwrap(), Local::Done, "what was discarded is zero around it");
+    assert_eq!(disk.seek_without_base(2 * CLUSTER, Seek::Data).unwrap(), Some(Some(2 * CLUSTER)));
+    assert_eq!(disk.seek_without_base(7 * CLUSTER, Seek::Hole).unwrap(), Some(Some(7 * CLUSTER)));
+    assert_eq!(disk.seek_without_base(7 * CLUSTER, Seek::Data).unwrap(), None, "the base decides what comes next");
+    let mut buf = vec![0; CLUSTER as usize];
+    assert_eq!(disk.read_without_base(7 * CLUSTER / 2, &mut buf).unwrap(), Local::Done);
+    assert!(buf.iter().all(|&byte| byte == 2));
+    assert_eq!(disk.read_without_base(9 * CLUSTER, &mut buf).unwrap(), Local::Below);
+    assert_eq!(disk.stats().backing_reads, RequestCount::default());
+
+    let mut all = vec![0; 1 << 20];
+    disk.read(0, &mut all).unwrap();
+    let mut want = vec![7; 1 << 20];
+    let mut put = |range: std::ops::Range<u64>, byte| want[range.start as usize..range.end as usize].fill(byte);
+    put(2 * CLUSTER..7 * CLUSTER / 2, 1);
+    put(7 * CLUSTER / 2..5 * CLUSTER, 2);
+    put(6 * CLUSTER..9 * CLUSTER, 0);
+    put(6 * CLUSTER + 5..6 * CLUSTER + 6, 4);
+    // What was answered with `Below` had written nothing: all of it was looked at first.
+    assert!(all == want);
+}
+
 /// A request is counted once, whether it is a hit or a miss that its blocking sibling serves.
 #[test]
 fn requests_are_counted_once() {
@@ -564,7 +608,8 @@ fn requests_are_counted_once() {
     let count = |bytes, operations, failed| (bytes, operations, failed);
     let numbers = |count: RequestCount| (count.bytes, count.operations, count.failed);
 
-    assert_eq!(disk.read_local(0, &mut buf).unwrap(), Local::Miss);
+    assert_eq!(disk.read_local(0, &mut buf).unwrap(), Local::Below);
+    assert_eq!(disk.read_without_base(0, &mut buf).unwrap(), Local::Below);
     assert_eq!(disk.stats().reads, RequestCount::default(), "nothing was answered yet");
     disk.read(0, &mut buf).unwrap();
     assert_eq!(disk.read_local(0, &mut buf).unwrap(), Local::Done);
@@ -576,7 +621,8 @@ fn requests_are_counted_once() {
     assert!(stats.reads.time >= stats.backing_reads.time && stats.backing_reads.time > std::time::Duration::ZERO);
     assert!(stats.idle.is_some());
 
-    assert_eq!(disk.write_local(65536, &buf).unwrap(), Local::Miss);
+    assert_eq!(disk.write_local(65536, &buf).unwrap(), Local::Below);
+    assert_eq!(disk.write_without_base(65536, &buf).unwrap(), Local::Below);
     disk.write(65536, &buf).unwrap();
     // The edges are written inside; the request is one.
     disk.write_zeroes(131_072 + 512..262_144 + 512).unwrap();

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::write_out::Placed;
-use super::{Disk, Local};
+use super::{Disk, Local, Patience};
 use crate::Result;
 use crate::chain::Content;
 use crate::format::{GuestOffset, Mapping};
@@ -37,9 +37,19 @@ impl Disk {
             let range = if without(Step::WritersHoldTheirRange) { 0..0 } else { range };
             match self.in_flight.try_shared(range) {
                 Some(_shared) if self.write_in_place(image, offset, data)? => Ok(Local::Done),
+                Some(_shared) if self.completes_from_below(image, offset, data.len())? => Ok(Local::Below),
                 _ => Ok(Local::Miss),
             }
         })
+    }
+
+    /// As [`Disk::write`], if that needs no backing file: it waits at most for other requests that need
+    /// none. With [`Local::Below`] part of the data may have been written.
+    ///
+    /// # Errors
+    /// As [`Disk::write`].
+    pub fn write_without_base(&self, offset: u64, data: &[u8]) -> Result<Local> {
+        self.stats.waiting_write(offset, data.len() as u64, || self.write_waiting(offset, data, Patience::Brief))
     }
 
     /// Writes. Where a cluster is allocated, overlapping writes are done one after the other (H20); two plain overwrites of the same bytes at
@@ -48,12 +58,17 @@ impl Disk {
     /// # Errors
     /// I/O, corruption, read-only, [`crate::ErrorKind::NoSpace`]; part of the data may be written then.
     pub fn write(&self, offset: u64, data: &[u8]) -> Result<()> {
-        self.stats.waiting_write(offset, data.len() as u64, || self.write_waiting(offset, data))
+        self.stats.waiting_write(offset, data.len() as u64, || self.write_waiting(offset, data, Patience::Long).map(drop))
     }
 
-    fn write_waiting(&self, offset: u64, data: &[u8]) -> Result<()> {
+    fn write_waiting(&self, offset: u64, data: &[u8], patience: Patience) -> Result<Local> {
         let image = self.image()?;
         self.check_range(&(offset..offset.saturating_add(data.len() as u64)))?;
+        let needs_more = |at, len| -> Result<bool> { Ok(patience == Patience::Brief && self.completes_from_below(image, at, len)?) };
+        // A hint, so that nothing is written twice.
+        if needs_more(offset, data.len())? {
+            return Ok(Local::Below);
+        }
         let mut done = 0;
         while done < data.len() {
             let at = offset + done as u64;
@@ -63,16 +78,41 @@ impl Disk {
             let part = &data[done..done + extent.len as usize];
             let run = at..at + extent.len;
             let written = matches!(extent.mapping, Mapping::Data { in_place: true, .. }) && {
-                let _shared = self.in_flight.shared(if without(Step::WritersHoldTheirRange) { 0..0 } else { run.clone() });
+                let range = if without(Step::WritersHoldTheirRange) { 0..0 } else { run.clone() };
+                let Some(_shared) = self.hold_shared(range, patience) else { return Ok(Local::Below) };
                 self.write_in_place(image, at, part)?
             };
             if !written {
-                let held = self.in_flight.exclusive(self.aligned(&run));
+                let Some(held) = self.hold(self.aligned(&run), patience) else { return Ok(Local::Below) };
+                if needs_more(at, part.len())? {
+                    return Ok(Local::Below);
+                }
                 self.write_held(image, &held, at, part)?;
             }
             done += part.len();
         }
-        Ok(())
+        Ok(Local::Done)
+    }
+
+    /// Whether a write begins or ends inside a cluster that is to be completed from below. A hint, unless
+    /// the range is held.
+    fn completes_from_below(&self, image: &Image, offset: u64, len: usize) -> Result<bool> {
+        let end = offset + len as u64;
+        let mut at = offset;
+        while at < end {
+            let extent = image.map(GuestOffset(at), end - at)?;
+            let run = at..at + extent.len;
+            if extent.mapping == Mapping::Unallocated {
+                let aligned = self.aligned(&run);
+                let head = aligned.start < run.start && self.chain_below(aligned.start).is_some();
+                let tail = run.end < aligned.end.min(self.size()) && self.chain_below(run.end).is_some();
+                if head || tail {
+                    return Ok(true);
+                }
+            }
+            at = run.end;
+        }
+        Ok(false)
     }
 
     /// Overwrites if no mapping has to change; `false`, with nothing written, otherwise. The range is held.
@@ -159,7 +199,17 @@ impl Disk {
     /// # Errors
     /// As [`Disk::write`].
     pub fn write_zeroes(&self, range: Range<u64>) -> Result<()> {
-        self.stats.write(range.start, range.end.saturating_sub(range.start), || self.make_zero(range, HostClusters::Keep))
+        self.stats
+            .write(range.start, range.end.saturating_sub(range.start), || self.make_zero(range, HostClusters::Keep, Patience::Long))
+            .map(drop)
+    }
+
+    /// As [`Disk::write_zeroes`], if that needs no backing file; as [`Disk::write_without_base`] otherwise.
+    ///
+    /// # Errors
+    /// As [`Disk::write`].
+    pub fn write_zeroes_without_base(&self, range: Range<u64>) -> Result<Local> {
+        self.stats.write(range.start, range.end.saturating_sub(range.start), || self.make_zero(range, HostClusters::Keep, Patience::Brief))
     }
 
     /// The range reads as zero for ever after, whatever the backing file holds (2.6); host clusters are given back.
@@ -167,13 +217,28 @@ impl Disk {
     /// # Errors
     /// As [`Disk::write`].
     pub fn discard(&self, range: Range<u64>) -> Result<()> {
-        self.stats.discard(range.end.saturating_sub(range.start), || self.make_zero(range, HostClusters::GiveBack))
+        self.stats
+            .discard(range.end.saturating_sub(range.start), || self.make_zero(range, HostClusters::GiveBack, Patience::Long))
+            .map(drop)
+    }
+
+    /// As [`Disk::discard`], if that needs no backing file; as [`Disk::write_without_base`] otherwise.
+    ///
+    /// # Errors
+    /// As [`Disk::write`].
+    pub fn discard_without_base(&self, range: Range<u64>) -> Result<Local> {
+        let len = range.end.saturating_sub(range.start);
+        self.stats.discard(len, || self.make_zero(range, HostClusters::GiveBack, Patience::Brief))
     }
 
     /// Whole clusters by their mapping, the edges by writing: never rounded outward.
-    fn make_zero(&self, range: Range<u64>, hosts: HostClusters) -> Result<()> {
+    fn make_zero(&self, range: Range<u64>, hosts: HostClusters, patience: Patience) -> Result<Local> {
         self.image()?;
         self.check_range(&range)?;
+        // Version 2 asks the chain what it holds.
+        if patience == Patience::Brief && self.geometry().version() < 3 && self.chain().is_some() {
+            return Ok(Local::Below);
+        }
         let cluster_size = self.cluster_size();
         // The last cluster of the disk is whole where the range reaches the end of the disk.
         let end_whole = || match range.end == self.size() {
@@ -181,29 +246,46 @@ impl Disk {
             false => range.end - range.end % cluster_size,
         };
         let mut at = range.start.next_multiple_of(cluster_size);
-        self.write_zero_bytes(range.start..at.min(range.end))?;
+        let tail = |at: u64| at.min(range.end)..range.end;
+        // Both edges before anything is done, so that little is done twice.
+        if patience == Patience::Brief
+            && (self.edge_is_below(&(range.start..at.min(range.end)))? || self.edge_is_below(&tail(end_whole().max(at)))?)
+        {
+            return Ok(Local::Below);
+        }
+        if self.write_zero_bytes(range.start..at.min(range.end), patience)? != Local::Done {
+            return Ok(Local::Below);
+        }
         while at < end_whole() {
             let end = end_whole().min(at + ZERO_HOLD);
-            let held = self.in_flight.exclusive(at..end);
+            let Some(held) = self.hold(at..end, patience) else { return Ok(Local::Below) };
             // The size stands still now; had the disk grown meanwhile, its last cluster would hold what was written behind our range.
             let end = end.min(end_whole());
             self.make_clusters_zero(&held, at..end, hosts)?;
             at = end;
         }
-        self.write_zero_bytes(at.min(range.end)..range.end)
+        self.write_zero_bytes(tail(at), patience)
+    }
+
+    /// Whether the cluster at an edge of a range, where it has one, is only below.
+    fn edge_is_below(&self, edge: &Range<u64>) -> Result<bool> {
+        Ok(!edge.is_empty() && self.map(edge.start, 1)?.mapping == Mapping::Unallocated && self.chain_below(edge.start).is_some())
     }
 
     /// Zeros by writing, for the edges of a range; nothing is written where the bytes are known to be zero.
-    fn write_zero_bytes(&self, range: Range<u64>) -> Result<()> {
+    fn write_zero_bytes(&self, range: Range<u64>, patience: Patience) -> Result<Local> {
         let mut at = range.start;
         while at < range.end {
             let len = (range.end - at).min(self.cluster_size() - at % self.cluster_size());
-            if !self.reads_as_zero(at..at + len)? {
-                self.write_waiting(at, &vec![0; len as usize])?;
+            match self.reads_as_zero(at..at + len, patience)? {
+                None => return Ok(Local::Below),
+                Some(true) => {}
+                Some(false) if self.write_waiting(at, &vec![0; len as usize], patience)? != Local::Done => return Ok(Local::Below),
+                Some(false) => {}
             }
             at += len;
         }
-        Ok(())
+        Ok(Local::Done)
     }
 
     /// Whether a part of one cluster reads as zero already. A hint: a write that comes in between
@@ -212,13 +294,15 @@ impl Disk {
     /// The bytes of a cluster that is not allocated are read below: zeros there cost nothing, where
     /// zeros written here would copy the rest of the cluster up. fstrim(8) of a fresh overlay
     /// begins and ends in the middle of clusters, and free space of a golden image is often zeros.
-    fn reads_as_zero(&self, part: Range<u64>) -> Result<bool> {
+    /// `None` where that takes more than `patience`.
+    fn reads_as_zero(&self, part: Range<u64>, patience: Patience) -> Result<Option<bool>> {
         let chain = {
-            let _shared = self.in_flight.shared(part.clone());
+            let Some(_shared) = self.hold_shared(part.clone(), patience) else { return Ok(None) };
             match (self.map(part.start, 1)?.mapping, self.chain_below(part.start)) {
-                (Mapping::Zero { .. }, _) | (Mapping::Unallocated, None) => return Ok(true),
+                (Mapping::Zero { .. }, _) | (Mapping::Unallocated, None) => return Ok(Some(true)),
+                (Mapping::Unallocated, Some(_)) if patience == Patience::Brief => return Ok(None),
                 (Mapping::Unallocated, Some(chain)) => chain,
-                _ => return Ok(false),
+                _ => return Ok(Some(false)),
             }
         };
         // The chain is read-only: what it holds now it held while the guard was held.
@@ -230,14 +314,14 @@ impl Disk {
                     let mut bytes = vec![0; len as usize];
                     // A failed read below fails no request: these bytes are replaced.
                     if self.read_below(&chain, at, &mut bytes).is_err() || bytes.iter().any(|byte| *byte != 0) {
-                        return Ok(false);
+                        return Ok(Some(false));
                     }
                     at += len;
                 }
-                Err(_) => return Ok(false),
+                Err(_) => return Ok(Some(false)),
             }
         }
-        Ok(true)
+        Ok(Some(true))
     }
 
     fn make_clusters_zero(&self, held: &Exclusive<'_>, aligned: Range<u64>, hosts: HostClusters) -> Result<()> {

@@ -9,6 +9,10 @@
 //! | fallocate, lseek | | a worker |
 //! | everything else | the thread that received it | |
 //!
+//! A worker of the first pool never waits for a backing file. What turns out there to need one goes on to
+//! a worker of the second; what is known to need one goes there at once. However many requests hang in a
+//! backing file, the others are done.
+//!
 //! **Touches:** [`FileSystem`], [`Workers`]. **Never:** waits; knows a transport.
 //! **Locks:** none. **Invariants:** each [`Reply`] is sent once, or by its drop as EIO.
 
@@ -21,7 +25,7 @@ use rustix::io::Errno;
 use super::file_system::FileSystem;
 use super::handler::{Answer, Durability};
 use super::wire::{self, Operation};
-use super::workers::Workers;
+use super::workers::{Buffer, Task, Workers};
 
 /// Largest read or write request, in bytes: 256 pages, the kernel's own limit (`fs.fuse.max_pages_limit`).
 pub(super) const MAX_IO: usize = 1 << 20;
@@ -104,18 +108,23 @@ impl Dispatcher {
                 let reply = reply.later();
                 self.workers.flush(Box::new(move |flushed| reply.send(flushed.map(|()| &[][..]))));
             }
-            Operation::Allocate { offset, len, mode } => {
-                self.on_worker(reply, move |file_system, reply| {
+            Operation::Allocate { offset, len, mode } => self.on_worker(
+                Way::Unknown,
+                reply.later(),
+                move |file_system, reply, _| {
+                    give(file_system.fallocate_without_base(offset, len, mode), reply, |()| wire::Structure::none())
+                },
+                move |file_system, reply, _| {
                     let done = file_system.fallocate(offset, len, mode);
                     reply.send(done.map(|()| &[][..]));
-                });
-            }
-            Operation::Seek { offset, whence } => {
-                self.on_worker(reply, move |file_system, reply| {
-                    let found = file_system.lseek(offset, whence).map(wire::sought);
-                    reply.send(found.as_ref().map(wire::Structure::bytes).map_err(|errno| *errno));
-                });
-            }
+                },
+            ),
+            Operation::Seek { offset, whence } => self.on_worker(
+                Way::Unknown,
+                reply.later(),
+                move |file_system, reply, _| give(file_system.lseek_without_base(offset, whence), reply, wire::sought),
+                move |file_system, reply, _| send_later(reply, file_system.lseek(offset, whence).map(wire::sought)),
+            ),
             Operation::GetAttributes => send(reply, file_system.getattr().map(|stat| wire::attributes(&stat, ATTR_TTL))),
             Operation::SetAttributes { truncate, changes } => {
                 let changed = file_system.setattr(truncate, &changes);
@@ -130,14 +139,16 @@ impl Dispatcher {
     }
 
     fn read(&self, offset: u64, len: usize, mut reply: impl Reply, scratch: &mut [u8]) {
-        match self.file_system.read_local(offset, &mut reply.room(scratch)[..len]) {
+        let way = match self.file_system.read_local(offset, &mut reply.room(scratch)[..len]) {
             Ok(Answer::Done(len)) => return reply.send_room(scratch, len),
-            Ok(Answer::Miss) => {}
+            Ok(Answer::Miss) => Way::Unknown,
+            Ok(Answer::Below) => Way::Below,
             Err(errno) => return reply.send(Err(errno)),
-        }
+        };
         let mut reply = Some(reply);
         // Through `scratch`: the reply is sent while its bytes are still to be stored.
-        if reply.as_mut().is_some_and(Reply::has_time)
+        if way == Way::Below
+            && reply.as_mut().is_some_and(Reply::has_time)
             && let Some(room) = scratch.get_mut(..len)
         {
             self.file_system.read_cached(offset, room, &mut |answer| {
@@ -147,42 +158,86 @@ impl Dispatcher {
             });
         }
         let Some(reply) = reply else { return };
-        let file_system = Arc::clone(&self.file_system);
-        let mut reply = Some(reply.later());
-        self.workers.miss(Box::new(move |buffer| {
-            file_system.read(offset, buffer.first(len), &mut |answer| {
-                if let Some(reply) = reply.take() {
-                    reply.send(answer);
+        self.on_worker(
+            way,
+            reply.later(),
+            move |file_system, reply, buffer| match file_system.read_without_base(offset, buffer.first(len)) {
+                Ok(Answer::Done(len)) => {
+                    reply.send(Ok(buffer.first(len)));
+                    None
                 }
-            });
-        }));
+                Ok(Answer::Miss | Answer::Below) => Some(reply),
+                Err(errno) => {
+                    reply.send(Err(errno));
+                    None
+                }
+            },
+            move |file_system, reply, buffer| {
+                let mut reply = Some(reply);
+                file_system.read(offset, buffer.first(len), &mut |answer| {
+                    if let Some(reply) = reply.take() {
+                        reply.send(answer);
+                    }
+                });
+            },
+        );
     }
 
     fn write(&self, offset: u64, durability: Durability, mut reply: impl Reply) {
-        match self.file_system.write_local(offset, reply.data()) {
+        let way = match self.file_system.write_local(offset, reply.data()) {
             Ok(Answer::Done(len)) if durability == Durability::Now => {
                 let reply = reply.later();
-                self.workers.flush(Box::new(move |flushed| {
-                    let written = wire::written(len);
-                    reply.send(flushed.map(|()| written.bytes()));
-                }));
+                return self.workers.flush(Box::new(move |flushed| send_later(reply, flushed.map(|()| wire::written(len)))));
             }
-            Ok(Answer::Done(len)) => send(reply, Ok(wire::written(len))),
-            Ok(Answer::Miss) => {
-                self.on_worker(reply, move |file_system, mut reply| {
-                    let written = file_system.write(offset, reply.data(), durability).map(wire::written);
-                    reply.send(written.as_ref().map(wire::Structure::bytes).map_err(|errno| *errno));
-                });
-            }
-            Err(errno) => reply.send(Err(errno)),
-        }
+            Ok(Answer::Done(len)) => return send(reply, Ok(wire::written(len))),
+            Ok(Answer::Miss) => Way::Unknown,
+            Ok(Answer::Below) => Way::Below,
+            Err(errno) => return reply.send(Err(errno)),
+        };
+        self.on_worker(
+            way,
+            reply.later(),
+            move |file_system, mut reply, _| {
+                let written = file_system.write_without_base(offset, reply.data(), durability);
+                give(written, reply, wire::written)
+            },
+            move |file_system, mut reply, _| {
+                let written = file_system.write(offset, reply.data(), durability);
+                send_later(reply, written.map(wire::written));
+            },
+        );
     }
 
-    fn on_worker<R: Reply>(&self, reply: R, work: impl FnOnce(&dyn FileSystem, R::Later) + Send + 'static) {
+    /// Has a worker answer a request: by `first`, which waits for no backing file and returns the reply
+    /// where that does not do, and then by `then`.
+    fn on_worker<R: LaterReply>(
+        &self,
+        way: Way,
+        reply: R,
+        first: impl FnOnce(&dyn FileSystem, R, &mut Buffer) -> Option<R> + Send + 'static,
+        then: impl FnOnce(&dyn FileSystem, R, &mut Buffer) + Send + 'static,
+    ) {
         let file_system = Arc::clone(&self.file_system);
-        let reply = reply.later();
-        self.workers.miss(Box::new(move |_buffer| work(&*file_system, reply)));
+        let below = move |reply| -> Task { Box::new(move |buffer| then(&*file_system, reply, buffer)) };
+        if way == Way::Below {
+            return self.workers.below(below(reply));
+        }
+        let (file_system, workers) = (Arc::clone(&self.file_system), self.workers.clone());
+        self.workers.local(Box::new(move |buffer| {
+            if let Some(reply) = first(&*file_system, reply, buffer) {
+                workers.below(below(reply));
+            }
+        }));
     }
+}
+
+/// What is known of a request that is not answered at once.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Way {
+    /// It may be answered without a backing file.
+    Unknown,
+    /// It may not.
+    Below,
 }
 
 fn send(reply: impl Reply, answer: Result<wire::Structure, Errno>) {
@@ -190,4 +245,21 @@ fn send(reply: impl Reply, answer: Result<wire::Structure, Errno>) {
         Ok(structure) => reply.send(Ok(structure.bytes())),
         Err(errno) => reply.send(Err(errno)),
     }
+}
+
+fn send_later(reply: impl LaterReply, answer: Result<wire::Structure, Errno>) {
+    match answer {
+        Ok(structure) => reply.send(Ok(structure.bytes())),
+        Err(errno) => reply.send(Err(errno)),
+    }
+}
+
+/// Replies, unless a backing file is needed: then the reply is returned.
+fn give<R: LaterReply, T>(answer: Result<Answer<T>, Errno>, reply: R, structure: impl FnOnce(T) -> wire::Structure) -> Option<R> {
+    match answer {
+        Ok(Answer::Miss | Answer::Below) => return Some(reply),
+        Ok(Answer::Done(value)) => send_later(reply, Ok(structure(value))),
+        Err(errno) => send_later(reply, Err(errno)),
+    }
+    None
 }

@@ -36,13 +36,24 @@ pub trait FileSystem: Send + Sync + std::fmt::Debug {
     /// EIO and the like.
     fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Answer<usize>, Errno>;
 
-    /// read(2) after [`FileSystem::read_local`] was [`Answer::Miss`], if it takes no waiting all the same; `answer` as with [`FileSystem::read`], and
-    /// the same errors. [`Answer::Miss`] if `answer` was not called.
+    /// read(2) after [`FileSystem::read_local`] was [`Answer::Below`], if it takes no waiting all the same; `answer` as with [`FileSystem::read`], and
+    /// the same errors. [`Answer::Below`] if `answer` was not called.
     fn read_cached(&self, offset: u64, buf: &mut [u8], answer: &mut ReadAnswer<'_>) -> Answer<()>;
 
     /// read(2), however long it takes, into `buf`; otherwise as [`FileSystem::read_local`]. `answer` is called once, when what the client wants is
     /// known: perhaps before this returns, and `buf` is in use until then.
     fn read(&self, offset: u64, buf: &mut [u8], answer: &mut ReadAnswer<'_>);
+
+    /// read(2) after [`FileSystem::read_local`] was [`Answer::Miss`]: it may wait for the overlay and for
+    /// other requests, but for none that may wait for a backing file. [`Answer::Below`] where that does not
+    /// do; so it is with the other `…_without_base`.
+    ///
+    /// # Errors
+    /// EIO and the like.
+    fn read_without_base(&self, offset: u64, buf: &mut [u8]) -> Result<Answer<usize>, Errno> {
+        let _ = (offset, buf);
+        Ok(Answer::Below)
+    }
 
     /// write(2), if it overwrites in place and can be done at once. Not durable: the caller flushes where [`Durability::Now`] is asked for.
     /// The number of bytes is short where the write crosses the end of the disk.
@@ -56,6 +67,33 @@ pub trait FileSystem: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// EROFS, ENOSPC at and past the end of the disk or where the host is full, EIO and the like.
     fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<usize, Errno>;
+
+    /// As [`FileSystem::write`], without a backing file.
+    ///
+    /// # Errors
+    /// As [`FileSystem::write`].
+    fn write_without_base(&self, offset: u64, data: &[u8], durability: Durability) -> Result<Answer<usize>, Errno> {
+        let _ = (offset, data, durability);
+        Ok(Answer::Below)
+    }
+
+    /// As [`FileSystem::fallocate`], without a backing file.
+    ///
+    /// # Errors
+    /// As [`FileSystem::fallocate`].
+    fn fallocate_without_base(&self, offset: u64, len: u64, mode: i32) -> Result<Answer<()>, Errno> {
+        let _ = (offset, len, mode);
+        Ok(Answer::Below)
+    }
+
+    /// As [`FileSystem::lseek`], without a backing file.
+    ///
+    /// # Errors
+    /// As [`FileSystem::lseek`].
+    fn lseek_without_base(&self, offset: i64, whence: i32) -> Result<Answer<i64>, Errno> {
+        let _ = (offset, whence);
+        Ok(Answer::Below)
+    }
 
     /// fallocate(2).
     ///

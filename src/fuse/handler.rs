@@ -60,8 +60,21 @@ pub enum Truncate {
 pub enum Answer<T> {
     /// The answer.
     Done(T),
-    /// Nothing was done. Call the blocking sibling where waiting is allowed: on a miss worker.
+    /// Nothing was done. Call the sibling that may wait, but not for a backing file (`…_without_base`).
     Miss,
+    /// A backing file may be needed. Nothing was done, or part of a write, which is to be done again: call
+    /// the sibling that waits for whatever it takes.
+    Below,
+}
+
+impl<T> Answer<T> {
+    fn of(local: Local, done: T) -> Answer<T> {
+        match local {
+            Local::Done => Answer::Done(done),
+            Local::Miss => Answer::Miss,
+            Local::Below => Answer::Below,
+        }
+    }
 }
 
 /// Whether a write must be durable before its answer.
@@ -80,6 +93,13 @@ impl Durability {
         let flags = OFlags::from_bits_retain(open_flags.cast_unsigned());
         if flags.intersects(OFlags::DSYNC | OFlags::SYNC) { Durability::Now } else { Durability::Later }
     }
+}
+
+/// Whether a request may wait for backing files.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Base {
+    Unread,
+    Read,
 }
 
 /// The file system: one file, which is the disk.
@@ -118,13 +138,69 @@ impl Handler {
         self.disk.cluster_size().max(BLKSIZE_MIN)
     }
 
-    fn change_range(&self, what: &str, range: Range<u64>, change: impl Fn(Range<u64>) -> crate::Result<()>) -> Result<(), Errno> {
+    /// A change that [`FileSystem::fallocate`] asks for.
+    fn change_range(
+        &self,
+        what: &str,
+        range: Range<u64>,
+        change: impl Fn(Range<u64>) -> crate::Result<Local>,
+    ) -> Result<Answer<()>, Errno> {
         if range.is_empty() {
-            return Ok(());
+            return Ok(Answer::Done(()));
         }
-        change(range.clone()).map_err(|error| self.failed(&format!("{what} at {}+{}", range.start, range.end - range.start), &error))?;
-        self.wrote();
-        Ok(())
+        let local = change(range.clone())
+            .map_err(|error| self.failed(&format!("{what} at {}+{}", range.start, range.end - range.start), &error))?;
+        if local == Local::Done {
+            self.wrote();
+        }
+        Ok(Answer::of(local, ()))
+    }
+
+    fn allocate(&self, offset: u64, len: u64, mode: i32, base: Base) -> Result<Answer<()>, Errno> {
+        if self.disk.is_read_only() {
+            return Err(Errno::ROFS);
+        }
+        let mode = FallocateFlags::from_bits_retain(mode.cast_unsigned());
+        let size = self.disk.size();
+        let end = offset.checked_add(len).ok_or(Errno::FBIG)?;
+        let range = offset.min(size)..end.min(size);
+        let grows = !mode.contains(FallocateFlags::KEEP_SIZE) && end > size;
+
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match mode {
+            _ if mode == punch => self.change_range("discard", range, |range| match base {
+                Base::Unread => self.disk.discard_without_base(range),
+                Base::Read => self.disk.discard(range).map(|()| Local::Done),
+            }),
+            _ if mode.difference(FallocateFlags::KEEP_SIZE) == FallocateFlags::ZERO_RANGE && !grows => {
+                self.change_range("write zeroes", range, |range| match base {
+                    Base::Unread => self.disk.write_zeroes_without_base(range),
+                    Base::Read => self.disk.write_zeroes(range).map(|()| Local::Done),
+                })
+            }
+            _ if grows && (mode.is_empty() || mode == FallocateFlags::ZERO_RANGE) => Err(Errno::NOSPC),
+            _ => Err(Errno::OPNOTSUPP),
+        }
+    }
+
+    fn seek(&self, offset: i64, whence: i32, base: Base) -> Result<Answer<i64>, Errno> {
+        /// SEEK_DATA and SEEK_HOLE of lseek(2) on Linux.
+        const SEEK_DATA: i32 = 3;
+        const SEEK_HOLE: i32 = 4;
+        let what = match whence {
+            SEEK_DATA => Seek::Data,
+            SEEK_HOLE => Seek::Hole,
+            _ => return Err(Errno::INVAL),
+        };
+        let from = u64::try_from(offset).ok().filter(|&from| from < self.disk.size()).ok_or(Errno::NXIO)?;
+        let found = match base {
+            Base::Unread => self.disk.seek_without_base(from, what),
+            Base::Read => self.disk.seek(from, what).map(Some),
+        };
+        match found.map_err(|error| self.failed("seek", &error))? {
+            None => Ok(Answer::Below),
+            Some(found) => i64::try_from(found.ok_or(Errno::NXIO)?).map(Answer::Done).map_err(|_| Errno::OVERFLOW),
+        }
     }
 
     /// How many of `len` bytes at `offset` lie on the disk.
@@ -213,20 +289,26 @@ impl FileSystem for Handler {
         if len == 0 {
             return Ok(Answer::Done(0));
         }
-        match self.disk.read_local(offset, &mut buf[..len]) {
-            Ok(Local::Done) => Ok(Answer::Done(len)),
-            Ok(Local::Miss) => Ok(Answer::Miss),
-            Err(error) => Err(self.failed_at("read", offset, len, &error)),
-        }
+        let local = self.disk.read_local(offset, &mut buf[..len]);
+        local.map(|local| Answer::of(local, len)).map_err(|error| self.failed_at("read", offset, len, &error))
     }
 
     fn read_cached(&self, offset: u64, buf: &mut [u8], answer: &mut ReadAnswer<'_>) -> Answer<()> {
         let len = self.clamp(offset, buf.len());
         match self.disk.read_cached(offset, &mut buf[..len], &mut |bytes| answer(Ok(bytes))) {
             Ok(Local::Done) => Answer::Done(()),
-            // What is wrong is told by who waits.
-            Ok(Local::Miss) | Err(_) => Answer::Miss,
+            // Errors are reported by the sibling that waits.
+            Ok(Local::Miss | Local::Below) | Err(_) => Answer::Below,
         }
+    }
+
+    fn read_without_base(&self, offset: u64, buf: &mut [u8]) -> Result<Answer<usize>, Errno> {
+        let len = self.clamp(offset, buf.len());
+        if len == 0 {
+            return Ok(Answer::Done(0));
+        }
+        let local = self.disk.read_without_base(offset, &mut buf[..len]);
+        local.map(|local| Answer::of(local, len)).map_err(|error| self.failed_at("read", offset, len, &error))
     }
 
     fn read(&self, offset: u64, buf: &mut [u8], answer: &mut ReadAnswer<'_>) {
@@ -250,9 +332,24 @@ impl FileSystem for Handler {
                 self.wrote();
                 Ok(Answer::Done(len))
             }
-            Ok(Local::Miss) => Ok(Answer::Miss),
+            Ok(local) => Ok(Answer::of(local, len)),
             Err(error) => Err(self.failed_at("write", offset, len, &error)),
         }
+    }
+
+    fn write_without_base(&self, offset: u64, data: &[u8], durability: Durability) -> Result<Answer<usize>, Errno> {
+        let len = self.writable(offset, data.len())?;
+        if len > 0 {
+            let local = self.disk.write_without_base(offset, &data[..len]).map_err(|error| self.failed_at("write", offset, len, &error))?;
+            if local != Local::Done {
+                return Ok(Answer::Below);
+            }
+            self.wrote();
+        }
+        if durability == Durability::Now && !without(Step::SyncedWritesFlush) {
+            self.flush()?;
+        }
+        Ok(Answer::Done(len))
     }
 
     fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<usize, Errno> {
@@ -268,38 +365,22 @@ impl FileSystem for Handler {
     }
 
     fn fallocate(&self, offset: u64, len: u64, mode: i32) -> Result<(), Errno> {
-        if self.disk.is_read_only() {
-            return Err(Errno::ROFS);
-        }
-        let mode = FallocateFlags::from_bits_retain(mode.cast_unsigned());
-        let size = self.disk.size();
-        let end = offset.checked_add(len).ok_or(Errno::FBIG)?;
-        let range = offset.min(size)..end.min(size);
-        let grows = !mode.contains(FallocateFlags::KEEP_SIZE) && end > size;
+        self.allocate(offset, len, mode, Base::Read).map(drop)
+    }
 
-        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match mode {
-            _ if mode == punch => self.change_range("discard", range, |range| self.disk.discard(range)),
-            _ if mode.difference(FallocateFlags::KEEP_SIZE) == FallocateFlags::ZERO_RANGE && !grows => {
-                self.change_range("write zeroes", range, |range| self.disk.write_zeroes(range))
-            }
-            _ if grows && (mode.is_empty() || mode == FallocateFlags::ZERO_RANGE) => Err(Errno::NOSPC),
-            _ => Err(Errno::OPNOTSUPP),
-        }
+    fn fallocate_without_base(&self, offset: u64, len: u64, mode: i32) -> Result<Answer<()>, Errno> {
+        self.allocate(offset, len, mode, Base::Unread)
     }
 
     fn lseek(&self, offset: i64, whence: i32) -> Result<i64, Errno> {
-        /// SEEK_DATA and SEEK_HOLE of lseek(2) on Linux.
-        const SEEK_DATA: i32 = 3;
-        const SEEK_HOLE: i32 = 4;
-        let what = match whence {
-            SEEK_DATA => Seek::Data,
-            SEEK_HOLE => Seek::Hole,
-            _ => return Err(Errno::INVAL),
-        };
-        let from = u64::try_from(offset).ok().filter(|&from| from < self.disk.size()).ok_or(Errno::NXIO)?;
-        let found = self.disk.seek(from, what).map_err(|error| self.failed("seek", &error))?.ok_or(Errno::NXIO)?;
-        i64::try_from(found).map_err(|_| Errno::OVERFLOW)
+        match self.seek(offset, whence, Base::Read)? {
+            Answer::Done(found) => Ok(found),
+            Answer::Miss | Answer::Below => Err(Errno::IO), // not with the base
+        }
+    }
+
+    fn lseek_without_base(&self, offset: i64, whence: i32) -> Result<Answer<i64>, Errno> {
+        self.seek(offset, whence, Base::Unread)
     }
 
     fn flush(&self) -> Result<(), Errno> {

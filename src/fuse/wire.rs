@@ -234,6 +234,11 @@ impl Structure {
         &self.bytes[..self.len]
     }
 
+    /// No bytes.
+    pub(super) fn none() -> Structure {
+        Structure::new()
+    }
+
     fn new() -> Structure {
         Structure { bytes: [0; LARGEST], len: 0 }
     }

@@ -1,7 +1,10 @@
 //! Where requests wait that cannot be answered at once, so that session threads never do.
 //!
-//! *Misses* need a backing file, an allocation, or a range that is in use: [`MISS_WORKERS`] threads take them in order of arrival. Of those that have
-//! nothing to do the one that was busy last is woken: its buffer may still be in the processor's cache, and as many are used as are needed.
+//! *Misses* need an allocation, a range that is in use, or a backing file. There are two pools of
+//! [`MISS_WORKERS`] threads for them, each of which takes them in order of arrival: one for what needs no
+//! backing file, or may not need one, and one for what does. A backing file that hangs stops the second
+//! pool and nothing else. Of the threads that have nothing to do the one that was busy last is woken: its
+//! buffer may still be in the processor's cache, and as many are used as are needed.
 //! *Flushes* have a thread of their own, so that they never sit behind misses that hang on a dead backing file. It answers all flushes
 //! that wait with one call of [`FileSystem::flush`]: whatever was answered before a flush was asked for was answered before that call (P1).
 //! (A *write* that hangs does hold up fsync, in the kernel: the write has the inode lock shared, fsync wants it exclusive.)
@@ -28,7 +31,7 @@ use crate::Result;
 use crate::error::Context;
 use crate::mutants::{Step, without};
 
-/// Threads for misses, at most: there is one, and one more whenever a miss comes and all are busy. They wait for the disk most of the time, so this is not a number of cores: it is how many reads from below, and
+/// Threads of each pool, at most: there is one, and one more whenever a miss comes and all are busy. They wait for the disk most of the time, so this is not a number of cores: it is how many reads from below, and
 /// how many requests for clusters in use, are in progress at once. Twice the depth at which one NVMe base saturates.
 const MISS_WORKERS: usize = 16;
 
@@ -55,12 +58,15 @@ pub(super) type Flushed = Box<dyn FnOnce(Result<(), Errno>) + Send>;
 /// The queues. When the last clone is dropped, the threads finish what is queued and end.
 #[derive(Clone)]
 pub(super) struct Workers {
-    misses: Arc<Entrance>,
+    local: Arc<Entrance>,
+    below: Arc<Entrance>,
     flushes: Sender<Flushed>,
 }
 
 /// Where misses come in. When it is dropped no more come.
 struct Entrance {
+    /// The names of the threads begin with it.
+    name: &'static str,
     misses: Arc<Misses>,
     /// Held by every worker.
     alive: Sender<Infallible>,
@@ -82,7 +88,7 @@ impl Entrance {
             waiting.alive - 1
         };
         let (leaves, processors) = (Leaves(Arc::clone(&misses)), self.processors);
-        spawn(format!("miss-{number}"), move || {
+        spawn(format!("{}-{number}", self.name), move || {
             let (_alive, _leaves) = (alive, leaves);
             if let Some(processors) = processors {
                 let _ = rustix::thread::sched_setaffinity(None, &processors);
@@ -204,8 +210,12 @@ impl Workers {
         let (flushes, flush_queue) = unbounded::<Flushed>();
         let (alive, ended) = crossbeam_channel::bounded::<Infallible>(0);
         let processors = rustix::thread::sched_getaffinity(None).ok();
-        let entrance = Entrance { misses: Arc::default(), alive: alive.clone(), processors };
-        entrance.hire()?;
+        let pool = |name| -> Result<Arc<Entrance>> {
+            let entrance = Entrance { name, misses: Arc::default(), alive: alive.clone(), processors };
+            entrance.hire()?;
+            Ok(Arc::new(entrance))
+        };
+        let (local, below) = (pool("local")?, pool("below")?);
         let file_system = Arc::clone(file_system);
         spawn("flush".to_string(), move || {
             let _alive = alive;
@@ -220,12 +230,17 @@ impl Workers {
                 }
             }
         })?;
-        Ok((Workers { misses: Arc::new(entrance), flushes }, ended))
+        Ok((Workers { local, below, flushes }, ended))
     }
 
-    /// Runs `task` on a miss worker. Never waits.
-    pub(super) fn miss(&self, task: Task) {
-        self.misses.put(task);
+    /// Runs `task`, which does not wait for a backing file, on a worker. Never waits.
+    pub(super) fn local(&self, task: Task) {
+        self.local.put(task);
+    }
+
+    /// Runs `task`, which may, on a worker. Never waits.
+    pub(super) fn below(&self, task: Task) {
+        self.below.put(task);
     }
 
     /// Runs `flushed` after a flush that has not begun yet. Never waits.
@@ -255,7 +270,7 @@ mod tests {
 
     fn entrance(workers: usize) -> (Entrance, Ended) {
         let (alive, ended) = bounded(0);
-        let entrance = Entrance { misses: Arc::default(), alive, processors: rustix::thread::sched_getaffinity(None).ok() };
+        let entrance = Entrance { name: "miss", misses: Arc::default(), alive, processors: rustix::thread::sched_getaffinity(None).ok() };
         (0..workers).for_each(|_| entrance.hire().unwrap());
         (entrance, ended)
     }

@@ -195,8 +195,14 @@ impl World {
         match below(10) {
             0..=3 => self.write(units),
             4..=6 => self.read(units),
-            7 => drop(self.expect(self.ledger.write(units, 0, || self.disk.write_zeroes(bytes)))),
-            8 => drop(self.expect(self.ledger.write(units, 0, || self.disk.discard(bytes)))),
+            7 => drop(self.expect(self.ledger.write(units, 0, || match self.disk.write_zeroes_without_base(bytes.clone())? {
+                Local::Done => Ok(()),
+                Local::Miss | Local::Below => self.disk.write_zeroes(bytes),
+            }))),
+            8 => drop(self.expect(self.ledger.write(units, 0, || match self.disk.discard_without_base(bytes.clone())? {
+                Local::Done => Ok(()),
+                Local::Miss | Local::Below => self.disk.discard(bytes),
+            }))),
             _ => self.flush(),
         }
     }
@@ -207,7 +213,8 @@ impl World {
         let data = vec![value; units.len() * UNIT];
         self.expect(self.ledger.write(units, value, || match self.disk.write_local(at, &data)? {
             Local::Done => Ok(()),
-            Local::Miss => self.disk.write(at, &data),
+            Local::Miss if self.disk.write_without_base(at, &data)? == Local::Done => Ok(()),
+            Local::Miss | Local::Below => self.disk.write(at, &data),
         }));
     }
 
@@ -216,8 +223,10 @@ impl World {
         let at = self.bytes(&units).start;
         let mut buf = vec![0xa5; units.len() * UNIT];
         let began = self.ledger.now();
-        if self.disk.read_local(at, &mut buf).unwrap() == Local::Miss {
-            self.disk.read(at, &mut buf).unwrap();
+        match self.disk.read_local(at, &mut buf).unwrap() {
+            Local::Done => {}
+            Local::Miss if self.disk.read_without_base(at, &mut buf).unwrap() == Local::Done => {}
+            Local::Miss | Local::Below => self.disk.read(at, &mut buf).unwrap(),
         }
         self.ledger.check(units.start, &buf, began, self.ledger.now(), "read");
     }

@@ -130,7 +130,9 @@ fn every_thread_is_in_the_sandbox() {
     assert_same("content", &disk.read_all(), &rig.content);
     let threads = threads_of(disk.pid());
     let names: Vec<&str> = threads.iter().map(|thread| thread["Name"].as_str()).collect();
-    for expected in ["cordisk", "signals", "qmp-accept", "qmp-read", "qmp-write", "fuse-0", "fuse-1", "miss-0", "flush", "commit"] {
+    for expected in
+        ["cordisk", "signals", "qmp-accept", "qmp-read", "qmp-write", "fuse-0", "fuse-1", "local-0", "below-0", "flush", "commit"]
+    {
         assert!(names.contains(&expected), "no thread {expected}: {names:?}");
     }
     for thread in &threads {

@@ -10,6 +10,7 @@ use std::process::Command;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
+use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -169,6 +170,71 @@ impl Pair {
         qemu::assert_independent(&self.overlay);
         assert_same("overlay", &qemu::read_all(&self.overlay), &self.content);
         drop(self.scratch);
+    }
+}
+
+/// Protects: whole clusters are written, discarded and looked for, and the disk is flushed, however many reads hang in the base, over both transports.
+#[test]
+fn what_needs_no_base_is_done_while_reads_hang() {
+    requires!("/dev/fuse", "qemu-img");
+    for transport in ["dev", "uring"] {
+        if transport == "uring" && !crate::transports::has_uring() {
+            continue;
+        }
+        let pair = Pair::with(&["--transport", transport]);
+        let stopped = Stopped::stop(pair.lower.pid());
+        let (sender, hung) = channel();
+        for index in 0..HUNG_READERS {
+            let (sender, path) = (sender.clone(), pair.upper.path().to_owned());
+            std::thread::spawn(move || {
+                let offset = index * 2 * CLUSTER + 100;
+                let mut buf = vec![0; 5000];
+                let result = File::open(path).and_then(|file| file.read_exact_at(&mut buf, offset));
+                let _ = sender.send((offset, result, buf));
+            });
+        }
+        // All of them are in the daemon: each has asked the base, or waits for a thread that can.
+        if let Ok((offset, result, _)) = hung.recv_timeout(Duration::from_secs(1)) {
+            panic!("a cold read (at {offset}) cannot be answered while the base hangs: {result:?}");
+        }
+        let path = pair.upper.path().to_owned();
+        let done = within(PATIENCE, move || {
+            let file = File::options().read(true).write(true).open(path).expect("open");
+            let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            for round in 0..4 {
+                let at = 10 * MIB + round * 4 * CLUSTER;
+                file.write_all_at(&vec![round as u8 + 1; CLUSTER as usize * 2], at).expect("a write of whole clusters that the base has");
+                rustix::fs::fallocate(&file, hole, at + 2 * CLUSTER, CLUSTER).expect("a discard of a cluster that the base has");
+                file.write_all_at(&[0xee; 10], at + 2 * CLUSTER + 7).expect("a write into what was discarded");
+                rustix::fs::fallocate(&file, hole, at + 3 * CLUSTER, CLUSTER).expect("a discard");
+                file.sync_all().expect("fsync");
+                let (data, zeros) = (rustix::fs::seek(&file, SeekFrom::Data(at)), rustix::fs::seek(&file, SeekFrom::Hole(at)));
+                assert_eq!((data, zeros), (Ok(at), Ok(at + 3 * CLUSTER)));
+            }
+            rustix::fs::fallocate(&file, hole, 8 * MIB, CLUSTER).expect("a discard of a local cluster");
+            rustix::fs::fallocate(&file, FallocateFlags::ZERO_RANGE, 8 * MIB + CLUSTER, CLUSTER).expect("zeros");
+        });
+        assert!(done.is_some(), "over {transport} what needs no base waits for it\n{}", pair.upper.log());
+        assert!(hung.try_recv().is_err(), "still hanging");
+        drop(stopped);
+        let mut want = pair.content.clone();
+        let mut put = |start: u64, len: u64, byte: u8| want[at(start)..at(start + len)].fill(byte);
+        for round in 0..4 {
+            let start = 10 * MIB + round * 4 * CLUSTER;
+            put(start, 2 * CLUSTER, round as u8 + 1);
+            put(start + 2 * CLUSTER, 2 * CLUSTER, 0);
+            put(start + 2 * CLUSTER + 7, 10, 0xee);
+        }
+        put(8 * MIB, 2 * CLUSTER, 0);
+        for _ in 0..HUNG_READERS {
+            let (offset, result, buf) = hung.recv_timeout(PATIENCE * 2).expect("the hung reads complete");
+            result.unwrap_or_else(|error| panic!("read at {offset} after the base came back: {error}"));
+            assert_same("hung read", &buf, &want[at(offset)..at(offset) + 5000]);
+        }
+        assert_same("everything", &pair.upper.read_all(), &want);
+        pair.upper.umount();
+        qemu::assert_clean(&pair.overlay);
+        pair.lower.umount();
     }
 }
 

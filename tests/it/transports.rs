@@ -15,7 +15,7 @@ const ENABLED: &str = "/sys/module/fuse/parameters/enable_uring";
 /// Whether requests can come over io_uring. The switch is the whole machine's, so it is switched on
 /// only where `CORDISK_SWITCH_URING=1` says so, as `scripts/test.sh --switch-uring` does, which
 /// switches it back. A kernel that is too old is no failure.
-fn has_uring() -> bool {
+pub(crate) fn has_uring() -> bool {
     let on = || fs::read_to_string(ENABLED).is_ok_and(|text| text.starts_with('Y'));
     let may_switch = std::env::var("CORDISK_SWITCH_URING").is_ok_and(|value| value == "1");
     let _ = !on() && may_switch && fs::write(ENABLED, "Y").is_ok();

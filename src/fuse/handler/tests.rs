@@ -80,8 +80,8 @@ fn reads_end_where_the_disk_ends() {
 fn a_miss_does_nothing() {
     let rig = rig(false);
     let mut buf = [0xee; 4];
-    assert_eq!(rig.handler.read_local(0, &mut buf), Ok(Answer::Miss));
-    assert_eq!(rig.handler.write_local(0, b"abcd"), Ok(Answer::Miss));
+    assert_eq!(rig.handler.read_local(0, &mut buf), Ok(Answer::Below));
+    assert_eq!(rig.handler.write_local(0, b"abcd"), Ok(Answer::Below));
     assert!(!rig.handler.needs_flush());
     assert_eq!(read(&rig.handler, 0, 4), [0xbb; 4]);
 }
