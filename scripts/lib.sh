@@ -36,7 +36,7 @@ package_of() {
         fusermount3) echo fuse3 ;;
         mkfs.ext4 | e2fsck | debugfs | filefrag) echo e2fsprogs ;;
         mount | umount | losetup) echo mount ;;
-        findmnt | fallocate | fstrim | setpriv | setsid | fsfreeze | unshare) echo util-linux ;;
+        findmnt | blkdiscard | fallocate | fstrim | setpriv | setsid | fsfreeze | unshare) echo util-linux ;;
         mkfs.xfs | xfs_io | xfs_repair) echo xfsprogs ;;
         mkfs.btrfs) echo btrfs-progs ;;
         nbdfuse) echo libnbd-bin ;;

@@ -175,7 +175,7 @@ tools() {
     local status=0
     install_missing cc qemu-img qemu-io qemu-storage-daemon fio fusermount3 mkfs.ext4 e2fsck debugfs filefrag mkfs.xfs xfs_io mkfs.btrfs \
         losetup umount findmnt fallocate setpriv setfattr fsfreeze fstrim unshare nbdkit nbdfuse python3 python3-venv \
-        xfs_repair qemu-system-x86_64 man groff zsh fish systemd-analyze strip || status=$?
+        xfs_repair rsync blkdiscard qemu-system-x86_64 man groff zsh fish systemd-analyze strip || status=$?
     if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
         have rustup && rustup component add rustfmt clippy
     fi
