@@ -19,15 +19,18 @@
 //! skipped by an error (R12, QEMU `stream_prepare`). A job that ends waits for no reader: one may hang in a read that never returns.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::Result;
-use crate::disk::{Disk, Populated};
+use crate::disk::{Disk, Populated, ToDo};
 use crate::job::{Control, ErrorAction, Failure, Jobs, Next, OnError, Outcome, Work};
 use ahead::ReadAhead;
+use forecast::Forecaster;
 use pace::Pace;
 
 mod ahead;
+mod bytes;
+mod forecast;
 mod note;
 mod pace;
 mod plan;
@@ -35,13 +38,17 @@ mod streams;
 #[cfg(test)]
 mod tests;
 
-pub use plan::{FinishBy, Minute, Plan, PlanInfo, Schedule, Speed, parse_bytes};
+pub use bytes::parse_bytes;
+pub use plan::{FinishBy, Minute, Plan, PlanInfo, Schedule, Speed};
 pub use streams::{Keep, Streams, local_zone};
 
 use streams::Progress;
 
 /// Bytes per step (QEMU: STREAM_CHUNK): the unit in which a failing place is reported and the speed is charged.
 pub const STREAM_CHUNK: u64 = 512 << 10;
+
+/// How long a paused stream looks for the place where it stands: it does not obey meanwhile.
+const LONGEST_LOOK: Duration = Duration::from_secs(2);
 
 /// The kind of job on the wire and in lists.
 pub const KIND: &str = "stream";
@@ -112,14 +119,16 @@ pub fn start(disk: &Arc<Disk>, jobs: &Jobs, options: StreamOptions) -> Result<()
 
 /// Walks the `len` bytes of the disk once.
 fn copy_up(disk: &Arc<Disk>, control: &Control, priority: Priority, depth: usize, len: u64, progress: &mut Progress<'_>) -> Outcome {
-    let mut ahead = ReadAhead::new(disk, priority, depth, len);
+    let mut offset = passed_already(disk, control, depth, len);
+    let mut ahead = ReadAhead::new(disk, priority, depth, offset..len);
     let mut pace = (priority == Priority::Low).then(Pace::default);
-    let mut offset = 0;
+    let mut forecast = Forecaster::new(len);
     let mut ignored = None;
     while offset < len {
         if give_way(disk, control, pace.as_mut()) == Next::Cancel || control.checkpoint() == Next::Cancel {
             return Outcome::Cancelled;
         }
+        forecast.turn(disk, depth, len, control);
         let end = len.min(offset + STREAM_CHUNK);
         match disk.populate_read(offset..end, depth, ahead.take(offset)) {
             Ok(Populated { copied, zeroed, .. }) => control.advance(end - offset, Work { copied, zeroed, failed: 0 }),
@@ -141,6 +150,20 @@ fn copy_up(disk: &Arc<Disk>, control: &Control, priority: Priority, depth: usize
         progress.at(offset);
     }
     ignored.map_or(Outcome::Done, Outcome::Failed)
+}
+
+/// Where a stream stands that is paused before its first chunk, as one that was paused when its daemon ended: behind all that needs
+/// nothing, which it would pass over at once. Found by tables alone, and shown, so that a user sees what is done. 0 for any other.
+fn passed_already(disk: &Disk, control: &Control, depth: usize, len: u64) -> u64 {
+    let give_up = Instant::now() + LONGEST_LOOK;
+    let mut offset = 0;
+    while control.is_paused() && offset < len && Instant::now() < give_up {
+        // What is wrong is found, and told, when the stream comes there.
+        let Ok((ToDo::Nothing, bytes)) = disk.to_do(offset, len - offset, depth) else { break };
+        control.advance(bytes, Work::default());
+        offset += bytes;
+    }
+    offset
 }
 
 /// Waits for as long as the pace wants. A job with a speed does not wait: its user has said how fast it is to be.

@@ -44,6 +44,7 @@ mod reserve;
 mod seek;
 mod stats;
 mod survey;
+mod to_do;
 mod write;
 mod write_out;
 
@@ -57,6 +58,7 @@ pub use populate::Populated;
 pub use seek::Seek;
 pub use stats::{Activity, CopyCount, Cost, DiskStats, LATENCY_BOUNDS, LATENCY_BUCKETS, Latency, RequestCount};
 pub use survey::{MOST_CELLS, Survey, Totals};
+pub use to_do::ToDo;
 
 use bounce::Bounces;
 use populate::FillHealth;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Ending, ErrorAction, Failure, IoStatus, JobEvent, Next, OnError, Outcome, Shared, Status, Work};
+use super::{Ending, ErrorAction, Failure, Forecast, IoStatus, JobEvent, Next, OnError, Outcome, Shared, Status, Work};
 
 /// The handle by which the thread that works on a job obeys its users and tells of its progress. Dropped without [`Control::finish`], it fails
 /// the job; dropped before [`Control::start`], it takes the job back.
@@ -32,7 +32,7 @@ impl Control {
     pub fn start(&self) {
         let mut registry = self.shared.registry.lock();
         let job = registry.job(self.serial);
-        job.pace.note(Instant::now(), 0, 0);
+        job.pace.note(Instant::now(), 0);
         let event = job.transition(Status::Running);
         registry.emit(vec![event]);
     }
@@ -51,6 +51,11 @@ impl Control {
     /// Whether the job has no limit at present.
     pub fn is_unlimited(&self) -> bool {
         self.shared.registry.lock().job(self.serial).spec.speed == 0
+    }
+
+    /// Whether a user has paused the job, which obeys at its next checkpoint.
+    pub fn is_paused(&self) -> bool {
+        self.shared.registry.lock().job(self.serial).user_paused
     }
 
     fn wait(&self, not_before: Option<Instant>) -> Next {
@@ -105,10 +110,15 @@ impl Control {
         job.work.zeroed += zeroed;
         job.work.failed += failed;
         let now = Instant::now();
-        job.pace.note(now, job.offset, job.moved());
+        job.pace.note(now, job.moved());
         if copied + zeroed > 0 {
             job.limit.charge(copied + zeroed, now);
         }
+    }
+
+    /// How much is still to be read, beyond any place: what the time that is left is told by.
+    pub fn forecast(&self, forecast: Forecast) {
+        self.shared.registry.lock().job(self.serial).forecast = Some(forecast);
     }
 
     /// A chunk failed: says, by the job's policy, what to do. After [`ErrorAction::Stop`] the worker goes back to its checkpoint, which blocks until a user

@@ -15,6 +15,7 @@
 mod control;
 mod error;
 mod events;
+mod forecast;
 mod pace;
 mod rate_limit;
 mod registry;
@@ -31,6 +32,7 @@ use parking_lot::{Condvar, Mutex};
 pub use control::Control;
 pub use error::{Failure, JobError};
 pub use events::{Batch, JobEvent, Progress};
+pub use forecast::Forecast;
 pub use rate_limit::RateLimit;
 pub use state::{Status, Verb};
 
@@ -189,7 +191,9 @@ pub struct JobInfo {
     pub concluded: Option<SystemTime>,
     /// Bytes per second that it has read in the last few seconds.
     pub rate: u64,
-    /// How long it takes still, if it goes on like this; `None` while it does not go on.
+    /// Bytes that it still has to read, as far as its worker has told; never more than a guess.
+    pub left: Option<u64>,
+    /// How long they take, if it goes on like this; `None` while it does not go on, or nothing is known of them.
     pub remaining: Option<Duration>,
 }
 

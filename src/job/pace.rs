@@ -17,20 +17,19 @@ pub(super) struct Pace {
 #[derive(Clone, Copy, Debug)]
 struct Sample {
     at: Instant,
-    offset: u64,
     moved: u64,
 }
 
 impl Pace {
-    /// The job is at `offset` now, and has moved so many bytes.
-    pub fn note(&mut self, now: Instant, offset: u64, moved: u64) {
+    /// The job has moved so many bytes by now.
+    pub fn note(&mut self, now: Instant, moved: u64) {
         if self.samples.back().is_some_and(|last| now < last.at + STEP) {
             return;
         }
         while self.samples.front().is_some_and(|first| first.at + WINDOW < now) {
             self.samples.pop_front();
         }
-        self.samples.push_back(Sample { at: now, offset, moved });
+        self.samples.push_back(Sample { at: now, moved });
     }
 
     /// Bytes moved per second.
@@ -40,10 +39,10 @@ impl Pace {
         u64::try_from(rate).unwrap_or(u64::MAX)
     }
 
-    /// How long the `left` bytes beyond `offset` take if it goes on like this; `None` if it does not go on.
-    pub fn remaining(&self, now: Instant, offset: u64, left: u64) -> Option<Duration> {
+    /// How long it takes to move `left` bytes more if it goes on like this; `None` if it does not go on.
+    pub fn remaining(&self, now: Instant, moved: u64, left: u64) -> Option<Duration> {
         let (since, elapsed) = self.since(now)?;
-        let done = u128::from(offset - since.offset);
+        let done = u128::from(moved - since.moved);
         let nanoseconds = (u128::from(left) * elapsed.as_nanos()).checked_div(done)?;
         Some(u64::try_from(nanoseconds).map_or(Duration::MAX, Duration::from_nanos))
     }
@@ -68,27 +67,28 @@ mod tests {
         let (mut pace, begin) = (Pace::default(), Instant::now());
         assert_eq!((pace.rate(begin, 0), pace.remaining(begin, 0, 1)), (0, None), "nothing is known yet");
         let mut now = begin;
-        let mut offset = 0;
-        // 10 MiB/s for a minute, half of it moved; then 1 MiB/s.
+        let mut moved = 0;
+        // 5 MiB/s for a minute; then half a MiB/s.
         for tick in 0..700 {
-            pace.note(now, offset, offset / 2);
+            pace.note(now, moved);
             now += Duration::from_millis(100);
-            offset += if tick < 600 { MIB } else { MIB / 10 };
+            moved += if tick < 600 { MIB / 2 } else { MIB / 20 };
             if tick == 500 {
-                assert_eq!(pace.rate(now, offset / 2), 5 * MIB);
-                assert_eq!(pace.remaining(now, offset, 100 * MIB), Some(Duration::from_secs(10)));
+                assert_eq!(pace.rate(now, moved), 5 * MIB);
+                assert_eq!(pace.remaining(now, moved, 50 * MIB), Some(Duration::from_secs(10)));
+                assert_eq!(pace.remaining(now, moved, 0), Some(Duration::ZERO));
             }
         }
-        let rate = pace.rate(now, offset / 2);
-        assert!(rate.abs_diff(MIB / 2) < 10, "{rate}");
+        let rate = pace.rate(now, moved);
+        assert!(rate.abs_diff(MIB / 2) < 100, "{rate}");
         assert!(pace.samples.len() < 30);
     }
 
     #[test]
     fn who_stands_still_has_no_rate_and_no_end() {
         let (mut pace, begin) = (Pace::default(), Instant::now());
-        pace.note(begin, 0, 0);
-        pace.note(begin + Duration::from_secs(1), 8 * MIB, 8 * MIB);
+        pace.note(begin, 0);
+        pace.note(begin + Duration::from_secs(1), 8 * MIB);
         let later = begin + Duration::from_secs(60);
         assert_eq!((pace.rate(later, 8 * MIB), pace.remaining(later, 8 * MIB, MIB)), (0, None));
         assert_eq!(pace.rate(begin + STEP, u64::MAX), u64::MAX, "more than a number can hold");
@@ -97,7 +97,7 @@ mod tests {
     #[test]
     fn the_burst_at_the_start_is_no_rate() {
         let (mut pace, begin) = (Pace::default(), Instant::now());
-        pace.note(begin, 0, 0);
+        pace.note(begin, 0);
         let soon = begin + STEP / 2;
         assert_eq!((pace.rate(soon, 8 * MIB), pace.remaining(soon, 8 * MIB, MIB)), (0, None));
         assert_eq!(pace.rate(begin + STEP, 8 * MIB), 32 * MIB);

@@ -7,7 +7,7 @@ use crossbeam_channel::Sender;
 
 use super::pace::Pace;
 use super::rate_limit::RateLimit;
-use super::{Batch, Completed, IoStatus, JobError, JobEvent, JobInfo, JobSpec, Outcome, Progress, Status, Verb, Work};
+use super::{Batch, Completed, Forecast, IoStatus, JobError, JobEvent, JobInfo, JobSpec, Outcome, Progress, Status, Verb, Work};
 
 /// The text of a cancelled job's error: strerror(ECANCELED) as QEMU prints it.
 const CANCELED: &str = "Operation canceled";
@@ -56,6 +56,7 @@ pub(super) struct Job {
     pub error: Option<String>,
     pub work: Work,
     pub pace: Pace,
+    pub forecast: Option<Forecast>,
     pub created: SystemTime,
     pub concluded: Option<SystemTime>,
 }
@@ -162,6 +163,7 @@ impl Job {
             error: None,
             work: Work::default(),
             pace: Pace::default(),
+            forecast: None,
             created: SystemTime::now(),
             concluded: None,
         }
@@ -223,6 +225,7 @@ impl Job {
 
     pub fn info(&self) -> JobInfo {
         let now = Instant::now();
+        let left = self.forecast.as_ref().map(|forecast| forecast.left(self.offset));
         JobInfo {
             progress: self.progress(),
             status: self.status,
@@ -238,7 +241,8 @@ impl Job {
             created: self.created,
             concluded: self.concluded,
             rate: self.pace.rate(now, self.moved()),
-            remaining: self.pace.remaining(now, self.offset, self.spec.len - self.offset),
+            left,
+            remaining: left.and_then(|left| self.pace.remaining(now, self.moved(), left)),
         }
     }
 }

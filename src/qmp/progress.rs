@@ -33,6 +33,9 @@ pub(super) fn x_query_job_progress(call: &mut Call<'_>) -> Result<Value, Refusal
 pub(super) fn progress(info: &JobInfo) -> Value {
     let mut value = counts(info);
     value["rate"] = info.rate.into();
+    if let Some(left) = info.left {
+        value["bytes-left"] = left.into();
+    }
     if let Some(remaining) = info.remaining {
         value["seconds-left"] = remaining.as_secs().into();
     }

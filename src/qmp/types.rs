@@ -284,7 +284,7 @@ const MAP_ENTRY: [Member; 8] = [
 ];
 
 /// Bytes copied, found zero, passed over and given up add up to the offset, but for clusters that are larger than a step.
-const PROGRESS: [Member; 14] = [
+const PROGRESS: [Member; 15] = [
     always("id", Str),
     always("type", JOB_TYPE),
     always("status", JOB_STATUS),
@@ -297,6 +297,7 @@ const PROGRESS: [Member; 14] = [
     always("bytes-failed", Int),
     always("start-time", Object("Timestamp")),
     always("rate", Int),
+    maybe("bytes-left", Int),
     maybe("seconds-left", Int),
     // Of a query only, and of a job that has one.
     maybe("plan", Object("Plan")),

@@ -48,8 +48,10 @@ pub(super) struct ReadAhead {
 }
 
 impl ReadAhead {
-    pub(super) fn new(disk: &Arc<Disk>, priority: Priority, depth: usize, len: u64) -> ReadAhead {
-        ReadAhead { disk: Arc::clone(disk), priority, depth, len, next: 0, asked_to: 0, chunks: VecDeque::new(), readers: None }
+    /// Of a stream that goes from the start of `range` to its end.
+    pub(super) fn new(disk: &Arc<Disk>, priority: Priority, depth: usize, range: std::ops::Range<u64>) -> ReadAhead {
+        let (next, len) = (range.start, range.end);
+        ReadAhead { disk: Arc::clone(disk), priority, depth, len, next, asked_to: 0, chunks: VecDeque::new(), readers: None }
     }
 
     /// What was read of the chunk that starts at `start`; waits for it if it is being read. Chunks are taken in order. For one that is taken

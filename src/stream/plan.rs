@@ -20,6 +20,7 @@ use jiff::civil::{Date, Time};
 use jiff::tz::{AmbiguousOffset, TimeZone};
 
 use super::STREAM_CHUNK;
+use super::bytes::parse_rate;
 
 #[cfg(test)]
 mod tests;
@@ -96,30 +97,6 @@ fn moments(day: Date, time: Time, zone: &TimeZone) -> [Option<Timestamp>; 2] {
     }
 }
 
-/// Bytes, or bytes per second: a decimal number and at most one of K, M, G, T (powers of 1024, either case).
-///
-/// # Errors
-/// What is expected instead.
-pub fn parse_bytes(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.bytes().last().map(|unit| unit.to_ascii_uppercase()) {
-        Some(b'K') => (&text[..text.len() - 1], 10),
-        Some(b'M') => (&text[..text.len() - 1], 20),
-        Some(b'G') => (&text[..text.len() - 1], 30),
-        Some(b'T') => (&text[..text.len() - 1], 40),
-        _ => (text, 0),
-    };
-    if digits.is_empty() || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
-        return Err("expected a number of bytes, such as 65536, 64K or 10G".to_string());
-    }
-    // Sizes and QMP speeds are signed 64-bit numbers in every interface that they pass through.
-    digits
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(1 << shift))
-        .filter(|&bytes| i64::try_from(bytes).is_ok())
-        .ok_or_else(|| "number too large".to_string())
-}
-
 /// Speeds by the time of day.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Schedule {
@@ -133,12 +110,12 @@ impl FromStr for Schedule {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Schedule, String> {
-        let wrong = |why: String| format!("{why}; a schedule is HH:MM=RATE,HH:MM=RATE…, such as 08:00=20M,20:00=0 (0 is unlimited)");
+        let wrong = |why: String| format!("{why}; a schedule is HH:MM=RATE,HH:MM=RATE..., such as 08:00=20M,20:00=0 (0 is unlimited)");
         let mut entries: Vec<(Minute, u64)> = Vec::new();
         for entry in text.split(',') {
             let (minute, rate) = entry.split_once('=').ok_or_else(|| wrong(format!("\"{entry}\" is no entry of a schedule")))?;
             let minute: Minute = minute.parse().map_err(wrong)?;
-            let rate = parse_bytes(rate).map_err(|why| wrong(format!("\"{rate}\": {why}")))?;
+            let rate = parse_rate(rate).map_err(|why| wrong(format!("\"{rate}\": {why}")))?;
             if entries.iter().any(|(other, _)| *other == minute) {
                 return Err(wrong(format!("{minute} is there twice")));
             }
@@ -180,7 +157,7 @@ impl FromStr for Speed {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Speed, String> {
-        if text.contains([':', '=', ',']) { text.parse().map(Speed::Schedule) } else { parse_bytes(text).map(Speed::Fixed) }
+        if text.contains([':', '=', ',']) { text.parse().map(Speed::Schedule) } else { parse_rate(text).map(Speed::Fixed) }
     }
 }
 
@@ -247,10 +224,12 @@ pub(super) struct Look {
     pub now: Timestamp,
     /// A clock that is never put forward or back.
     pub up: Duration,
-    /// Bytes dealt with.
-    pub offset: u64,
-    /// Bytes there are.
-    pub len: u64,
+    /// Bytes done: dealt with, or copied where there is a forecast.
+    pub done: u64,
+    /// Bytes left to do, counted likewise.
+    pub left: u64,
+    /// Bytes are counted that have to be copied, by the forecast of the job: the rest of a sparse disk takes no time.
+    pub is_forecast: bool,
     /// It does nothing, by order.
     pub paused: bool,
 }
@@ -269,7 +248,7 @@ pub(super) struct Order {
 #[derive(Clone, Copy, Debug)]
 struct Sample {
     up: Duration,
-    offset: u64,
+    done: u64,
     /// What the speed was from then on.
     speed: u64,
 }
@@ -279,6 +258,8 @@ struct Sample {
 pub(super) struct Governor {
     plan: Plan,
     samples: VecDeque<Sample>,
+    /// As the samples were counted.
+    is_forecast: bool,
     /// How often in a row it was too slow.
     slow: u32,
     feasible: Option<bool>,
@@ -289,7 +270,7 @@ pub(super) struct Governor {
 impl Governor {
     /// Of a plan that has started.
     pub fn new(plan: Plan) -> Governor {
-        Governor { plan, samples: VecDeque::new(), slow: 0, feasible: None, missed: false, last: Order::default() }
+        Governor { plan, samples: VecDeque::new(), is_forecast: false, slow: 0, feasible: None, missed: false, last: Order::default() }
     }
 
     pub fn plan(&self) -> &Plan {
@@ -327,7 +308,7 @@ impl Governor {
     }
 
     fn by(&mut self, at: Minute, deadline: Timestamp, look: Look) -> Order {
-        let left = u128::from(look.len.saturating_sub(look.offset));
+        let left = u128::from(look.left);
         let time = u128::try_from(deadline.duration_since(look.now).as_millis()).unwrap_or(0);
         if time == 0 {
             let late = left > 0;
@@ -344,6 +325,10 @@ impl Governor {
 
     /// Holds what the job does against what it needs.
     fn judge(&mut self, at: Minute, needed: u64, speed: u64, look: Look) -> Option<String> {
+        // What was counted in another way cannot be held against this.
+        if std::mem::replace(&mut self.is_forecast, look.is_forecast) != look.is_forecast {
+            self.samples.clear();
+        }
         if look.paused {
             self.samples.clear();
             self.slow = 0;
@@ -352,9 +337,9 @@ impl Governor {
         while self.samples.get(1).is_some_and(|second| look.up.saturating_sub(second.up) >= WINDOW) {
             self.samples.pop_front();
         }
-        let measured = self.samples.front().map(|first| (look.up.saturating_sub(first.up), look.offset.saturating_sub(first.offset)));
+        let measured = self.samples.front().map(|first| (look.up.saturating_sub(first.up), look.done.saturating_sub(first.done)));
         let lowest = self.samples.iter().map(|sample| sample.speed).min().unwrap_or(speed);
-        self.samples.push_back(Sample { up: look.up, offset: look.offset, speed });
+        self.samples.push_back(Sample { up: look.up, done: look.done, speed });
         let (time, done) = measured.filter(|(time, _)| *time >= MEASURED)?;
         let rate = per_second(u128::from(done), time.as_millis());
         let below = |most: u64| u128::from(rate) * 100 < u128::from(most) * CLEARLY;

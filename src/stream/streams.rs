@@ -109,7 +109,8 @@ impl Streams {
         let len = disk.stream_len(depth);
         let plan = options.plan.clone().map(|plan| plan.started(Timestamp::now(), &self.shared.zone));
         let mut governor = plan.map(Governor::new);
-        let look = Look { now: Timestamp::now(), up: self.shared.started.elapsed(), offset: 0, len, paused: options.paused };
+        let up = self.shared.started.elapsed();
+        let look = Look { now: Timestamp::now(), up, done: 0, left: len, is_forecast: false, paused: options.paused };
         let speed = governor.as_mut().map_or(options.speed, |governor| governor.order(look, &self.shared.zone).speed);
         let base = options.depth.map(|depth| disk.info().map(|info| Base::below(&info.backing, depth))).transpose()?.flatten();
         let note = (len > 0).then(|| self.note(&options, base, governor.as_ref(), len));
@@ -362,11 +363,16 @@ impl Streams {
     fn look(&self, state: &mut MutexGuard<'_, State>) {
         let Some(running) = state.running.as_mut() else { return };
         let (Some(governor), Some(info)) = (running.governor.as_mut(), self.info(&running.id)) else { return };
+        let (done, left) = match info.left {
+            Some(left) => (info.work.copied + info.work.zeroed, left),
+            None => (info.progress.offset, info.progress.len.saturating_sub(info.progress.offset)),
+        };
         let look = Look {
             now: Timestamp::now(),
             up: self.shared.started.elapsed(),
-            offset: info.progress.offset,
-            len: info.progress.len,
+            done,
+            left,
+            is_forecast: info.left.is_some(),
             paused: info.paused,
         };
         let order = governor.order(look, &self.shared.zone);

@@ -11,7 +11,8 @@ use crate::support::qmp::FIRST_STEP;
 use crate::support::{MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, poll, qemu, run_ok, wait_until};
 
 const GIB: u64 = 1 << 30;
-const HOUR: u64 = 3600;
+/// Seconds until the deadline of these tests.
+const IN: u64 = 600;
 /// How much later than the test thinks a daemon may look at its clock.
 const LATE: u64 = 120;
 
@@ -133,28 +134,31 @@ fn what_a_user_sets_last_counts() {
 fn a_deadline_sets_the_speed_that_it_needs() {
     requires!("/dev/fuse", "qemu-img");
     let scratch = Scratch::new();
-    // What is left counts, be it data or not, so that a lot of it takes no room here. The job sleeps in the data at the start.
-    let size = 16 * GIB;
-    let base = scratch.raw("base.raw", 4 * MIB, Pattern::new(80, 1));
-    File::options().write(true).open(&base).and_then(|file| file.set_len(size)).expect("a large base");
+    // What has to be copied counts. 400 MiB of it take little room here, and the rest of the disk is nothing.
+    let data = 400 * MIB;
+    let base = scratch.join("base.qcow2");
+    qemu::create(&base, Some(16 * GIB), "", None);
+    qemu::io(&base, &[format!("write -q -c -P 7 0 {data}")]);
     let overlay = scratch.join("overlay.qcow2");
-    qemu::create(&overlay, None, "", Some(("base.raw", "raw")));
+    qemu::create(&overlay, None, "", Some(("base.qcow2", "qcow2")));
     let (now, zone) = when_it_is(12, 0, 0);
     let disk = Mount::new(&scratch, &overlay).qmp().env("TZ", &zone).start_settled();
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
     assert_eq!(client.wait_for_first_step(), FIRST_STEP);
+    let counted = poll(Duration::from_secs(60), || client.ok("x-query-job-progress", json!({}))[0]["bytes-left"].as_u64());
     client.ok("block-job-pause", json!({"device": "drive0"}));
-    client.ok("x-job-set-plan", json!({"id": "drive0", "finish-by": "13:00"}));
-    let left = size - FIRST_STEP;
+    client.ok("x-job-set-plan", json!({"id": "drive0", "finish-by": "12:10"}));
+    let left = data - FIRST_STEP;
+    assert_eq!(counted, Some(left), "the holes do not count");
     // A twentieth more than needed, and half a minute early.
-    let within = |speed: u64, most: u64| speed >= left * 21 / 20 / (HOUR - 30) && speed <= left * 21 / 20 / (HOUR - 30 - most) + 1;
+    let within = |speed: u64, most: u64| speed >= left * 21 / 20 / (IN - 30) && speed <= left * 21 / 20 / (IN - 30 - most) + 1;
     let set = speed(&mut client);
     assert!(within(set, LATE), "{set}");
     let facts = plan(&mut client).expect("a plan");
-    assert_eq!((&facts["finish-by"], &facts["deadline"]["seconds"]), (&json!("13:00"), &json!(now + HOUR)));
+    assert_eq!((&facts["finish-by"], &facts["deadline"]["seconds"]), (&json!("12:10"), &json!(now + IN)));
     let needed = facts["needed"].as_u64().expect("a number");
-    assert!(needed >= left / HOUR && needed <= left / (HOUR - LATE) + 1, "{facts}");
+    assert!(needed >= left / IN && needed <= left / (IN - LATE) + 1, "{facts}");
     assert_eq!(facts.get("feasible"), None, "nobody can tell of a job that is paused");
     drop(client);
     disk.kill9();
@@ -167,9 +171,9 @@ fn a_deadline_sets_the_speed_that_it_needs() {
     let disk = Mount::named(&scratch, &overlay, "again").qmp().env("TZ", &elsewhere).start_settled();
     let mut client = disk.client();
     let facts = plan(&mut client).expect("a plan");
-    assert_eq!((&facts["finish-by"], &facts["deadline"]["seconds"]), (&json!("13:00"), &json!(now + HOUR)));
+    assert_eq!((&facts["finish-by"], &facts["deadline"]["seconds"]), (&json!("12:10"), &json!(now + IN)));
     let set = speed(&mut client);
-    assert!(set >= left * 21 / 20 / (HOUR - 30) && set <= size * 21 / 20 / (HOUR - 30 - 2 * LATE) + 1, "{set}");
+    assert!(set >= left * 21 / 20 / (IN - 30) && set <= 16 * GIB * 21 / 20 / (IN - 30 - 2 * LATE) + 1, "{set}");
     disk.kill9();
 }
 

@@ -118,7 +118,9 @@ impl World {
 
     fn order(&mut self, paused: bool) -> Order {
         let now = self.start + jiff::SignedDuration::try_from(self.up).unwrap();
-        let order = self.governor.order(Look { now, up: self.up, offset: self.offset, len: self.len, paused }, &zone());
+        let order = self
+            .governor
+            .order(Look { now, up: self.up, done: self.offset, left: self.len - self.offset, is_forecast: false, paused }, &zone());
         self.news.extend(order.news.clone());
         order
     }
