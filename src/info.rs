@@ -130,7 +130,7 @@ pub fn chain_of(path: &Path) -> Result<Vec<ImageInfo>> {
             ));
         };
         let Some(below) = full_name(&path, &reference.name) else {
-            return invalid(format!("backing file name \"{name}\": protocols (json:, nbd:, …) are not supported"));
+            return invalid(format!("backing file name \"{name}\": protocols (json:, nbd:, ...) are not supported"));
         };
         if images.len() > MAX_LAYERS {
             return invalid(format!("backing chain is longer than {MAX_LAYERS} layers"));

@@ -50,7 +50,7 @@ fn resolve(name: &str, directory: &Path) -> Result<PathBuf> {
         return Err(Error::new(
             ErrorKind::UnsupportedFeature,
             format!(
-                "backing file name \"{}\": protocols (json:, nbd:, file:, …) are not supported; a file with a colon is written ./a:b",
+                "backing file name \"{}\": protocols (json:, nbd:, file:, ...) are not supported; a file with a colon is written ./a:b",
                 printable(name)
             ),
         ));

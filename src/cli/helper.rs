@@ -112,7 +112,7 @@ pub(super) fn parse(line: impl IntoIterator<Item = OsString>) -> Result<HelperMo
 
 fn translate(args: HelperArgs) -> Result<HelperMount, String> {
     if let Some(namespace) = args.namespace {
-        return Err(format!("-N: not supported; mount from inside: nsenter --mount={namespace} mount …"));
+        return Err(format!("-N: not supported; mount from inside: nsenter --mount={namespace} mount ..."));
     }
     let definition = mount_definition();
     let mut arguments: Vec<OsString> = vec!["mount".into()];
@@ -199,7 +199,7 @@ fn read_option(text: &str, definition: &clap::Command, sloppy: bool) -> Result<O
         return Err(format!("unknown option '{text}'{hint} (cordisk mount --help has all of them)"));
     };
     match (takes_value(arg), value) {
-        (true, None) => Err(format!("option '{name}' needs a value: {name}=…")),
+        (true, None) => Err(format!("option '{name}' needs a value: {name}=...")),
         (false, Some(_)) => Err(format!("option '{name}' takes no value")),
         (_, value) => Ok(Some(Chosen {
             name: long.to_string(),

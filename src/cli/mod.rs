@@ -8,15 +8,15 @@ use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::path::PathBuf;
 
-use clap::error::ErrorKind as Wrong;
+use clap::error::{ContextKind, ContextValue, ErrorKind as Wrong};
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
-use crate::Result;
 use crate::check::{CheckOptions, Output, Repair};
 use crate::client::{InfoOptions, JobOptions, MapOptions, StatusOptions, StreamOptions, TopOptions, UmountOptions};
 use crate::create::CreateOptions;
 use crate::error::one_line;
+use crate::{Error, Result};
 
 mod control;
 mod helper;
@@ -32,7 +32,7 @@ pub use values::{parse_minute, parse_speed};
 
 use control::{JobArgs, StatusArgs, StreamArgs, UmountArgs};
 use mount::MountArgs;
-use values::{FormatArg, parse_cluster_size, parse_size};
+use values::{FormatArg, OutputArgs, parse_cluster_size, parse_size};
 use views::{InfoArgs, MapArgs, TopArgs};
 
 /// What a first session types.
@@ -92,13 +92,13 @@ enum Typed {
     ///
     /// Of one disk: its image and chain, how much of it is local, its job and the last one, requests, its daemon. Of all: a line each. Mounts that a
     /// killed daemon has left are shown as dead; the exit status is 1 if the disk that was asked for is.
-    #[command(after_help = "Example: cordisk status disk")]
+    #[command(visible_aliases = ["list", "ls"], after_help = "Example: cordisk status disk")]
     Status(StatusArgs),
     /// Unmount a disk, and wait until its image is free
     ///
     /// Unlike umount(8) it returns when everything is written back and the daemon has ended, so that the image may be used by others at once.
     /// A disk that is in use stays mounted. What a killed daemon has left is removed as well.
-    #[command(after_help = "Example: cordisk umount disk")]
+    #[command(visible_alias = "unmount", after_help = "Example: cordisk umount disk")]
     Umount(UmountArgs),
     /// Show what of a disk is local, zero, and still in the backing files
     ///
@@ -144,20 +144,13 @@ struct CheckArgs {
     /// Repair what is wrong: "leaks" lowers the refcounts of leaked clusters, if there are no corruptions; nothing else is repaired
     #[arg(short, long, value_name = "WHAT")]
     repair: Option<RepairArg>,
-    /// For people, or as one JSON object with the members of qemu-img check
-    #[arg(long, value_name = "FORMAT", default_value = "human")]
-    output: OutputArg,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum RepairArg {
     Leaks,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum OutputArg {
-    Human,
-    Json,
 }
 
 #[derive(Debug, clap::Args)]
@@ -170,7 +163,7 @@ struct CreateArgs {
     /// Format of the backing file; it is never guessed
     #[arg(short = 'F', long = "backing-format", value_name = "FORMAT")]
     format: FormatArg,
-    /// Size of the disk in bytes; K, M, G and T mean powers of 1024 [default: that of the backing file]
+    /// Size of the disk in bytes, such as 20G or 1.5TiB [default: that of the backing file]
     #[arg(value_parser = parse_size)]
     size: Option<u64>,
     /// Unit of allocation and of copying up, a power of two from 512 to 2M
@@ -224,17 +217,29 @@ pub fn parse() -> Result<Command> {
             std::process::exit(i32::from(!is_help))
         })));
     }
-    match Args::try_parse() {
-        Ok(args) => args.check(),
-        Err(error) => {
+    let line = with_help_last(std::env::args_os().collect());
+    match Args::try_parse_from(&line).map_err(Refused::Usage).and_then(Args::check) {
+        Ok(command) => Ok(command),
+        Err(Refused::Failed(error)) => Err(error),
+        Err(Refused::Usage(error)) => {
             // Where this fails nobody listens.
             let _ = match wrong_usage(&error) {
-                Some(text) => writeln!(std::io::stderr(), "cordisk: {text}; see {} --help", named_command(std::env::args_os().skip(1))),
+                Some(text) => writeln!(std::io::stderr(), "cordisk: {text}; see {} --help", named_command(line.iter().skip(1).cloned())),
                 None => error.print(),
             };
-            std::process::exit(usage_status(&error, std::env::args_os().nth(1).as_deref()));
+            std::process::exit(usage_status(&error, line.get(1).map(OsString::as_os_str)));
         }
     }
+}
+
+/// `cordisk help job speed` is `cordisk job speed --help`. A command of clap's own would stand in
+/// every list of commands, and below every command that has some.
+fn with_help_last(mut line: Vec<OsString>) -> Vec<OsString> {
+    if line.get(1).is_some_and(|word| word == "help") {
+        line.remove(1);
+        line.push("--help".into());
+    }
+    line
 }
 
 /// What is wrong with a command line, on one line; nothing where help or the version is what is to be printed.
@@ -243,14 +248,32 @@ fn wrong_usage(error: &clap::Error) -> Option<String> {
         return None;
     }
     let text = error.to_string();
-    // What is wrong, then tips, usage and a pointer to the help.
-    let mut parts = text.split("\n\n");
-    let joined = |part: &str| part.split_whitespace().collect::<Vec<_>>().join(" ");
-    let what = joined(parts.next().unwrap_or_default());
+    // The first paragraph says what is wrong. Tips, usage and a pointer to the help follow.
+    let what = text.split("\n\n").next().unwrap_or_default().split_whitespace().collect::<Vec<_>>().join(" ");
     let what = what.strip_prefix("error: ").unwrap_or(&what);
-    // Only the tip about what was probably meant: that to put `--` in front makes -1 no better size.
-    let tip = parts.map(joined).find_map(|part| part.strip_prefix("tip: ").filter(|tip| tip.contains("similar")).map(str::to_owned));
-    Some(one_line(&tip.map_or(what.to_owned(), |tip| format!("{what}; {tip}"))))
+    Some(one_line(&similar(error).map_or(what.to_owned(), |names| format!("{what}; did you mean {names}?"))))
+}
+
+/// What was probably meant, in quotes. Of what clap suggests only what the help shows: hidden commands and options are for
+/// cordisk itself. That `--` in front would make it a value is no help either, and is left out.
+fn similar(error: &clap::Error) -> Option<String> {
+    let definition = Args::command();
+    let is_hidden = |name: &str| {
+        let commands = || definition.get_subcommands();
+        let hidden_option = |arg: &clap::Arg| arg.is_hide_set() && arg.get_long() == name.strip_prefix("--");
+        commands().any(|command| command.get_name() == name && command.is_hide_set())
+            || commands().flat_map(clap::Command::get_arguments).any(hidden_option)
+    };
+    let context = |kind| match error.get(kind) {
+        Some(ContextValue::String(name)) => vec![name.clone()],
+        Some(ContextValue::Strings(names)) => names.clone(),
+        _ => Vec::new(),
+    };
+    let kinds = [ContextKind::SuggestedSubcommand, ContextKind::SuggestedArg, ContextKind::SuggestedValue];
+    // clap has the best one last.
+    let names = kinds.into_iter().flat_map(context).rev().filter(|name| !is_hidden(name));
+    let names: Vec<String> = names.map(|name| format!("'{name}'")).collect();
+    (!names.is_empty()).then(|| names.join(" or "))
 }
 
 /// The command whose help tells more: `cordisk job speed`.
@@ -274,9 +297,30 @@ fn usage_status(error: &clap::Error, command: Option<&OsStr>) -> i32 {
     }
 }
 
+/// Why a command line is not carried out.
+#[derive(Debug)]
+enum Refused {
+    /// Wrong usage, or help.
+    Usage(clap::Error),
+    /// The line is right, and something else is not.
+    Failed(Error),
+}
+
+impl From<clap::Error> for Refused {
+    fn from(error: clap::Error) -> Self {
+        Refused::Usage(error)
+    }
+}
+
+impl From<Error> for Refused {
+    fn from(error: Error) -> Self {
+        Refused::Failed(error)
+    }
+}
+
 impl Args {
     /// The second step: from what was typed to what it means.
-    fn check(self) -> Result<Command> {
+    fn check(self) -> std::result::Result<Command, Refused> {
         Ok(match self.command {
             Typed::Create(args) => Command::Create(CreateOptions {
                 overlay: args.overlay,
@@ -289,13 +333,10 @@ impl Args {
             Typed::Check(args) => Command::Check(CheckOptions {
                 image: args.image,
                 repair: args.repair.map(|RepairArg::Leaks| Repair::Leaks),
-                output: match args.output {
-                    OutputArg::Human => Output::Human,
-                    OutputArg::Json => Output::Json,
-                },
+                output: if args.output.is_json() { Output::Json } else { Output::Human },
             }),
             Typed::Stream(args) => Command::Stream(args.into()),
-            Typed::Job(args) => Command::Job(args.into()),
+            Typed::Job(args) => Command::Job(args.options()?),
             Typed::Status(args) => Command::Status(args.into()),
             Typed::Umount(args) => Command::Umount(args.into()),
             Typed::Map(args) => Command::Map(args.into()),
@@ -362,7 +403,10 @@ mod tests {
         let format = said(&["cordisk", "create", "o", "-b", "base", "-F", "vmdk"]).unwrap();
         assert_eq!(format, "invalid value 'vmdk' for '--backing-format <FORMAT>' [possible values: raw, qcow2]");
         let option = said(&["cordisk", "stream", "--spede", "1", "d"]).unwrap();
-        assert!(option.starts_with("unexpected argument '--spede' found; a similar argument exists: '--speed"), "{option}");
+        assert_eq!(option, "unexpected argument '--spede' found; did you mean '--speed'?");
+        assert_eq!(said(&["cordisk", "statsu"]).unwrap(), "unrecognized subcommand 'statsu'; did you mean 'status'?");
+        let value = said(&["cordisk", "mount", "--sandbox", "requir", "i", "m"]).unwrap();
+        assert!(value.ends_with("; did you mean 'require'?"), "{value}");
         assert_eq!(said(&["cordisk", "stream", "--speed", "-1", "d"]).unwrap(), "unexpected argument '-1' found");
         let strange = said(&["cordisk", "top", "--interval", "\u{1b}[31m\n\nerror: x"]).unwrap();
         assert!(!strange.contains(char::is_control), "{strange:?}");
@@ -373,6 +417,36 @@ mod tests {
         assert_eq!(named(&["job", "speed", "disk"]), "cordisk job speed");
         assert_eq!(named(&["mount", "stream"]), "cordisk mount");
         assert_eq!(named(&["frobnicate"]), "cordisk");
+    }
+
+    /// Protects: nobody is led to what cordisk calls itself with.
+    #[test]
+    fn what_is_hidden_is_never_suggested() {
+        let said = |line: &[&str]| wrong_usage(&Args::try_parse_from(line).unwrap_err()).unwrap();
+        for line in [
+            &["cordisk", "keep-moun"][..],
+            &["cordisk", "keep"],
+            &["cordisk", "mna"],
+            &["cordisk", "unmonut"],
+            &["cordisk", "mount", "--background", "i", "m"],
+            &["cordisk", "mount", "--background-chil", "i", "m"],
+        ] {
+            let text = said(line);
+            assert!(!text.contains("keep-mount") && !text.contains("background-child") && !text.contains("'man'"), "{text}");
+        }
+        assert!(said(&["cordisk", "umonut"]).contains("did you mean 'umount'"), "{}", said(&["cordisk", "umonut"]));
+    }
+
+    #[test]
+    fn other_words_for_a_command_are_understood() {
+        for word in ["list", "ls"] {
+            assert!(matches!(command(&["cordisk", word]), Command::Status(_)), "{word}");
+        }
+        assert!(matches!(command(&["cordisk", "unmount", "d"]), Command::Umount(_)));
+        let helped = |line: &[&str]| with_help_last(line.iter().map(OsString::from).collect());
+        assert_eq!(helped(&["cordisk", "help"]), ["cordisk", "--help"]);
+        assert_eq!(helped(&["cordisk", "help", "job", "speed"]), ["cordisk", "job", "speed", "--help"]);
+        assert_eq!(helped(&["cordisk", "status", "help"]), ["cordisk", "status", "help"]);
     }
 
     #[test]

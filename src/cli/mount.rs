@@ -37,7 +37,7 @@ pub(super) struct MountArgs {
     /// Copy everything up in the background, then drop the backing file (as block-stream does)
     #[arg(long, conflicts_with = "read_only")]
     stream: bool,
-    /// Limit of --stream in bytes per second; K, M, G and T mean powers of 1024, 0 is unlimited. Or by the local time of day, such as
+    /// Limit of --stream in bytes per second, such as 20M or 1.5GiB/s; 0 is unlimited. Or by the local time of day, such as
     /// 08:00=20M,20:00=0
     #[arg(long, value_name = "RATE|SCHEDULE", requires = "stream", default_value = "0", value_parser = parse_speed)]
     speed: Speed,

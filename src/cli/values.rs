@@ -8,6 +8,7 @@ use clap::builder::{OsStringValueParser, TypedValueParser};
 
 use crate::error::Context;
 use crate::format::BackingFormat;
+use crate::job::OnError;
 use crate::stream::{Minute, Speed};
 use crate::{Error, ErrorKind, Result};
 
@@ -29,6 +30,65 @@ impl From<FormatArg> for BackingFormat {
     }
 }
 
+/// How a command prints: the same two options everywhere, ours and qemu-img's.
+#[derive(Debug, clap::Args)]
+pub(super) struct OutputArgs {
+    /// Print JSON, for programs
+    #[arg(long, conflicts_with = "output")]
+    json: bool,
+    /// As qemu-img has it: `json` is --json
+    #[arg(long, value_name = "FORMAT", default_value = "human")]
+    output: OutputArg,
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+enum OutputArg {
+    Human,
+    Json,
+}
+
+impl OutputArgs {
+    pub(super) fn is_json(&self) -> bool {
+        self.json || self.output == OutputArg::Json
+    }
+}
+
+/// What an error does to a stream: QMP's words (`BlockdevOnError`).
+#[derive(Clone, Copy, Debug, Eq, PartialEq, ValueEnum)]
+pub(super) enum OnErrorArg {
+    /// The stream fails
+    Report,
+    /// The stream goes on without what it could not copy, and fails at the end
+    Ignore,
+    /// No space left pauses the stream, any other error fails it
+    Enospc,
+    /// The stream is paused; `cordisk job resume` tries again
+    Stop,
+}
+
+impl OnErrorArg {
+    /// As QMP has it.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            OnErrorArg::Report => "report",
+            OnErrorArg::Ignore => "ignore",
+            OnErrorArg::Enospc => "enospc",
+            OnErrorArg::Stop => "stop",
+        }
+    }
+}
+
+impl From<OnErrorArg> for OnError {
+    fn from(action: OnErrorArg) -> Self {
+        match action {
+            OnErrorArg::Report => OnError::Report,
+            OnErrorArg::Ignore => OnError::Ignore,
+            OnErrorArg::Enospc => OnError::Enospc,
+            OnErrorArg::Stop => OnError::Stop,
+        }
+    }
+}
+
 /// Relative to the current directory as it is now; symbolic links stay as they are.
 pub(super) fn absolute(path: &Path) -> Result<PathBuf> {
     if path.as_os_str().is_empty() {
@@ -37,12 +97,12 @@ pub(super) fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).context(|| format!("{}: the current directory", path.display()))
 }
 
-/// Bytes, or bytes per second: a decimal number and at most one of K, M, G, T (powers of 1024, either case).
+/// Bytes, as qemu-img takes them and as this program prints them.
 pub(super) fn parse_size(text: &str) -> std::result::Result<u64, String> {
     crate::stream::parse_bytes(text)
 }
 
-/// Bytes per second, with K, M, G or T, or a schedule: `08:00=20M,20:00=0`.
+/// Bytes per second, such as `20M` or `1.5 GiB/s`, or a schedule: `08:00=20M,20:00=0`.
 pub fn parse_speed(text: &str) -> std::result::Result<Speed, String> {
     text.parse()
 }
@@ -84,25 +144,24 @@ pub(super) fn parse_device(text: &str) -> std::result::Result<String, String> {
 mod tests {
     use super::*;
 
+    /// A size that was printed is read back as the number that it shows.
     #[test]
-    fn sizes_have_binary_suffixes() {
-        assert_eq!(parse_size("0"), Ok(0));
-        assert_eq!(parse_size("512"), Ok(512));
-        assert_eq!(parse_size("64K"), Ok(65536));
-        assert_eq!(parse_size("64k"), Ok(65536));
-        assert_eq!(parse_size("3M"), Ok(3 << 20));
-        assert_eq!(parse_size("10G"), Ok(10 << 30));
-        assert_eq!(parse_size("2T"), Ok(2 << 40));
-        for wrong in ["", "K", "-1", "+1", "1.5G", "1KB", "1 K", "0x10", "٣", "1é", "8388608T", "99999999999999999999"] {
-            assert!(parse_size(wrong).is_err(), "{wrong:?}");
+    fn what_is_printed_is_understood() {
+        use crate::map::units;
+        for bytes in [0, 1, 999, 1000, 1536, 397_312, 10 << 30, 3 << 39, 1 << 60] {
+            let printed = units::size(bytes);
+            assert_eq!(units::size(parse_size(&printed).unwrap()), printed);
+            let Ok(Speed::Fixed(rate)) = parse_speed(&units::rate(bytes)) else { panic!("{printed}/s") };
+            assert_eq!(units::size(rate), printed);
         }
-        assert_eq!(parse_size("8388607T"), Ok(8_388_607 << 40));
     }
 
     #[test]
     fn cluster_sizes_are_those_of_qcow2() {
         assert_eq!(parse_cluster_size("512"), Ok(512));
         assert_eq!(parse_cluster_size("2M"), Ok(2 << 20));
+        assert_eq!(parse_cluster_size("64 KiB"), Ok(65536));
+        assert_eq!(parse_cluster_size("0.5M"), Ok(512 << 10));
         for wrong in ["0", "256", "1000", "4M"] {
             assert!(parse_cluster_size(wrong).is_err(), "{wrong:?}");
         }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::values::FormatArg;
+use super::values::{FormatArg, OutputArgs};
 use crate::client::{InfoOptions, MapOptions, TopOptions};
 use crate::format::BackingFormat;
 
@@ -15,11 +15,10 @@ pub(super) struct MapArgs {
     /// A disk that runs (its mountpoint, or its control socket), or a qcow2 image that nobody writes to
     #[arg(value_name = "TARGET|IMAGE")]
     target: PathBuf,
-    /// Print the list of extents, as JSON with the members that qemu-img map has
-    #[arg(long, conflicts_with = "png")]
-    json: bool,
+    #[command(flatten)]
+    output: OutputArgs,
     /// Write a PNG with one square for each cell; `-` is standard output. A file that exists is replaced
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "output"])]
     png: Option<PathBuf>,
     /// Format of the first backing file, where IMAGE does not say; it is never guessed
     #[arg(long, value_name = "FORMAT")]
@@ -31,9 +30,8 @@ pub(super) struct InfoArgs {
     /// A disk that runs (its mountpoint, or its control socket), or an image, which may be in use
     #[arg(value_name = "TARGET|IMAGE")]
     target: PathBuf,
-    /// Print JSON, with the members that qemu-img info has
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: OutputArgs,
     /// Go on with the backing files, top first
     #[arg(long)]
     backing_chain: bool,
@@ -46,25 +44,27 @@ pub(super) struct TopArgs {
     /// Seconds between two looks
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_interval)]
     interval: Duration,
+    #[command(flatten)]
+    output: OutputArgs,
 }
 
 impl From<MapArgs> for MapOptions {
     fn from(args: MapArgs) -> Self {
-        let MapArgs { target, json, png, backing_format } = args;
-        MapOptions { target, backing_format: backing_format.map(BackingFormat::from), json, png }
+        let MapArgs { target, output, png, backing_format } = args;
+        MapOptions { target, backing_format: backing_format.map(BackingFormat::from), json: output.is_json(), png }
     }
 }
 
 impl From<InfoArgs> for InfoOptions {
     fn from(args: InfoArgs) -> Self {
-        let InfoArgs { target, json, backing_chain } = args;
-        InfoOptions { target, json, backing_chain }
+        let InfoArgs { target, output, backing_chain } = args;
+        InfoOptions { target, json: output.is_json(), backing_chain }
     }
 }
 
 impl From<TopArgs> for TopOptions {
     fn from(args: TopArgs) -> Self {
-        TopOptions { target: args.target, interval: args.interval }
+        TopOptions { target: args.target, interval: args.interval, json: args.output.is_json() }
     }
 }
 

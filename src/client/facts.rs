@@ -107,6 +107,8 @@ pub(super) struct Job {
     pub(super) len: u64,
     pub(super) bytes_failed: u64,
     pub(super) rate: u64,
+    /// Bytes that have still to be copied; unknown at first.
+    pub(super) bytes_left: Option<u64>,
     pub(super) seconds_left: Option<u64>,
     /// `ok`, `failed` or `nospace`; of `query-block-jobs` only.
     pub(super) io_status: Option<String>,
@@ -274,7 +276,7 @@ pub(super) fn job(connection: &mut Connection) -> Result<Option<Job>> {
         && let Some(detail) = details.as_array().and_then(|details| details.iter().find(|detail| detail["id"] == job.id.as_str()))
     {
         let detail = as_job(detail);
-        (job.rate, job.seconds_left) = (detail.rate, detail.seconds_left);
+        (job.rate, job.bytes_left, job.seconds_left) = (detail.rate, detail.bytes_left, detail.seconds_left);
     }
     Ok(Some(job))
 }
@@ -292,6 +294,10 @@ pub(super) fn last_job(connection: &mut Connection) -> Result<Option<LastJob>> {
     Ok(last_job_value(connection)?.and_then(|value| LastJob::deserialize(&value).ok()))
 }
 
-fn last_job_value(connection: &mut Connection) -> Result<Option<Value>> {
+/// As [`last_job`], as the daemon says it.
+///
+/// # Errors
+/// Those of [`Connection::ask`].
+pub(super) fn last_job_value(connection: &mut Connection) -> Result<Option<Value>> {
     Ok(connection.ask("x-query-last-job", json!({}))?.ok())
 }

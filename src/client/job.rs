@@ -1,6 +1,6 @@
 //! `cordisk job`: the job that runs on a disk, told to pause, to go on, to end, or how fast to be.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -8,8 +8,9 @@ use serde_json::json;
 
 use super::connection::{Connection, Heard};
 use super::facts::{self, Job};
-use super::find;
+use super::find::{self, Target};
 use super::limit::Limit;
+use super::several::Targets;
 use super::stream::say;
 use crate::error::one_line;
 use crate::map::units;
@@ -21,9 +22,9 @@ const END: Duration = Duration::from_secs(60);
 /// What `cordisk job` is asked for.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct JobOptions {
-    /// The disk: its mountpoint or its socket.
-    pub target: PathBuf,
-    /// What the job is told.
+    /// The disks.
+    pub targets: Targets,
+    /// What the job of each is told.
     pub action: JobAction,
 }
 
@@ -45,11 +46,33 @@ pub enum JobAction {
 /// # Errors
 /// There is no such disk, or no job on it; the daemon refuses.
 pub fn run(options: &JobOptions) -> Result<ExitCode> {
-    let (mut connection, disk) = find::connect(&options.target)?;
+    let mut found = false;
+    let status = options.targets.each(|target| {
+        let all = options.targets == Targets::All;
+        // With --all a disk without a job, or without a daemon, is none that was asked for.
+        if all && !matches!(find::find(target), Ok(Target::Running(_))) {
+            return Ok(ExitCode::SUCCESS);
+        }
+        match tell(target, &options.action) {
+            Err(error) if all && error.kind() == ErrorKind::NotFound => Ok(ExitCode::SUCCESS),
+            told => {
+                found = true;
+                told
+            }
+        }
+    })?;
+    if options.targets == Targets::All && !found {
+        return Err(Error::new(ErrorKind::NotFound, "no job is running on any disk"));
+    }
+    Ok(status)
+}
+
+fn tell(target: &Path, action: &JobAction) -> Result<ExitCode> {
+    let (mut connection, disk) = find::connect(target)?;
     let name = one_line(&disk.name);
     let Some(job) = facts::job(&mut connection)? else { return Err(no_job(&name)) };
     let device = json!({ "device": job.id });
-    let told = match &options.action {
+    let told = match action {
         JobAction::Pause => connection.ask("block-job-pause", device)?.map(drop),
         JobAction::Resume => connection.ask("block-job-resume", device)?.map(drop),
         JobAction::Cancel => connection.ask("block-job-cancel", device)?.map(drop),
@@ -64,7 +87,7 @@ pub fn run(options: &JobOptions) -> Result<ExitCode> {
         }
     }
     let at = units::percent(job.offset, job.len);
-    say(&match &options.action {
+    say(&match action {
         JobAction::Pause => format!("stream of {name} paused at {at}"),
         JobAction::Resume => format!("stream of {name} goes on at {at}"),
         JobAction::Speed(limit) => format!("stream of {name} runs {limit} now"),

@@ -12,22 +12,39 @@ pub(super) fn quoted(path: &Path) -> String {
     if !text.is_empty() && text.chars().all(plain) { text } else { format!("'{}'", text.replace('\'', "'\\''")) }
 }
 
-/// Colours, where they are seen.
+/// Colours and signs, as far as they are seen.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Paint {
     on: bool,
+    unicode: bool,
 }
 
 impl Paint {
     /// For standard output: on a terminal, and without `NO_COLOR`.
     pub(super) fn stdout() -> Paint {
-        Paint { on: std::io::stdout().is_terminal() && wanted() }
+        Paint { on: std::io::stdout().is_terminal() && wanted(), unicode: is_unicode() }
+    }
+
+    /// What stands before the name of a disk.
+    pub(super) fn mark(self) -> &'static str {
+        if self.unicode { "●" } else { "*" }
+    }
+
+    /// What stands between a layer and the one below.
+    pub(super) fn arrow(self) -> &'static str {
+        if self.unicode { " ← " } else { " <- " }
     }
 
     /// None at all.
     #[cfg(test)]
     pub(super) const fn none() -> Paint {
-        Paint { on: false }
+        Paint { on: false, unicode: true }
+    }
+
+    /// No colours, and no signs beyond ASCII.
+    #[cfg(test)]
+    pub(super) const fn ascii() -> Paint {
+        Paint { on: false, unicode: false }
     }
 
     fn with(self, code: &str, text: &str) -> String {
@@ -89,6 +106,6 @@ mod tests {
     #[test]
     fn colours_are_left_out_where_nobody_sees_them() {
         assert_eq!(Paint::none().red("x"), "x");
-        assert_eq!(Paint { on: true }.red("x"), "\x1b[1;31mx\x1b[0m");
+        assert_eq!(Paint { on: true, unicode: true }.red("x"), "\x1b[1;31mx\x1b[0m");
     }
 }

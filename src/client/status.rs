@@ -1,6 +1,6 @@
 //! `cordisk status`: a disk in a few lines, or all of them in one line each.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::thread;
 
@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::connection::Connection;
 use super::facts::{self, Facts, Job};
 use super::find::{self, Disk, Target};
+use super::several::Targets;
 use super::show::{self, Paint};
 use super::stream::say;
 use super::table::{Row, table};
@@ -20,38 +21,57 @@ use crate::{Error, ErrorKind, Result};
 /// What `cordisk status` is asked for.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct StatusOptions {
-    /// The disk: its mountpoint or its socket; all of them without.
-    pub target: Option<PathBuf>,
+    /// The disks.
+    pub targets: Targets,
     /// For programs.
     pub json: bool,
 }
 
-/// Runs the command. The exit status is 1 if the disk that was asked for is dead.
+/// Runs the command. The exit status is 1 if a disk that was asked for is dead.
 ///
 /// # Errors
 /// There is no such disk, or its daemon does not answer.
 pub fn run(options: &StatusOptions) -> Result<ExitCode> {
-    let Some(target) = &options.target else { return all(options.json).map(|()| ExitCode::SUCCESS) };
+    if options.targets == Targets::All {
+        return all(options.json).map(|()| ExitCode::SUCCESS);
+    }
+    // One array and no half of it, whichever of several disks cannot be asked.
+    let (mut values, mut is_first) = (Vec::new(), true);
+    let status = options.targets.each(|target| {
+        let (shown, code) = one(target, options.json)?;
+        match shown {
+            Shown::Json(value) => values.push(value),
+            Shown::Text(text) => say(&if std::mem::take(&mut is_first) { text } else { format!("\n{text}") })?,
+        }
+        Ok(code)
+    })?;
+    if options.json {
+        print_json(values)?;
+    }
+    Ok(status)
+}
+
+/// What is shown of one disk.
+enum Shown {
+    Json(Value),
+    Text(String),
+}
+
+fn one(target: &Path, json: bool) -> Result<(Shown, ExitCode)> {
     match find::find(target)? {
         Target::Running(disk) => {
             let mut connection = disk.connect()?;
             let value = facts::query(&mut connection)?;
-            if options.json {
-                print_json(vec![with_place(value, &disk)])?;
-            } else {
-                let facts: Facts = facts::read(value, &disk.name)?;
-                let paused = paused(&mut connection, &facts)?;
-                say(&block(&facts, &disk, paused.as_ref(), Paint::stdout()))?;
+            if json {
+                return Ok((Shown::Json(with_place(value, &disk)), ExitCode::SUCCESS));
             }
-            Ok(ExitCode::SUCCESS)
+            let facts: Facts = facts::read(value, &disk.name)?;
+            let paused = paused(&mut connection, &facts)?;
+            Ok((Shown::Text(block(&facts, &disk, paused.as_ref(), Paint::stdout())), ExitCode::SUCCESS))
         }
         Target::Dead(mount) => {
-            if options.json {
-                print_json(vec![dead_value(&mount)])?;
-            } else {
-                say(&dead_block(&mount, Paint::stdout()))?;
-            }
-            Ok(ExitCode::FAILURE)
+            let shown = if json { Shown::Json(dead_value(&mount)) } else { Shown::Text(dead_block(&mount, Paint::stdout())) };
+            Ok((shown, ExitCode::FAILURE))
         }
         Target::Unregistered(_) => Err(find::unregistered(target)),
     }
@@ -63,7 +83,8 @@ fn paused(connection: &mut Connection, facts: &Facts) -> Result<Option<Job>> {
 }
 
 fn all(json: bool) -> Result<()> {
-    let targets = find::find_all()?;
+    let mut targets = find::find_all()?;
+    targets.sort_by_key(place);
     // Side by side: one that does not answer should not hold the others up.
     let answers: Vec<Option<Result<Value>>> = thread::scope(|scope| {
         let asked: Vec<_> = targets
@@ -87,6 +108,15 @@ fn all(json: bool) -> Result<()> {
         return say("No disk is mounted.");
     }
     say(&table(&rows, Paint::stdout()))
+}
+
+/// Where a disk is in the list: by its mountpoint, as ls(1) lists files.
+fn place(target: &Target) -> PathBuf {
+    match target {
+        Target::Running(Disk { mountpoint: Some(mountpoint), .. }) => mountpoint.clone(),
+        Target::Running(disk) => disk.socket.clone(),
+        Target::Dead(mount) | Target::Unregistered(mount) => mount.mountpoint.clone(),
+    }
 }
 
 /// What programs are told beside the daemon's own facts.
@@ -176,7 +206,7 @@ fn print_json(disks: Vec<Value>) -> Result<()> {
 
 fn dead_block(mount: &SeenMount, paint: Paint) -> String {
     let mut lines = Lines::new(paint);
-    lines.heading(&mount.mountpoint.display().to_string(), &paint.red("dead"), &paint.red("●"));
+    lines.heading(&mount.mountpoint.display().to_string(), &paint.red("dead"), &paint.red(paint.mark()));
     lines.add("image", &mount.image.display().to_string());
     let target = show::quoted(&mount.mountpoint);
     lines.add("", &format!("Its daemon was killed. Mount it again with the same `cordisk mount`, or remove it: cordisk umount {target}"));
@@ -213,20 +243,21 @@ fn block(facts: &Facts, disk: &Disk, paused: Option<&Job>, paint: Paint) -> Stri
     let mountpoint = disk.mountpoint.as_ref().map(|path| path.display().to_string());
     let name = mountpoint.or_else(|| facts.mountpoint.clone()).unwrap_or_else(|| disk.name.clone());
     if facts.has_failed() {
-        lines.heading(&name, &paint.red("failed"), &paint.red("●"));
+        lines.heading(&name, &paint.red("failed"), &paint.red(paint.mark()));
         let why = "Writing to the image has failed, and nothing more is written. What was not flushed before may be lost: \
                    unmount it, look at the daemon's log and at the host's disk, then run cordisk check.";
         lines.add_painted("", &paint.red(why));
     } else {
-        lines.heading(&name, &paint.green("running"), &paint.green("●"));
+        lines.heading(&name, &paint.green("running"), &paint.green(paint.mark()));
     }
     lines.add("image", &image(facts));
     let chain: Vec<String> =
         facts.chain.iter().map(|layer| format!("{} ({}, {})", layer.filename, layer.format, units::size(layer.size))).collect();
-    lines.add("chain", &if chain.is_empty() { "none: the image stands alone".to_owned() } else { chain.join(" ← ") });
+    lines.add("chain", &if chain.is_empty() { "none: the image stands alone".to_owned() } else { chain.join(paint.arrow()) });
     if let Some(bytes) = facts.bytes {
-        for (name, count) in [("local", bytes.local), ("zero", bytes.zero), ("remote", bytes.remote)] {
-            lines.add_painted(name, &format!("{:>7}  {}", bytes.percent(count), units::size(count)));
+        let parts = [("local", bytes.local), ("zero", bytes.zero), ("remote", bytes.remote)];
+        for ((name, count), percent) in parts.into_iter().zip(bytes.percents()) {
+            lines.add_painted(name, &format!("{percent:>7}  {}", units::size(count)));
         }
     }
     for job in &facts.jobs {
@@ -364,6 +395,13 @@ mod tests {
       hits  98.0 % of reads were answered without what is below, 1 MiB read from below
     daemon  process 7, version 0.1.0, device drive0, socket /run/x.sock";
         assert_eq!(shown(&json!({})), want);
+    }
+
+    #[test]
+    fn a_locale_without_utf8_has_ascii() {
+        let text = block(&facts(&json!({})), &disk(), None, Paint::ascii());
+        assert!(text.is_ascii() && text.starts_with("* /srv/vm.raw  running\n"), "{text}");
+        assert!(text.contains("/srv/golden.qcow2 (qcow2, 1 GiB) <- /srv/base.raw"), "{text}");
     }
 
     #[test]

@@ -23,6 +23,8 @@ use crate::{Error, ErrorKind, Result};
 const INTERRUPTED: u8 = 130;
 /// How often the daemon is to tell how far it is, in milliseconds.
 const INTERVAL: u64 = 250;
+/// The same for lines of JSON, which nobody takes back.
+const INTERVAL_OF_JSON: u64 = 1000;
 /// How long one look at the socket takes at most, so that a signal is seen soon.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -35,16 +37,20 @@ pub struct StreamOptions {
     pub limit: Option<Limit>,
     /// The file of the chain that stays below; all of it is copied up without.
     pub base: Option<String>,
+    /// What an error does, in QMP's words, where that was asked for.
+    pub on_error: Option<String>,
     /// Stay until it is complete.
     pub wait: bool,
     /// An interrupt cancels the job instead of leaving it alone.
     pub cancel_on_interrupt: bool,
+    /// For programs.
+    pub json: bool,
 }
 
 impl StreamOptions {
     /// Asks for nothing but to see how it goes.
     fn only_waits(&self) -> bool {
-        self.wait && self.limit.is_none() && self.base.is_none()
+        self.wait && self.limit.is_none() && self.base.is_none() && self.on_error.is_none()
     }
 }
 
@@ -59,7 +65,8 @@ pub fn run(options: &StreamOptions) -> Result<ExitCode> {
     let interrupt = options.wait.then(Interrupt::watch).transpose()?;
     if options.wait {
         // Before the job is looked for, so that its end is not missed. An older daemon does not tell how far it is, but when it is there.
-        let _ = connection.ask("x-job-progress-events", json!({ "enable": true, "interval-ms": INTERVAL }))?;
+        let interval = if options.json { INTERVAL_OF_JSON } else { INTERVAL };
+        let _ = connection.ask("x-job-progress-events", json!({ "enable": true, "interval-ms": interval }))?;
     }
     let id = match facts::job(&mut connection)? {
         Some(job) if job.is_concluded() => {
@@ -72,15 +79,34 @@ pub fn run(options: &StreamOptions) -> Result<ExitCode> {
     };
     match interrupt {
         Some(interrupt) => {
-            Waiting { connection, name, id, target: &options.target, interrupt, progress: Progress::new(&disk.name), shutdown: false }
-                .run(options)
+            let progress = if options.json { Progress::silent() } else { Progress::new(&disk.name) };
+            Waiting { connection, name, id, target: &options.target, interrupt, progress, json: options.json, shutdown: false }.run(options)
         }
         None => {
+            if options.json {
+                return print_started(&mut connection, &id);
+            }
             let target = show::quoted(&options.target);
             say(&format!("streaming {name}; `cordisk stream {target} --wait` shows how far it is, `cordisk job cancel {target}` ends it"))?;
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+/// The job that was started, as `x-query-job-progress` has it; the last job, where it has ended already.
+fn print_started(connection: &mut Connection, id: &str) -> Result<ExitCode> {
+    let value = match job_value(connection, id)? {
+        Some(job) => job,
+        None => facts::last_job_value(connection)?.unwrap_or_else(|| json!({ "id": id })),
+    };
+    say(&value.to_string())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The job `id` as `x-query-job-progress` has it, while it is there.
+fn job_value(connection: &mut Connection, id: &str) -> Result<Option<Value>> {
+    let jobs = connection.ask("x-query-job-progress", json!({}))?.unwrap_or_default();
+    Ok(jobs.as_array().and_then(|jobs| jobs.iter().find(|job| job["id"] == id)).cloned())
 }
 
 fn busy(name: &str, target: &Path, job: Option<&Job>) -> Error {
@@ -101,6 +127,9 @@ fn start(connection: &mut Connection, options: &StreamOptions, name: &str) -> Re
     }
     if let Some(base) = &options.base {
         arguments["base"] = base.as_str().into();
+    }
+    if let Some(action) = &options.on_error {
+        arguments["on-error"] = action.as_str().into();
     }
     match connection.ask("block-stream", arguments)? {
         Ok(_) => {
@@ -171,6 +200,8 @@ struct Waiting<'a> {
     target: &'a Path,
     interrupt: Interrupt,
     progress: Progress,
+    /// The end is one JSON object as well.
+    json: bool,
     /// The daemon has said that it ends.
     shutdown: bool,
 }
@@ -179,6 +210,12 @@ impl Waiting<'_> {
     fn run(mut self, options: &StreamOptions) -> Result<ExitCode> {
         let waited = self.wait(options);
         self.progress.clear();
+        if self.json && matches!(waited, Ok(Ended::Completed | Ended::Cancelled | Ended::CancelledByUs | Ended::Failed(_))) {
+            // The last line is the result: `"result": "success"`, `"cancelled"` or `"error"`.
+            if let Some(last) = facts::last_job_value(&mut self.connection).ok().flatten().filter(|last| last["id"] == self.id.as_str()) {
+                say(&last.to_string())?;
+            }
+        }
         match waited {
             Ok(ended) => self.report(ended),
             Err(_) if self.connection.has_ended() => Err(self.daemon_gone()),
@@ -239,6 +276,7 @@ impl Waiting<'_> {
             return Ok(None);
         }
         match event["event"].as_str().unwrap_or_default() {
+            "X_JOB_PROGRESS" if self.json => say(&data.to_string())?,
             "X_JOB_PROGRESS" => self.progress.update(&facts::as_job(data)),
             "JOB_STATUS_CHANGE" if matches!(data["status"].as_str(), Some("paused" | "standby" | "running")) => self.look_again()?,
             "BLOCK_JOB_CANCELLED" => return Ok(Some(Ended::Cancelled)),
@@ -255,6 +293,10 @@ impl Waiting<'_> {
 
     /// Asks how the job is, and shows that.
     fn look_again(&mut self) -> Result<()> {
+        if self.json {
+            let Some(job) = job_value(&mut self.connection, &self.id)? else { return Ok(()) };
+            return say(&job.to_string());
+        }
         let Some(job) = facts::job(&mut self.connection)?.filter(|job| job.id == self.id) else { return Ok(()) };
         self.progress.note(job.is_paused().then(|| job.why_paused(&show::quoted(self.target))));
         self.progress.update(&job);
@@ -262,6 +304,9 @@ impl Waiting<'_> {
     }
 
     fn completed(mut self) -> Result<ExitCode> {
+        if self.json {
+            return Ok(ExitCode::SUCCESS);
+        }
         // A job may have followed this one already; then only the fact is known.
         let last = facts::last_job(&mut self.connection).ok().flatten().filter(|last| last.id == self.id && last.result == "success");
         let details = match last {

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::connection::{Connection, Heard};
 use super::find::{self, Disk, Target};
-use super::{facts, show};
+use super::{Targets, facts, show};
 use crate::error::one_line;
 use crate::fuse::{self, SeenMount, Unmounted};
 use crate::running::Found;
@@ -31,10 +31,16 @@ const LOOK: Duration = Duration::from_millis(20);
 /// What `cordisk umount` is asked for.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct UmountOptions {
-    /// The disk: its mountpoint or its socket.
-    pub target: PathBuf,
-    /// Take it away from whoever uses it.
+    /// The disks.
+    pub targets: Targets,
+    /// Take them away from whoever uses them.
     pub lazy: bool,
+}
+
+/// One disk to be unmounted.
+struct OneUmount {
+    target: PathBuf,
+    lazy: bool,
 }
 
 /// Runs the command.
@@ -42,6 +48,10 @@ pub struct UmountOptions {
 /// # Errors
 /// There is no such disk; it is in use; it could not be unmounted; it was, but closing its image failed.
 pub fn run(options: &UmountOptions) -> Result<ExitCode> {
+    options.targets.each(|target| unmount(&OneUmount { target: target.to_owned(), lazy: options.lazy }))
+}
+
+fn unmount(options: &OneUmount) -> Result<ExitCode> {
     match find::find(&options.target)? {
         Target::Running(disk) => end(&disk, options)?,
         Target::Dead(mount) => {
@@ -59,7 +69,7 @@ pub fn run(options: &UmountOptions) -> Result<ExitCode> {
 }
 
 /// Unmounts, or detaches.
-fn take_away(mountpoint: &Path, options: &UmountOptions) -> Result<()> {
+fn take_away(mountpoint: &Path, options: &OneUmount) -> Result<()> {
     let me = rustix::process::geteuid().as_raw();
     let of_another = |mount: &SeenMount| mount.mountpoint == mountpoint && mount.user.is_some_and(|user| user != me);
     // fusermount3 would refuse as well, and say something about a list of mounts.
@@ -85,7 +95,7 @@ fn in_use(mountpoint: &Path, target: &Path) -> Error {
 }
 
 /// Ends a daemon that lives, and waits for it.
-fn end(disk: &Disk, options: &UmountOptions) -> Result<()> {
+fn end(disk: &Disk, options: &OneUmount) -> Result<()> {
     let process = disk.found.as_ref().and_then(Process::find);
     // Before the unmount: it says at its end how closing went. It can be unmounted without.
     let mut connection = disk.connect_within(PATIENCE);

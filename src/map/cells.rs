@@ -25,9 +25,9 @@ impl Shares {
         self.local.saturating_add(self.zero).saturating_add(self.remote)
     }
 
-    /// `part` of these as [`units::percent`]; each part of nothing is 0.
-    pub fn percent(&self, part: u64) -> String {
-        units::percent(part, self.total().max(1))
+    /// Local, zero and remote, as [`units::percents`]; each part of nothing is 0.
+    pub fn percents(&self) -> [String; 3] {
+        units::percents([self.local, self.zero, self.remote])
     }
 
     /// Part and whole of "this much is here already": zeros are nothing that anybody has to wait for.
@@ -151,11 +151,11 @@ mod tests {
         assert_eq!((cells.range(2), cells.shares(2)), (2000..2500, Shares { local: 100, zero: 150, remote: 250 }));
         assert_eq!(cells.sum(), Shares { local: 1100, zero: 550, remote: 850 });
         assert_eq!(cells.sum().total(), cells.size());
-        assert_eq!(cells.sum().percent(850), "34.0 %");
+        assert_eq!(cells.sum().percents(), ["44.0 %", "22.0 %", "34.0 %"]);
         assert!(Cells::default().is_empty());
-        assert_eq!((Shares::default().percent(0), Shares::default().fetched()), ("0.0 %".into(), (0, 0)));
+        assert_eq!((Shares::default().percents(), Shares::default().fetched()), (["0.0 %"; 3].map(String::from), (0, 0)));
         let evil = Shares { local: u64::MAX, zero: 1, remote: 2 };
-        assert_eq!((evil.percent(u64::MAX), evil.percent(2), evil.fetched()), ("100 %".into(), "0.0 %".into(), (u64::MAX, u64::MAX)));
+        assert_eq!((evil.percents(), evil.fetched()), (["99.9 %", "0.0 %", "0.1 %"].map(String::from), (u64::MAX, u64::MAX)));
     }
 
     #[test]

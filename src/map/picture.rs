@@ -182,10 +182,10 @@ fn legend(text: &mut String, cells: &Cells, canvas: &Canvas) {
         (Look::Remote { some_zero: false }, "remote", sum.remote, "in the backing files"),
     ];
     let sign = |look: Look| if canvas.blocks { look.block() } else { look.ascii() };
-    for (look, name, bytes, meaning) in lines {
+    for ((look, name, bytes, meaning), percent) in lines.into_iter().zip(sum.percents()) {
         text.push_str("  ");
         canvas.paint(text, look.colours(), &sign(look).to_string());
-        let (size, percent) = (units::size(bytes), sum.percent(bytes));
+        let size = units::size(bytes);
         let line = format!("  {name:<7} {size:>9}  {percent:>7}");
         // On a narrow screen the numbers are what counts.
         let room = canvas.width >= line.len() + meaning.len() + 6;

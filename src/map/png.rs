@@ -82,10 +82,13 @@ fn encode(
     // Names of files are UTF-8 here, which tEXt cannot hold; all the rest is ASCII.
     encoder.add_itxt_chunk("Title".into(), title.into())?;
     let sum = cells.sum();
-    let entry = |name: &str, [red, green, blue]: [u8; 3], bytes: u64| {
-        format!("{name} #{red:02X}{green:02X}{blue:02X} {bytes} bytes ({}, {})", units::size(bytes), sum.percent(bytes))
+    let [local, zero, remote] = sum.percents();
+    let entry = |name: &str, [red, green, blue]: [u8; 3], bytes: u64, percent: String| {
+        format!("{name} #{red:02X}{green:02X}{blue:02X} {bytes} bytes ({}, {percent})", units::size(bytes))
     };
-    let legend = [entry("local", LOCAL, sum.local), entry("zero", ZERO, sum.zero), entry("remote", REMOTE, sum.remote)].join("\n");
+    let legend =
+        [entry("local", LOCAL, sum.local, local), entry("zero", ZERO, sum.zero, zero), entry("remote", REMOTE, sum.remote, remote)]
+            .join("\n");
     encoder.add_text_chunk("Legend".into(), legend)?;
     let facts = [
         ("Software", concat!("cordisk ", env!("CARGO_PKG_VERSION")).to_owned()),

@@ -47,15 +47,33 @@ pub fn number(count: u64) -> String {
 
 /// A part of a whole, rounded down, so that what is not complete is never 100; all of nothing is complete: `45.2 %`, `100 %`.
 pub fn percent(part: u64, whole: u64) -> String {
-    match per_mille(part, whole) {
-        1000 => "100 %".to_owned(),
-        tenths => format!("{}.{} %", tenths / 10, tenths % 10),
-    }
+    in_tenths(per_mille(part, whole).into())
 }
 
 /// The same without decimals: 0 to 100.
 pub fn whole_percent(part: u64, whole: u64) -> u64 {
     per_mille(part, whole) / 10
+}
+
+/// Parts of the whole that they make up, so that the numbers add up to 100: each is rounded down, and what is missing goes to those
+/// that lost most by that. A part that is not all of it is never 100, and one of nothing never more than 0.
+pub fn percents<const N: usize>(parts: [u64; N]) -> [String; N] {
+    let whole: u128 = parts.iter().map(|&part| u128::from(part)).sum();
+    if whole == 0 {
+        return std::array::from_fn(|_| "0.0 %".to_owned());
+    }
+    let mut tenths = parts.map(|part| u128::from(part) * 1000 / whole);
+    let mut by_loss: Vec<usize> = (0..N).filter(|&index| parts[index] > 0 && tenths[index] < 999).collect();
+    by_loss.sort_by_key(|&index| std::cmp::Reverse(u128::from(parts[index]) * 1000 % whole));
+    let missing = 1000 - tenths.iter().sum::<u128>();
+    for index in by_loss.into_iter().cycle().take(usize::try_from(missing).unwrap_or_default()) {
+        tenths[index] += 1;
+    }
+    tenths.map(in_tenths)
+}
+
+fn in_tenths(tenths: u128) -> String {
+    if tenths == 1000 { "100 %".to_owned() } else { format!("{}.{} %", tenths / 10, tenths % 10) }
 }
 
 fn per_mille(part: u64, whole: u64) -> u64 {
@@ -134,6 +152,30 @@ mod tests {
             (273_600, "3 d 4 h"),
         ] {
             assert_eq!(duration(Duration::from_secs(seconds)), text, "{seconds}");
+        }
+    }
+
+    #[test]
+    fn percentages_add_up() {
+        for (parts, want) in [
+            ([11 << 20, 0, 1013 << 20], ["1.1 %", "0.0 %", "98.9 %"]),
+            ([1, 1, 1], ["33.4 %", "33.3 %", "33.3 %"]),
+            ([0, 0, 5], ["0.0 %", "0.0 %", "100 %"]),
+            ([0, 0, 0], ["0.0 %", "0.0 %", "0.0 %"]),
+            ([1_000_000, 0, 1], ["99.9 %", "0.0 %", "0.1 %"]),
+            ([1, 1_000_000, 1], ["0.1 %", "99.9 %", "0.0 %"]),
+            ([u64::MAX, u64::MAX, 2], ["50.0 %", "50.0 %", "0.0 %"]),
+        ] {
+            assert_eq!(percents(parts), want, "{parts:?}");
+        }
+        let mut state = 7_u64;
+        for _ in 0..1000 {
+            let parts: [u64; 3] = std::array::from_fn(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                state >> 40
+            });
+            let tenths = percents(parts).map(|text| (text.trim_end_matches(" %").parse::<f64>().unwrap() * 10.0).round() as u64);
+            assert_eq!(tenths.iter().sum::<u64>(), 1000, "{parts:?}: {tenths:?}");
         }
     }
 

@@ -159,7 +159,7 @@ fn a_map_of_an_image_is_what_is_in_it() {
         })
         .collect();
     assert_eq!(map.iter().collect::<String>(), expected, "{text}");
-    for line in ["#  local    10.4 MiB   21.6 %", ".  zero     3.06 MiB    6.3 %", "-  remote   34.6 MiB   72.0 %", "1 character = 64 KiB"]
+    for line in ["#  local    10.4 MiB   21.6 %", ".  zero     3.06 MiB    6.4 %", "-  remote   34.6 MiB   72.0 %", "1 character = 64 KiB"]
     {
         assert!(legend.contains(line), "{line}\n{text}");
     }
@@ -465,7 +465,7 @@ fn top_shows_what_is_read_and_written() {
     assert_eq!(row(&text, "hits")[1], "75.0", "{text}");
     // 6 clusters by reading, 64 by writing.
     let last = text.lines().find(|line| line.contains("█ local")).unwrap_or_else(|| panic!("{text}"));
-    assert!(last.contains("local 4.38 MiB 13.6 %"), "{text}");
+    assert!(last.contains("local 4.38 MiB 13.7 %"), "{text}");
     terminal.send(b"q");
     terminal.assert_status(0);
     drop(file);

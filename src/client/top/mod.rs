@@ -7,6 +7,7 @@
 //! channel.
 
 mod bars;
+mod json;
 mod model;
 mod plain;
 mod rates;
@@ -26,6 +27,7 @@ use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, Ke
 use ratatui::text::Text;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
+use super::show;
 use crate::Result;
 use crate::error::Context;
 use model::{DiskView, Model};
@@ -41,6 +43,8 @@ pub struct TopOptions {
     pub target: Option<PathBuf>,
     /// Time between two looks.
     pub interval: Duration,
+    /// One snapshot, for programs.
+    pub json: bool,
 }
 
 /// Shows the disks until the user has seen enough; where standard output is no terminal, prints what went on during one interval.
@@ -56,14 +60,14 @@ pub fn run(options: &TopOptions) -> Result<ExitCode> {
         }
         None => watch::running()?,
     };
-    if std::io::stdout().is_terminal() { live(options, names) } else { once(options, names) }
+    if std::io::stdout().is_terminal() && !options.json { live(options, names) } else { once(options, names) }
 }
 
 /// Two looks at each disk, and what was between them.
 fn once(options: &TopOptions, names: Vec<PathBuf>) -> Result<ExitCode> {
     let mut out = std::io::stdout().lock();
     let standard_output = || "standard output";
-    if names.is_empty() {
+    if names.is_empty() && !options.json {
         writeln!(out, "no disk is running here").context(standard_output)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -80,6 +84,10 @@ fn once(options: &TopOptions, names: Vec<PathBuf>) -> Result<ExitCode> {
             };
             disk.see(seen);
         }
+    }
+    if options.json {
+        writeln!(out, "{:#}", json::snapshot(disks.iter().map(|(disk, _)| disk))).context(standard_output)?;
+        return Ok(ExitCode::SUCCESS);
     }
     let text: Vec<String> = disks.iter().map(|(disk, _)| plain::snapshot(disk)).collect();
     out.write_all(text.join("\n").as_bytes()).context(standard_output)?;
@@ -103,6 +111,7 @@ fn live(options: &TopOptions, names: Vec<PathBuf>) -> Result<ExitCode> {
         orders: Vec::new(),
         wanted: Arc::default(),
         interval: options.interval,
+        unicode: show::is_unicode(),
         sender,
     };
     let mut screen = Screen::enter()?;
@@ -157,6 +166,8 @@ struct Top {
     orders: Vec<Sender<Order>>,
     wanted: Arc<Wanted>,
     interval: Duration,
+    /// The terminal shows more than ASCII.
+    unicode: bool,
     sender: Sender<Report>,
 }
 
@@ -213,7 +224,8 @@ impl Top {
         let area = frame.area();
         let (width, height) = (usize::from(area.width), usize::from(area.height));
         self.wanted.cells.store(screen::map_places(width, height), Ordering::Relaxed);
-        frame.render_widget(Text::from(screen::screen(&self.model, width, height)), area);
+        let lines = screen::screen(&self.model, width, height);
+        frame.render_widget(Text::from(if self.unicode { lines } else { screen::in_ascii(lines) }), area);
     }
 
     /// Acts on a key; says whether it is the last one.

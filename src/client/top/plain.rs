@@ -25,8 +25,8 @@ pub(super) fn snapshot(disk: &DiskView) -> String {
     line("image", status.image.clone());
     line("size", format!("{} ({} bytes)", units::size(status.size), status.size));
     if let Some(sum) = status.bytes {
-        for (name, bytes) in [("local", sum.local), ("zero", sum.zero), ("remote", sum.remote)] {
-            line(name, format!("{} ({})", units::size(bytes), sum.percent(bytes)));
+        for ((name, bytes), percent) in [("local", sum.local), ("zero", sum.zero), ("remote", sum.remote)].into_iter().zip(sum.percents()) {
+            line(name, format!("{} ({percent})", units::size(bytes)));
         }
     }
     if let Some(rates) = &disk.rates {

@@ -35,6 +35,27 @@ const HELP: [&str; 7] = [
     "hits: reads from the image alone",
 ];
 
+/// The same lines for a terminal whose locale is not UTF-8: one ASCII character for each that is not, so that nothing moves. What a
+/// file is called stays as it is.
+pub(super) fn in_ascii(lines: Vec<Line<'static>>) -> Vec<Line<'static>> {
+    let plain = |c: char| match c {
+        '█' => '#',
+        '▏' | '▎' | '▍' | '▌' | '▋' | '▊' | '▉' | '▓' | '▒' | '░' => '+',
+        '▁' | '▂' => '.',
+        '▃' | '▄' => ':',
+        '▅' | '▆' | '▇' => '|',
+        '·' => '-',
+        '▸' => '>',
+        '↑' => '^',
+        '↓' => 'v',
+        'µ' => 'u',
+        '…' => '.',
+        c => c,
+    };
+    let in_plain = |span: Span<'static>| Span::styled(span.content.chars().map(plain).collect::<String>(), span.style);
+    lines.into_iter().map(|line| Line::from(line.spans.into_iter().map(in_plain).collect::<Vec<_>>()).style(line.style)).collect()
+}
+
 fn plain() -> Style {
     Style::new()
 }
@@ -314,11 +335,11 @@ impl Layout {
 
     fn legend(&self, sum: &Shares) -> Line<'static> {
         let mut spans = Vec::new();
-        for (look, name, bytes) in
-            [(Look::Local, "local", sum.local), (Look::Zero, "zero", sum.zero), (Look::Remote { some_zero: false }, "remote", sum.remote)]
-        {
+        let parts =
+            [(Look::Local, "local", sum.local), (Look::Zero, "zero", sum.zero), (Look::Remote { some_zero: false }, "remote", sum.remote)];
+        for ((look, name, bytes), percent) in parts.into_iter().zip(sum.percents()) {
             let numbers = if self.wide {
-                format!(" {name} {} {}", units::size(bytes), sum.percent(bytes))
+                format!(" {name} {} {percent}", units::size(bytes))
             } else {
                 format!(" {name} {} %", units::whole_percent(bytes, sum.total().max(1)))
             };
@@ -464,6 +485,21 @@ mod tests {
         let map: String = lines[12..22].iter().map(|line| format!("{:76}", line.chars().skip(2).collect::<String>())).collect();
         let count = |c: char| map.chars().filter(|&other| other == c).count();
         assert_eq!((count('█'), count(' '), count('·')), (380, 190, 190), "{}", lines.join("\n"));
+    }
+
+    #[test]
+    fn a_terminal_without_utf8_has_ascii() {
+        for (width, height) in [(40, 10), (80, 24), (200, 60)] {
+            let lines = screen(&model(), width, height);
+            let plain = in_ascii(lines.clone());
+            for (plain, line) in plain.iter().zip(&lines) {
+                assert!(plain.to_string().is_ascii(), "{plain}");
+                assert_eq!((plain.width(), plain.style), (line.width(), line.style));
+            }
+        }
+        let mut model = model();
+        model.help = true;
+        assert!(in_ascii(screen(&model, 80, 24)).iter().all(|line| line.to_string().is_ascii()));
     }
 
     #[test]
