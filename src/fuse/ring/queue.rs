@@ -43,11 +43,13 @@ const POSSIBLE_CPUS: &str = "/sys/devices/system/cpu/possible";
 /// More CPUs than this are served over /dev/fuse: two threads for each would be more than a disk is worth.
 const QUEUES_AT_MOST: usize = 64;
 
-/// Requests that may be in work at a time, over all queues.
-const REQUESTS: usize = 128;
-/// And of one queue, at least. A request keeps its entry until it is answered, so when as many from one CPU hang in a dead backing file, what is local
+/// Requests that may be in work at a time over all queues, and so the most memory that their buffers take: 1 GiB of [`MAX_IO`] each.
+const REQUESTS: usize = 1024;
+/// And of one queue, at least.
+const FEWEST_OF_QUEUE: usize = 16;
+/// And of one queue, at most. A request keeps its entry until it is answered, so when as many from one CPU hang in a dead backing file, what is local
 /// waits as well if it is asked for from there: so many are as many as there may be asynchronous ones (`MAX_BACKGROUND`), and then some.
-const REQUESTS_OF_QUEUE: usize = 96;
+const MOST_OF_QUEUE: usize = 96;
 
 /// Bytes of data from which on a request is large: copying them takes longer than to wake another thread.
 const LARGE: usize = 128 << 10;
@@ -158,7 +160,7 @@ impl Drop for Panic {
 
 /// Entries of each queue.
 fn depth(queues: usize) -> usize {
-    (REQUESTS / queues.max(1)).max(REQUESTS_OF_QUEUE)
+    (REQUESTS / queues.max(1)).clamp(FEWEST_OF_QUEUE, MOST_OF_QUEUE)
 }
 
 /// How many CPUs a list like `0-3,8` reaches up to: the kernel counts all numbers below the highest.
@@ -448,6 +450,15 @@ impl Server {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_buffers_of_a_disk_are_bounded() {
+        for queues in 1..=QUEUES_AT_MOST {
+            let depth = depth(queues);
+            assert!((FEWEST_OF_QUEUE..=MOST_OF_QUEUE).contains(&depth) && depth * queues * MAX_IO <= 1 << 30, "{queues} queues of {depth}");
+        }
+        assert_eq!((depth(2), depth(64)), (96, 16));
+    }
 
     #[test]
     fn the_highest_possible_cpu_counts() {
