@@ -35,7 +35,7 @@ use crate::cli::{self, Command, MountConfig, Role};
 use crate::client;
 use crate::disk::{Disk, DiskOptions};
 use crate::error::{Context, one_line};
-use crate::fuse::{self, Finished, MappedPages, MountOptions, Mounted, Unmounted};
+use crate::fuse::{self, Finished, MappedPages, MountOptions, Mounted, Pulse, Unmounted};
 use crate::job::Batch;
 use crate::keeper::{self, Entrusted, EntrustedMark, Keeper, KeptMount, Leftover, Messages};
 use crate::metrics;
@@ -345,9 +345,9 @@ fn serve_disk(
     mount: KeptMount<'_>,
     mounted: Mounted,
 ) -> (Result<()>, Finished) {
-    control.mounted(mounted.size_notice());
+    control.mounted(mounted.size_notice(), mounted.pulse());
     let (reporter, heartbeat) = (announcement.reporter, announcement.heartbeat.clone());
-    let announced = announce(config, disk, control, announcement, &mount);
+    let announced = announce(config, disk, control, announcement, &mount, mounted.pulse());
     let timer = CommitTimer::start(Arc::clone(disk), heartbeat);
     let ended = announced.and_then(|()| wait_for_end(&mount, &mounted, disk, events, control));
     if ended.is_err()
@@ -364,14 +364,21 @@ fn serve_disk(
 }
 
 /// The stream, the pidfile, and the news that the disk is there.
-fn announce(config: &MountConfig, disk: &Arc<Disk>, control: &Control, told: Announcement<'_>, mount: &KeptMount<'_>) -> Result<()> {
+fn announce(
+    config: &MountConfig,
+    disk: &Arc<Disk>,
+    control: &Control,
+    told: Announcement<'_>,
+    mount: &KeptMount<'_>,
+    pulse: Pulse,
+) -> Result<()> {
     control.start_stream(disk, config)?;
     if let Some(pidfile) = told.pidfile {
         pidfile.write()?;
     }
     log::info!("mounted {} on {}", config.image.display(), mount.path().display());
     if let Some(reporter) = told.reporter {
-        reporter.ready(format!("serving {} on {}", config.image.display(), mount.path().display()));
+        reporter.ready(format!("serving {} on {}", config.image.display(), mount.path().display()), pulse);
     }
     told.ready.map_or(Ok(()), background::Ready::say)
 }

@@ -4,8 +4,8 @@
 //!
 //! 1. A request is one plain call stack, [`fuse`] → [`disk`] → ([`image`] | [`chain`]) → [`storage`]; reading a backtrace is reading the
 //!    architecture. What the overlay holds is answered on the thread that received the request, and so is a small read of a raw file below that the
-//!    host has in memory. Any other miss (it must read below, or allocate) goes whole to a worker that runs the same stack, so a slow or hung backing
-//!    file never delays what is local already.
+//!    host has in memory. Any other miss goes whole to a worker that runs the same stack: of one pool if it must read below,
+//!    of another if it allocates or waits for a range only. So a slow or hung backing file delays nothing that needs none.
 //! 2. [`image`] knows only its own file; [`chain`] knows only what lies below; [`disk`] is the only room that knows both.
 //! 3. One concurrency rule: a guest cluster changes its mapping only while its range is held exclusively; reads and in-place writes hold it
 //!    shared ([`range_lock`]). Copy-on-read, allocating write, zero, discard and stream are then the same critical section.

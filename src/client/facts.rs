@@ -27,6 +27,7 @@ pub(super) struct Facts {
     pub(super) copy_on_read: Option<bool>,
     pub(super) chain: Vec<Layer>,
     pub(super) usable: Option<bool>,
+    pub(super) answering: Option<bool>,
     pub(super) bytes: Option<Shares>,
     pub(super) requests: Vec<Requests>,
     pub(super) latency_bounds_ns: Vec<u64>,
@@ -40,6 +41,11 @@ pub(super) struct Facts {
 }
 
 impl Facts {
+    /// Requests for the disk wait, and none of them is answered.
+    pub(super) fn is_hung(&self) -> bool {
+        self.answering == Some(false)
+    }
+
     /// Writing to the image has failed, and nothing more is written.
     pub(super) fn has_failed(&self) -> bool {
         self.usable == Some(false)

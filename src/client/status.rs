@@ -180,12 +180,20 @@ fn row_of(target: &Target, answer: Option<Result<Value>>) -> Row {
             size: units::size(facts.size),
             local: facts.bytes.as_ref().map(Shares::fetched).map_or(String::new(), |(part, whole)| units::percent(part, whole)),
             job: facts.jobs.first().map_or(String::new(), short_job),
-            ..Row::new(&mountpoint, if facts.has_failed() { "failed" } else { "running" }, &image)
+            ..Row::new(&mountpoint, state(&facts), &image)
         },
         Err(error) if error.to_string().contains("permission denied") => {
             Row { job: "(another user's)".to_owned(), ..Row::new(&mountpoint, "running", &image) }
         }
         Err(_) => Row { job: "(no answer)".to_owned(), ..Row::new(&mountpoint, "running", &image) },
+    }
+}
+
+fn state(facts: &Facts) -> &'static str {
+    match facts {
+        facts if facts.has_failed() => "failed",
+        facts if facts.is_hung() => "hung",
+        _ => "running",
     }
 }
 
@@ -246,6 +254,11 @@ fn block(facts: &Facts, disk: &Disk, paused: Option<&Job>, paint: Paint) -> Stri
         lines.heading(&name, &paint.red("failed"), &paint.red(paint.mark()));
         let why = "Writing to the image has failed, and nothing more is written. What was not flushed before may be lost: \
                    unmount it, look at the daemon's log and at the host's disk, then run cordisk check.";
+        lines.add_painted("", &paint.red(why));
+    } else if facts.is_hung() {
+        lines.heading(&name, &paint.red("not answering"), &paint.red(paint.mark()));
+        let why = "Requests for the disk are not answered. Look at the daemon's log; \
+                   cordisk umount --lazy takes the disk away from the programs that wait for it.";
         lines.add_painted("", &paint.red(why));
     } else {
         lines.heading(&name, &paint.green("running"), &paint.green(paint.mark()));
@@ -422,6 +435,8 @@ mod tests {
 
     #[test]
     fn a_failure_is_not_overlooked() {
+        let text = shown(&json!({ "answering": false }));
+        assert!(text.starts_with("● /srv/vm.raw  not answering\n") && text.contains("umount --lazy"), "{text}");
         let text = shown(&json!({ "usable": false }));
         assert!(text.starts_with("● /srv/vm.raw  failed\n            Writing to the image has failed"), "{text}");
     }

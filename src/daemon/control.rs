@@ -11,7 +11,7 @@ use super::Event;
 use super::servers::Servers;
 use crate::cli::{MountConfig, StreamSpeed};
 use crate::disk::Disk;
-use crate::fuse::{Finished, SizeNotice};
+use crate::fuse::{Finished, Pulse, SizeNotice};
 use crate::job::{Batch, JobEvent, Jobs};
 use crate::keeper::{EntrustedNote, Keeper};
 use crate::metrics;
@@ -22,6 +22,9 @@ use crate::{ErrorKind, Result};
 /// How long cancelled jobs may take to end: one step of a stream and a write-back. What they leave unfinished is only what they have not
 /// copied yet.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a request may take before a status says that none is answered. Clients wait longer for their status.
+const PULSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What streams need that is to be had only while files can be opened, and by the user who starts.
 pub(super) struct Prepared {
@@ -64,6 +67,8 @@ pub(super) struct Control {
     quit: Receiver<()>,
     /// How the kernel learns of a new size, once the disk is mounted.
     size_notice: Arc<OnceLock<SizeNotice>>,
+    /// Whether requests are answered, once the disk is mounted.
+    pulse: Arc<OnceLock<Pulse>>,
     /// What is known of the stream that is to be started again.
     interrupted: Cell<Option<Result<Option<Vec<u8>>>>>,
     /// What happens to jobs, where somebody wants to know.
@@ -91,6 +96,11 @@ impl Control {
             let size_notice: Arc<OnceLock<SizeNotice>> = Arc::clone(&size_notice);
             Arc::new(move |size| size_notice.get().into_iter().for_each(|notice| notice.send(size)))
         };
+        let pulse = Arc::new(OnceLock::new());
+        let is_answering = {
+            let pulse: Arc<OnceLock<Pulse>> = Arc::clone(&pulse);
+            Arc::new(move || pulse.get().is_none_or(|pulse| pulse.is_felt(PULSE_TIMEOUT)))
+        };
         let target = Target {
             disk: Arc::clone(disk),
             mountpoint: config.mountpoint.clone(),
@@ -100,6 +110,7 @@ impl Control {
             priority: config.stream_priority,
             quit: sender,
             grown,
+            is_answering,
         };
         let source = metrics::Source {
             disk: Arc::clone(disk),
@@ -110,7 +121,7 @@ impl Control {
         };
         let metrics = metrics.map(|listener| metrics::Server::start(listener, source)).transpose()?;
         let server = socket.map(|socket| Server::start(socket, target)).transpose()?;
-        Ok(Control { jobs, streams, server, metrics, quit, size_notice, interrupted, told })
+        Ok(Control { jobs, streams, server, metrics, quit, size_notice, pulse, interrupted, told })
     }
 
     /// The registry of jobs.
@@ -119,8 +130,9 @@ impl Control {
     }
 
     /// The session runs: from now on the kernel is told when it grows.
-    pub(super) fn mounted(&self, notice: SizeNotice) {
+    pub(super) fn mounted(&self, notice: SizeNotice, pulse: Pulse) {
         let _ = self.size_notice.set(notice);
+        let _ = self.pulse.set(pulse);
     }
 
     /// Where a client's wish to end the process arrives; silent for ever without a socket.

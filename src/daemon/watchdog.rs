@@ -1,11 +1,11 @@
 //! A thread that tells the service manager what the disk does, and that it is alive: only as long as requests get through.
 //!
-//! Alive is a disk that answers a read of its first sector from the overlay, or says that it would have to wait for something
+//! Alive is a disk whose threads answer the requests that the kernel sends them ([`Pulse`]; over io_uring one from each CPU), that answers a read of its first sector from the overlay, or says that it would have to wait for something
 //! ([`Disk::probe`]: it has been through the locks and the tables then), and whose metadata is committed ([`Heartbeat`]): so a deadlock and a host
 //! file system that does not come back from fdatasync(2) end the messages, and the manager does what it is configured to. A backing file that hangs does not:
 //! who reads what is local does not wait for it, and a restart would not help who does.
 //!
-//! **Touches:** the disk by one method that never waits for a backing file; the jobs' progress. **Never:** decides anything else.
+//! **Touches:** the disk by one method that never waits for a backing file; the session by one that waits no longer than it is told; the jobs' progress. **Never:** decides anything else.
 //! **Locks:** none of its own.
 
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use super::COMMIT_INTERVAL;
 use super::notify::Manager;
 use crate::disk::Disk;
+use crate::fuse::Pulse;
 use crate::job::{JobInfo, Jobs, Status};
 use crate::map::units;
 
@@ -75,7 +76,7 @@ fn is_alive(commit_age: Duration, interval: Duration) -> bool {
 #[derive(Debug)]
 enum Phase {
     /// The disk is there, under this name.
-    Serving(String),
+    Serving(String, Pulse),
     /// It is about to be closed.
     Stopping,
 }
@@ -95,8 +96,8 @@ impl Reporter {
         let (sender, phase) = bounded(2);
         let teller = Teller { manager: Arc::clone(&manager), disk: Arc::clone(disk), jobs, heartbeat };
         let body = move || {
-            if let Ok(Phase::Serving(serving)) = phase.recv() {
-                teller.serve(&serving, &phase);
+            if let Ok(Phase::Serving(serving, pulse)) = phase.recv() {
+                teller.serve(&serving, &pulse, &phase);
             }
         };
         if let Err(error) = thread::Builder::new().name("watchdog".to_string()).spawn(body) {
@@ -105,10 +106,10 @@ impl Reporter {
         Reporter { manager, phase: sender }
     }
 
-    /// The disk is there. `serving` says which and where.
-    pub(super) fn ready(&self, serving: String) {
+    /// The disk is there. `serving` says which and where; `pulse`, whether its requests are answered.
+    pub(super) fn ready(&self, serving: String, pulse: Pulse) {
         self.manager.tell(&["READY=1", &format!("STATUS={serving}")]);
-        self.enter(Phase::Serving(serving));
+        self.enter(Phase::Serving(serving, pulse));
     }
 
     /// The disk is not there any more; it is about to be closed, which may take a while.
@@ -132,13 +133,13 @@ struct Teller {
 }
 
 impl Teller {
-    fn serve(&self, serving: &str, phase: &Receiver<Phase>) {
+    fn serve(&self, serving: &str, pulse: &Pulse, phase: &Receiver<Phase>) {
         let interval = self.manager.watchdog;
         let tick = interval.map_or(STATUS_INTERVAL, |interval| (interval / 2).min(STATUS_INTERVAL));
         let mut told = (serving.to_string(), Instant::now());
         loop {
             if let Some(interval) = interval
-                && self.is_alive(interval)
+                && self.is_alive(interval, pulse)
             {
                 self.manager.tell(&["WATCHDOG=1"]);
             }
@@ -148,14 +149,20 @@ impl Teller {
                 told = (status, Instant::now());
             }
             match phase.recv_timeout(tick) {
-                Err(RecvTimeoutError::Timeout) | Ok(Phase::Serving(_)) => {}
+                Err(RecvTimeoutError::Timeout) | Ok(Phase::Serving(..)) => {}
                 Ok(Phase::Stopping) => return self.close(phase),
                 Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }
 
-    fn is_alive(&self, interval: Duration) -> bool {
+    fn is_alive(&self, interval: Duration, pulse: &Pulse) -> bool {
+        // A request that the kernel sends comes to the threads that serve, and back.
+        let patience = interval / 2 + COMMIT_INTERVAL;
+        if !pulse.is_felt(patience) {
+            log::error!("requests of the kernel are not answered within {patience:?}");
+            return false;
+        }
         // What it says does not matter: a bad sector is no deadlock.
         let _ = self.disk.probe();
         is_alive(self.heartbeat.age(), interval)

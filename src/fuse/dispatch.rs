@@ -24,6 +24,7 @@ use rustix::io::Errno;
 
 use super::file_system::FileSystem;
 use super::handler::{Answer, Durability};
+use super::pulse::Echoes;
 use super::wire::{self, Operation};
 use super::workers::{Buffer, Task, Workers};
 
@@ -88,11 +89,13 @@ pub(super) trait LaterReply: Send + 'static {
 pub(super) struct Dispatcher {
     file_system: Arc<dyn FileSystem>,
     workers: Workers,
+    echoes: Arc<Echoes>,
 }
 
 impl Dispatcher {
-    pub(super) fn new(file_system: Arc<dyn FileSystem>, workers: Workers) -> Dispatcher {
-        Dispatcher { file_system, workers }
+    /// `echoes` is told when a request comes that a [`super::Pulse`] has asked for.
+    pub(super) fn new(file_system: Arc<dyn FileSystem>, workers: Workers, echoes: Arc<Echoes>) -> Dispatcher {
+        Dispatcher { file_system, workers, echoes }
     }
 
     /// Has a request answered: here if that takes no waiting, by a worker or the flush thread otherwise.
@@ -134,6 +137,10 @@ impl Dispatcher {
             Operation::FileSystem => send(reply, file_system.statfs().map(|host| wire::file_system(&host))),
             Operation::Nothing => reply.send(Ok(&[])),
             Operation::NoReply => reply.forget(),
+            Operation::Echo { token } => {
+                self.echoes.arrived(token);
+                reply.forget();
+            }
             Operation::Refused(errno) => reply.send(Err(errno)),
         }
     }

@@ -34,6 +34,7 @@ mod log_limit;
 mod mountinfo;
 mod mountpoint;
 mod outside;
+mod pulse;
 mod ring;
 mod session;
 mod stale;
@@ -56,6 +57,7 @@ pub use file_system::{FileSystem, ReadAnswer};
 pub use handler::{Answer, Durability, Handler, Stat, Truncate, errno};
 pub use host::{HostMount, MountPlan};
 pub use outside::{Life, SeenMount, detach, life_of, mounts, remove_placeholder, unmount};
+pub use pulse::Pulse;
 
 use crate::Result;
 use crate::disk::{Disk, DiskInfo};
@@ -106,6 +108,7 @@ pub struct Mounted {
     session: Receiver<Result<()>>,
     workers: workers::Ended,
     notifier: fuser::Notifier,
+    pulse: Pulse,
 }
 
 /// Tells the kernel that the size of a mounted disk has changed.
@@ -140,6 +143,15 @@ pub enum Finished {
     Quiet,
     /// Something hangs, or the kernel still sends requests.
     StillRunning,
+}
+
+/// Any bytes as a request from /dev/fuse.
+///
+/// # Panics
+/// They are taken for something they are not.
+#[cfg(fuzzing)]
+pub fn any_request(bytes: &[u8]) {
+    wire::any_bytes(bytes);
 }
 
 /// Looks up everything about `disk` that needs a path. Nothing is mounted yet: that is done with [`Prepared::plan`].
@@ -181,7 +193,7 @@ impl Prepared {
     /// The kernel speaks another protocol; no more threads.
     pub fn serve(self, device: OwnedFd) -> Result<Mounted> {
         let running = session::start(self.file_system, device, self.transport)?;
-        Ok(Mounted { session: running.session, workers: running.workers, notifier: running.notifier })
+        Ok(Mounted { session: running.session, workers: running.workers, notifier: running.notifier, pulse: running.pulse })
     }
 }
 
@@ -206,6 +218,11 @@ impl Mounted {
     /// For whoever changes the size of the disk.
     pub fn size_notice(&self) -> SizeNotice {
         SizeNotice { notifier: self.notifier.clone() }
+    }
+
+    /// For threads that want to know whether requests are answered.
+    pub fn pulse(&self) -> Pulse {
+        self.pulse.clone()
     }
 
     /// Makes the kernel send the pages that programs have dirtied through shared mappings of the

@@ -96,8 +96,8 @@ impl Entry {
     }
 
     fn operation(&mut self) -> Operation {
-        let (opcode, _) = wire::in_header(self.header());
-        wire::operation(opcode, &self.header()[OPERATION])
+        let (opcode, unique) = wire::in_header(self.header());
+        wire::operation(opcode, unique, &self.header()[OPERATION])
     }
 
     /// Puts the answer in: so many bytes of payload, or an error.

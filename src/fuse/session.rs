@@ -13,6 +13,7 @@ use fuser::{Filesystem, INodeNo, InitFlags, KernelConfig, Notifier, Request, Ses
 use super::device;
 use super::dispatch::{Dispatcher, MAX_IO};
 use super::file_system::FileSystem;
+use super::pulse::Pulse;
 use super::ring::{self, Wanted};
 use super::workers::{Ended, Workers};
 use crate::error::Context;
@@ -36,6 +37,8 @@ pub(super) struct Running {
     pub(super) workers: Ended,
     /// The way to tell the kernel something unasked.
     pub(super) notifier: Notifier,
+    /// Whether requests are answered.
+    pub(super) pulse: Pulse,
 }
 
 /// Answers the kernel's INIT and starts to serve `device`, an open /dev/fuse that is mounted.
@@ -52,9 +55,11 @@ pub(super) fn start(file_system: Arc<dyn FileSystem>, device: OwnedFd, transport
     drop(session);
 
     let (workers, workers_ended) = Workers::start(&file_system)?;
-    let dispatcher = Dispatcher::new(file_system, workers);
+    let echoes = Arc::default();
+    let dispatcher = Dispatcher::new(file_system, workers, Arc::clone(&echoes));
     let (ending, ended) = Ending::new();
     let device = Arc::new(device);
+    let pulse = Pulse::new(&echoes, &device, over_rings.load(Ordering::Acquire));
     match transport {
         Wanted::Rings(rings) if over_rings.load(Ordering::Acquire) => rings.serve(device.as_fd(), &dispatcher, &ending)?,
         Wanted::Rings(_) => log::info!("requests come over /dev/fuse: this kernel does not offer FUSE over io_uring"),
@@ -69,7 +74,7 @@ pub(super) fn start(file_system: Arc<dyn FileSystem>, device: OwnedFd, transport
         let own = own.map_or_else(|| Arc::clone(&device), Arc::new);
         device::serve(number, own, dispatcher.clone(), server)?;
     }
-    Ok(Running { session: ended, workers: workers_ended, notifier })
+    Ok(Running { session: ended, workers: workers_ended, notifier, pulse })
 }
 
 /// The end of a session, which all its threads share.

@@ -22,6 +22,8 @@ pub(super) const WRITE_HEADER: usize = IN_HEADER + 40;
 const LARGEST: usize = 104;
 /// The file at the mountpoint (FUSE_ROOT_ID).
 const ROOT: u64 = 1;
+/// The bit that the numbers of requests have that [`retrieve`] asks for, and no others.
+const ECHO: u64 = 1 << 63;
 /// Nanoseconds in a second.
 const SECOND: u32 = 1_000_000_000;
 
@@ -93,9 +95,13 @@ pub(super) enum Operation {
     FileSystem,
     /// Nothing to be done, and that went well.
     Nothing,
-    /// FUSE_FORGET, FUSE_BATCH_FORGET and FUSE_NOTIFY_REPLY: nothing to be done, and the kernel takes
-    /// no reply.
+    /// FUSE_FORGET and FUSE_BATCH_FORGET: nothing to be done, and the kernel takes no reply.
     NoReply,
+    /// FUSE_NOTIFY_REPLY: what [`retrieve`] has asked for. The kernel takes no reply.
+    Echo {
+        /// As it was given to [`retrieve`].
+        token: u64,
+    },
     /// Not offered.
     Refused(Errno),
 }
@@ -112,7 +118,7 @@ pub(super) fn request(bytes: &[u8]) -> Option<Request<'_>> {
         return None;
     }
     let (opcode, unique) = in_header(bytes);
-    let operation = operation(opcode, &bytes[IN_HEADER..]);
+    let operation = operation(opcode, unique, &bytes[IN_HEADER..]);
     let (operation, data) = match operation {
         Operation::Write { len, .. } => match bytes.get(WRITE_HEADER..).filter(|data| data.len() == len as usize) {
             Some(data) => (operation, data),
@@ -141,7 +147,7 @@ pub(super) fn out_header(bytes: &mut [u8], unique: u64, result: Result<u32, Errn
 /// followed by other bytes. An opcode that is not offered is ENOSYS: the kernel remembers that and does
 /// not ask again. That is wanted of FUSE_INTERRUPT too: a request is never given up half done, and the
 /// kernel waits for its reply in any case. A structure that is cut short is EIO.
-pub(super) fn operation(opcode: u32, body: &[u8]) -> Operation {
+pub(super) fn operation(opcode: u32, unique: u64, body: &[u8]) -> Operation {
     let len = match opcode {
         15 | 16 => 40,
         4 => 88,
@@ -166,8 +172,10 @@ pub(super) fn operation(opcode: u32, body: &[u8]) -> Operation {
         17 => Operation::FileSystem,
         // RELEASE, and DESTROY.
         18 | 38 => Operation::Nothing,
-        // FORGET, NOTIFY_REPLY, BATCH_FORGET.
-        2 | 41 | 42 => Operation::NoReply,
+        // FORGET, BATCH_FORGET.
+        2 | 42 => Operation::NoReply,
+        // NOTIFY_REPLY. Its number is what is sure to come: over io_uring the structure is zeros.
+        41 => Operation::Echo { token: (unique & !ECHO) >> 1 },
         // LOOKUP: there is no other file.
         1 => Operation::Refused(Errno::NOENT),
         // IOCTL.
@@ -219,6 +227,24 @@ fn seconds(time: SystemTime) -> (i64, u32) {
             }
         }
     }
+}
+
+/// A notification (FUSE_NOTIFY_RETRIEVE) that makes the kernel send [`Operation::Echo`]: `struct
+/// fuse_out_header` and `struct fuse_notify_retrieve_out`, which asks for no bytes of the file. `token` is
+/// any number that has not been used for one that is still on its way.
+pub(super) fn retrieve(token: u64) -> [u8; OUT_HEADER + 32] {
+    /// FUSE_NOTIFY_RETRIEVE.
+    const RETRIEVE: u32 = 5;
+    // Requests of clients have small numbers. All are even: an odd one stands for an interrupt.
+    let unique = ECHO | token << 1;
+    let mut bytes = [0; OUT_HEADER + 32];
+    let len = bytes.len() as u32;
+    bytes[0..4].copy_from_slice(&len.to_ne_bytes());
+    bytes[4..8].copy_from_slice(&RETRIEVE.to_ne_bytes());
+    for (at, value) in [(16, unique), (24, ROOT)] {
+        bytes[at..at + 8].copy_from_slice(&u64::to_ne_bytes(value));
+    }
+    bytes
 }
 
 /// A structure of a reply.
@@ -305,9 +331,35 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     bytes.get(at..).and_then(|bytes| bytes.first_chunk()).map_or(0, |bytes| u64::from_ne_bytes(*bytes))
 }
 
+/// What must hold of a request whatever its bytes are: the judge of tests and of the fuzzer.
+///
+/// # Panics
+/// It does not hold.
+#[cfg(any(test, fuzzing))]
+pub(super) fn any_bytes(bytes: &[u8]) {
+    let parsed = request(bytes);
+    let is_whole = bytes.len() >= IN_HEADER && u32_at(bytes, 0) as usize == bytes.len();
+    assert_eq!(parsed.is_some(), is_whole);
+    match parsed.map(|request| (request.operation, request.data)) {
+        Some((Operation::Write { len, .. }, data)) => assert_eq!(len as usize, data.len()),
+        Some((Operation::SetAttributes { changes, .. }, _)) => {
+            for time in [changes.atime, changes.mtime].into_iter().flatten() {
+                if let TimeChange::At(at) = time {
+                    assert!(seconds(at).1 < SECOND);
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn operation(opcode: u32, body: &[u8]) -> Operation {
+        super::operation(opcode, 7, body)
+    }
 
     #[test]
     fn times_that_no_clock_can_say_are_no_panic() {
@@ -354,7 +406,7 @@ mod tests {
 
     #[test]
     fn what_takes_no_reply_and_what_the_kernel_shall_not_ask_again() {
-        for opcode in [2, 41, 42] {
+        for opcode in [2, 42] {
             assert!(matches!(operation(opcode, &[]), Operation::NoReply), "{opcode}");
         }
         // GETXATTR, ACCESS, INTERRUPT, POLL, COPY_FILE_RANGE, STATX.
@@ -372,19 +424,7 @@ mod tests {
                 bytes[..4].copy_from_slice(&len.to_ne_bytes());
                 bytes[4..8].copy_from_slice(&opcode.to_ne_bytes());
             }
-            let parsed = request(&bytes);
-            proptest::prop_assert_eq!(parsed.is_some(), bytes.len() >= IN_HEADER && u32_at(&bytes, 0) as usize == bytes.len());
-            let Some(parsed) = parsed else { return Ok(()) };
-            if let Operation::Write { len, .. } = parsed.operation {
-                proptest::prop_assert_eq!(len as usize, parsed.data.len());
-            }
-            if let Operation::SetAttributes { changes, .. } = parsed.operation {
-                for time in [changes.atime, changes.mtime].into_iter().flatten() {
-                    if let TimeChange::At(at) = time {
-                        let _ = seconds(at);
-                    }
-                }
-            }
+            any_bytes(&bytes);
         }
 
         /// The setting of times that end the conversion of others: any numbers are a time that goes back into a reply.

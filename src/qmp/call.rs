@@ -34,6 +34,8 @@ pub struct Target {
     pub quit: Sender<()>,
     /// Called with the size in bytes that the disk has grown to, before the client that asked for it is answered.
     pub grown: Arc<dyn Fn(u64) + Send + Sync>,
+    /// Whether the requests that the kernel sends are answered. Called by threads of the socket, which serve no such request.
+    pub is_answering: Arc<dyn Fn() -> bool + Send + Sync>,
 }
 
 impl std::fmt::Debug for Target {
@@ -63,18 +65,20 @@ pub(super) struct Facts {
     /// When the disk began to be served.
     pub started: SystemTime,
     pub is_usable: Box<dyn Fn() -> bool + Send + Sync>,
+    pub is_answering: Box<dyn Fn() -> bool + Send + Sync>,
     pub totals: Box<dyn Fn() -> Result<Totals> + Send + Sync>,
     pub survey: Box<dyn Fn(u64) -> Result<Arc<Survey>> + Send + Sync>,
     pub extents: Box<dyn Fn(u64, usize) -> Result<Page> + Send + Sync>,
 }
 
 impl Facts {
-    fn of(disk: &Arc<Disk>, mountpoint: PathBuf) -> Facts {
+    fn of(disk: &Arc<Disk>, mountpoint: PathBuf, is_answering: Arc<dyn Fn() -> bool + Send + Sync>) -> Facts {
         let [first, second, third, fourth] = std::array::from_fn(|_| Arc::clone(disk));
         Facts {
             mountpoint,
             started: SystemTime::now(),
             is_usable: Box::new(move || first.is_usable()),
+            is_answering: Box::new(move || is_answering()),
             totals: Box::new(move || second.totals()),
             survey: Box::new(move |cells| third.survey(cells)),
             extents: Box::new(move |from, limit| map::extents(&fourth, from, limit)),
@@ -84,8 +88,8 @@ impl Facts {
 
 impl From<Target> for Backend {
     fn from(target: Target) -> Self {
-        let Target { disk, mountpoint, jobs, streams, device, priority, quit, grown } = target;
-        let facts = Facts::of(&disk, mountpoint);
+        let Target { disk, mountpoint, jobs, streams, device, priority, quit, grown, is_answering } = target;
+        let facts = Facts::of(&disk, mountpoint, is_answering);
         let starting = streams.starting();
         let start_stream = {
             let (disk, streams) = (Arc::clone(&disk), streams.clone());

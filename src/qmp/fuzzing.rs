@@ -72,6 +72,7 @@ fn backend() -> Backend {
             mountpoint: "/disk".into(),
             started: std::time::UNIX_EPOCH,
             is_usable: Box::new(|| true),
+            is_answering: Box::new(|| true),
             totals: Box::new(move || Err(no_disk())),
             survey: Box::new(move |_| Err(no_disk())),
             extents: Box::new(move |_, _| Err(no_disk())),

@@ -21,6 +21,7 @@ pub(super) fn x_query_status(call: &mut Call<'_>) -> Result<Value, Refusal> {
         "size": info.size, "cluster-size": info.cluster_size, "allocated-size": info.allocated_size,
         "read-only": info.read_only, "copy-on-read": info.copy_on_read,
         "chain": info.backing.iter().map(layer).collect::<Value>(), "usable": (facts.is_usable)(),
+        "answering": (facts.is_answering)(),
         "requests": requests(&stats), "latency-bounds-ns": LATENCY_BOUNDS, "backing-reads": backing_reads(&stats.backing_reads),
         "hits": stats.hits(), "misses": stats.misses, "commits": stats.commits,
         "copied-up": { "operations": stats.copied_up.operations, "bytes": stats.copied_up.bytes, "failed": stats.copied_up.failed },

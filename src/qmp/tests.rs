@@ -101,6 +101,7 @@ fn facts() -> Facts {
         mountpoint: "/srv/disk".into(),
         started: std::time::UNIX_EPOCH,
         is_usable: Box::new(|| true),
+        is_answering: Box::new(|| true),
         totals: Box::new(|| Ok(Totals { local: CHUNK, zero: CHUNK, remote: SIZE - 2 * CHUNK, age: Duration::from_millis(8) })),
         survey: Box::new(move |_| Ok(Arc::new(Survey { size: SIZE, cell_size: CHUNK, local: cells(0), zero: cells(1) }))),
         extents: Box::new(move |from, limit| {

@@ -237,7 +237,7 @@ pub(super) const OBJECTS: &[(&str, &[Member])] = &[
 ];
 
 /// `bytes` is absent where the tables of the overlay cannot be read.
-const STATUS: [Member; 24] = [
+const STATUS: [Member; 25] = [
     always("device", Str),
     always("image", Str),
     always("mountpoint", Str),
@@ -251,6 +251,7 @@ const STATUS: [Member; 24] = [
     always("copy-on-read", Bool),
     always("chain", List(&Object("ChainLayer"))),
     always("usable", Bool),
+    always("answering", Bool),
     maybe("bytes", Object("DiskBytes")),
     always("requests", List(&Object("RequestCount"))),
     always("latency-bounds-ns", List(&Int)),

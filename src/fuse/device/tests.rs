@@ -11,6 +11,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use super::super::attributes::Changes;
 use super::super::file_system::{FileSystem, ReadAnswer};
 use super::super::handler::{Answer, Durability, Stat, Truncate};
+use super::super::pulse::Pulse;
 use super::super::workers::Workers;
 use super::*;
 
@@ -124,6 +125,7 @@ struct Kernel {
     socket: OwnedFd,
     stub: Arc<Stub>,
     ended: Receiver<Result<()>>,
+    pulse: Pulse,
 }
 
 fn start() -> Kernel {
@@ -135,8 +137,10 @@ fn start() -> Kernel {
     let file_system: Arc<dyn FileSystem> = Arc::clone(&stub) as _;
     let (workers, _) = Workers::start(&file_system).unwrap();
     let (ending, ended) = Ending::new();
-    serve(0, Arc::new(device), Dispatcher::new(file_system, workers), Server::new(&ending)).unwrap();
-    Kernel { socket, stub, ended }
+    let (device, echoes) = (Arc::new(device), Arc::default());
+    let pulse = Pulse::new(&echoes, &device, false);
+    serve(0, device, Dispatcher::new(file_system, workers, echoes), Server::new(&ending)).unwrap();
+    Kernel { socket, stub, ended, pulse }
 }
 
 /// `struct fuse_read_in`, and the first 40 bytes of a write.
@@ -229,6 +233,28 @@ fn a_panic_of_a_task_is_eio() {
     assert_eq!(kernel.ask(READ, &range(PANIC, 512, 0)), eio());
     assert_eq!(kernel.ask(WRITE, &write_of(PANIC, b"x", 0)), eio());
     assert_eq!(kernel.ask(READ, &range(0, 4, 0)), (0, b"llll".to_vec()));
+}
+
+/// A transport that brings the kernel's own requests is alive, one that does not is not, and one that is gone is nobody's concern.
+#[test]
+fn the_pulse_is_a_request_that_comes_back() {
+    let kernel = start();
+    let asked = || {
+        let mut bytes = [0; 64];
+        assert_eq!(rustix::io::read(&kernel.socket, &mut bytes).unwrap(), OUT_HEADER + 32);
+        // FUSE_NOTIFY_RETRIEVE, of the root, no bytes.
+        assert_eq!((bytes[0], bytes[4], &bytes[8..16], bytes[24], bytes[40]), (48, 5, &[0; 8][..], 1, 0));
+        u64::from_ne_bytes(bytes[16..24].try_into().unwrap())
+    };
+    std::thread::scope(|scope| {
+        let felt = scope.spawn(|| kernel.pulse.is_felt(std::time::Duration::from_secs(60)));
+        kernel.send(41, asked(), &[0; 40]);
+        assert!(felt.join().unwrap());
+    });
+    assert!(!kernel.pulse.is_felt(std::time::Duration::ZERO));
+    asked();
+    // Neither had a reply.
+    assert_eq!(kernel.ask(LSEEK, &[0; 24]), (0, vec![0; 8]));
 }
 
 /// A message of this socket is at most some 200 KiB long.
