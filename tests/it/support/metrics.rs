@@ -11,9 +11,12 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Where a disk that was mounted with `--metrics …:0` tells its metrics.
 pub fn address(disk: &Daemon) -> SocketAddr {
-    let log = disk.log();
-    let url = log.split("metrics at http://").nth(1).unwrap_or_else(|| panic!("no address in the log\n{log}"));
-    url.split('/').next().expect("address").parse().unwrap_or_else(|error| panic!("{error}\n{log}"))
+    // The disk is there a moment before this line.
+    let found = super::poll(PATIENCE, || {
+        disk.log().split_once("metrics at http://").and_then(|(_, url)| Some(url.split_once("/metrics")?.0.to_owned()))
+    });
+    let address = found.unwrap_or_else(|| panic!("no address in the log\n{}", disk.log()));
+    address.parse().unwrap_or_else(|error| panic!("{address}: {error}"))
 }
 
 /// What the server says to `request`, whole.
