@@ -13,7 +13,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::support::header;
-use crate::support::terminal::Terminal;
+use crate::support::terminal::{Terminal, hang_up_on};
 use crate::support::{
     CLUSTER, CORDISK, Daemon, Finished, KIB, MIB, Mount, Pattern, QmpClient, Rig, Scratch, qemu, read_at, run_within, wait_until,
 };
@@ -621,6 +621,30 @@ fn top_outlives_its_disks() {
     terminal.wait_for_text("no disk is running here");
     terminal.send(b"q");
     terminal.assert_status(0);
+}
+
+/// Protects: a terminal that goes away ends it, whether or not SIGHUP is ignored, and so does each signal.
+#[test]
+fn top_ends_with_its_terminal() {
+    requires!("/dev/fuse", "qemu-img", "setsid");
+    let scratch = Scratch::new();
+    qemu::create(&scratch.join("one.qcow2"), Some(8 * MIB), "", None);
+    let disk = Mount::named(&scratch, &scratch.join("one.qcow2"), "one").start();
+    let directory = scratch.runtime_dir();
+    let env = [("CORDISK_RUNTIME_DIR", directory.as_os_str())];
+    let ended = hang_up_on(CORDISK, &[word("top")], &env, "one.disk");
+    // By the signal's default, by our handler of it, or by the look at the terminal.
+    assert!(!ended.success(), "{ended:?}");
+    let ignoring = [word("-c"), word("trap '' HUP; exec \"$0\" top"), word(CORDISK)];
+    let ended = hang_up_on("sh", &ignoring, &env, "one.disk");
+    assert!(!ended.success(), "{ended:?}");
+    for (signal, status) in [(Signal::TERM, 143), (Signal::HUP, 129), (Signal::INT, 130)] {
+        let mut terminal = Terminal::cordisk(&scratch, &[word("top")], &[], 24, 80);
+        terminal.wait_for_text("one.disk");
+        terminal.signal(signal);
+        terminal.assert_status(status);
+    }
+    disk.umount();
 }
 
 /// Protects: a daemon that hangs holds up its own line only, and neither keys nor the end.

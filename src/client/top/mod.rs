@@ -1,13 +1,14 @@
 //! `cordisk top`: the disks that run, live.
 //!
 //! One thread looks at each disk and reports ([`watch`]); this one takes reports and keys into the [`model`] and draws it ([`screen`]). The terminal
-//! is put back on every way out: return, panic, signal.
+//! is put back on every way out: return, panic, signal. Signals and a terminal that goes away have a thread of their own (`ending.rs`).
 //!
 //! **Touches:** the terminal, sessions with daemons. **Never:** waits for a daemon on the thread that draws. **Locks:** none; threads report over one
 //! channel.
 
 mod bars;
 mod json;
+mod ending;
 mod model;
 mod plain;
 mod rates;
@@ -18,18 +19,18 @@ use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
 use ratatui::text::Text;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::show;
 use crate::Result;
 use crate::error::Context;
+use ending::Ending;
 use model::{DiskView, Model};
 use watch::{Order, Report, Wanted};
 
@@ -95,12 +96,8 @@ fn once(options: &TopOptions, names: Vec<PathBuf>) -> Result<ExitCode> {
 }
 
 fn live(options: &TopOptions, names: Vec<PathBuf>) -> Result<ExitCode> {
-    // The number of the signal that has come; 0 for none. The keyboard's Ctrl-C comes as a key.
-    let signal = Arc::new(AtomicUsize::new(0));
-    for number in [SIGTERM, SIGINT, SIGHUP] {
-        let value = usize::try_from(number).unwrap_or(1);
-        signal_hook::flag::register_usize(number, Arc::clone(&signal), value).context(|| "signals")?;
-    }
+    // The keyboard's Ctrl-C comes as a key.
+    let ending = Ending::watch()?;
     let (sender, reports) = unbounded();
     if options.target.is_none() {
         watch::find_disks(options.interval, sender.clone())?;
@@ -122,14 +119,11 @@ fn live(options: &TopOptions, names: Vec<PathBuf>) -> Result<ExitCode> {
         .map(drop)
         .context(|| "the terminal")
         .and_then(|()| top.add(names))
-        .and_then(|()| top.run(&mut screen.terminal, &reports, &signal));
+        .and_then(|()| top.run(&mut screen.terminal, &reports, &ending));
     drop(screen);
     ended?;
     // As a shell tells of a program that a signal has ended.
-    let status = match signal.load(Ordering::Relaxed) {
-        0 => 0,
-        number => u8::try_from(128 + number).unwrap_or(1),
-    };
+    let status = ending.signal().map_or(0, |number| u8::try_from(128 + number).unwrap_or(1));
     Ok(ExitCode::from(status))
 }
 
@@ -186,10 +180,10 @@ impl Top {
         Ok(())
     }
 
-    fn run(&mut self, terminal: &mut DefaultTerminal, reports: &Receiver<Report>, signal: &AtomicUsize) -> Result<()> {
+    fn run(&mut self, terminal: &mut DefaultTerminal, reports: &Receiver<Report>, ending: &Ending) -> Result<()> {
         let failed = || "the terminal";
         let mut changed = true;
-        while signal.load(Ordering::Relaxed) == 0 {
+        while ending.signal().is_none() {
             if changed {
                 terminal.draw(|frame| self.draw(frame)).context(failed)?;
             }

@@ -64,25 +64,7 @@ impl Terminal {
 
     /// Starts a program on a new terminal of this size, which is its controlling terminal: Ctrl-C (`send(b"\x03")`) is a SIGINT for it.
     pub fn spawn<A: AsRef<OsStr>>(program: impl AsRef<OsStr>, args: &[A], env: &[(&str, &OsStr)], rows: u16, cols: u16) -> Terminal {
-        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a pseudo-terminal");
-        grantpt(&master).expect("grantpt");
-        unlockpt(&master).expect("unlockpt");
-        tcsetwinsize(&master, winsize(rows, cols)).expect("size of the terminal");
-        let name = ptsname(&master, Vec::new()).expect("name of the terminal");
-        let slave = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags_noctty()
-            .open(OsStr::from_bytes(name.as_bytes()))
-            .expect("the other end of the terminal");
-        // setsid(1) becomes the program: it is no leader of a process group yet, so that it need not fork.
-        let mut command = Command::new("setsid");
-        command.arg("--ctty").arg(program.as_ref()).args(args).env("TERM", "xterm-256color").env_remove("NO_COLOR");
-        command.env_remove("COLUMNS").env_remove("LINES").envs(env.iter().copied());
-        command.stdin(slave.try_clone().expect("terminal")).stdout(slave.try_clone().expect("terminal")).stderr(slave);
-        let child = command.spawn().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
-        drop(command); // and its ends of the terminal
-
+        let (child, master) = on_a_terminal(program.as_ref(), args, env, rows, cols);
         let parser = vt100::Parser::new(nonzero(rows), nonzero(cols), 1000);
         let shown = Arc::new((Mutex::new(Shown { parser, raw: Vec::new(), closed: false }), Condvar::new()));
         let master = Arc::new(master);
@@ -199,6 +181,45 @@ impl Drop for Terminal {
             let _ = self.child.wait();
         }
     }
+}
+
+/// Starts a program on a new terminal, reads until `shown` is written there, and closes the terminal on it. Returns how the program ended.
+pub fn hang_up_on<A: AsRef<OsStr>>(program: impl AsRef<OsStr>, args: &[A], env: &[(&str, &OsStr)], shown: &str) -> ExitStatus {
+    let (mut child, master) = on_a_terminal(program.as_ref(), args, env, 24, 80);
+    let (mut text, mut buf) = (Vec::new(), [0; 16 << 10]);
+    while !String::from_utf8_lossy(&text).contains(shown) {
+        let len = rustix::io::read(&master, &mut buf).unwrap_or_else(|error| panic!("{error}: {:?}", String::from_utf8_lossy(&text)));
+        text.extend_from_slice(&buf[..len]);
+    }
+    drop(master);
+    let ended = super::poll(PATIENCE, || child.try_wait().expect("wait"));
+    if ended.is_none() {
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    ended.unwrap_or_else(|| panic!("the program outlives its terminal"))
+}
+
+/// A program on a new terminal of this size, and the other end of the terminal.
+fn on_a_terminal<A: AsRef<OsStr>>(program: &OsStr, args: &[A], env: &[(&str, &OsStr)], rows: u16, cols: u16) -> (Child, OwnedFd) {
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).expect("a pseudo-terminal");
+    grantpt(&master).expect("grantpt");
+    unlockpt(&master).expect("unlockpt");
+    tcsetwinsize(&master, winsize(rows, cols)).expect("size of the terminal");
+    let name = ptsname(&master, Vec::new()).expect("name of the terminal");
+    let slave = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags_noctty()
+        .open(OsStr::from_bytes(name.as_bytes()))
+        .expect("the other end of the terminal");
+    // setsid(1) becomes the program: it is no leader of a process group yet, so that it need not fork.
+    let mut command = Command::new("setsid");
+    command.arg("--ctty").arg(program).args(args).env("TERM", "xterm-256color").env_remove("NO_COLOR");
+    command.env_remove("COLUMNS").env_remove("LINES").envs(env.iter().copied());
+    command.stdin(slave.try_clone().expect("terminal")).stdout(slave.try_clone().expect("terminal")).stderr(slave);
+    let child = command.spawn().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+    (child, master)
 }
 
 /// Not the controlling terminal of the test.

@@ -1,0 +1,101 @@
+//! What ends `top` from outside: a signal, or a terminal that is gone.
+//!
+//! The library that reads keys never returns from a read that finds the end of the terminal, or that
+//! the terminal refuses. So a thread beside it watches for both, and ends the process where the thread
+//! that draws does not.
+
+use std::fs::File;
+use std::io::{self, IsTerminal};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use ratatui::crossterm::terminal::disable_raw_mode;
+use rustix::event::{PollFd, PollFlags, poll};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::Result;
+use crate::error::Context;
+
+/// How long the thread that draws may take to see a signal and put the terminal back.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// The number of the signal that has come; 0 for none.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Ending(Arc<AtomicUsize>);
+
+impl Ending {
+    /// Watches for SIGTERM, SIGINT and SIGHUP, and for a terminal that hangs up, whether or not SIGHUP is ignored.
+    ///
+    /// # Errors
+    /// The system refuses handlers or threads, or there is no terminal to read from.
+    pub(super) fn watch() -> Result<Ending> {
+        let ending = Ending::default();
+        let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context(|| "signals")?;
+        let seen = ending.clone();
+        let on_signal = move || {
+            for number in signals.forever() {
+                seen.0.store(usize::try_from(number).unwrap_or(1), Ordering::Relaxed);
+                thread::sleep(GRACE);
+                let _ = disable_raw_mode();
+                std::process::exit(128 + number);
+            }
+        };
+        thread::Builder::new().name("signals".into()).spawn(on_signal).context(|| "a thread")?;
+        let terminal = terminal().context(|| "the terminal")?;
+        // There is nothing left to be put back, and nobody to read a message.
+        let on_hangup = move || {
+            wait_for_hangup(&terminal);
+            std::process::exit(128 + SIGHUP);
+        };
+        thread::Builder::new().name("hangup".into()).spawn(on_hangup).context(|| "a thread")?;
+        Ok(ending)
+    }
+
+    /// The signal that has come, if one has.
+    pub(super) fn signal(&self) -> Option<usize> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|&number| number != 0)
+    }
+}
+
+/// What keys are read from: standard input, or the controlling terminal.
+fn terminal() -> io::Result<OwnedFd> {
+    let input = io::stdin();
+    if input.is_terminal() { input.as_fd().try_clone_to_owned() } else { Ok(File::open("/dev/tty")?.into()) }
+}
+
+/// Returns when the other side of `terminal` has closed, or it can no longer be asked.
+fn wait_for_hangup(terminal: impl AsFd) {
+    loop {
+        // No events: a hangup and an error are told in any case.
+        let mut asked = [PollFd::new(&terminal, PollFlags::empty())];
+        match poll(&mut asked, None) {
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return,
+            Ok(_) if asked[0].revents().intersects(PollFlags::HUP | PollFlags::ERR | PollFlags::NVAL) => return,
+            Ok(_) => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hangup_is_seen_and_a_key_is_none() {
+        let (ours, theirs) = io::pipe().unwrap();
+        let (sender, seen) = crossbeam_channel::bounded(1);
+        let watching = thread::spawn(move || {
+            wait_for_hangup(&ours);
+            let _ = sender.send(());
+        });
+        io::Write::write_all(&mut &theirs, b"q").unwrap();
+        assert!(seen.recv_timeout(Duration::from_millis(100)).is_err());
+        drop(theirs);
+        watching.join().unwrap();
+    }
+}
