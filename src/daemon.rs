@@ -14,6 +14,7 @@
 mod background;
 mod control;
 mod helper;
+mod limits;
 mod notify;
 mod pidfile;
 mod servers;
@@ -22,6 +23,7 @@ mod watchdog;
 
 use std::ffi::OsStr;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
@@ -38,6 +40,7 @@ use crate::error::{Context, one_line};
 use crate::fuse::{self, Finished, MappedPages, MountOptions, Mounted, Pulse, Unmounted};
 use crate::job::Batch;
 use crate::keeper::{self, Entrusted, EntrustedMark, Keeper, KeptMount, Leftover, Messages};
+use crate::logging::{self, Log, Owners, Place, Settings};
 use crate::metrics;
 use crate::qmp::Socket;
 use crate::running::{LockedFile, Registration};
@@ -76,6 +79,8 @@ enum Event {
     Terminate,
     /// QMP `quit`: does not take "busy" for an answer either.
     Quit,
+    /// SIGHUP, which ends nothing: the log file was rotated.
+    Hangup,
 }
 
 /// Parses the command line, runs the command, returns the exit status: 0, or 1 after one line on standard error; `check` has others as well.
@@ -100,7 +105,7 @@ fn is_closed_output(error: &Error) -> bool {
 
 fn run(command: Command) -> Result<ExitCode> {
     if let Some(level) = log_level(&command) {
-        start_log(level);
+        logging::start(Settings::console(level))?;
     }
     match command {
         Command::Create(options) => crate::create::create(&options).map(|()| ExitCode::SUCCESS),
@@ -119,25 +124,55 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::KeepMount => keeper::run().map(|()| ExitCode::SUCCESS),
         Command::Helper(call) => Ok(helper::run(&call)),
         Command::Mount(config) => match config.role {
-            Role::Parent => background::start(std::env::args_os().skip(1), &[]).map(status),
-            Role::Foreground => serve(&config).map(|()| ExitCode::SUCCESS),
-            Role::Child => {
-                background::leave_terminal()?;
-                serve(&config).map(|()| ExitCode::SUCCESS)
-            }
+            Role::Parent => limits::check().and_then(|()| background::start(std::env::args_os().skip(1), &[])).map(status),
+            Role::Foreground | Role::Child => mount(&config).map(|()| ExitCode::SUCCESS),
         },
     }
+}
+
+/// The process that serves: in the background it gives up what it has inherited, then it has a log,
+/// then it serves.
+fn mount(config: &MountConfig) -> Result<()> {
+    limits::check()?;
+    if config.role == Role::Child {
+        background::leave_terminal()?;
+    }
+    let user = config.user.as_deref().map(Identity::find).transpose()?;
+    // Others may not read what a log that is made here will hold.
+    rustix::process::umask(Mode::from_raw_mode(0o077));
+    let owners = Owners(user.iter().map(|user| user.uid).collect());
+    let log = logging::start(log_settings(config, &owners))?;
+    let served = serve(config, user, &log, &owners);
+    if let Err(error) = &served {
+        log.last_words(&error.to_string());
+    }
+    log.flush();
+    served
+}
+
+/// What the process that serves logs, and where.
+fn log_settings(config: &MountConfig, owners: &Owners) -> Settings {
+    let (console, place) = match (&config.log, config.role) {
+        (Some(path), Role::Foreground) => (None, Place::File(path.clone(), owners.clone())),
+        (None, Role::Foreground) => (Some(log::LevelFilter::Info), Place::Nowhere),
+        // What goes wrong before the disk is there is said to the user as well.
+        (Some(path), _) => (Some(log::LevelFilter::Warn), Place::File(path.clone(), owners.clone())),
+        (None, _) => (Some(log::LevelFilter::Warn), Place::System),
+    };
+    let path = |path: &Path| path.display().to_string();
+    let fields = vec![
+        ("CORDISK_IMAGE", path(&config.image)),
+        ("CORDISK_MOUNTPOINT", path(&config.mountpoint)),
+        ("CORDISK_DEVICE", config.device.clone()),
+    ];
+    Settings { console, place, subject: path(&config.mountpoint), fields }
 }
 
 /// What a command logs unless `RUST_LOG` says otherwise; `None` for those that have nothing to log, or start a process that does.
 fn log_level(command: &Command) -> Option<log::LevelFilter> {
     match command {
-        Command::Mount(config) => match config.role {
-            Role::Parent => None,
-            Role::Foreground => Some(log::LevelFilter::Info),
-            Role::Child => Some(log::LevelFilter::Warn),
-        },
-        Command::KeepMount | Command::Helper(_) | Command::Completions(_) | Command::Man(_) => None,
+        // The process that serves has a log of its own.
+        Command::Mount(_) | Command::KeepMount | Command::Helper(_) | Command::Completions(_) | Command::Man(_) => None,
         // It would go into the picture.
         Command::Top(_) => Some(log::LevelFilter::Off),
         _ => Some(log::LevelFilter::Warn),
@@ -149,33 +184,20 @@ fn status(serves: bool) -> ExitCode {
     if serves { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Log lines go to standard error; `RUST_LOG` overrides. fuser is silent by default: it calls it an error when a client was killed
-/// while it waited, and what ends a session it returns to us as well. Whatever an image or a client has put into a message, a line
-/// stays one line (data-safety 6.7).
-fn start_log(level: log::LevelFilter) {
-    let mut builder = env_logger::Builder::new();
-    builder.filter_level(level).filter_module("fuser", log::LevelFilter::Off).parse_default_env();
-    builder.format(|out, record| {
-        let (level, style) = (record.level(), out.default_level_style(record.level()));
-        let text = one_line(&record.args().to_string());
-        writeln!(out, "[{} {style}{level:<5}{style:#} {}] {text}", out.timestamp(), record.target())
-    });
-    builder.init();
-}
-
 /// From here to the end of the process: everything that `cordisk mount` does in the process that serves.
-fn serve(config: &MountConfig) -> Result<()> {
-    rustix::process::umask(Mode::from_raw_mode(0o077));
-    let user = config.user.as_deref().map(Identity::find).transpose()?;
+fn serve(config: &MountConfig, user: Option<Identity>, log: &Log, owners: &Owners) -> Result<()> {
     sandbox::check(config.sandbox)?;
     // In the background somebody waits for the end of our standard error.
     let keeper = Keeper::start(if config.role == Role::Child { Messages::Dropped } else { Messages::Inherited }, &notify::VARIABLES)?;
-    let served = serve_kept(config, user, &keeper);
+    if let Some(path) = &config.log {
+        keeper.entrust_log(path, owners)?;
+    }
+    let served = serve_kept(config, user, &keeper, log);
     first_of(served, keeper.finish())
 }
 
 /// As [`serve`], with a keeper: what was entrusted to it has been removed afterwards.
-fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> Result<()> {
+fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper, log: &Log) -> Result<()> {
     let signals = signals::register()?;
     // Only who stays in the foreground is the process that a service manager has started.
     let manager = if config.role == Role::Foreground { Manager::connect() } else { None };
@@ -218,7 +240,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     let mark = user.map(|_| disk.entrust_open_mark()).transpose()?.flatten();
     let mark = mark.map(|(image, name)| keeper.entrust_mark(&image, name)).transpose()?;
     // Nor read them.
-    let streams = Prepared::new(config, &disk, user.map(|_| keeper))?;
+    let streams = Prepared::new(config, &disk, user.map(|_| keeper), keeper)?;
     let close = || close(&disk, config, mark.as_ref());
     let ready = (config.role == Role::Child).then(background::Ready::prepare).transpose()?;
     let owner = user.unwrap_or_else(Identity::current);
@@ -241,7 +263,10 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
 
     // From here on there are threads.
     let (sender, events) = unbounded();
-    let started = signals.start(sender).and_then(|signals| Ok((signals, Control::start(servers, config, &disk, streams)?)));
+    log.start_thread();
+    let started = limits::try_threads()
+        .and_then(|()| signals.start(sender))
+        .and_then(|signals| Ok((signals, Control::start(servers, config, &disk, streams, log)?)));
     let (_signals, control) = match started {
         Ok(started) => started,
         Err(error) => {
@@ -251,7 +276,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     };
     let heartbeat = Heartbeat::new();
     let reporter = manager.map(|manager| Reporter::start(manager, &disk, control.jobs(), heartbeat.clone()));
-    let announcement = Announcement { pidfile: pidfile.as_ref(), ready, reporter: reporter.as_ref(), heartbeat };
+    let announcement = Announcement { pidfile: pidfile.as_ref(), ready, reporter: reporter.as_ref(), heartbeat, log };
     let (served, requests) = match prepared.serve(device) {
         Ok(mounted) => serve_disk(config, &disk, announcement, &control, &events, mount, mounted),
         Err(error) => {
@@ -272,6 +297,9 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper) -> 
     // The file while the socket still listens: nothing else can have its inode number yet, and be taken for it.
     drop(socket_file);
     control.close(&closed);
+    if served.is_ok() && closed.is_ok() {
+        log::info!("{} is closed", config.image.display());
+    }
     first_of(served, closed)
 }
 
@@ -333,6 +361,7 @@ struct Announcement<'a> {
     reporter: Option<&'a Reporter>,
     /// Beats as long as commits end.
     heartbeat: Heartbeat,
+    log: &'a Log,
 }
 
 /// Everything between the open disk and its close: mounted, served, unmounted. Also tells whether requests are still running.
@@ -346,10 +375,10 @@ fn serve_disk(
     mounted: Mounted,
 ) -> (Result<()>, Finished) {
     control.mounted(mounted.size_notice(), mounted.pulse());
-    let (reporter, heartbeat) = (announcement.reporter, announcement.heartbeat.clone());
+    let (reporter, heartbeat, log) = (announcement.reporter, announcement.heartbeat.clone(), announcement.log);
     let announced = announce(config, disk, control, announcement, &mount, mounted.pulse());
     let timer = CommitTimer::start(Arc::clone(disk), heartbeat);
-    let ended = announced.and_then(|()| wait_for_end(&mount, &mounted, disk, events, control));
+    let ended = announced.and_then(|()| wait_for_end(&mount, &mounted, disk, events, control, log));
     if ended.is_err()
         && let Err(error) = mount.detach()
     {
@@ -380,14 +409,28 @@ fn announce(
     if let Some(reporter) = told.reporter {
         reporter.ready(format!("serving {} on {}", config.image.display(), mount.path().display()), pulse);
     }
-    told.ready.map_or(Ok(()), background::Ready::say)
+    let Some(ready) = told.ready else { return Ok(()) };
+    if told.log.place().is_none() {
+        let note = "there is no journal and no syslog here, so this daemon has no log; mount with --log FILE to have one";
+        let _ = writeln!(std::io::stderr(), "cordisk: note: {note}");
+    }
+    ready.say()?;
+    told.log.leave_console();
+    Ok(())
 }
 
 /// Serves until the session has ended, unmounting it when asked to.
 ///
 /// # Errors
 /// The session broke, or could not be taken from the kernel.
-fn wait_for_end(mount: &KeptMount<'_>, mounted: &Mounted, disk: &Disk, events: &Receiver<Event>, control: &Control) -> Result<()> {
+fn wait_for_end(
+    mount: &KeptMount<'_>,
+    mounted: &Mounted,
+    disk: &Disk,
+    events: &Receiver<Event>,
+    control: &Control,
+    log: &Log,
+) -> Result<()> {
     let mut asked = None;
     // Armed when it was unmounted, for as long as the session does not end.
     let mut overdue = crossbeam_channel::never();
@@ -408,7 +451,13 @@ fn wait_for_end(mount: &KeptMount<'_>, mounted: &Mounted, disk: &Disk, events: &
                 look_again(mount);
                 continue;
             }
-            recv(events) -> event => event.unwrap_or(Event::Terminate),
+            recv(events) -> event => match event.unwrap_or(Event::Terminate) {
+                Event::Hangup => {
+                    reopen_log(mount, log);
+                    continue;
+                }
+                event => event,
+            },
             recv(control.quit()) -> _ => Event::Quit,
         };
         // Whatever happens next, what was written until now is safe (P15): first the pages that the
@@ -433,6 +482,20 @@ fn wait_for_end(mount: &KeptMount<'_>, mounted: &Mounted, disk: &Disk, events: &
         log::warn!("{} is in use: {state}, detaching it", mount.path().display());
         control.announce_shutdown(Some(event));
         return mount.detach();
+    }
+}
+
+/// The log file was rotated. A process that logs elsewhere has nothing to do.
+fn reopen_log(mount: &KeptMount<'_>, log: &Log) {
+    if !log.has_file() {
+        return;
+    }
+    match mount.open_log() {
+        Ok(file) => {
+            log.replace_file(file);
+            log::info!("the log goes on in a new file");
+        }
+        Err(error) => log::warn!("the log stays in the old file: {error}"),
     }
 }
 

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::chain::MAX_LAYERS;
 use crate::error::{Context, one_line};
-use crate::format::{BackingFormat, BackingReference, CompressionType, Header, feature, printable};
+use crate::format::{BackingFormat, BackingReference, Header, Qcow2Facts, feature, printable};
 use crate::map::units;
 use crate::storage::{Access, FileStorage, Storage};
 use crate::{Error, ErrorKind, Result};
@@ -23,8 +23,6 @@ use crate::{Error, ErrorKind, Result};
 const FIRST_CLUSTER: usize = 2 << 20;
 /// First bytes of every qcow2 image.
 const MAGIC: &[u8] = b"QFI\xfb";
-/// Compatible feature bit 0 (specification: "compatible_features").
-const LAZY_REFCOUNTS: u64 = 1;
 /// QEMU counts the size of a disk in sectors.
 const SECTOR: u64 = 512;
 
@@ -72,27 +70,6 @@ pub struct FormatSpecific {
     pub kind: String,
     /// The facts.
     pub data: Qcow2Facts,
-}
-
-/// Facts that only qcow2 has. What version 2 cannot say is absent.
-#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Qcow2Facts {
-    /// `0.10` for version 2, `1.1` for version 3.
-    pub compat: String,
-    /// `zlib` or `zstd`.
-    pub compression_type: String,
-    /// Refcounts are written late.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lazy_refcounts: Option<bool>,
-    /// Width of a refcount in bits.
-    pub refcount_bits: u32,
-    /// The image is marked corrupt.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub corrupt: Option<bool>,
-    /// There are subclusters.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub extended_l2: Option<bool>,
 }
 
 /// Facts of the image at `path`, which may be in use.
@@ -179,26 +156,10 @@ fn facts(file: &FileStorage, path: &Path, format: BackingFormat, first: &[u8]) -
     let mut padded = first.to_vec();
     padded.resize(FIRST_CLUSTER, 0);
     let header = Header::parse_to_check(&padded).map_err(|error| Error::from(error).context(what()))?;
-    let v3 = header.geometry.version() >= 3;
-    let compatible = |bits: u64| v3.then_some(bits != 0);
     info.virtual_size = header.geometry.size();
     info.cluster_size = Some(header.geometry.cluster_size());
     info.dirty_flag = header.incompatible & feature::DIRTY != 0;
-    let compression = match header.compression {
-        CompressionType::Zlib => "zlib",
-        CompressionType::Zstd => "zstd",
-    };
-    info.format_specific = Some(FormatSpecific {
-        kind: "qcow2".into(),
-        data: Qcow2Facts {
-            compat: if v3 { "1.1" } else { "0.10" }.into(),
-            compression_type: compression.into(),
-            lazy_refcounts: compatible(header.compatible & LAZY_REFCOUNTS),
-            refcount_bits: 1 << header.geometry.refcount_order(),
-            corrupt: compatible(header.incompatible & feature::CORRUPT),
-            extended_l2: compatible(header.incompatible & feature::EXTENDED_L2),
-        },
-    });
+    info.format_specific = Some(FormatSpecific { kind: "qcow2".into(), data: header.facts() });
     if let Some(backing) = &header.backing {
         info.backing_filename = Some(backing.name.clone());
         info.full_backing_filename = full_name(path, &backing.name).map(|name| name.to_string_lossy().into_owned());

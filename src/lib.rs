@@ -26,6 +26,7 @@
 //! | 1 | [`job`] | the life of a background job | disk, qcow2, JSON |
 //! | 1 | [`sandbox`] | what the serving process may do, and who it is | gives a right back |
 //! | 1 | [`running`] | which disks run here, and where their sockets are | connects to one |
+//! | 1 | [`logging`] | where lines of the log go, and the last warning | keeps a request waiting |
 //! | 2 | [`image`] | one qcow2 file | backing files, sockets |
 //! | 3 | [`chain`] | what is below the overlay | writing anything |
 //! | 4 | [`disk`] | the guest's bytes | FUSE, JSON, jobs |
@@ -89,6 +90,7 @@ pub mod image;
 pub mod info;
 pub mod job;
 pub mod keeper;
+pub mod logging;
 pub mod map;
 pub mod metrics;
 mod mutants;

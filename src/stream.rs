@@ -40,7 +40,7 @@ mod tests;
 
 pub use bytes::parse_bytes;
 pub use plan::{FinishBy, Minute, Plan, PlanInfo, Schedule, Speed};
-pub use streams::{Keep, Streams, local_zone};
+pub use streams::{Keep, KeptBack, Streams, local_zone};
 
 use streams::Progress;
 
@@ -134,7 +134,7 @@ fn copy_up(disk: &Arc<Disk>, control: &Control, priority: Priority, depth: usize
             Ok(Populated { copied, zeroed, .. }) => control.advance(end - offset, Work { copied, zeroed, failed: 0 }),
             Err(error) => {
                 log::warn!("stream: bytes {offset}..{end}: {error}");
-                let failure = Failure::from(error);
+                let failure = Failure::from(error).at(&format!("bytes {offset}..{end}"));
                 match control.error(&failure) {
                     ErrorAction::Report => return Outcome::Failed(failure),
                     // The same chunk once more, when a user resumes the job.

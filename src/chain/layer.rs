@@ -39,6 +39,8 @@ pub(super) struct Layer {
     allocated_size: u64,
     /// Of the file, when it was opened.
     version: String,
+    /// Device and inode of a layer that was opened by name.
+    identity: Option<(u64, u64)>,
     /// The run of data of a raw file that was found last. To find the end of one can take a file system as long as the run has pages (tmpfs), and
     /// a stream asks every few of them.
     data: Mutex<{ rank::LEAF }, Range<u64>>,
@@ -104,6 +106,7 @@ impl Layer {
     pub(super) fn open(reference: &BackingReference, file: FileStorage, format: BackingFormat) -> Result<Layer> {
         let path = file.path().to_path_buf();
         let version = file.version().context(|| path.display().to_string())?;
+        let identity = Some(file.identity());
         let storage: Arc<dyn Storage> = Arc::new(file);
         let allocated_size = storage.allocated_size().context(|| path.display().to_string())?;
         let (size, body) = match format {
@@ -125,6 +128,7 @@ impl Layer {
             size,
             allocated_size,
             version,
+            identity,
             data: Mutex::default(),
             sharing: AtomicU64::new(UNKNOWN),
             holes: OnceLock::new(),
@@ -142,6 +146,7 @@ impl Layer {
             size: storage.size(),
             allocated_size: 0,
             version: String::new(),
+            identity: None,
             data: Mutex::default(),
             sharing: AtomicU64::new(UNKNOWN),
             holes: OnceLock::new(),
@@ -162,6 +167,7 @@ impl Layer {
             size,
             allocated_size: 0,
             version: String::new(),
+            identity: None,
             data: Mutex::default(),
             sharing: AtomicU64::new(UNKNOWN),
             holes: OnceLock::new(),
@@ -201,9 +207,9 @@ impl Layer {
     }
 
     pub(super) fn info(&self) -> LayerInfo {
-        let (format, cluster_size) = match &self.body {
-            Body::Raw(_) => (BackingFormat::Raw, None),
-            Body::Qcow2(reader) => (BackingFormat::Qcow2, Some(reader.geometry().cluster_size())),
+        let (format, storage, header) = match &self.body {
+            Body::Raw(storage) => (BackingFormat::Raw, storage, None),
+            Body::Qcow2(reader) => (BackingFormat::Qcow2, reader.storage(), Some(reader.header())),
         };
         LayerInfo {
             reference: self.reference.clone(),
@@ -211,7 +217,12 @@ impl Layer {
             format,
             size: self.size,
             allocated_size: self.allocated_size,
-            cluster_size,
+            cluster_size: header.as_ref().map(|header| header.geometry.cluster_size()),
+            qcow2: header.map(|header| header.facts()),
+            identity: self.identity,
+            file_size: storage.size(),
+            block_device: storage.is_block_device(),
+            deleted: storage.is_deleted(),
         }
     }
 

@@ -14,7 +14,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::format::{BackingFormat, BackingReference, printable};
+use crate::format::{BackingFormat, BackingReference, Qcow2Facts, printable};
 use crate::{Error, ErrorKind, Result};
 
 mod gate;
@@ -63,6 +63,16 @@ pub struct LayerInfo {
     pub allocated_size: u64,
     /// Cluster size in bytes, for qcow2.
     pub cluster_size: Option<u64>,
+    /// What only qcow2 has.
+    pub qcow2: Option<Qcow2Facts>,
+    /// Device and inode of a file that was opened by name.
+    pub identity: Option<(u64, u64)>,
+    /// Bytes of the file, with whatever is not the guest's.
+    pub file_size: u64,
+    /// It is a block device.
+    pub block_device: bool,
+    /// The file has no name any more: its bytes go when the last process closes it.
+    pub deleted: bool,
 }
 
 /// The backing files, top first; immutable after open, at most [`MAX_LAYERS`].

@@ -70,7 +70,7 @@ enum Typed {
     /// After a daemon was killed, the same command mounts again: it replaces the dead mount of this image at MOUNTPOINT, and gives back the
     /// clusters that were leaked.
     #[command(after_help = "Example: cordisk mount --qmp qmp.sock overlay.qcow2 disk")]
-    Mount(MountArgs),
+    Mount(Box<MountArgs>),
     /// Check a qcow2 image, and give back what a crash has leaked in it
     ///
     /// Counts all references inside the image and holds its refcounts against them, with the output and the exit status of qemu-img check:

@@ -25,6 +25,10 @@ pub(super) struct MountArgs {
     /// Stay in the foreground and log to standard error
     #[arg(short, long)]
     foreground: bool,
+    /// Write the log to this file instead of standard error (with -f) or the system's journal or
+    /// syslog (without). It is appended to, and opened anew at SIGHUP, for logrotate
+    #[arg(long, value_name = "FILE")]
+    log: Option<PathBuf>,
     /// Name of the disk on the QMP socket, and of the job of --stream
     #[arg(long, value_name = "ID", default_value = DEFAULT_DEVICE, value_parser = parse_device)]
     device: String,
@@ -184,6 +188,8 @@ pub struct MountConfig {
     pub mountpoint: PathBuf,
     /// Which process this is.
     pub role: Role,
+    /// Where the log goes, if not to standard error or to the log of the system.
+    pub log: Option<PathBuf>,
     /// Device id and default job id.
     pub device: String,
     /// Where QMP clients connect.
@@ -232,6 +238,7 @@ impl MountArgs {
                 (false, true) => Role::Foreground,
                 (false, false) => Role::Parent,
             },
+            log: self.log.as_deref().map(absolute).transpose()?,
             device: self.device,
             qmp: self.qmp.as_deref().map(absolute).transpose()?,
             metrics: self.metrics,
@@ -301,6 +308,7 @@ mod tests {
         assert_eq!((config.user.as_deref(), config.sandbox), (Some("u:g"), sandbox::Mode::Require));
         assert!(config.backing_roots.len() == 2 && config.backing_roots.iter().all(|root| root.is_absolute()));
         assert_eq!(mount(&["--background-child", "/i", "/m"]).role, Role::Child);
+        assert_eq!(mount(&["--log", "/var/log/vm", "/i", "/m"]).log.as_deref(), Some(Path::new("/var/log/vm")));
         assert_eq!(mount(&["--metrics", "9184", "/i", "/m"]).metrics.unwrap().to_string(), "127.0.0.1:9184");
         assert!(Args::try_parse_from(["cordisk", "mount", "--metrics", "nowhere", "/i", "/m"]).is_err());
         assert_eq!(config.reserve, None);

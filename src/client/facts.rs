@@ -25,6 +25,9 @@ pub(super) struct Facts {
     pub(super) allocated_size: Option<u64>,
     pub(super) read_only: bool,
     pub(super) copy_on_read: Option<bool>,
+    /// `reserve` or `error`.
+    pub(super) copy_on_read_paused: Option<String>,
+    pub(super) image_deleted: bool,
     pub(super) chain: Vec<Layer>,
     pub(super) usable: Option<bool>,
     pub(super) answering: Option<bool>,
@@ -38,6 +41,50 @@ pub(super) struct Facts {
     pub(super) jobs: Vec<Job>,
     pub(super) last_job: Option<LastJob>,
     pub(super) plan: Option<Plan>,
+    pub(super) stream_kept_back: Option<KeptBack>,
+    pub(super) metrics: Option<String>,
+    pub(super) log: Option<String>,
+    pub(super) last_error: Option<GuestError>,
+    pub(super) last_warning: Option<LogMessage>,
+}
+
+/// A stream that goes on at another mount.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct KeptBack {
+    pub(super) offset: u64,
+    pub(super) len: u64,
+}
+
+/// The request of the guest that failed last.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct GuestError {
+    pub(super) time: Timestamp,
+    operation: String,
+    offset: Option<u64>,
+    length: Option<u64>,
+    message: String,
+}
+
+impl GuestError {
+    /// `read of 65536 bytes at 1310720: base.qcow2: …`.
+    pub(super) fn in_words(&self) -> String {
+        let place = match (self.offset, self.length) {
+            (Some(offset), Some(0)) => format!(" at {offset}"),
+            (Some(offset), Some(length)) => format!(" of {length} bytes at {offset}"),
+            _ => String::new(),
+        };
+        format!("{}{place}: {}", self.operation, self.message)
+    }
+}
+
+/// What a daemon has logged.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct LogMessage {
+    pub(super) time: Timestamp,
+    pub(super) message: String,
 }
 
 impl Facts {
@@ -65,6 +112,14 @@ impl Timestamp {
         UNIX_EPOCH.checked_add(since).unwrap_or(UNIX_EPOCH)
     }
 
+    /// How long ago it was, in words.
+    pub(super) fn ago(self) -> String {
+        match self.age() {
+            age if age.as_secs() == 0 => "just now".to_owned(),
+            age => format!("{} ago", units::duration(age)),
+        }
+    }
+
     /// How long ago it was.
     pub(super) fn age(self) -> Duration {
         self.time().elapsed().unwrap_or_default()
@@ -77,6 +132,7 @@ pub(super) struct Layer {
     pub(super) filename: String,
     pub(super) format: String,
     pub(super) size: u64,
+    pub(super) deleted: bool,
 }
 
 /// Requests of one kind since the daemon has started.
@@ -116,6 +172,8 @@ pub(super) struct Job {
     /// Bytes that have still to be copied; unknown at first.
     pub(super) bytes_left: Option<u64>,
     pub(super) seconds_left: Option<u64>,
+    /// The error that has stopped it, with file and offset; not of `query-block-jobs`.
+    pub(super) error_detail: Option<String>,
     /// `ok`, `failed` or `nospace`; of `query-block-jobs` only.
     pub(super) io_status: Option<String>,
 }
@@ -136,7 +194,10 @@ impl Job {
         let resume = format!("`cordisk job resume {target}` goes on");
         match self.io_status.as_deref() {
             Some("nospace") => format!("paused: no space left where the image lies; make room, then {resume}"),
-            Some("failed") => format!("paused by an error of reading or writing (the daemon's log has it); {resume}"),
+            Some("failed") => match &self.error_detail {
+                Some(detail) => format!("paused by an error of reading or writing ({detail}); {resume}"),
+                None => format!("paused by an error of reading or writing (the daemon's log has it); {resume}"),
+            },
             _ => format!("paused; {resume}"),
         }
     }
@@ -149,6 +210,7 @@ pub(super) struct LastJob {
     pub(super) id: String,
     pub(super) result: String,
     pub(super) error: Option<String>,
+    pub(super) error_detail: Option<String>,
     pub(super) offset: u64,
     pub(super) len: u64,
     pub(super) bytes_copied: u64,
@@ -163,16 +225,18 @@ impl LastJob {
 
     /// What became of it, and when.
     pub(super) fn in_words(&self) -> String {
-        let ago = match self.end_time.age() {
-            age if age.as_secs() == 0 => "just now".to_owned(),
-            age => format!("{} ago", units::duration(age)),
-        };
+        let ago = self.end_time.ago();
         let at = || units::percent(self.offset, self.len);
         match self.result.as_str() {
             "success" => format!("stream completed {ago}: {} in {}", units::size(self.len), units::duration(self.took())),
             "cancelled" => format!("stream cancelled {ago} at {}", at()),
-            _ => format!("stream failed {ago} at {}: {}", at(), self.error.as_deref().unwrap_or("no reason was given")),
+            _ => format!("stream failed {ago} at {}: {}", at(), self.why()),
         }
+    }
+
+    /// Why it failed: the file and the offset, where the daemon says so.
+    pub(super) fn why(&self) -> &str {
+        self.error_detail.as_deref().or(self.error.as_deref()).unwrap_or("no reason was given")
     }
 }
 
@@ -283,6 +347,7 @@ pub(super) fn job(connection: &mut Connection) -> Result<Option<Job>> {
     {
         let detail = as_job(detail);
         (job.rate, job.bytes_left, job.seconds_left) = (detail.rate, detail.bytes_left, detail.seconds_left);
+        job.error_detail = detail.error_detail;
     }
     Ok(Some(job))
 }

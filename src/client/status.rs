@@ -264,8 +264,11 @@ fn block(facts: &Facts, disk: &Disk, paused: Option<&Job>, paint: Paint) -> Stri
         lines.heading(&name, &paint.green("running"), &paint.green(paint.mark()));
     }
     lines.add("image", &image(facts));
-    let chain: Vec<String> =
-        facts.chain.iter().map(|layer| format!("{} ({}, {})", layer.filename, layer.format, units::size(layer.size))).collect();
+    let chain: Vec<String> = facts
+        .chain
+        .iter()
+        .map(|layer| format!("{}{} ({}, {})", layer.filename, deleted(layer.deleted), layer.format, units::size(layer.size)))
+        .collect();
     lines.add("chain", &if chain.is_empty() { "none: the image stands alone".to_owned() } else { chain.join(paint.arrow()) });
     if let Some(bytes) = facts.bytes {
         let parts = [("local", bytes.local), ("zero", bytes.zero), ("remote", bytes.remote)];
@@ -291,13 +294,35 @@ fn block(facts: &Facts, disk: &Disk, paused: Option<&Job>, paint: Paint) -> Stri
     if let Some(last) = &facts.last_job {
         lines.add("last job", &last.in_words());
     }
+    if let Some(kept) = facts.stream_kept_back {
+        let text = format!("interrupted at {}, goes on at a mount without --no-resume", units::percent(kept.offset, kept.len));
+        lines.add("stream", &text);
+    }
     add_requests(&mut lines, facts);
+    add_troubles(&mut lines, facts);
     lines.add("daemon", &daemon(facts, disk));
     lines.text
 }
 
+/// What went wrong last, whether or not it still does.
+fn add_troubles(lines: &mut Lines, facts: &Facts) {
+    if let Some(error) = &facts.last_error {
+        let text = one_line(&format!("{}: {}", error.time.ago(), error.in_words()));
+        lines.add_painted("error", &lines.paint.red(&text));
+    }
+    if let Some(warning) = &facts.last_warning {
+        let text = one_line(&format!("{}: {}", warning.time.ago(), warning.message));
+        lines.add_painted("warning", &lines.paint.yellow(&text));
+    }
+}
+
+/// How a file is shown that has no name any more.
+fn deleted(is: bool) -> &'static str {
+    if is { " (deleted)" } else { "" }
+}
+
 fn image(facts: &Facts) -> String {
-    let mut text = format!("{}, {}", facts.image, units::size(facts.size));
+    let mut text = format!("{}{}, {}", facts.image, deleted(facts.image_deleted), units::size(facts.size));
     if let Some(cluster) = facts.cluster_size {
         text += &format!(" in clusters of {}", units::size(cluster));
     }
@@ -309,6 +334,11 @@ fn image(facts: &Facts) -> String {
     } else if facts.copy_on_read == Some(false) {
         text += ", no copy-on-read";
     }
+    text += match facts.copy_on_read_paused.as_deref() {
+        Some("reserve") => ", copy-on-read paused: too little free space (--reserve)",
+        Some(_) => ", copy-on-read paused after an error",
+        None => "",
+    };
     text
 }
 
@@ -365,6 +395,12 @@ fn daemon(facts: &Facts, disk: &Disk) -> String {
     }
     parts.push(format!("device {}", facts.device));
     parts.push(format!("socket {}", disk.socket.display()));
+    if let Some(address) = &facts.metrics {
+        parts.push(format!("metrics http://{address}/metrics"));
+    }
+    if let Some(log) = &facts.log {
+        parts.push(format!("log {log}"));
+    }
     parts.join(", ")
 }
 
@@ -431,6 +467,31 @@ mod tests {
         assert!(text.contains("last job  stream failed ") && text.contains(" ago at 25.0 %: Input/output\\nerror\n"), "{text}");
         let text = shown(&json!({ "plan": { "id": "drive0", "finish-by": "06:00", "needed": 1 << 20, "feasible": false } }));
         assert!(text.contains("plan  finish by 06:00, needs 1 MiB/s: too fast"), "{text}");
+    }
+
+    #[test]
+    fn what_went_wrong_is_told_with_the_file_and_the_place() {
+        let time = json!({ "seconds": 1, "microseconds": 0 });
+        let text = shown(&json!({
+            "image-deleted": true, "copy-on-read-paused": "reserve", "metrics": "127.0.0.1:40001", "log": "journal",
+            "chain": [{ "filename": "/srv/b.raw", "format": "raw", "size": 1 << 20, "deleted": true }],
+            "stream-kept-back": { "offset": 1, "len": 4 },
+            "last-error": { "time": time, "operation": "read", "offset": 65536, "length": 4096, "message": "/srv/b.raw: gone\nfor good" },
+            "last-warning": { "time": time, "level": "warning", "message": "no room" },
+        }));
+        for part in [
+            "image  /srv/vm.qcow2 (deleted), 1 GiB",
+            ", copy-on-read paused: too little free space (--reserve)\n",
+            "chain  /srv/b.raw (deleted) (raw, 1 MiB)\n",
+            "stream  interrupted at 25.0 %, goes on at a mount without --no-resume\n",
+            " ago: read of 4096 bytes at 65536: /srv/b.raw: gone\\nfor good\n",
+            " ago: no room\n",
+            ", metrics http://127.0.0.1:40001/metrics, log journal",
+        ] {
+            assert!(text.contains(part), "{part:?} in {text}");
+        }
+        let job = Job { io_status: Some("failed".into()), error_detail: Some("bytes 0..5: b.raw: gone".into()), ..Job::default() };
+        assert_eq!(job.why_paused("vm"), "paused by an error of reading or writing (bytes 0..5: b.raw: gone); `cordisk job resume vm` goes on");
     }
 
     #[test]

@@ -264,7 +264,7 @@ impl Waiting<'_> {
                 let text = format!("stream of {} was cancelled; what was copied stays in the image", self.name);
                 return Err(Error::new(ErrorKind::Io, text));
             }
-            Ended::Failed(why) => return Err(Error::new(ErrorKind::Io, format!("stream of {} failed: {why}", self.name))),
+            Ended::Failed(why) => return Err(self.failed(&why)),
         }
         Ok(ExitCode::from(INTERRUPTED))
     }
@@ -320,6 +320,14 @@ impl Waiting<'_> {
         };
         say(&format!("stream of {} completed{details}", self.name))?;
         Ok(ExitCode::SUCCESS)
+    }
+
+    /// In the words of the event, or with file and offset where the daemon still knows them.
+    fn failed(mut self, why: &str) -> Error {
+        // A job may have followed this one already.
+        let last = facts::last_job(&mut self.connection).ok().flatten().filter(|last| last.id == self.id && last.result == "error");
+        let why = last.as_ref().map_or(why, |last| last.why());
+        Error::new(ErrorKind::Io, format!("stream of {} failed: {why}", self.name))
     }
 
     fn daemon_gone(&self) -> Error {

@@ -47,7 +47,20 @@ pub(super) fn start(mut arguments: impl Iterator<Item = OsString>, environment: 
         .spawn()
         .context(|| "starting the background process")?;
 
-    let relay = child.stderr.take().map(|mut messages| thread::spawn(move || io::copy(&mut messages, &mut io::stderr())));
+    let relay = child
+        .stderr
+        .take()
+        .map(|mut messages| thread::Builder::new().name("relay".into()).spawn(move || io::copy(&mut messages, &mut io::stderr())));
+    let relay = match relay.transpose() {
+        Ok(relay) => relay,
+        Err(error) => {
+            // It cannot say "ready" any more, and takes down what it has mounted. Its messages
+            // would be lost.
+            drop(child.stdout.take());
+            let _ = child.wait();
+            return Err(Error::io("starting a thread", error));
+        }
+    };
     let mut line = String::new();
     if let Some(output) = child.stdout.take() {
         // An error here means that the child is gone, like the end of the stream.

@@ -14,8 +14,9 @@ use crate::disk::Disk;
 use crate::fuse::{Finished, Pulse, SizeNotice};
 use crate::job::{Batch, JobEvent, Jobs};
 use crate::keeper::{EntrustedNote, Keeper};
+use crate::logging::Log;
 use crate::metrics;
-use crate::qmp::{Server, ShutdownReason, Target};
+use crate::qmp::{IsFile, Server, ShutdownReason, Target};
 use crate::stream::{self, KIND, StreamOptions, Streams};
 use crate::{ErrorKind, Result};
 
@@ -30,24 +31,29 @@ const PULSE_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) struct Prepared {
     /// Of schedules and deadlines.
     zone: TimeZone,
-    /// The note of the stream that was interrupted, unless none is to be started again.
+    /// The note of the stream that was interrupted.
     interrupted: Cell<Option<Result<Option<Vec<u8>>>>>,
     /// Who keeps the note of the one that runs, where the user that we become may not be able to.
     kept: Option<EntrustedNote>,
+    /// Whether a path that a client names leads to a backing file.
+    is_file: IsFile,
 }
 
 impl Prepared {
-    /// Reads what there is to read. With `keeper`, that one keeps the note.
+    /// Reads what there is to read. With `keeper`, that one keeps the note; `helper` looks at paths
+    /// in any case.
     ///
     /// # Errors
     /// The keeper is gone; the image cannot be opened once more.
-    pub(super) fn new(config: &MountConfig, disk: &Disk, keeper: Option<&Keeper>) -> Result<Prepared> {
+    pub(super) fn new(config: &MountConfig, disk: &Disk, keeper: Option<&Keeper>, helper: &Keeper) -> Result<Prepared> {
         let entrusted = match keeper {
             Some(keeper) if !config.read_only => disk.entrust_stream_note()?.map(|(image, name)| keeper.entrust_note(&image, name)),
             _ => None,
         };
-        let interrupted = Cell::new(config.resume.then(|| disk.stream_note()));
-        Ok(Prepared { zone: stream::local_zone(), interrupted, kept: entrusted.transpose()? })
+        let interrupted = Cell::new(Some(disk.stream_note()));
+        let files = disk.info()?.backing.iter().filter_map(|layer| layer.identity).collect();
+        let is_file = Arc::new(helper.entrust_files(files)?);
+        Ok(Prepared { zone: stream::local_zone(), interrupted, kept: entrusted.transpose()?, is_file })
     }
 }
 
@@ -80,10 +86,10 @@ impl Control {
     ///
     /// # Errors
     /// No more threads.
-    pub(super) fn start(servers: Servers, config: &MountConfig, disk: &Arc<Disk>, prepared: Prepared) -> Result<Control> {
+    pub(super) fn start(servers: Servers, config: &MountConfig, disk: &Arc<Disk>, prepared: Prepared, log: &Log) -> Result<Control> {
         let Servers { socket, metrics } = servers;
         let jobs = Jobs::new();
-        let Prepared { zone, interrupted, kept } = prepared;
+        let Prepared { zone, interrupted, kept, is_file } = prepared;
         let streams = match kept {
             Some(note) => Streams::keeping(&jobs, &config.device, zone, Box::new(move |text| note.set(text))),
             None => Streams::new(disk, &jobs, &config.device, zone),
@@ -109,6 +115,9 @@ impl Control {
             device: config.device.clone(),
             priority: config.stream_priority,
             quit: sender,
+            is_file,
+            log: log.clone(),
+            metrics: metrics.as_ref().map(metrics::Listener::address),
             grown,
             is_answering,
         };
@@ -150,8 +159,10 @@ impl Control {
             Some(StreamSpeed::Fixed(speed)) => (*speed, None),
             Some(StreamSpeed::Planned(plan)) => (0, Some(plan.clone())),
             None => {
-                if let Some(note) = self.interrupted.take() {
-                    self.streams.resume(disk, note, priority);
+                match self.interrupted.take() {
+                    Some(note) if config.resume => self.streams.resume(disk, note, priority),
+                    Some(note) => self.streams.keep_back(disk, note),
+                    None => {}
                 }
                 return Ok(());
             }
@@ -176,7 +187,7 @@ impl Control {
         if let Some(server) = &self.server {
             server.announce_shutdown(match event {
                 Some(Event::Quit) => ShutdownReason::HostQmpQuit,
-                Some(Event::Terminate) | None => ShutdownReason::HostSignal,
+                Some(Event::Terminate | Event::Hangup) | None => ShutdownReason::HostSignal,
             });
         }
     }

@@ -22,8 +22,9 @@ impl Drop for Receiving {
     }
 }
 
-/// SIGTERM and SIGINT become [`Event::Terminate`]. SIGHUP (the terminal is gone, nothing to reload) and SIGXFSZ (the write that follows
-/// fails with EFBIG, which is handled) are taken and ignored: their default is to kill. The standard library ignores SIGPIPE already.
+/// SIGTERM and SIGINT become [`Event::Terminate`], SIGHUP [`Event::Hangup`]. SIGXFSZ is taken and
+/// ignored: the write that follows fails with EFBIG, which is handled, and its default is to kill.
+/// The standard library ignores SIGPIPE already.
 ///
 /// # Errors
 /// The system refuses handlers.
@@ -41,10 +42,13 @@ impl Registered {
         let handle = signals.handle();
         let body = move || {
             for signal in signals.forever() {
-                if matches!(signal, SIGTERM | SIGINT) {
-                    log::info!("signal {signal}");
-                    let _ = events.send(Event::Terminate);
-                }
+                let event = match signal {
+                    SIGTERM | SIGINT => Event::Terminate,
+                    SIGHUP => Event::Hangup,
+                    _ => continue,
+                };
+                log::info!("signal {signal}");
+                let _ = events.send(event);
             }
         };
         thread::Builder::new().name("signals".to_string()).spawn(body).context(|| "starting the signal thread")?;

@@ -24,18 +24,20 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, never};
 use std::time::{Duration, Instant};
 
-use crate::chain::{Chain, Content, Gate, LayerInfo};
+use crate::chain::{Chain, Content, Gate};
 use crate::error::Context;
 use crate::format::{BackingReference, Geometry, GuestCluster, GuestOffset, Mapping};
 use crate::image::{Image, ImageReader, Leaks};
 use crate::mutants::{Step, without};
 use crate::range_lock::{Exclusive, RangeLock, Shared};
 use crate::storage::{Access, FileStorage, Storage};
-use crate::sync::{RwLock, rank};
+use crate::sync::{Mutex, RwLock, rank};
 use crate::{Error, ErrorKind, Result};
 
 mod ahead;
 mod bounce;
+mod facts;
+mod failure;
 mod locate;
 mod note;
 mod populate;
@@ -52,6 +54,8 @@ mod write_out;
 mod tests;
 
 pub use ahead::{Ahead, ToRead};
+pub use facts::DiskInfo;
+pub use failure::{CopyPause, GuestFailure};
 pub use locate::Locator;
 pub use note::LONGEST_STREAM_NOTE;
 pub use populate::Populated;
@@ -109,27 +113,6 @@ enum Patience {
     Long,
 }
 
-/// Facts of the disk, for people and for QMP.
-#[derive(Clone, Debug)]
-pub struct DiskInfo {
-    /// The overlay's path, absolute.
-    pub path: PathBuf,
-    /// Virtual size in bytes.
-    pub size: u64,
-    /// Bytes the overlay occupies on the host.
-    pub allocated_size: u64,
-    /// Cluster size in bytes.
-    pub cluster_size: u64,
-    /// qcow2 version, 2 or 3.
-    pub version: u32,
-    /// Whether it is open read-only.
-    pub read_only: bool,
-    /// Whether reads copy up.
-    pub copy_on_read: bool,
-    /// The backing layers, top first; empty once detached.
-    pub backing: Vec<LayerInfo>,
-}
-
 #[derive(Debug)]
 enum Overlay {
     Writable(Box<Image>),
@@ -152,6 +135,8 @@ pub struct Disk {
     fills: FillHealth,
     bounces: Bounces,
     stats: Stats,
+    /// Touched by requests that fail only.
+    failure: Mutex<{ rank::LEAF }, Option<GuestFailure>>,
     surveys: Surveys,
 }
 
@@ -211,6 +196,7 @@ impl Disk {
             fills: FillHealth::new(reserve),
             bounces: Bounces::new(),
             stats: Stats::new(),
+            failure: Mutex::default(),
             surveys: Surveys::default(),
         }
     }
@@ -287,24 +273,6 @@ impl Disk {
     /// Whether nothing may be written.
     pub fn is_read_only(&self) -> bool {
         matches!(self.overlay, Overlay::ReadOnly(_))
-    }
-
-    /// Facts.
-    ///
-    /// # Errors
-    /// fstat(2) failed.
-    pub fn info(&self) -> Result<DiskInfo> {
-        let geometry = self.geometry();
-        Ok(DiskInfo {
-            path: self.path.clone(),
-            size: geometry.size(),
-            allocated_size: self.allocated_size()?,
-            cluster_size: geometry.cluster_size(),
-            version: geometry.version(),
-            read_only: self.is_read_only(),
-            copy_on_read: self.copy_on_read && !self.is_read_only(),
-            backing: self.chain().map_or_else(Vec::new, |chain| chain.layers()),
-        })
     }
 
     /// What was asked of the disk since it was opened.

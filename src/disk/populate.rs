@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use super::bounce::Bounce;
 use super::reserve::Reserve;
 use super::write_out::Placed;
-use super::{Ahead, Disk, Local};
+use super::{Ahead, CopyPause, Disk, Local};
 use crate::Result;
 use crate::chain::{Chain, Cloneable, Content};
 use crate::format::{GuestCluster, GuestOffset, Mapping};
@@ -97,6 +97,14 @@ impl FillHealth {
         // The common case without a lock: nothing ever failed.
         let healthy = self.failures.load(Ordering::Relaxed) == 0 || self.paused_until.lock().is_none_or(|until| Instant::now() >= until);
         healthy && self.reserve.allows(overlay)
+    }
+
+    /// Why reads do not copy up at present.
+    pub fn pause(&self, overlay: &dyn Storage) -> Option<CopyPause> {
+        if self.paused_until.lock().is_some_and(|until| Instant::now() < until) {
+            return Some(CopyPause::Error);
+        }
+        self.reserve.has_stopped(overlay).then_some(CopyPause::Reserve)
     }
 
     fn failed(&self, error: &crate::Error) {

@@ -75,6 +75,12 @@ impl Reserve {
         free >= reserve
     }
 
+    /// Whether reads do not copy up for want of space. Room that was made meanwhile counts.
+    pub fn has_stopped(&self, overlay: &dyn Storage) -> bool {
+        let stopped = self.state.lock().stopped;
+        stopped && !self.allows(overlay)
+    }
+
     /// `bytes` were copied up by a read.
     pub fn copied(&self, bytes: u64) {
         let mut state = self.state.lock();
@@ -166,7 +172,9 @@ mod tests {
         let known = FileStorage::open(file.path(), Access::ReadWrite).unwrap();
         let space = known.space().unwrap().expect("a file system of files knows");
         assert!(0 < space.total && space.free <= space.total, "{space:?}");
-        assert!(!Reserve::new(Some(space.total + 1)).allows(&known));
+        let full = Reserve::new(Some(space.total + 1));
+        assert!(!full.has_stopped(&known), "no read has asked");
+        assert!(!full.allows(&known) && full.has_stopped(&known));
         assert!(Reserve::new(Some(0)).allows(&known));
         // procfs says zero of everything.
         let unknown = FileStorage::open_unlocked(std::path::Path::new("/proc/self/stat"), Access::ReadOnly).unwrap();

@@ -8,6 +8,7 @@
 //! reference in one sector write; `new_image.rs` lays out a new image.
 
 mod extensions;
+mod facts;
 mod new_image;
 mod rewrite;
 mod tables;
@@ -17,6 +18,7 @@ mod tests;
 use std::fmt;
 use std::ops::Range;
 
+pub use facts::Qcow2Facts;
 pub use new_image::NewImage;
 
 use super::{FormatError, Geometry};

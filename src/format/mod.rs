@@ -13,7 +13,7 @@ mod refcounts;
 pub use compressed::decompress;
 pub use coords::{ClusterCount, Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset};
 pub use entries::{L1Entry, Mapping};
-pub use header::{BackingFormat, BackingReference, CompressionType, Header, HeaderPatch, NewImage, feature, patch, printable};
+pub use header::{BackingFormat, BackingReference, CompressionType, Header, HeaderPatch, NewImage, Qcow2Facts, feature, patch, printable};
 pub use refcounts::{RefcountBlock, decode_table_entry};
 
 use std::fmt;

@@ -15,6 +15,7 @@ use super::attributes::{Attributes, Changes, Owner, Times};
 use super::file_system::{FileSystem, ReadAnswer};
 use super::log_limit::LogLimit;
 use crate::disk::{Disk, Local, Seek};
+use crate::logging;
 use crate::mutants::{Step, without};
 use crate::{Error, ErrorKind};
 
@@ -141,15 +142,15 @@ impl Handler {
     /// A change that [`FileSystem::fallocate`] asks for.
     fn change_range(
         &self,
-        what: &str,
+        what: &'static str,
         range: Range<u64>,
         change: impl Fn(Range<u64>) -> crate::Result<Local>,
     ) -> Result<Answer<()>, Errno> {
         if range.is_empty() {
             return Ok(Answer::Done(()));
         }
-        let local = change(range.clone())
-            .map_err(|error| self.failed(&format!("{what} at {}+{}", range.start, range.end - range.start), &error))?;
+        let (offset, len) = (range.start, range.end - range.start);
+        let local = change(range).map_err(|error| self.failed(what, Some((offset, len)), &error))?;
         if local == Local::Done {
             self.wrote();
         }
@@ -197,7 +198,7 @@ impl Handler {
             Base::Unread => self.disk.seek_without_base(from, what),
             Base::Read => self.disk.seek(from, what).map(Some),
         };
-        match found.map_err(|error| self.failed("seek", &error))? {
+        match found.map_err(|error| self.failed("seek", Some((from, 0)), &error))? {
             None => Ok(Answer::Below),
             Some(found) => i64::try_from(found.ok_or(Errno::NXIO)?).map(Answer::Done).map_err(|_| Errno::OVERFLOW),
         }
@@ -236,16 +237,20 @@ impl Handler {
         self.written.fetch_add(1, Ordering::AcqRel);
     }
 
-    fn failed_at(&self, what: &str, offset: u64, len: usize, error: &Error) -> Errno {
-        self.failed(&format!("{what} at {offset}+{len}"), error)
+    fn failed_at(&self, what: &'static str, offset: u64, len: usize, error: &Error) -> Errno {
+        self.failed(what, Some((offset, len as u64)), error)
     }
 
-    /// Logs what the client will only see as a number.
-    fn failed(&self, what: &str, error: &Error) -> Errno {
+    /// Logs what the client will only see as a number, and keeps it for `status`.
+    fn failed(&self, what: &'static str, range: Option<(u64, u64)>, error: &Error) -> Errno {
         let errno = errno(error);
-        self.errors.run(|suppressed| match suppressed {
-            0 => log::error!("{what}: {error}"),
-            n => log::error!("{what}: {error} ({n} more errors not logged)"),
+        self.disk.note_failure(what, range, error);
+        self.errors.run(|suppressed| {
+            let place = range.map_or(String::new(), |(offset, len)| format!(" at {offset}+{len}"));
+            match suppressed {
+                0 => log::error!(target: logging::GUEST, "{what}{place}: {error}"),
+                n => log::error!(target: logging::GUEST, "{what}{place}: {error} ({n} more errors not logged)"),
+            }
         });
         errno
     }
@@ -253,7 +258,7 @@ impl Handler {
 
 impl FileSystem for Handler {
     fn getattr(&self) -> Result<Stat, Errno> {
-        let allocated = self.disk.allocated_size().map_err(|error| self.failed("stat", &error))?;
+        let allocated = self.disk.allocated_size().map_err(|error| self.failed("stat", None, &error))?;
         Ok(Stat {
             size: self.disk.size(),
             // 0 would mean to GNU tar that all of the file is a hole.
@@ -386,7 +391,7 @@ impl FileSystem for Handler {
     fn flush(&self) -> Result<(), Errno> {
         // The count first: a write that returns during the flush may not be covered by it.
         let written = self.written.load(Ordering::Acquire);
-        self.disk.flush().map_err(|error| self.failed("flush", &error))?;
+        self.disk.flush().map_err(|error| self.failed("flush", None, &error))?;
         let written = if without(Step::WritesCountedBeforeFlush) { self.written.load(Ordering::Acquire) } else { written };
         self.durable.fetch_max(written, Ordering::AcqRel);
         Ok(())

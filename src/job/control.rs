@@ -127,6 +127,7 @@ impl Control {
     pub fn error(&self, failure: &Failure) -> ErrorAction {
         let mut registry = self.shared.registry.lock();
         let job = registry.job(self.serial);
+        job.fails(failure);
         let action = match job.spec.on_error {
             OnError::Report => ErrorAction::Report,
             OnError::Ignore => ErrorAction::Ignore,
@@ -221,6 +222,6 @@ impl Drop for Control {
         }
         drop(registry);
         log::error!("job {}: its worker ended without a result", self.id);
-        self.conclude(Outcome::Failed(Failure { text: "the job's worker ended without a result".into(), no_space: false }));
+        self.conclude(Outcome::Failed(Failure { text: "the job's worker ended without a result".into(), ..Failure::default() }));
     }
 }

@@ -74,10 +74,12 @@ impl From<JobError> for Error {
 }
 
 /// Why a chunk or a whole job failed, as its users are told.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Failure {
     /// The text of strerror(3) where the operating system is to blame (QEMU says no more than that), else the whole error.
     pub text: String,
+    /// The whole error, with the file and the offset; empty where `text` is all there is to say.
+    pub detail: String,
     /// It failed for want of space: some policies stop only for that.
     pub no_space: bool,
 }
@@ -90,7 +92,17 @@ impl From<&Error> for Failure {
             None if no_space => os_text(&io::Error::from_raw_os_error(rustix::io::Errno::NOSPC.raw_os_error())),
             None => error.to_string(),
         };
-        Failure { text, no_space }
+        let detail = error.to_string();
+        Failure { detail: if detail == text { String::new() } else { detail }, text, no_space }
+    }
+}
+
+impl Failure {
+    /// With `place` in front of the whole error.
+    #[must_use]
+    pub fn at(self, place: &str) -> Failure {
+        let what = if self.detail.is_empty() { &self.text } else { &self.detail };
+        Failure { detail: format!("{place}: {what}"), ..self }
     }
 }
 
@@ -107,11 +119,15 @@ mod tests {
     #[test]
     fn failures_speak_as_strerror_does() {
         let error = Error::io("base.raw: reading 512 bytes at 0", io::Error::from_raw_os_error(5));
-        assert_eq!(Failure::from(error), Failure { text: "Input/output error".into(), no_space: false });
+        let detail = "base.raw: reading 512 bytes at 0: Input/output error";
+        let failure = Failure { text: "Input/output error".into(), detail: detail.into(), no_space: false };
+        assert_eq!(Failure::from(error), failure);
+        assert_eq!(failure.at("stream").detail, format!("stream: {detail}"));
         let error = Error::new(ErrorKind::NoSpace, "the refcount table is full");
-        assert_eq!(Failure::from(error), Failure { text: "No space left on device".into(), no_space: true });
+        let detail = "the refcount table is full".into();
+        assert_eq!(Failure::from(error), Failure { text: "No space left on device".into(), detail, no_space: true });
         let error = Error::new(ErrorKind::Corrupt, "L2 entry 0x2");
-        assert_eq!(Failure::from(error), Failure { text: "L2 entry 0x2".into(), no_space: false });
+        assert_eq!(Failure::from(error), Failure { text: "L2 entry 0x2".into(), detail: String::new(), no_space: false });
     }
 
     #[test]

@@ -181,6 +181,9 @@ pub struct JobInfo {
     pub cancelled: bool,
     /// Why it failed.
     pub error: Option<String>,
+    /// With file and offset, the error that was met last: the job failed with it, is paused by it,
+    /// or has passed it over.
+    pub error_detail: Option<String>,
     /// As it was created.
     pub request: String,
     /// What was done; all the rest up to its offset needed nothing.

@@ -7,7 +7,9 @@ use crossbeam_channel::Sender;
 
 use super::pace::Pace;
 use super::rate_limit::RateLimit;
-use super::{Batch, Completed, Forecast, IoStatus, JobError, JobEvent, JobInfo, JobSpec, Outcome, Progress, Status, Verb, Work};
+use super::{
+    Batch, Completed, Failure, Forecast, IoStatus, JobError, JobEvent, JobInfo, JobSpec, Outcome, Progress, Status, Verb, Work,
+};
 
 /// The text of a cancelled job's error: strerror(ECANCELED) as QEMU prints it.
 const CANCELED: &str = "Operation canceled";
@@ -54,6 +56,8 @@ pub(super) struct Job {
     pub finalizing: bool,
     pub io_status: IoStatus,
     pub error: Option<String>,
+    /// Of the error that was met last.
+    pub detail: Option<String>,
     pub work: Work,
     pub pace: Pace,
     pub forecast: Option<Forecast>,
@@ -102,7 +106,10 @@ impl Registry {
                 job.cancelled = true;
                 job.error = Some(CANCELED.into());
             }
-            Outcome::Failed(failure) => job.error = Some(failure.text),
+            Outcome::Failed(failure) => {
+                job.fails(&failure);
+                job.error = Some(failure.text);
+            }
         }
         if job.error.is_some() {
             events.push(job.transition(Status::Aborting));
@@ -161,6 +168,7 @@ impl Job {
             finalizing: false,
             io_status: IoStatus::Ok,
             error: None,
+            detail: None,
             work: Work::default(),
             pace: Pace::default(),
             forecast: None,
@@ -202,9 +210,15 @@ impl Job {
         }
     }
 
+    /// Keeps what is to be said of an error.
+    pub fn fails(&mut self, failure: &Failure) {
+        self.detail = Some(failure.detail.clone()).filter(|detail| !detail.is_empty());
+    }
+
     /// Undoes a pause.
     pub fn unpause(&mut self) -> Option<JobEvent> {
         self.user_paused = false;
+        self.detail = None;
         self.io_status = IoStatus::Ok;
         match self.status {
             Status::Paused => Some(self.transition(Status::Running)),
@@ -236,6 +250,7 @@ impl Job {
             auto_dismiss: self.spec.auto_dismiss,
             cancelled: self.cancelled,
             error: self.error.clone(),
+            error_detail: self.detail.clone(),
             request: self.spec.request.clone(),
             work: self.work,
             created: self.created,

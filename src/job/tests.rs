@@ -147,7 +147,7 @@ fn only_the_verbs_of_the_table_are_obeyed() {
 fn a_failed_job_tells_why() {
     let jobs = Jobs::new();
     let events = jobs.subscribe();
-    let failure = Failure { text: "Input/output error".into(), no_space: false };
+    let failure = Failure { text: "Input/output error".into(), detail: "b.raw at 7: Input/output error".into(), no_space: false };
     let control = jobs.create(spec("j")).unwrap();
     control.start();
     control.advance(CHUNK, Work { copied: CHUNK, ..Work::default() });
@@ -177,7 +177,7 @@ fn errors_that_stop_wait_for_a_user() {
     ] {
         let control = jobs.create(JobSpec { on_error, ..spec("j") }).unwrap();
         control.start();
-        assert_eq!(control.error(&Failure { text: String::new(), no_space }), expected);
+        assert_eq!(control.error(&Failure { no_space, ..Failure::default() }), expected);
         let io_status = match (expected, no_space) {
             (ErrorAction::Stop, true) => IoStatus::NoSpace,
             (ErrorAction::Stop, false) => IoStatus::Failed,
@@ -272,7 +272,7 @@ fn the_end_of_the_process_ends_all_jobs() {
 /// even one that comes first and is not obeyed yet.
 #[test]
 fn a_worker_learns_how_its_job_has_ended() {
-    let failure = || Failure { text: "no".into(), no_space: false };
+    let failure = || Failure { text: "no".into(), ..Failure::default() };
     let ended = |outcome: Outcome, before: &dyn Fn(&Jobs)| {
         let jobs = Jobs::new();
         let events = jobs.subscribe();
@@ -377,7 +377,7 @@ fn those_that_have_ended_are_counted() {
     work(jobs.create(spec("j")).unwrap(), 4 * CHUNK).join().unwrap();
     let kept = jobs.create(JobSpec { auto_dismiss: false, ..spec("j") }).unwrap();
     kept.start();
-    kept.finish(Outcome::Failed(Failure { text: "no".into(), no_space: false }), done);
+    kept.finish(Outcome::Failed(Failure { text: "no".into(), ..Failure::default() }), done);
     assert_eq!(jobs.completed(), Completed { successful: 1, failed: 1, cancelled: 0 });
     jobs.apply("j", Verb::Dismiss).unwrap();
     let cancelled = jobs.create(spec("j")).unwrap();

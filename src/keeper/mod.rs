@@ -11,7 +11,8 @@
 //! ```
 //!
 //! A process under Landlock cannot unmount, not even lazily, and cannot remove a file. Somebody else has to, and it should be somebody who reads no
-//! image and no client: the keeper knows twelve requests about one mount, three files, two attributes and one command, all named before the sandbox was
+//! image and no client: the keeper knows sixteen requests about one mount, four files and those of
+//! the chain, two attributes and one command, all named before the sandbox was
 //! entered. A serving process that was taken over can have the command run when no stream has completed, more than once, or never, and choose the text
 //! of the note of its stream; it cannot have another command run, nor tell it anything.
 //!
@@ -29,6 +30,7 @@
 //! **Locks:** one leaf, the socket: a request and its reply belong together.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -42,10 +44,12 @@ use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType};
 
 use crate::error::Context;
 use crate::fuse::{MountPlan, Unmounted};
+use crate::logging::Owners;
 use crate::sandbox::Identity;
 use crate::{Error, ErrorKind, Result};
 
 mod hook;
+mod looks;
 mod process;
 mod wire;
 
@@ -146,6 +150,39 @@ impl Keeper {
         let environment = environment.iter().map(|(name, value)| (OsStr::new(name).into(), (*value).into())).collect();
         let user = user.map(|Identity { uid, gid }| (uid, gid));
         self.ask(&Request::RememberCommand { command: command.into(), environment, user }).map(drop)
+    }
+
+    /// From now on [`Keeper::open_log`] opens the file at `path`, which may belong to `owners`.
+    ///
+    /// # Errors
+    /// The keeper is gone.
+    pub fn entrust_log(&self, path: &Path, owners: &Owners) -> Result<()> {
+        self.ask(&Request::RememberLog { path: path.into(), owners: owners.clone() }).map(drop)
+    }
+
+    /// From now on what is returned says whether a path leads to one of these files, by device and
+    /// inode. Paths that cannot be looked at soon do not.
+    ///
+    /// # Errors
+    /// The keeper is gone.
+    pub fn entrust_files(&self, files: Vec<(u64, u64)>) -> Result<impl Fn(&Path, (u64, u64)) -> bool + Send + Sync + use<>> {
+        self.ask(&Request::RememberFiles(files))?;
+        let line = Arc::clone(&self.line);
+        Ok(move |path: &Path, identity| {
+            let answer = line.ask(&Request::IsFile { path: path.into(), identity }, None);
+            matches!(answer, Ok((Answer::Is(true), _)))
+        })
+    }
+
+    /// Opens the log file anew: it was rotated.
+    ///
+    /// # Errors
+    /// Those of [`crate::logging::open_file`]; the keeper is gone.
+    pub fn open_log(&self) -> Result<File> {
+        match self.ask(&Request::OpenLog)? {
+            (Answer::Done, Some(file)) => Ok(file.into()),
+            (answer, _) => Err(unexpected(&answer)),
+        }
     }
 
     /// Starts the command, and does not wait for it. It is neither waited for nor ended when the keeper ends.
@@ -285,6 +322,14 @@ impl KeptMount<'_> {
     /// The mountpoint: absolute, without symbolic links.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// As [`Keeper::open_log`].
+    ///
+    /// # Errors
+    /// Those of [`Keeper::open_log`].
+    pub fn open_log(&self) -> Result<File> {
+        self.keeper.open_log()
     }
 
     /// As [`Keeper::run_command`].

@@ -13,9 +13,11 @@ use rustix::io::Errno;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use super::hook::Hook;
+use super::looks::Looks;
 use super::wire::{self, Answer, Failure, Leftover, Reply, Request};
 use crate::error::Context;
 use crate::fuse::{HostMount, Unmounted};
+use crate::logging::{self, Owners};
 use crate::{Error, ErrorKind, Result};
 
 /// What the keeper knows.
@@ -27,6 +29,11 @@ struct Kept {
     /// The image and the name of its attribute that says what runs.
     note: Option<(OwnedFd, String)>,
     hook: Option<Hook>,
+    /// Backing files.
+    backing: Vec<(u64, u64)>,
+    looks: Looks,
+    /// The log file, and to whom it may belong.
+    log: Option<(PathBuf, Owners)>,
     /// There was a mount: nothing new is taken.
     sealed: bool,
     mount: Option<HostMount>,
@@ -124,6 +131,8 @@ impl Kept {
             | Request::RememberMark(_)
             | Request::RememberNote(_)
             | Request::RememberCommand { .. }
+            | Request::RememberLog { .. }
+            | Request::RememberFiles(_)
             | Request::Mount(_)
                 if self.sealed =>
             {
@@ -162,6 +171,22 @@ impl Kept {
             Request::RunCommand => {
                 let hook = self.hook.as_ref().ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "no command was named"))?;
                 hook.run().and(done)
+            }
+            Request::RememberLog { path, owners } => {
+                self.log = Some((path.into(), owners));
+                done
+            }
+            Request::OpenLog => {
+                let (path, owners) = self.log.as_ref().ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "no log was named"))?;
+                let file = logging::open_file(path, owners).context(|| format!("--log {}", path.display()))?;
+                Ok((Answer::Done, Some(file.into())))
+            }
+            Request::RememberFiles(files) => {
+                self.backing = files;
+                done
+            }
+            Request::IsFile { path, identity } => {
+                Ok((Answer::Is(self.backing.contains(&identity) && self.looks.leads_to(path.into(), identity)), None))
             }
             Request::Mount(plan) => {
                 let (mount, device) = HostMount::mount(&plan.into())?;
@@ -383,6 +408,30 @@ mod tests {
             let started = (0..100).take_while(|_| keeper.run_command().is_ok()).count();
             std::fs::remove_file(&file).unwrap();
             assert_eq!(started, 16);
+        });
+        assert!(ended.is_ok());
+    }
+
+    /// The serving process cannot open a file any more; the keeper opens the one that was named,
+    /// and no other.
+    #[test]
+    fn the_log_is_opened_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let ((), ended) = with_keeper(Kept::default(), |keeper| {
+            assert!(keeper.open_log().unwrap_err().to_string().contains("no log was named"));
+            keeper.entrust_log(&path, &Owners::default()).unwrap();
+            std::fs::write(&path, "first\n").unwrap();
+            io::Write::write_all(&mut keeper.open_log().unwrap(), b"second\n").unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), "first\nsecond\n");
+            std::fs::remove_file(&path).unwrap();
+            std::fs::create_dir(&path).unwrap();
+            let error = keeper.open_log().unwrap_err().to_string();
+            assert!(error.starts_with("--log ") && error.contains("directory"), "{error}");
+        });
+        assert!(ended.is_ok());
+        let ((), ended) = with_keeper(Kept { sealed: true, ..Kept::default() }, |keeper| {
+            assert!(keeper.entrust_log(&path, &Owners::default()).unwrap_err().to_string().contains("keeps one mount"));
         });
         assert!(ended.is_ok());
     }

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Context;
 use crate::fuse::MountPlan;
+use crate::logging::Owners;
 use crate::{Error, ErrorKind, Result};
 
 /// Paths are at most 4096 bytes, and there are at most four in a message; the rest is for a command.
@@ -30,6 +31,12 @@ pub(super) enum Request {
     RememberNote(String),
     /// To be run when a stream has completed, with these variables, as this user and group. Only before the mount.
     RememberCommand { command: Name, environment: Vec<(Name, Name)>, user: Option<(u32, u32)> },
+    /// The log file, and the users to whom it may belong. Only before the mount.
+    RememberLog { path: Name, owners: Owners },
+    /// The backing files that are open, by device and inode. Only before the mount.
+    RememberFiles(Vec<(u64, u64)>),
+    /// Whether the path leads to that one of the files that were remembered.
+    IsFile { path: Name, identity: (u64, u64) },
     /// Mount; the reply brings /dev/fuse. Once.
     Mount(Plan),
     /// Unmount unless it is in use.
@@ -46,6 +53,8 @@ pub(super) enum Request {
     SetNote(Option<String>),
     /// Start the command that was remembered.
     RunCommand,
+    /// Open the log file that was remembered; the reply brings it.
+    OpenLog,
 }
 
 /// A file beside the mountpoint that goes away at the end.
@@ -141,6 +150,8 @@ pub(super) enum Answer {
     Done,
     /// To an unmount.
     Busy,
+    /// To [`Request::IsFile`].
+    Is(bool),
     /// With the mountpoint, absolute and without symbolic links.
     Mounted(Name),
 }

@@ -41,7 +41,11 @@ fn start(call: &mut Call<'_>, dialect: Dialect) -> Result<Value, Refusal> {
     let busy = jobs.is_busy();
     let info = queries::info(call)?;
     let device = arguments.mandatory_text("device");
-    let top = find(call, &info, device).ok_or_else(|| dialect.device_not_found(device))?;
+    // A file of the chain takes no stream: QEMU has one that does nothing.
+    let top = match find(call, &info, device) {
+        None if nodes::find_protocol(&info, device).is_some() => return Err(dialect.read_only()),
+        found => found.ok_or_else(|| dialect.device_not_found(device))?,
+    };
     let depth = depth(call, &info, top, dialect)?;
     if busy {
         let name = if top == 0 { &call.backend.device } else { device };
@@ -99,19 +103,24 @@ fn find(call: &Call<'_>, info: &DiskInfo, name: &str) -> Option<usize> {
 fn depth(call: &Call<'_>, info: &DiskInfo, top: usize, dialect: Dialect) -> Result<Option<usize>, Refusal> {
     let arguments = &call.arguments;
     let device = arguments.mandatory_text("device");
-    let node = |name: &str| find(call, info, name).ok_or_else(|| Refusal::generic(format!("Cannot find device='' nor node-name='{name}'")));
+    let unknown = |name: &str| Refusal::generic(format!("Cannot find device='' nor node-name='{name}'"));
+    // `None` is a file of the chain, which is no layer.
+    let node = |name: &str| match find(call, info, name) {
+        None if nodes::find_protocol(info, name).is_none() => Err(unknown(name)),
+        found => Ok(found),
+    };
     if let Some(name) = arguments.text("base") {
-        let base = nodes::find_file(info, top, name).ok_or_else(|| dialect.base_not_found(name))?;
+        let base = nodes::find_file(info, top, name, &*call.backend.is_file).ok_or_else(|| dialect.base_not_found(name))?;
         return Ok(Some(base - 1 - top));
     }
     if let Some(name) = arguments.text("base-node") {
-        return match node(name)?.checked_sub(top + 1) {
+        return match node(name)?.and_then(|depth| depth.checked_sub(top + 1)) {
             Some(depth) => Ok(Some(depth)),
             None => Err(Refusal::generic(format!("Node '{name}' is not a backing image of '{device}'"))),
         };
     }
     if let Some(name) = arguments.text("bottom") {
-        return match node(name)?.checked_sub(top) {
+        return match node(name)?.and_then(|depth| depth.checked_sub(top)) {
             // What includes the last layer includes them all.
             Some(depth) => Ok(Some(depth).filter(|depth| top + depth < info.backing.len())),
             None => Err(Refusal::generic(format!("Node '{name}' is not in a chain starting from '{device}'"))),
@@ -122,7 +131,7 @@ fn depth(call: &Call<'_>, info: &DiskInfo, top: usize, dialect: Dialect) -> Resu
 
 /// QEMU makes a node of this name while the job runs. We have none, but refuse what it refuses.
 fn check_filter_name(info: &DiskInfo, name: &str) -> Result<(), Refusal> {
-    let problem = match nodes::find(info, name) {
+    let problem = match nodes::find(info, name).or_else(|| nodes::find_protocol(info, name)) {
         Some(_) => format!("Duplicate nodes with node-name='{name}'"),
         None if !job::is_valid_id(name) => format!("Invalid node-name: '{name}'"),
         None => return Ok(()),

@@ -1,6 +1,7 @@
 //! What a command has when it runs: its arguments, the things it acts upon, and the client's side of the conversation.
 
-use std::path::PathBuf;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -10,8 +11,9 @@ use parking_lot::Mutex;
 use super::arguments::Arguments;
 use super::codec::Oob;
 use crate::Result;
-use crate::disk::{Disk, DiskInfo, DiskStats, Survey, Totals};
+use crate::disk::{CopyPause, Disk, DiskInfo, DiskStats, GuestFailure, Survey, Totals};
 use crate::job::{Hold, Jobs};
+use crate::logging::{Log, Warning};
 use crate::map::{self, Page};
 use crate::stream::{Priority, StreamOptions, Streams};
 
@@ -32,10 +34,16 @@ pub struct Target {
     pub priority: Priority,
     /// Where a client's wish to end the process is sent, without waiting: give the channel room for one.
     pub quit: Sender<()>,
+    /// How it is found out which file a path leads to.
+    pub is_file: IsFile,
+    /// The log of this process.
+    pub log: Log,
+    /// Where metrics are served.
+    pub metrics: Option<SocketAddr>,
     /// Called with the size in bytes that the disk has grown to, before the client that asked for it is answered.
     pub grown: Arc<dyn Fn(u64) + Send + Sync>,
     /// Whether the requests that the kernel sends are answered. Called by threads of the socket, which serve no such request.
-    pub is_answering: Arc<dyn Fn() -> bool + Send + Sync>,
+    pub is_answering: Answering,
 }
 
 impl std::fmt::Debug for Target {
@@ -43,6 +51,13 @@ impl std::fmt::Debug for Target {
         f.debug_struct("Target").field("disk", &self.disk).field("jobs", &self.jobs).field("device", &self.device).finish_non_exhaustive()
     }
 }
+
+/// Says whether a path leads to the file of this device and inode: not by itself, as the process
+/// may not look at paths.
+pub type IsFile = Arc<dyn Fn(&Path, (u64, u64)) -> bool + Send + Sync>;
+
+/// Whether the requests that the kernel sends are answered.
+pub type Answering = Arc<dyn Fn() -> bool + Send + Sync>;
 
 /// [`Target`] with the disk behind two functions, so that the conversation can be tested without one.
 pub(super) struct Backend {
@@ -55,6 +70,8 @@ pub(super) struct Backend {
     pub info: Box<dyn Fn() -> Result<DiskInfo> + Send + Sync>,
     pub stats: Box<dyn Fn() -> DiskStats + Send + Sync>,
     pub facts: Facts,
+    /// Whether a path leads to the file of this device and inode.
+    pub is_file: IsFile,
     pub grow: Box<dyn Fn(u64) -> Result<()> + Send + Sync>,
     pub start_stream: Box<dyn Fn(StreamOptions) -> Result<()> + Send + Sync>,
 }
@@ -64,18 +81,38 @@ pub(super) struct Facts {
     pub mountpoint: PathBuf,
     /// When the disk began to be served.
     pub started: SystemTime,
+    /// Where metrics are served, as a socket address.
+    pub metrics: Option<SocketAddr>,
+    /// Where the log goes, if not to standard error.
+    pub log: Option<String>,
     pub is_usable: Box<dyn Fn() -> bool + Send + Sync>,
     pub is_answering: Box<dyn Fn() -> bool + Send + Sync>,
+    pub troubles: Box<dyn Fn() -> Troubles + Send + Sync>,
     pub totals: Box<dyn Fn() -> Result<Totals> + Send + Sync>,
     pub survey: Box<dyn Fn(u64) -> Result<Arc<Survey>> + Send + Sync>,
     pub extents: Box<dyn Fn(u64, usize) -> Result<Page> + Send + Sync>,
 }
 
+/// What went wrong, as long as nothing newer has.
+#[derive(Debug, Default)]
+pub(super) struct Troubles {
+    pub failure: Option<GuestFailure>,
+    pub copy_pause: Option<CopyPause>,
+    pub warning: Option<Warning>,
+}
+
 impl Facts {
-    fn of(disk: &Arc<Disk>, mountpoint: PathBuf, is_answering: Arc<dyn Fn() -> bool + Send + Sync>) -> Facts {
-        let [first, second, third, fourth] = std::array::from_fn(|_| Arc::clone(disk));
+    fn of(disk: &Arc<Disk>, mountpoint: PathBuf, log: Log, metrics: Option<SocketAddr>, is_answering: Answering) -> Facts {
+        let [first, second, third, fourth, fifth] = std::array::from_fn(|_| Arc::clone(disk));
         Facts {
             mountpoint,
+            metrics,
+            log: log.place().map(str::to_owned),
+            troubles: Box::new(move || Troubles {
+                failure: fifth.last_failure(),
+                copy_pause: fifth.copy_pause(),
+                warning: log.last_warning(),
+            }),
             started: SystemTime::now(),
             is_usable: Box::new(move || first.is_usable()),
             is_answering: Box::new(move || is_answering()),
@@ -88,8 +125,8 @@ impl Facts {
 
 impl From<Target> for Backend {
     fn from(target: Target) -> Self {
-        let Target { disk, mountpoint, jobs, streams, device, priority, quit, grown, is_answering } = target;
-        let facts = Facts::of(&disk, mountpoint, is_answering);
+        let Target { disk, mountpoint, jobs, streams, device, priority, quit, is_file, log, metrics, grown, is_answering } = target;
+        let facts = Facts::of(&disk, mountpoint, log, metrics, is_answering);
         let starting = streams.starting();
         let start_stream = {
             let (disk, streams) = (Arc::clone(&disk), streams.clone());
@@ -103,7 +140,7 @@ impl From<Target> for Backend {
             let disk = Arc::clone(&disk);
             Box::new(move || disk.stats())
         };
-        Backend { jobs, streams, device, quit, starting, info: Box::new(move || disk.info()), stats, facts, grow, start_stream }
+        Backend { jobs, streams, device, quit, starting, info: Box::new(move || disk.info()), stats, facts, is_file, grow, start_stream }
     }
 }
 

@@ -71,12 +71,16 @@ fn backend() -> Backend {
         facts: Facts {
             mountpoint: "/disk".into(),
             started: std::time::UNIX_EPOCH,
+            metrics: None,
+            log: None,
             is_usable: Box::new(|| true),
             is_answering: Box::new(|| true),
+            troubles: Box::new(Default::default),
             totals: Box::new(move || Err(no_disk())),
             survey: Box::new(move |_| Err(no_disk())),
             extents: Box::new(move |_, _| Err(no_disk())),
         },
+        is_file: std::sync::Arc::new(|_, _| false),
         grow: Box::new(move |_| Err(no_disk())),
         start_stream: Box::new(move |_| Err(no_disk())),
     }

@@ -49,7 +49,7 @@ mod tests;
 mod types;
 mod unicode;
 
-pub use call::Target;
+pub use call::{IsFile, Target};
 pub use fanout::ShutdownReason;
 pub use server::Server;
 pub use socket::{Socket, remove_socket};

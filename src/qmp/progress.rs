@@ -39,6 +39,14 @@ pub(super) fn progress(info: &JobInfo) -> Value {
     if let Some(remaining) = info.remaining {
         value["seconds-left"] = remaining.as_secs().into();
     }
+    with_error_detail(value, info)
+}
+
+/// QEMU's word for an error is short; this says which file and where.
+fn with_error_detail(mut value: Value, info: &JobInfo) -> Value {
+    if let Some(detail) = &info.error_detail {
+        value["error-detail"] = detail.as_str().into();
+    }
     value
 }
 
@@ -63,7 +71,7 @@ pub(super) fn last_job(info: &JobInfo) -> Value {
     if let Some(error) = &info.error {
         value["error"] = error.as_str().into();
     }
-    value
+    with_error_detail(value, info)
 }
 
 fn counts(info: &JobInfo) -> Value {

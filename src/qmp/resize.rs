@@ -20,6 +20,15 @@ pub(super) fn block_resize(call: &mut Call<'_>) -> Result<Value, Refusal> {
     let busy = call.backend.jobs.is_busy();
     let info = queries::info(call)?;
     let depth = if device == call.backend.device { Some(0) } else { nodes::find(&info, node) };
+    if depth.is_none()
+        && let Some(holder) = nodes::find_protocol(&info, node)
+    {
+        let holder = nodes::name(holder);
+        return Err(Refusal::generic(format!(
+            "Permission conflict on node '{node}': permissions 'resize' are both required by an unnamed block device (uses node '{node}' as 'root' \
+             child) and unshared by node '{holder}' (uses node '{node}' as 'file' child)."
+        )));
+    }
     let depth = depth.ok_or_else(|| Refusal::generic(format!("Cannot find device='{device}' nor node-name='{node}'")))?;
     let size = arguments.integer("size").and_then(|size| u64::try_from(size).ok());
     let size = size.ok_or_else(|| Refusal::generic("Parameter 'size' expects a >0 size"))?;

@@ -8,11 +8,12 @@ use super::call::Call;
 use super::codec::Refusal;
 use super::nodes;
 use super::queries;
-use crate::disk::{DiskStats, RequestCount};
+use crate::disk::{DiskInfo, DiskStats, RequestCount};
 
 /// The device with what lies below it nested, or every node by itself.
 pub(super) fn query_blockstats(call: &mut Call<'_>) -> Result<Value, Refusal> {
-    let layers = queries::info(call)?.backing.len();
+    let info = queries::info(call)?;
+    let layers = info.backing.len();
     let counted = (call.backend.stats)();
     // Who reads from below reads from the first layer; what that one had to ask further down is not told apart.
     let stats = |depth| match depth {
@@ -20,14 +21,33 @@ pub(super) fn query_blockstats(call: &mut Call<'_>) -> Result<Value, Refusal> {
         1 => block_device_stats(&DiskStats { reads: counted.backing_reads, ..DiskStats::default() }),
         _ => block_device_stats(&DiskStats::default()),
     };
-    let node = |depth| json!({ "node-name": nodes::name(depth), "stats": stats(depth) });
+    let node = |depth| json!({ "node-name": nodes::name(depth), "stats": stats(depth), "parent": file(&info, &counted, depth) });
     if call.arguments.boolean("query-nodes") == Some(true) {
-        return Ok((0..=layers).map(node).collect());
+        // In QEMU's order.
+        return Ok((0..=layers).flat_map(|depth| [file(&info, &counted, depth), node(depth)]).collect());
     }
     let below = (1..=layers).rev().fold(None, |below, depth| Some(with_backing(node(depth), below)));
     let mut device = with_backing(node(0), below);
     device["device"] = call.backend.device.as_str().into();
     Ok(json!([device]))
+}
+
+/// The file that holds the layer at `depth`. As in QEMU, requests are counted above it; of itself
+/// it knows how far it was written since it was opened, which is what libvirt takes for the
+/// allocation of an image on a block device.
+fn file(info: &DiskInfo, counted: &DiskStats, depth: usize) -> Value {
+    let written = counted.commits > 0 || counted.writes.operations > 0 || counted.copied_up.bytes > 0 || counted.streamed > 0;
+    let highest_written = match (depth, written) {
+        (0, true) if info.block_device => info.allocated_size,
+        (0, true) => info.file_size,
+        _ => 0,
+    };
+    json!({
+        "node-name": nodes::file_name(depth), "stats": block_device_stats(&DiskStats { highest_written, ..DiskStats::default() }),
+        "driver-specific": {
+            "driver": nodes::protocol(info, depth), "discard-nb-ok": 0, "discard-nb-failed": 0, "discard-bytes-ok": 0,
+        },
+    })
 }
 
 fn with_backing(mut node: Value, below: Option<Value>) -> Value {

@@ -2,15 +2,17 @@
 
 use std::time::Duration;
 
+use log::Level;
 use serde_json::{Value, json};
 
-use super::call::Call;
+use super::call::{Call, Troubles};
 use super::codec::{self, Refusal};
 use super::statistics::nanoseconds;
 use super::{plan, progress, queries};
 use crate::chain::LayerInfo;
-use crate::disk::{DiskStats, LATENCY_BOUNDS, MOST_CELLS, RequestCount, Survey, Totals};
+use crate::disk::{CopyPause, DiskStats, GuestFailure, LATENCY_BOUNDS, MOST_CELLS, RequestCount, Survey, Totals};
 use crate::format::BackingFormat;
+use crate::logging::Warning;
 
 pub(super) fn x_query_status(call: &mut Call<'_>) -> Result<Value, Refusal> {
     let info = queries::info(call)?;
@@ -19,7 +21,7 @@ pub(super) fn x_query_status(call: &mut Call<'_>) -> Result<Value, Refusal> {
         "device": call.backend.device, "image": info.path.to_string_lossy(), "mountpoint": facts.mountpoint.to_string_lossy(),
         "pid": std::process::id(), "version": env!("CARGO_PKG_VERSION"), "start-time": codec::timestamp(facts.started),
         "size": info.size, "cluster-size": info.cluster_size, "allocated-size": info.allocated_size,
-        "read-only": info.read_only, "copy-on-read": info.copy_on_read,
+        "read-only": info.read_only, "copy-on-read": info.copy_on_read, "image-deleted": info.deleted,
         "chain": info.backing.iter().map(layer).collect::<Value>(), "usable": (facts.is_usable)(),
         "answering": (facts.is_answering)(),
         "requests": requests(&stats), "latency-bounds-ns": LATENCY_BOUNDS, "backing-reads": backing_reads(&stats.backing_reads),
@@ -40,7 +42,38 @@ pub(super) fn x_query_status(call: &mut Call<'_>) -> Result<Value, Refusal> {
     if let Some(plan) = call.backend.streams.plan() {
         status["plan"] = plan::facts(&plan);
     }
+    if let Some(kept) = call.backend.streams.kept_back() {
+        status["stream-kept-back"] = json!({ "offset": kept.offset, "len": kept.len });
+    }
+    if let Some(address) = facts.metrics {
+        status["metrics"] = address.to_string().into();
+    }
+    if let Some(log) = &facts.log {
+        status["log"] = log.as_str().into();
+    }
+    add_troubles(&mut status, &(facts.troubles)());
     Ok(status)
+}
+
+fn add_troubles(status: &mut Value, troubles: &Troubles) {
+    if let Some(pause) = troubles.copy_pause {
+        status["copy-on-read-paused"] = match pause {
+            CopyPause::Reserve => "reserve",
+            CopyPause::Error => "error",
+        }
+        .into();
+    }
+    if let Some(GuestFailure { time, operation, range, message }) = &troubles.failure {
+        let mut failure = json!({ "time": codec::timestamp(*time), "operation": operation, "message": message });
+        if let Some((offset, length)) = range {
+            (failure["offset"], failure["length"]) = ((*offset).into(), (*length).into());
+        }
+        status["last-error"] = failure;
+    }
+    if let Some(Warning { level, time, message }) = &troubles.warning {
+        let level = if *level == Level::Error { "error" } else { "warning" };
+        status["last-warning"] = json!({ "time": codec::timestamp(*time), "level": level, "message": message });
+    }
 }
 
 fn layer(layer: &LayerInfo) -> Value {
@@ -48,7 +81,7 @@ fn layer(layer: &LayerInfo) -> Value {
         BackingFormat::Raw => "raw",
         BackingFormat::Qcow2 => "qcow2",
     };
-    json!({ "filename": layer.path.to_string_lossy(), "format": format, "size": layer.size })
+    json!({ "filename": layer.path.to_string_lossy(), "format": format, "size": layer.size, "deleted": layer.deleted })
 }
 
 fn requests(stats: &DiskStats) -> Value {

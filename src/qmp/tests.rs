@@ -15,13 +15,14 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::call::{Backend, Facts};
+use super::call::{Backend, Facts, Troubles};
 use super::schema::tests::{check_event, check_return};
 use super::server::Server;
 use crate::chain::LayerInfo;
-use crate::disk::{CopyCount, DiskInfo, DiskStats, LATENCY_BUCKETS, RequestCount, Survey, Totals};
-use crate::format::{BackingFormat, BackingReference};
+use crate::disk::{CopyCount, CopyPause, DiskInfo, DiskStats, GuestFailure, LATENCY_BUCKETS, RequestCount, Survey, Totals};
+use crate::format::{BackingFormat, BackingReference, Qcow2Facts};
 use crate::job::{ErrorAction, Failure, JobSpec, Jobs, Next, Outcome, Work};
+use crate::logging::Warning;
 use crate::map::{Extent, Page};
 use crate::stream::{StreamOptions, Streams};
 
@@ -47,6 +48,11 @@ fn disk_info() -> DiskInfo {
         size: SIZE,
         allocated_size: 4096,
         cluster_size,
+        qcow2: cluster_size.map(|_| qcow2_facts()),
+        identity: cluster_size.is_none().then_some((1, 2)),
+        file_size: 8192,
+        block_device: false,
+        deleted: false,
     };
     DiskInfo {
         path: "/images/overlay.qcow2".into(),
@@ -54,12 +60,27 @@ fn disk_info() -> DiskInfo {
         allocated_size: 4096,
         cluster_size: 65536,
         version: 3,
+        qcow2: qcow2_facts(),
+        file_size: 12288,
+        block_device: false,
+        deleted: false,
         read_only: false,
         copy_on_read: true,
         backing: vec![
             layer("mid.qcow2", "/images/mid.qcow2", BackingFormat::Qcow2, Some(65536)),
             layer("../base/base.raw", "/base/base.raw", BackingFormat::Raw, None),
         ],
+    }
+}
+
+fn qcow2_facts() -> Qcow2Facts {
+    Qcow2Facts {
+        compat: "1.1".into(),
+        compression_type: "zlib".into(),
+        lazy_refcounts: Some(false),
+        refcount_bits: 16,
+        corrupt: Some(false),
+        extended_l2: Some(false),
     }
 }
 
@@ -100,8 +121,20 @@ fn facts() -> Facts {
     Facts {
         mountpoint: "/srv/disk".into(),
         started: std::time::UNIX_EPOCH,
+        metrics: Some(([127, 0, 0, 1], 9184).into()),
+        log: Some("journal".into()),
         is_usable: Box::new(|| true),
         is_answering: Box::new(|| true),
+        troubles: Box::new(|| Troubles {
+            failure: Some(GuestFailure {
+                time: std::time::UNIX_EPOCH,
+                operation: "read",
+                range: Some((CHUNK, 512)),
+                message: "/base/base.raw: gone".into(),
+            }),
+            copy_pause: Some(CopyPause::Reserve),
+            warning: Some(Warning { level: log::Level::Warn, time: std::time::UNIX_EPOCH, message: "no room".into() }),
+        }),
         totals: Box::new(|| Ok(Totals { local: CHUNK, zero: CHUNK, remote: SIZE - 2 * CHUNK, age: Duration::from_millis(8) })),
         survey: Box::new(move |_| Ok(Arc::new(Survey { size: SIZE, cell_size: CHUNK, local: cells(0), zero: cells(1) }))),
         extents: Box::new(move |from, limit| {
@@ -169,6 +202,7 @@ impl Fixture {
             info: Box::new(move || Ok(info.clone())),
             stats: Box::new(disk_stats),
             facts: facts(),
+            is_file: Arc::new(|path, file| path == "/images/alias.raw" && file == (1, 2)),
             grow: Box::new(grow),
             start_stream,
         };
@@ -451,8 +485,8 @@ fn a_job_waits_for_orders_where_it_is_told_to() {
 fn errors_follow_the_policy() {
     let fixture = Fixture::new();
     let mut client = fixture.client();
-    let eio = Failure { text: "Input/output error".into(), no_space: false };
-    let enospc = Failure { text: "No space left on device".into(), no_space: true };
+    let eio = Failure { text: "Input/output error".into(), ..Failure::default() };
+    let enospc = Failure { text: "No space left on device".into(), no_space: true, ..Failure::default() };
     let fail = |failures: &[&Failure]| fixture.failures.lock().extend(failures.iter().map(|&failure| failure.clone()));
     let stream = |policy: &str| execute("block-stream", &json!({"device": "drive0", "on-error": policy}));
 
@@ -502,6 +536,14 @@ fn streams_that_cannot_be_are_refused() {
             "'base' and 'base-node' cannot be specified at the same time",
         ),
         ("block-stream", json!({"device": "drive0", "base-node": "overlay"}), generic, "Node 'overlay' is not a backing image of 'drive0'"),
+        ("block-stream", json!({"device": "overlay-file", "job-id": "j"}), generic, "Block node is read-only"),
+        (
+            "block-stream",
+            json!({"device": "drive0", "base-node": "backing-1-file"}),
+            generic,
+            "Node 'backing-1-file' is not a backing image of 'drive0'",
+        ),
+        ("block-stream", json!({"device": "drive0", "base": "other.raw"}), generic, "Can't find 'other.raw' in the backing chain"),
         ("block-stream", json!({"device": "drive0", "base-node": "x"}), generic, "Cannot find device='' nor node-name='x'"),
         (
             "block-stream",
@@ -539,6 +581,15 @@ fn streams_that_cannot_be_are_refused() {
     assert_eq!(error(&reply), (generic, "Block node is read-only"));
 }
 
+/// Protects: a base is found by what its path leads to, where no name of the chain is the same.
+#[test]
+fn a_base_is_a_file_by_whatever_name() {
+    let fixture = Fixture::new();
+    let mut client = fixture.client();
+    let (events, reply) = client.events_and_reply(&execute("block-stream", &json!({"device": "drive0", "base": "alias.raw", "speed": 1})));
+    assert_eq!((events, reply), (vec!["created".into(), "running".into()], ok()));
+}
+
 #[test]
 fn the_disk_can_be_looked_at() {
     let fixture = Fixture::new();
@@ -553,7 +604,7 @@ fn the_disk_can_be_looked_at() {
     assert_eq!(disk["inserted"]["image"]["backing-image"]["backing-image"]["filename"], "/base/base.raw");
     let (_, reply) = client.events_and_reply(&execute("query-named-block-nodes", &json!({"flat": true})));
     let names: Vec<_> = reply["return"].as_array().unwrap().iter().map(|node| node["node-name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["overlay", "backing-1", "backing-2"]);
+    assert_eq!(names, ["overlay", "overlay-file", "backing-1", "backing-1-file", "backing-2", "backing-2-file"]);
     let (_, reply) = client.events_and_reply(&execute("query-commands", &json!({})));
     assert!(reply["return"].as_array().unwrap().contains(&json!({"name": "block-stream"})));
 }
@@ -835,7 +886,7 @@ fn statistics_are_told_as_qemu_does() {
     assert_eq!(backing["backing"]["node-name"], "backing-2");
     let nodes = ask(&json!({"query-nodes": true}));
     let names: Vec<_> = nodes.as_array().unwrap().iter().map(|node| node["node-name"].as_str().unwrap()).collect();
-    assert_eq!(names, ["overlay", "backing-1", "backing-2"]);
+    assert_eq!(names, ["overlay-file", "overlay", "backing-1-file", "backing-1", "backing-2-file", "backing-2"]);
     assert!(nodes[0].get("backing").is_none() && nodes[0].get("device").is_none());
     let exports = client.events_and_reply(&execute("query-block-exports", &json!({}))).1;
     assert_eq!(exports["return"], json!([{"id": "drive0", "type": "fuse", "node-name": "overlay", "shutting-down": false}]));
@@ -853,13 +904,15 @@ fn the_last_job_can_be_asked_for_when_it_is_gone() {
     assert_eq!((&told["id"], &told["result"], &told["bytes-copied"]), (&json!("j"), &json!("success"), &json!(0)));
     assert_eq!(told["arguments"], arguments);
 
-    *fixture.failures.lock() = vec![Failure { text: "Input/output error".into(), no_space: false }];
+    *fixture.failures.lock() =
+        vec![Failure { text: "Input/output error".into(), detail: "b.raw at 7: Input/output error".into(), no_space: false }];
     client.events_and_reply(&execute("block-stream", &json!({"device": "drive0", "on-error": "ignore"})));
     while fixture.jobs.is_busy() {
         thread::sleep(Duration::from_millis(1));
     }
     let told = last(&mut client)["return"].take();
     assert_eq!((&told["result"], &told["error"]), (&json!("error"), &json!("Input/output error")));
+    assert_eq!(told["error-detail"], json!("b.raw at 7: Input/output error"));
     assert_eq!((&told["offset"], &told["bytes-copied"], &told["bytes-skipped"]), (&json!(SIZE), &json!(SIZE), &json!(0)));
 
     client.events_and_reply(&execute("block-stream", &json!({"device": "drive0", "speed": 1})));
@@ -924,7 +977,13 @@ fn the_status_is_of_the_schema() {
     let status = returned("x-query-status", json!({})).unwrap();
     assert_eq!(status["bytes"], json!({ "local": CHUNK, "zero": CHUNK, "remote": 6 * CHUNK, "age-ms": 8 }));
     assert_eq!((&status["mountpoint"], &status["image"]), (&json!("/srv/disk"), &json!("/images/overlay.qcow2")));
-    assert_eq!(status["chain"][1], json!({ "filename": "/base/base.raw", "format": "raw", "size": SIZE }));
+    assert_eq!(status["chain"][1], json!({ "filename": "/base/base.raw", "format": "raw", "size": SIZE, "deleted": false }));
+    assert_eq!((&status["metrics"], &status["log"]), (&json!("127.0.0.1:9184"), &json!("journal")));
+    let long_ago = json!({ "seconds": 0, "microseconds": 0 });
+    let failure = json!({ "time": long_ago, "operation": "read", "offset": CHUNK, "length": 512, "message": "/base/base.raw: gone" });
+    assert_eq!(status["last-error"], failure);
+    assert_eq!(status["last-warning"], json!({ "time": long_ago, "level": "warning", "message": "no room" }));
+    assert_eq!((&status["copy-on-read-paused"], &status["image-deleted"]), (&json!("reserve"), &json!(false)));
     assert_eq!((&status["hits"], &status["misses"], &status["commits"]), (&json!(0), &json!(1), &json!(4)));
     assert_eq!(status["requests"][2]["kind"], "flush");
     assert_eq!((&status["requests"][2]["operations"], &status["requests"][2]["latency"][0]), (&json!(3), &json!(3)));

@@ -70,8 +70,20 @@ pub(super) const OBJECTS: &[(&str, &[Member])] = &[
     ),
     ("LastJob", &LAST_JOB),
     ("DiskStatus", &STATUS),
+    ("KeptBack", &[always("offset", Int), always("len", Int)]),
+    (
+        "GuestError",
+        &[
+            always("time", Object("Timestamp")),
+            always("operation", Str),
+            maybe("offset", Int),
+            maybe("length", Int),
+            always("message", Str),
+        ],
+    ),
+    ("LogMessage", &[always("time", Object("Timestamp")), always("level", Enum(&["warning", "error"])), always("message", Str)]),
     ("DiskBytes", &[always("local", Int), always("zero", Int), always("remote", Int), always("age-ms", Int)]),
-    ("ChainLayer", &[always("filename", Str), always("format", Enum(&["raw", "qcow2"])), always("size", Int)]),
+    ("ChainLayer", &[always("filename", Str), always("format", Enum(&["raw", "qcow2"])), always("size", Int), always("deleted", Bool)]),
     ("RequestCount", &REQUESTS),
     ("BackingReads", &[always("operations", Int), always("bytes", Int), always("failed", Int), always("total-time-ns", Int)]),
     ("CopiedUp", &[always("operations", Int), always("bytes", Int), always("failed", Int)]),
@@ -146,6 +158,20 @@ pub(super) const OBJECTS: &[(&str, &[Member])] = &[
             maybe("full-backing-filename", Str),
             maybe("backing-filename-format", Str),
             maybe("backing-image", Object("ImageInfo")),
+            maybe("format-specific", Object("ImageInfoSpecific")),
+        ],
+    ),
+    // QEMU has a variant for each type; of a file there is nothing to say.
+    ("ImageInfoSpecific", &[always("type", Enum(&["qcow2", "file"])), always("data", Object("ImageInfoSpecificQCow2"))]),
+    (
+        "ImageInfoSpecificQCow2",
+        &[
+            maybe("compat", Str),
+            maybe("compression-type", Enum(&["zlib", "zstd"])),
+            maybe("lazy-refcounts", Bool),
+            maybe("refcount-bits", Int),
+            maybe("corrupt", Bool),
+            maybe("extended-l2", Bool),
         ],
     ),
     (
@@ -154,7 +180,18 @@ pub(super) const OBJECTS: &[(&str, &[Member])] = &[
             maybe("device", Str),
             maybe("node-name", Str),
             always("stats", Object("BlockDeviceStats")),
+            maybe("driver-specific", Object("BlockStatsSpecific")),
+            maybe("parent", Object("BlockStats")),
             maybe("backing", Object("BlockStats")),
+        ],
+    ),
+    (
+        "BlockStatsSpecific",
+        &[
+            always("driver", Enum(&["file", "host_device"])),
+            always("discard-nb-ok", Int),
+            always("discard-nb-failed", Int),
+            always("discard-bytes-ok", Int),
         ],
     ),
     (
@@ -237,7 +274,7 @@ pub(super) const OBJECTS: &[(&str, &[Member])] = &[
 ];
 
 /// `bytes` is absent where the tables of the overlay cannot be read.
-const STATUS: [Member; 25] = [
+const STATUS: [Member; 32] = [
     always("device", Str),
     always("image", Str),
     always("mountpoint", Str),
@@ -249,6 +286,9 @@ const STATUS: [Member; 25] = [
     always("allocated-size", Int),
     always("read-only", Bool),
     always("copy-on-read", Bool),
+    // Why reads do not copy up although they should.
+    maybe("copy-on-read-paused", Enum(&["reserve", "error"])),
+    always("image-deleted", Bool),
     always("chain", List(&Object("ChainLayer"))),
     always("usable", Bool),
     always("answering", Bool),
@@ -264,6 +304,14 @@ const STATUS: [Member; 25] = [
     maybe("last-job", Object("LastJob")),
     // Of the job that runs, if it has one.
     maybe("plan", Object("Plan")),
+    // It waits beside the image, and goes on at a mount without --no-resume.
+    maybe("stream-kept-back", Object("KeptBack")),
+    // Of --metrics, with the port that is really bound.
+    maybe("metrics", Str),
+    // `journal`, `syslog` or a file.
+    maybe("log", Str),
+    maybe("last-error", Object("GuestError")),
+    maybe("last-warning", Object("LogMessage")),
 ];
 const REQUESTS: [Member; 6] = [
     always("kind", Enum(&["read", "write", "flush", "discard"])),
@@ -285,7 +333,7 @@ const MAP_ENTRY: [Member; 8] = [
 ];
 
 /// Bytes copied, found zero, passed over and given up add up to the offset, but for clusters that are larger than a step.
-const PROGRESS: [Member; 15] = [
+const PROGRESS: [Member; 16] = [
     always("id", Str),
     always("type", JOB_TYPE),
     always("status", JOB_STATUS),
@@ -300,15 +348,18 @@ const PROGRESS: [Member; 15] = [
     always("rate", Int),
     maybe("bytes-left", Int),
     maybe("seconds-left", Int),
+    // The error that was met last, with file and offset.
+    maybe("error-detail", Str),
     // Of a query only, and of a job that has one.
     maybe("plan", Object("Plan")),
 ];
-const LAST_JOB: [Member; 15] = {
+const LAST_JOB: [Member; 16] = {
     let [id, kind, status, speed, offset, len, copied, zero, skipped, failed, start, ..] = PROGRESS;
     let (result, end) = (Enum(&["success", "error", "cancelled"]), Object("Timestamp"));
-    let ours = [always("arguments", Any), always("result", result), always("end-time", end), maybe("error", Str)];
-    let [arguments, result, end, error] = ours;
-    [id, kind, status, speed, offset, len, copied, zero, skipped, failed, start, arguments, result, end, error]
+    let ours =
+        [always("arguments", Any), always("result", result), always("end-time", end), maybe("error", Str), maybe("error-detail", Str)];
+    let [arguments, result, end, error, detail] = ours;
+    [id, kind, status, speed, offset, len, copied, zero, skipped, failed, start, arguments, result, end, error, detail]
 };
 
 const BLOCK_JOB: [Member; 5] =

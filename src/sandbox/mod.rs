@@ -90,6 +90,7 @@ pub fn check(mode: Mode) -> Result<()> {
 pub fn enter(mode: Mode) -> Result<()> {
     if mode == Mode::Off {
         log::info!("sandbox: off");
+        log_panics();
         return Ok(());
     }
     panic_in_one_line();
@@ -145,9 +146,29 @@ fn panic_in_one_line() {
     std::panic::set_hook(Box::new(|panic| {
         let thread = std::thread::current();
         let name = thread.name().unwrap_or("?");
-        let line = one_line(&format!("cordisk: thread {name} panicked: {panic}"));
-        let _ = writeln!(io::stderr(), "{line}");
+        let line = one_line(&format!("thread {name} panicked: {panic}"));
+        let _ = writeln!(io::stderr(), "cordisk: {line}");
+        log_panic(&line);
     }));
+}
+
+/// Outside of the sandbox the standard library's hook may do its work; its message goes to the log
+/// as well.
+fn log_panics() {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        hook(panic);
+        let thread = std::thread::current();
+        log_panic(&format!("thread {} panicked: {panic}", thread.name().unwrap_or("?")));
+    }));
+}
+
+/// For a process in the background, whose standard error leads nowhere. The process may be about to
+/// end: the line is written when this returns. The target keeps it from standard error
+/// (`logging::PANIC`).
+fn log_panic(line: &str) {
+    log::error!(target: "cordisk::panic", "{line}");
+    log::logger().flush();
 }
 
 fn missing(what: &str) -> Error {

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use reflink_copy::ReflinkBlockBuilder;
-use rustix::fs::{Advice, CWD, FallocateFlags, Mode, OFlags, ResolveFlags, XattrFlags};
+use rustix::fs::{Advice, AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags, XattrFlags};
 use rustix::io::{Errno, ReadWriteFlags, retry_on_intr};
 
 use super::{CloneSource, Holding, HostSpace, LONGEST_STREAM_NOTE, OpenMark, Storage, WriteKind, locks};
@@ -279,6 +279,17 @@ impl Storage for FileStorage {
 
     fn allocated_size(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.blocks() * STAT_BLOCK)
+    }
+
+    fn is_block_device(&self) -> bool {
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let stat = rustix::fs::statx(&self.file, "", flags, StatxFlags::TYPE);
+        stat.is_ok_and(|stat| FileType::from_raw_mode(stat.stx_mode.into()) == FileType::BlockDevice)
+    }
+
+    fn is_deleted(&self) -> bool {
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        rustix::fs::statx(&self.file, "", flags, StatxFlags::NLINK).is_ok_and(|stat| stat.stx_nlink == 0)
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {

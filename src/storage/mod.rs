@@ -105,6 +105,17 @@ pub trait Storage: Any + Send + Sync + std::fmt::Debug {
     /// Those of fstat(2).
     fn allocated_size(&self) -> io::Result<u64>;
 
+    /// Whether it is a block device, and no file.
+    fn is_block_device(&self) -> bool {
+        false
+    }
+
+    /// Whether the file has no name any more. Never waits, not for the server of a network file
+    /// system either: by what the host knows.
+    fn is_deleted(&self) -> bool {
+        false
+    }
+
     /// Fills `buf` from `offset`. Never short: past [`Storage::size`] it is zeros.
     ///
     /// # Errors

@@ -53,6 +53,18 @@ struct State {
     serial: u64,
     /// That there can be no notes was said.
     warned: bool,
+    /// The stream that waits for another mount. None once one was started here, whose note takes
+    /// the place of its own.
+    kept_back: Option<KeptBack>,
+}
+
+/// How far a stream had come that is not started again by this mount.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct KeptBack {
+    /// Bytes of the disk that were dealt with.
+    pub offset: u64,
+    /// All of them.
+    pub len: u64,
 }
 
 struct Running {
@@ -155,7 +167,7 @@ impl Streams {
     /// said of it. Never fails: a note that means nothing is warned of.
     pub fn resume(&self, disk: &Arc<Disk>, note: Result<Option<Vec<u8>>>, priority: Priority) {
         if disk.is_read_only() {
-            return;
+            return self.keep_back(disk, note);
         }
         let note = match note {
             Ok(None) => return,
@@ -194,6 +206,26 @@ impl Streams {
         if let Err(error) = self.start(disk, note.into_options(depth, &self.shared.device, priority)) {
             log::warn!("the interrupted stream is not resumed: {error}");
         }
+    }
+
+    /// Leaves the stream that was interrupted for another mount, and remembers that there is one.
+    /// The note is not touched, and one that means nothing is no stream.
+    pub fn keep_back(&self, disk: &Disk, note: Result<Option<Vec<u8>>>) {
+        let Ok(Some(text)) = note else { return };
+        let Ok(note) = Note::parse(&text) else { return };
+        if note.base.is_none() && disk.stream_len(usize::MAX) == 0 {
+            return;
+        }
+        let mut state = self.shared.state.lock();
+        // A client may have started one of its own already.
+        if state.serial == 0 {
+            state.kept_back = Some(KeptBack { offset: note.offset, len: note.len });
+        }
+    }
+
+    /// The stream that waits for another mount, if there is one.
+    pub fn kept_back(&self) -> Option<KeptBack> {
+        self.shared.state.lock().kept_back
     }
 
     /// As [`Jobs::set_speed`], by a user: the plan of the job ends, and a stream that is resumed has this speed.
@@ -275,6 +307,7 @@ impl Streams {
 
     fn begin(&self, state: &mut MutexGuard<'_, State>, id: &str, note: Option<Note>, governor: Option<Governor>) -> u64 {
         state.serial += 1;
+        state.kept_back = None;
         let serial = state.serial;
         state.running = Some(Running { serial, id: id.to_string(), note, governor, governed: false });
         self.write(state);

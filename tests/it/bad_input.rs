@@ -591,3 +591,33 @@ fn a_reader_of_errors_who_is_gone_changes_nothing() {
         assert_eq!(status.and_then(|status| status.code()), Some(1), "{command:?}: {status:?}");
     }
 }
+
+/// Protects: a limit that is too small for a disk is one line before anything is mounted, and one
+/// that is just large enough serves it.
+#[test]
+fn a_small_limit_is_refused_in_one_line() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    let mount = |limit: &str, foreground: &str| {
+        let mut command = rig.scratch.cordisk();
+        let inner = command.get_envs().filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned()))).collect::<Vec<_>>();
+        command = Command::new("sh");
+        command.envs(inner).args(["-c", &format!("ulimit {limit} && exec \"$0\" mount {foreground} \"$1\" \"$2\""), CORDISK]);
+        run_within(command.arg(&rig.overlay).arg(rig.scratch.join("m")), Duration::from_secs(60))
+    };
+    for (limit, what) in
+        [("-n 20", "limit of open files is 20"), ("-v 300000", "limit of address space is 29"), ("-d 100000", "limit of memory is 9")]
+    {
+        for foreground in ["", "-f"] {
+            let done = mount(limit, foreground);
+            assert_eq!((done.status.code(), done.stderr.lines().count()), (Some(1), 1), "{limit}: {done:?}");
+            assert!(done.stderr.contains(what) && done.stderr.contains(&format!("ulimit {}", &limit[..2])), "{limit}: {done:?}");
+            assert!(!rig.scratch.join("m").exists(), "{limit}");
+        }
+    }
+    // The soft limit is raised as far as it takes.
+    let done = mount("-S -n 20", "");
+    assert!(done.status.success(), "{done:?}");
+    assert_eq!(fs::read(rig.scratch.join("m")).expect("read"), rig.content);
+    crate::support::run_ok(rig.scratch.cordisk().arg("umount").arg(rig.scratch.join("m")));
+}

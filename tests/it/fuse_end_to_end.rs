@@ -676,7 +676,8 @@ fn background_mode_returns_when_it_is_mounted() {
     // With one more descriptor of the caller's: a daemon that keeps it would hold pipes open and locks taken for as long as it lives.
     let mut command = Command::new("sh");
     command.args(["-c", "exec 3>&1; exec \"$@\"", "sh", CORDISK]);
-    command.arg("mount").arg("--qmp").arg(&socket).arg("--pidfile").arg(&pidfile).arg("overlay.qcow2").arg("disk");
+    // A machine without a log of its own is worth a note.
+    command.args(["mount", "--log", "log"]).arg("--qmp").arg(&socket).arg("--pidfile").arg(&pidfile).arg("overlay.qcow2").arg("disk");
     command.current_dir(rig.scratch.path()).env_remove("RUST_LOG");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     // output() reads the pipes to their end: a daemon that keeps them open would hang every `x=$(cordisk mount ...)`.

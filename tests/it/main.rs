@@ -29,6 +29,7 @@ mod hung_backing;
 mod image_interop;
 mod inferred_content;
 mod kill_restart;
+mod log;
 mod lower_power_cut;
 mod map_differential;
 mod mapped_pages;

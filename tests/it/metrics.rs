@@ -13,8 +13,9 @@ use crate::support::{CLUSTER, Daemon, MIB, Rig, read_at, run_ok, wait_until, wit
 
 const ANY_PORT: &[&str] = &["--metrics", "127.0.0.1:0", "--sandbox", "require"];
 
-/// One read that misses, one that hits, one write in place, one discard of a whole cluster, one fsync. By processes of their own: a test beside this one
-/// that starts a program has a copy of our descriptors for a moment, and its close of them is one more flush.
+/// One read that misses, one that hits, one write in place, one discard of a whole cluster, one
+/// fsync. By processes of their own: a test beside this one that starts a program has a copy of our
+/// descriptors for a moment, and its close of them is one more flush.
 fn some_work(rig: &Rig, disk: &Daemon) {
     let words = |words: &str| words.split(' ').map(str::to_owned).collect::<Vec<_>>();
     let (path, input) = (disk.path().to_str().expect("UTF-8"), rig.scratch.write("input", &[7; 300]));
@@ -23,7 +24,8 @@ fn some_work(rig: &Rig, disk: &Daemon) {
     };
     dd(path, "/dev/null", &format!("bs=1000 count=1 iflag=skip_bytes skip={}", CLUSTER + 100));
     dd(path, "/dev/null", &format!("bs=500 count=1 iflag=skip_bytes skip={}", CLUSTER + 4000));
-    // The end of the discard flushes it; the write is flushed by its fsync, and its end has nothing left to flush.
+    // The end of the discard flushes it; the write is flushed by its fsync, and its end has nothing
+    // left to flush.
     run_ok(Command::new("fallocate").args(words(&format!("--punch-hole --offset {} --length {CLUSTER}", 4 * CLUSTER))).arg(path));
     let input = input.to_str().expect("UTF-8").to_owned();
     dd(&input, path, &format!("bs=300 count=1 oflag=seek_bytes seek={} conv=notrunc,fsync", CLUSTER + 10));
@@ -42,7 +44,8 @@ fn the_numbers_are_those_of_what_was_done() {
     assert_eq!((before.value("cordisk_job_running", &[]), before.value("cordisk_requests_total", &[("kind", "read")])), (0.0, 0.0));
     some_work(&rig, &disk);
 
-    // What the disk is made of is told again for a moment. A read that misses is answered before its copy is stored, and counted when it is.
+    // What the disk is made of is told again for a moment. A read that misses is answered before
+    // its copy is stored, and counted when it is.
     let mut scrape = before;
     wait_until("the read that missed is counted, and its cluster is local", || {
         scrape = Scrape::of(address);

@@ -319,6 +319,7 @@ fn make_images(scratch: &Scratch, disk: &str) -> PathBuf {
         qemu::create(&mid, None, "", Some(("base.raw", "raw")));
         qemu::write_pattern(&mid, Pattern::new(60, 2), &[MIB..2 * MIB]);
         qemu::create(&overlay, None, "", Some(("mid.qcow2", "qcow2")));
+        std::os::unix::fs::symlink("mid.qcow2", scratch.join("link.qcow2")).expect("symlink");
     } else {
         assert!(["base", "read-only"].contains(&disk), "which disk is {disk}?");
         qemu::create(&overlay, None, "", Some(("base.raw", "raw")));

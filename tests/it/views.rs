@@ -623,7 +623,8 @@ fn top_outlives_its_disks() {
     terminal.assert_status(0);
 }
 
-/// Protects: a terminal that goes away ends it, whether or not SIGHUP is ignored, and so does each signal.
+/// Protects: a terminal that goes away ends it, whether or not SIGHUP is ignored, and so does each
+/// signal.
 #[test]
 fn top_ends_with_its_terminal() {
     requires!("/dev/fuse", "qemu-img", "setsid");

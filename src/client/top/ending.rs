@@ -1,8 +1,8 @@
 //! What ends `top` from outside: a signal, or a terminal that is gone.
 //!
-//! The library that reads keys never returns from a read that finds the end of the terminal, or that
-//! the terminal refuses. So a thread beside it watches for both, and ends the process where the thread
-//! that draws does not.
+//! The library that reads keys never returns from a read that finds the end of the terminal, or
+//! that the terminal refuses. So a thread beside it watches for both, and ends the process where
+//! the thread that draws does not.
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
@@ -28,7 +28,8 @@ const GRACE: Duration = Duration::from_secs(1);
 pub(super) struct Ending(Arc<AtomicUsize>);
 
 impl Ending {
-    /// Watches for SIGTERM, SIGINT and SIGHUP, and for a terminal that hangs up, whether or not SIGHUP is ignored.
+    /// Watches for SIGTERM, SIGINT and SIGHUP, and for a terminal that hangs up, whether or not
+    /// SIGHUP is ignored.
     ///
     /// # Errors
     /// The system refuses handlers or threads, or there is no terminal to read from.
@@ -37,16 +38,15 @@ impl Ending {
         let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context(|| "signals")?;
         let seen = ending.clone();
         let on_signal = move || {
-            for number in signals.forever() {
-                seen.0.store(usize::try_from(number).unwrap_or(1), Ordering::Relaxed);
-                thread::sleep(GRACE);
-                let _ = disable_raw_mode();
-                std::process::exit(128 + number);
-            }
+            let Some(number) = signals.forever().next() else { return };
+            seen.0.store(usize::try_from(number).unwrap_or(1), Ordering::Relaxed);
+            thread::sleep(GRACE);
+            let _ = disable_raw_mode();
+            std::process::exit(128 + number);
         };
         thread::Builder::new().name("signals".into()).spawn(on_signal).context(|| "a thread")?;
         let terminal = terminal().context(|| "the terminal")?;
-        // There is nothing left to be put back, and nobody to read a message.
+        // The terminal is gone: nothing is to be put back, and no message can be shown.
         let on_hangup = move || {
             wait_for_hangup(&terminal);
             std::process::exit(128 + SIGHUP);

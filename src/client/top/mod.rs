@@ -1,7 +1,8 @@
 //! `cordisk top`: the disks that run, live.
 //!
 //! One thread looks at each disk and reports ([`watch`]); this one takes reports and keys into the [`model`] and draws it ([`screen`]). The terminal
-//! is put back on every way out: return, panic, signal. Signals and a terminal that goes away have a thread of their own (`ending.rs`).
+//! is put back on every way out: return, panic, signal. Signals and a terminal that goes away have
+//! a thread of their own (`ending.rs`).
 //!
 //! **Touches:** the terminal, sessions with daemons. **Never:** waits for a daemon on the thread that draws. **Locks:** none; threads report over one
 //! channel.

@@ -29,6 +29,11 @@ fn layer(name: &str, path: &str) -> LayerInfo {
         size: 1 << 30,
         allocated_size: 0,
         cluster_size: None,
+        qcow2: None,
+        identity: None,
+        file_size: 0,
+        block_device: false,
+        deleted: false,
     }
 }
 

@@ -183,7 +183,8 @@ impl Drop for Terminal {
     }
 }
 
-/// Starts a program on a new terminal, reads until `shown` is written there, and closes the terminal on it. Returns how the program ended.
+/// Starts a program on a new terminal, reads until `shown` is written there, and closes the
+/// terminal on it. Returns how the program ended.
 pub fn hang_up_on<A: AsRef<OsStr>>(program: impl AsRef<OsStr>, args: &[A], env: &[(&str, &OsStr)], shown: &str) -> ExitStatus {
     let (mut child, master) = on_a_terminal(program.as_ref(), args, env, 24, 80);
     let (mut text, mut buf) = (Vec::new(), [0; 16 << 10]);
@@ -213,7 +214,8 @@ fn on_a_terminal<A: AsRef<OsStr>>(program: &OsStr, args: &[A], env: &[(&str, &Os
         .custom_flags_noctty()
         .open(OsStr::from_bytes(name.as_bytes()))
         .expect("the other end of the terminal");
-    // setsid(1) becomes the program: it is no leader of a process group yet, so that it need not fork.
+    // setsid(1) becomes the program: it is no leader of a process group yet, so that it need not
+    // fork.
     let mut command = Command::new("setsid");
     command.arg("--ctty").arg(program).args(args).env("TERM", "xterm-256color").env_remove("NO_COLOR");
     command.env_remove("COLUMNS").env_remove("LINES").envs(env.iter().copied());
