@@ -98,6 +98,12 @@ mutants! {
     NoEvictionDuringPass = "no-eviction-during-pass",
     /// P9: a file that shrank is an error.
     ShrunkFileIsAnError = "shrunk-file-is-an-error",
+    /// P9, P10: what was read of backing files is of the files that were opened.
+    LayersUnchangedBeforePublish = "layers-unchanged-before-publish",
+    /// P10: whoever has the backing files is asked whether they were changed before they are cut off.
+    LayersAskedBeforeDetach = "layers-asked-before-detach",
+    /// P10: nor were they changed until nobody reads them any more.
+    LayersUnchangedUnderDrain = "layers-unchanged-under-drain",
     /// P5: a copy that fails does not fail the read.
     CopyUpNeverFailsTheRead = "copy-up-never-fails-the-read",
     /// H19: what lies behind the end of the disk is zero before the disk grows.

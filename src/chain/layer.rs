@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
+use rustix::io::Errno;
+
 use super::{Content, LayerInfo};
 use crate::error::Context;
 use crate::format::{BackingFormat, BackingReference, GuestOffset, Mapping, feature};
 use crate::image::{Extent, Holes, ImageReader, Place};
-use crate::storage::{CannotClone, CloneSource, FileStorage, Holding, Storage, cannot_clone};
-use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::storage::{Ask, CannotClone, CloneSource, FileStorage, Holding, Storage, Version, cannot_clone};
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::sync::{Mutex, rank};
 use crate::{Error, ErrorKind, Result};
 
@@ -37,10 +39,12 @@ pub(super) struct Layer {
     /// Bytes it occupied on the host when it was opened. Nothing writes it, and asking again could hang with its file system, and with it
     /// whoever only wants to know what there is.
     allocated_size: u64,
-    /// Of the file, when it was opened.
-    version: String,
     /// Device and inode of a layer that was opened by name.
     identity: Option<(u64, u64)>,
+    /// Of the file, before anything was read of it.
+    version: Version,
+    /// The file has been seen to have another version since. For good: what is cached of it may be of either.
+    changed: AtomicBool,
     /// The run of data of a raw file that was found last. To find the end of one can take a file system as long as the run has pages (tmpfs), and
     /// a stream asks every few of them.
     data: Mutex<{ rank::LEAF }, Range<u64>>,
@@ -105,8 +109,8 @@ pub(super) enum Answer<T> {
 impl Layer {
     pub(super) fn open(reference: &BackingReference, file: FileStorage, format: BackingFormat) -> Result<Layer> {
         let path = file.path().to_path_buf();
-        let version = file.version().context(|| path.display().to_string())?;
         let identity = Some(file.identity());
+        let version = file.settle().context(|| path.display().to_string())?;
         let storage: Arc<dyn Storage> = Arc::new(file);
         let allocated_size = storage.allocated_size().context(|| path.display().to_string())?;
         let (size, body) = match format {
@@ -129,6 +133,7 @@ impl Layer {
             allocated_size,
             version,
             identity,
+            changed: AtomicBool::new(false),
             data: Mutex::default(),
             sharing: AtomicU64::new(UNKNOWN),
             holes: OnceLock::new(),
@@ -140,13 +145,15 @@ impl Layer {
     #[cfg(any(test, fuzzing))]
     pub(super) fn of_raw(storage: Arc<dyn Storage>) -> Layer {
         let reference = BackingReference { name: "base.raw".into(), format: Some(BackingFormat::Raw) };
+        let version = version_for_tests(&*storage);
         Layer {
             reference,
             path: "/base.raw".into(),
             size: storage.size(),
             allocated_size: 0,
-            version: String::new(),
             identity: None,
+            version,
+            changed: AtomicBool::new(false),
             data: Mutex::default(),
             sharing: AtomicU64::new(UNKNOWN),
             holes: OnceLock::new(),
@@ -158,6 +165,7 @@ impl Layer {
     #[cfg(test)]
     pub(super) fn of_qcow2(storage: Arc<dyn Storage>) -> Result<Layer> {
         let reference = BackingReference { name: "middle.qcow2".into(), format: Some(BackingFormat::Qcow2) };
+        let version = version_for_tests(&*storage);
         let reader = ImageReader::open(storage)?;
         let size = reader.geometry().size();
         let body = Body::Qcow2(Box::new(reader));
@@ -166,8 +174,9 @@ impl Layer {
             path: "/middle.qcow2".into(),
             size,
             allocated_size: 0,
-            version: String::new(),
             identity: None,
+            version,
+            changed: AtomicBool::new(false),
             data: Mutex::default(),
             sharing: AtomicU64::new(UNKNOWN),
             holes: OnceLock::new(),
@@ -180,9 +189,36 @@ impl Layer {
         self.size
     }
 
-    /// What the file was like when it was opened: changes with every change of it.
-    pub(super) fn version(&self) -> &str {
-        &self.version
+    /// What the file was like when it was opened.
+    pub(super) fn version(&self) -> Version {
+        self.version
+    }
+
+    fn storage(&self) -> &dyn Storage {
+        match &self.body {
+            Body::Raw(storage) => &**storage,
+            Body::Qcow2(reader) => &**reader.storage(),
+        }
+    }
+
+    /// That the file is still what it was when it was opened: asked after something was read of it, this says that what was read is of that file
+    /// (P9, P10). [`Storage::version`] says why the order matters.
+    pub(super) fn unchanged(&self, ask: Ask) -> Result<()> {
+        if !self.changed.load(Ordering::Relaxed) {
+            let now = self.storage().version(ask).context(|| self.path.display().to_string())?;
+            if now == self.version {
+                return Ok(());
+            }
+            if !self.changed.swap(true, Ordering::Relaxed) {
+                let (path, then) = (self.path.display(), self.version);
+                log::error!(
+                    "{path}: was changed while it is in use as a backing file (size and time of change were {then}, are {now}): what was \
+                     not copied up before cannot be read any more, and no stream completes; bring the old content back, then mount again"
+                );
+            }
+        }
+        let path = self.path.display();
+        Err(Error::io(format!("{path}: was changed while it is in use as a backing file"), Errno::IO.into()))
     }
 
     /// Size of its L1 table in bytes.
@@ -223,6 +259,8 @@ impl Layer {
             file_size: storage.size(),
             block_device: storage.is_block_device(),
             deleted: storage.is_deleted(),
+            // Where the file system is another machine's, no one waits for it here.
+            changed: self.unchanged(Ask::Known).is_err() && self.changed.load(Ordering::Relaxed),
         }
     }
 
@@ -328,6 +366,12 @@ impl Layer {
             }
         }
     }
+}
+
+/// The version of a file in memory, which has one.
+#[cfg(any(test, fuzzing))]
+fn version_for_tests(storage: &dyn Storage) -> Version {
+    storage.version(Ask::Anew).unwrap_or(Version { size: storage.size(), modified: None })
 }
 
 /// The run at `at`; its length is what the loops above advance by, so it is checked here.

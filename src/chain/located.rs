@@ -53,10 +53,13 @@ impl Chain {
         let mut len = max;
         for (depth, layer) in self.layers.iter().enumerate() {
             let place;
-            (place, len) = layer.place(offset, len, deadline)?;
+            (place, len) = match layer.place(offset, len, deadline) {
+                Ok(found) => found,
+                Err(error) => return self.proven(depth + 1, Err(error)),
+            };
             let reached = self.layers.get(depth + 1).is_some_and(|below| offset < below.whole_sectors());
             if let Some(located) = Located::of(place, depth, reached) {
-                return Ok((located, len));
+                return self.proven(depth + 1, Ok((located, len)));
             }
         }
         unreachable!("the last layer has none below it")

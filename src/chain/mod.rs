@@ -9,12 +9,15 @@
 //! **Touches:** `image::ImageReader`, `storage`. **Never:** writes anything; guesses a format; opens a file but through the [`Gate`].
 //! **Locks:** a leaf for each layer, never across I/O (host file locks are taken by `storage`).
 //! **Invariants:** the list of layers does not change after [`Chain::open`]; no file is in it twice; at most
-//! [`MAX_LAYERS`]; walks are loops, so depth costs no stack.
+//! [`MAX_LAYERS`]; walks are loops, so depth costs no stack. No byte and no fact of a layer leaves [`Chain`] unless the file's size and time of
+//! change, asked after the read, are those of the open (P9, P10): a base that is overwritten in place is an error, not a mix of two files.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::format::{BackingFormat, BackingReference, Qcow2Facts, printable};
+use crate::mutants::{Step, without};
+use crate::storage::Ask;
 use crate::{Error, ErrorKind, Result};
 
 mod gate;
@@ -73,6 +76,8 @@ pub struct LayerInfo {
     pub block_device: bool,
     /// The file has no name any more: its bytes go when the last process closes it.
     pub deleted: bool,
+    /// The file was changed since it was opened: what is decided by it is an error.
+    pub changed: bool,
 }
 
 /// The backing files, top first; immutable after open, at most [`MAX_LAYERS`].
@@ -160,16 +165,34 @@ impl Chain {
         Some(Chain { layers: rest.to_vec() })
     }
 
+    /// That the files of the first `depth` layers are what they were when they were opened.
+    ///
+    /// # Errors
+    /// EIO, with the name of the first file that was changed.
+    pub fn unchanged(&self, depth: usize, ask: Ask) -> Result<()> {
+        self.layers.iter().take(depth).try_for_each(|layer| layer.unchanged(ask))
+    }
+
+    /// The last step of everything that is found out here: it is what the first `asked` layers say, and none of them was changed meanwhile.
+    fn proven<T>(&self, asked: usize, found: Result<T>) -> Result<T> {
+        if !without(Step::LayersUnchangedBeforePublish) {
+            // Before the error: where a file was changed, that is what is wrong.
+            self.unchanged(asked, Ask::AsStat)?;
+        }
+        found
+    }
+
     /// Fills `buf` from `offset`; zeros past the end of a layer (and then not what lies below it).
     ///
     /// # Errors
-    /// I/O, corruption.
+    /// I/O, corruption; EIO where a layer that was asked has been changed since it was opened.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        let mut done = 0;
-        while done < buf.len() {
-            done += self.read_run(offset + done as u64, &mut buf[done..])?;
+        let (mut done, mut asked) = (0, 0);
+        let mut read = Ok(());
+        while done < buf.len() && read.is_ok() {
+            read = self.read_run(offset + done as u64, &mut buf[done..], &mut asked).map(|len| done += len);
         }
-        Ok(())
+        self.proven(asked, read)
     }
 
     /// Whether [`Chain::read_cached`] may ever fill anything: nobody else should go to the trouble of asking.
@@ -179,13 +202,16 @@ impl Chain {
 
     /// As [`Chain::read`], if that takes no waiting: the uppermost layer is a raw file, and the host has the bytes in memory. Says whether `buf` is filled.
     pub fn read_cached(&self, offset: u64, buf: &mut [u8]) -> bool {
-        self.layers.first().is_some_and(|layer| layer.read_cached(offset, buf))
+        let unchanged = |layer: &Layer| without(Step::LayersUnchangedBeforePublish) || layer.unchanged(Ask::Known).is_ok();
+        self.layers.first().is_some_and(|layer| layer.read_cached(offset, buf) && unchanged(layer))
     }
 
-    /// Fills the beginning of `buf`, as far as one layer decides; says how far (at least one byte).
-    fn read_run(&self, at: u64, buf: &mut [u8]) -> Result<usize> {
+    /// Fills the beginning of `buf`, as far as one layer decides; says how far (at least one byte). Raises `asked` to the number of layers that
+    /// had a part in that.
+    fn read_run(&self, at: u64, buf: &mut [u8], asked: &mut usize) -> Result<usize> {
         let mut len = buf.len();
-        for layer in &self.layers {
+        for (index, layer) in self.layers.iter().enumerate() {
+            *asked = index.saturating_add(1).max(*asked);
             if at >= layer.size() {
                 break;
             }
@@ -206,10 +232,25 @@ impl Chain {
     /// one out. Past the end of the last layer of the chain it is [`Content::Unallocated`]: nothing can ever shine through.
     ///
     /// # Errors
-    /// I/O, corruption.
+    /// I/O, corruption; EIO where a layer that was asked has been changed since it was opened.
     pub fn content(&self, depth: usize, offset: u64, max: u64) -> Result<(Content, u64)> {
+        let mut asked = 0;
+        let content = self.content_asking(depth, offset, max, &mut asked);
+        self.proven(asked, content)
+    }
+
+    /// As [`Chain::content`], for a walk that asks [`Chain::unchanged`] once, at its end.
+    ///
+    /// # Errors
+    /// I/O, corruption.
+    pub fn content_unproven(&self, depth: usize, offset: u64, max: u64) -> Result<(Content, u64)> {
+        self.content_asking(depth, offset, max, &mut 0)
+    }
+
+    fn content_asking(&self, depth: usize, offset: u64, max: u64, asked: &mut usize) -> Result<(Content, u64)> {
         let mut len = max;
         for (index, layer) in self.layers.iter().enumerate().take(depth) {
+            *asked = index + 1;
             if offset >= layer.size() {
                 let last = index + 1 == self.layers.len();
                 return Ok((if last { Content::Unallocated } else { Content::Zero }, len));
@@ -224,7 +265,7 @@ impl Chain {
 
     /// Whose blocks, at the same offset of a raw file, are what the first `depth` layers hold at `offset`, and for how many bytes, at most `max`
     /// (> 0). `None` where the bytes have to be read: blocks of a qcow2 image are not shared, those past the end of a file are not there, and a layer
-    /// that has refused once is not asked again.
+    /// that has refused once is not asked again. Whether the layers are unchanged is asked after the clone ([`Chain::unchanged`]).
     ///
     /// # Errors
     /// I/O, corruption.

@@ -133,6 +133,8 @@ pub(super) struct Layer {
     pub(super) format: String,
     pub(super) size: u64,
     pub(super) deleted: bool,
+    /// It was changed while it is in use.
+    pub(super) changed: bool,
 }
 
 /// Requests of one kind since the daemon has started.

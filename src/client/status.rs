@@ -270,6 +270,14 @@ fn block(facts: &Facts, disk: &Disk, paused: Option<&Job>, paint: Paint) -> Stri
         .map(|layer| format!("{}{} ({}, {})", layer.filename, deleted(layer.deleted), layer.format, units::size(layer.size)))
         .collect();
     lines.add("chain", &if chain.is_empty() { "none: the image stands alone".to_owned() } else { chain.join(paint.arrow()) });
+    for layer in facts.chain.iter().filter(|layer| layer.changed) {
+        let why = format!(
+            "{} was changed while it is in use as a backing file: what was not copied up before cannot be read. Bring its old \
+             content back, then unmount and mount again",
+            layer.filename
+        );
+        lines.add_painted("", &paint.red(&one_line(&why)));
+    }
     if let Some(bytes) = facts.bytes {
         let parts = [("local", bytes.local), ("zero", bytes.zero), ("remote", bytes.remote)];
         for ((name, count), percent) in parts.into_iter().zip(bytes.percents()) {

@@ -30,7 +30,7 @@ use crate::format::{BackingReference, Geometry, GuestCluster, GuestOffset, Mappi
 use crate::image::{Image, ImageReader, Leaks};
 use crate::mutants::{Step, without};
 use crate::range_lock::{Exclusive, RangeLock, Shared};
-use crate::storage::{Access, FileStorage, Storage};
+use crate::storage::{Access, Ask, FileStorage, Storage};
 use crate::sync::{Mutex, RwLock, rank};
 use crate::{Error, ErrorKind, Result};
 
@@ -50,6 +50,8 @@ mod to_do;
 mod write;
 mod write_out;
 
+#[cfg(test)]
+mod changed_layers;
 #[cfg(test)]
 mod tests;
 
@@ -443,7 +445,10 @@ impl Disk {
         if depth == 0 && backing_file.is_none() {
             return Ok(());
         }
-        // Most of the work before the guest has to wait.
+        // Most of the work before the guest has to wait. To ask a server is part of it: one that hangs should hang nobody else.
+        if !without(Step::LayersAskedBeforeDetach) {
+            chain.unchanged(usize::MAX, Ask::Anew)?;
+        }
         if !without(Step::FlushBeforeDetach) {
             image.flush()?;
         }
@@ -455,6 +460,9 @@ impl Disk {
             && !without(Step::VerifyBeforeDetach)
         {
             return Err(Error::new(ErrorKind::InvalidArgument, format!("offset {missing} still comes from the backing file")));
+        }
+        if !without(Step::LayersUnchangedUnderDrain) {
+            chain.unchanged(usize::MAX, Ask::AsStat)?;
         }
         let rest = chain.below(depth);
         let reference = rest.as_ref().map(|rest| self.reference_to(&chain, depth, rest, backing_file));
@@ -487,7 +495,8 @@ impl Disk {
                 at += extent.len;
                 continue;
             }
-            match chain.content(depth, at, extent.len)? {
+            // That the layers are unchanged is asked once, at the end.
+            match chain.content_unproven(depth, at, extent.len)? {
                 (Content::Unallocated, len) => at += len,
                 (Content::Data | Content::Zero, _) => return Ok(Some(at)),
             }

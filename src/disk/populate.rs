@@ -23,7 +23,7 @@ use crate::format::{GuestCluster, GuestOffset, Mapping};
 use crate::image::Image;
 use crate::mutants::{Step, without};
 use crate::range_lock::Exclusive;
-use crate::storage::Storage;
+use crate::storage::{Ask, Storage};
 use crate::sync::{Mutex, rank};
 
 /// After a copy-up failed (no space, I/O error on the overlay) reads come straight from below for this long before one tries again (H14).
@@ -204,7 +204,7 @@ impl Disk {
                     image.zero(held, self.clusters(&self.aligned(&(at..at + len))))?;
                     populated.skipped += len;
                 }
-                Way::Clone(from) => match self.clone_up(image, held, from, at..at + len)? {
+                Way::Clone(from) => match self.clone_up(image, held, from, at..at + len, || chain.unchanged(depth, Ask::AsStat))? {
                     0 => populated += self.read_up(image, held, &chain, at..at + len, ahead, placed)?,
                     cloned => {
                         populated.copied += cloned;
@@ -258,8 +258,16 @@ impl Disk {
         }
     }
 
-    /// Allocate, clone, publish: whole clusters. Says how many bytes came up; where those are not all, the rest can be copied.
-    fn clone_up(&self, image: &Image, held: &Exclusive<'_>, from: Cloneable<'_>, run: Range<u64>) -> Result<u64> {
+    /// Allocate, clone, publish: whole clusters. Says how many bytes came up; where those are not all, the rest can be copied. `unchanged` is asked
+    /// between clone and publication: that what was cloned is of the files that were opened.
+    fn clone_up(
+        &self,
+        image: &Image,
+        held: &Exclusive<'_>,
+        from: Cloneable<'_>,
+        run: Range<u64>,
+        unchanged: impl Fn() -> Result<()>,
+    ) -> Result<u64> {
         let bits = self.geometry().cluster_bits();
         debug_assert!(
             (run.start | run.end).is_multiple_of(self.cluster_size()),
@@ -270,7 +278,12 @@ impl Disk {
             let allocation = image.allocate((run.end - at) >> bits)?;
             let len = allocation.clusters() << bits;
             match image.fill_by_cloning(allocation, from.source(), at) {
-                Ok(filled) => image.publish(held, GuestCluster(at >> bits), filled)?,
+                Ok(filled) => {
+                    if !without(Step::LayersUnchangedBeforePublish) {
+                        unchanged()?;
+                    }
+                    image.publish(held, GuestCluster(at >> bits), filled)?;
+                }
                 Err(error) => {
                     from.refused(&error);
                     break;

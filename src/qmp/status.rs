@@ -81,7 +81,13 @@ fn layer(layer: &LayerInfo) -> Value {
         BackingFormat::Raw => "raw",
         BackingFormat::Qcow2 => "qcow2",
     };
-    json!({ "filename": layer.path.to_string_lossy(), "format": format, "size": layer.size, "deleted": layer.deleted })
+    json!({
+        "filename": layer.path.to_string_lossy(),
+        "format": format,
+        "size": layer.size,
+        "deleted": layer.deleted,
+        "changed": layer.changed,
+    })
 }
 
 fn requests(stats: &DiskStats) -> Value {

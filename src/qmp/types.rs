@@ -83,7 +83,16 @@ pub(super) const OBJECTS: &[(&str, &[Member])] = &[
     ),
     ("LogMessage", &[always("time", Object("Timestamp")), always("level", Enum(&["warning", "error"])), always("message", Str)]),
     ("DiskBytes", &[always("local", Int), always("zero", Int), always("remote", Int), always("age-ms", Int)]),
-    ("ChainLayer", &[always("filename", Str), always("format", Enum(&["raw", "qcow2"])), always("size", Int), always("deleted", Bool)]),
+    (
+        "ChainLayer",
+        &[
+            always("filename", Str),
+            always("format", Enum(&["raw", "qcow2"])),
+            always("size", Int),
+            always("deleted", Bool),
+            always("changed", Bool),
+        ],
+    ),
     ("RequestCount", &REQUESTS),
     ("BackingReads", &[always("operations", Int), always("bytes", Int), always("failed", Int), always("total-time-ns", Int)]),
     ("CopiedUp", &[always("operations", Int), always("bytes", Int), always("failed", Int)]),

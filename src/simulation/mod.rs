@@ -35,4 +35,4 @@ mod storage;
 #[cfg(test)]
 mod workload;
 
-pub use storage::{Action, Failure, Fault, Hold, Observer, Operation, Recorded, SimStorage, Times};
+pub use storage::{Action, Failure, Fault, Hold, Observer, Operation, Recorded, SimStorage, Times, Told};

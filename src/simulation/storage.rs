@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rustix::io::Errno;
 
 use super::order::OrderChecker;
-use crate::storage::{CloneSource, Holding, Storage, WriteKind};
+use crate::storage::{Ask, CloneSource, Holding, Storage, Version, WriteKind};
 use crate::sync::unranked::{Condvar, Mutex, MutexGuard};
 
 /// What an operation does.
@@ -112,6 +112,15 @@ pub enum Times {
     ForEver,
 }
 
+/// When a host knows that a file was changed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Told {
+    /// The file is its own.
+    AtOnce,
+    /// The file is another machine's.
+    WhenItAsks,
+}
+
 type Matches = Box<dyn Fn(&Operation) -> bool + Send>;
 
 /// Makes operations fail.
@@ -141,6 +150,9 @@ struct State {
     /// Blocks of so many bytes can be shared with this file; 0 where none can be.
     clones: u64,
     in_memory: bool,
+    /// How often the bytes were changed by somebody else, and how many of those changes this host knows of.
+    version: u32,
+    known: u32,
     failures: u64,
     operations: u64,
     write_outs: Vec<Range<u64>>,
@@ -210,6 +222,16 @@ impl SimStorage {
     /// From now on, or not any more, all of the file is in the host's memory: reads that would not wait come to pass. They are no operations.
     pub fn keep_in_memory(&self, keep: bool) {
         self.state.lock().in_memory = keep;
+    }
+
+    /// Somebody else overwrites the file with these bytes. Where the file is another machine's, this host does not know of it until it asks.
+    pub fn overwrite(&self, bytes: Vec<u8>, told: Told) {
+        let mut state = self.state.lock();
+        state.bytes = bytes;
+        state.version += 1;
+        if told == Told::AtOnce {
+            state.known = state.version;
+        }
     }
 
     /// Adds a fault.
@@ -340,6 +362,15 @@ impl Storage for SimStorage {
 
     fn allocated_size(&self) -> io::Result<u64> {
         Ok(self.size())
+    }
+
+    fn version(&self, ask: Ask) -> io::Result<Version> {
+        let mut state = self.state.lock();
+        if ask == Ask::Anew {
+            state.known = state.version;
+        }
+        // Nobody but the engine changes the size of a file of its own.
+        Ok(Version { size: 0, modified: Some((0, state.known)) })
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {

@@ -11,8 +11,10 @@ use rustix::io::Errno;
 
 mod file;
 mod locks;
+mod version;
 
 pub use file::{Access, FileStorage};
+pub use version::{Ask, Version};
 
 /// What a range of a file holds, as far as the file system knows without reading it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -114,6 +116,15 @@ pub trait Storage: Any + Send + Sync + std::fmt::Debug {
     /// system either: by what the host knows.
     fn is_deleted(&self) -> bool {
         false
+    }
+
+    /// What the file is like now. The host changes this before it changes a byte: bytes that were read between two equal answers are those of one
+    /// file, unchanged. What that does not cover is said at [`FileStorage::settle`].
+    ///
+    /// # Errors
+    /// Those of statx(2).
+    fn version(&self, _ask: Ask) -> io::Result<Version> {
+        Ok(Version { size: self.size(), modified: None })
     }
 
     /// Fills `buf` from `offset`. Never short: past [`Storage::size`] it is zeros.

@@ -337,6 +337,8 @@ fn a_file_without_attributes_says_so() {
         locked: AtomicBool::new(true),
         shrinking_reported: AtomicBool::new(false),
         mark_entrusted: AtomicBool::new(false),
+        is_file: true,
+        keeps_time: AtomicBool::new(true),
     };
     assert_eq!(storage.open_mark().unwrap(), OpenMark::Unsupported);
     storage.set_open_mark().unwrap();
@@ -485,4 +487,52 @@ fn a_range_that_is_partly_in_memory_is_a_miss() {
     // After a read that waits for the disk, all of it is in memory.
     file.read_at(0, &mut buf).unwrap();
     assert!(buf == content);
+}
+
+/// Protects: P9, P10. Every way to change the bytes of a file changes its version, also at once
+/// after it was made; a new name, a lost name, another mode and another file of its name do not.
+#[test]
+fn a_version_tells_changes_of_bytes_from_changes_of_names() {
+    use std::os::unix::fs::PermissionsExt;
+    type Change = fn(&Path);
+    let changes: [(&str, Change); 5] = [
+        ("overwritten", |path| File::options().write(true).open(path).unwrap().write_all_at(&[2], 4096).unwrap()),
+        ("written anew", |path| std::fs::write(path, vec![2; 8192]).unwrap()),
+        ("longer", |path| File::options().append(true).open(path).map(|file| file.set_len(9000)).unwrap().unwrap()),
+        ("shorter", |path| File::options().write(true).open(path).map(|file| file.set_len(1)).unwrap().unwrap()),
+        ("another time", |path| {
+            File::options().write(true).open(path).unwrap().set_modified(std::time::UNIX_EPOCH).unwrap();
+        }),
+    ];
+    let harmless: [(&str, Change); 4] = [
+        ("renamed", |path| std::fs::rename(path, path.with_extension("old")).unwrap()),
+        ("replaced", |path| {
+            std::fs::write(path.with_extension("new"), "new").unwrap();
+            std::fs::rename(path.with_extension("new"), path).unwrap();
+        }),
+        ("removed", |path| std::fs::remove_file(path).unwrap()),
+        ("linked", |path| {
+            std::fs::hard_link(path, path.with_extension("link")).unwrap();
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        }),
+    ];
+    let seen = |change: Change| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("base");
+        std::fs::write(&path, vec![1; 8192]).unwrap();
+        let file = FileStorage::open(&path, Access::ReadOnly).unwrap();
+        let before = file.settle().unwrap();
+        drop(File::options().write(true).open(&path).unwrap());
+        assert_eq!(file.version(Ask::AsStat).unwrap(), before, "an open changes nothing");
+        change(&path);
+        let asked = [Ask::Known, Ask::AsStat, Ask::Anew].map(|ask| file.version(ask).unwrap());
+        assert_eq!(asked, [asked[0]; 3], "a file of this machine");
+        asked[0] != before
+    };
+    for (what, change) in changes {
+        assert!(seen(change), "{what}");
+    }
+    for (what, change) in harmless {
+        assert!(!seen(change), "{what}");
+    }
 }

@@ -34,6 +34,7 @@ fn layer(name: &str, path: &str) -> LayerInfo {
         file_size: 0,
         block_device: false,
         deleted: false,
+        changed: false,
     }
 }
 
