@@ -22,7 +22,7 @@ fn find_in(surroundings: &Surroundings) -> Vec<Found> {
 }
 
 fn surroundings(directory: &Path) -> Surroundings {
-    Surroundings { uid: rustix::process::geteuid().as_raw(), given: Some(directory.into()), of_session: None }
+    Surroundings { uid: rustix::process::geteuid().as_raw(), outside: None, given: Some(directory.into()), of_session: None }
 }
 
 #[test]
@@ -87,7 +87,7 @@ fn a_directory_of_others_is_refused_with_what_to_do() {
 #[test]
 fn everybody_has_a_place() {
     let own = |uid, given: Option<&str>, session: Option<&Path>| {
-        Surroundings { uid, given: given.map(PathBuf::from), of_session: session.map(PathBuf::from) }.own()
+        Surroundings { uid, outside: None, given: given.map(PathBuf::from), of_session: session.map(PathBuf::from) }.own()
     };
     let scratch = tempfile::tempdir().unwrap();
     let me = scratch.path().metadata().unwrap().uid();
@@ -98,7 +98,7 @@ fn everybody_has_a_place() {
     if me != 0 {
         assert_eq!(own(me, None, Some(scratch.path())), scratch.path().join("cordisk"));
     }
-    let place = Surroundings { uid: 1234, given: None, of_session: None };
+    let place = Surroundings { uid: 1234, outside: None, given: None, of_session: None };
     assert_eq!(place.all(), [Path::new("/tmp/cordisk-1234"), Path::new("/run/cordisk")]);
 }
 
