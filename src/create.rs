@@ -7,8 +7,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::error::Context;
-use crate::format::{BackingFormat, BackingReference, Geometry, NewImage};
-use crate::storage::{FileStorage, Storage, WriteKind};
+use crate::format::{BackingFormat, BackingReference, Geometry, NewImage, signature};
+use crate::storage::{Access, FileStorage, Storage, WriteKind};
 use crate::{Error, ErrorKind, Result, chain};
 
 /// Version of new images: the one with zero clusters.
@@ -33,6 +33,18 @@ pub struct CreateOptions {
     pub cluster_size: u64,
 }
 
+impl CreateOptions {
+    /// The directory of the overlay, from which relative names start.
+    fn directory(&self) -> &Path {
+        self.overlay.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    }
+
+    /// Where the base is.
+    pub fn base_path(&self) -> PathBuf {
+        self.directory().join(&self.base)
+    }
+}
+
 /// Creates the overlay, durably. The base is opened as it will be when the overlay is mounted, so a name or a file that would be refused
 /// then is refused now.
 ///
@@ -41,7 +53,7 @@ pub struct CreateOptions {
 /// operating system, after which no overlay is left behind.
 pub fn create(options: &CreateOptions) -> Result<()> {
     let overlay = &options.overlay;
-    let directory = overlay.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let directory = options.directory();
     let backing = BackingReference { name: options.base.clone(), format: Some(options.format) };
     if !directory.is_dir() {
         let text = format!("{}: no such directory to create {} in", directory.display(), overlay.display());
@@ -54,6 +66,7 @@ pub fn create(options: &CreateOptions) -> Result<()> {
         ),
         _ => error,
     })?;
+    warn(options, base_size);
     let cluster_bits = cluster_bits(options.cluster_size)?;
     let Some(size) = options.size.unwrap_or(base_size).checked_next_multiple_of(GUEST_SECTOR) else {
         return Err(Error::new(ErrorKind::InvalidArgument, "virtual size is too large"));
@@ -71,6 +84,28 @@ pub fn create(options: &CreateOptions) -> Result<()> {
     file.sync_directory().context(context)?;
     std::mem::forget(unfinished);
     Ok(())
+}
+
+/// Says what is allowed but seldom meant.
+fn warn(options: &CreateOptions, base_size: u64) {
+    let (overlay, base) = (options.overlay.display(), options.base_path());
+    let mut first = [0; 512];
+    // It was opened a moment ago; where it cannot be opened any more there is nothing to say.
+    let read = FileStorage::open_unlocked(&base, Access::ReadOnly).is_ok_and(|file| file.read_at(0, &mut first).is_ok());
+    if let Some((name, format)) = signature(&first).filter(|_| read && options.format == BackingFormat::Raw) {
+        let base = base.display();
+        log::warn!(
+            "{base} begins like a {name} image, but -F raw shows the bytes of the file as they are: unless that is meant, remove {overlay} and \
+             make it with -F qcow2 (of a qcow2 image made with qemu-img convert -f {format} -O qcow2, if it is of another format)"
+        );
+    }
+    let size = options.size.unwrap_or(base_size);
+    if size < base_size {
+        log::warn!("{overlay} has {size} bytes, fewer than its base with {base_size}: the end of the base is not seen in it");
+    }
+    if size < options.cluster_size {
+        log::warn!("{overlay} has {size} bytes, less than one cluster of {}", options.cluster_size);
+    }
 }
 
 /// A file of ours that is not worth keeping yet; dropped, it is removed.

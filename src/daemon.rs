@@ -45,6 +45,7 @@ use crate::metrics;
 use crate::qmp::Socket;
 use crate::running::{LockedFile, Registration};
 use crate::sandbox::{self, Identity};
+use crate::storage::Rights;
 use crate::{Error, Result};
 
 use control::{Control, Prepared};
@@ -108,7 +109,10 @@ fn run(command: Command) -> Result<ExitCode> {
         logging::start(Settings::console(level))?;
     }
     match command {
-        Command::Create(options) => crate::create::create(&options).map(|()| ExitCode::SUCCESS),
+        Command::Create(options) => {
+            let created = crate::create::create(&options).map(|()| ExitCode::SUCCESS);
+            created.map_err(|error| client::explain_busy(error, &options.base_path(), "unmount it first", "umount"))
+        }
         Command::Check(options) => {
             crate::check::run(&options).map_err(|error| client::explain_busy(error, &options.image, "unmount it first", "umount"))
         }
@@ -212,7 +216,12 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper, log
     let options = DiskOptions {
         read_only: config.read_only,
         copy_on_read: config.copy_on_read,
-        gate: Gate { backing_format: config.backing_format, roots: Roots::open(&config.backing_roots)?, ..Gate::default() },
+        gate: Gate {
+            backing_format: config.backing_format,
+            roots: Roots::open(&config.backing_roots)?,
+            rights: user.map(|user| Rights::of(user.uid, user.gid)).transpose()?,
+            ..Gate::default()
+        },
         full_check: config.full_check,
         reserve: config.reserve,
     };

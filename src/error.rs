@@ -7,6 +7,10 @@ use std::io;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+mod in_use;
+
+pub use in_use::{Holder, InUse};
+
 /// Shorthand for results of the engine.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -86,6 +90,17 @@ impl Error {
     /// What kind of failure this is.
     pub fn kind(&self) -> ErrorKind {
         self.kind
+    }
+
+    /// The cause of this type, however deep it lies, if there is one.
+    pub fn cause<T: std::error::Error + 'static>(&self) -> Option<&T> {
+        let mut cause: &(dyn std::error::Error + 'static) = self;
+        loop {
+            match cause.downcast_ref::<T>() {
+                Some(found) => return Some(found),
+                None => cause = cause.source()?,
+            }
+        }
     }
 
     /// The errno of the operating system error at the bottom, if there is one.

@@ -5,18 +5,19 @@
 //! writes it meanwhile, we or QEMU, changes the header in single small writes, each of which leaves a header that can be read, so what is told was
 //! true at some moment, or is refused as broken; nothing is ever done because of it.
 //! **Invariants:** the format of a backing file is what the image above says, never guessed: a guest can write a header of any format into a raw
-//! disk. An image that is named on the command line is qcow2 if it begins like one, otherwise raw.
+//! disk. An image that is named on the command line is qcow2 if it begins like one, refused by name
+//! if it begins like an image of another format, and raw otherwise.
 
 use std::path::{Path, PathBuf};
 
 use rustix::fs::CWD;
 use serde::{Deserialize, Serialize};
 
-use crate::chain::MAX_LAYERS;
+use crate::chain::{MAX_LAYERS, Namer, explain};
 use crate::error::{Context, one_line};
-use crate::format::{BackingFormat, BackingReference, Header, Qcow2Facts, feature, printable};
+use crate::format::{BackingFormat, BackingReference, Header, Qcow2Facts, feature, printable, signature};
 use crate::map::units;
-use crate::storage::{Access, FileStorage, Storage};
+use crate::storage::{Access, FileStorage, Rights, Storage};
 use crate::{Error, ErrorKind, Result};
 
 /// A header lies in the first cluster, which is at most so long.
@@ -80,7 +81,7 @@ pub struct FormatSpecific {
 pub fn of(path: &Path) -> Result<ImageInfo> {
     let file = FileStorage::open_unlocked(path, Access::ReadOnly)?;
     let first = first_bytes(&file)?;
-    let format = if first.starts_with(MAGIC) { BackingFormat::Qcow2 } else { BackingFormat::Raw };
+    let format = format_of(path, &first)?;
     Ok(facts(&file, path, format, &first)?.0)
 }
 
@@ -92,14 +93,17 @@ pub fn of(path: &Path) -> Result<ImageInfo> {
 pub fn chain_of(path: &Path) -> Result<Vec<ImageInfo>> {
     let file = FileStorage::open_unlocked(path, Access::ReadOnly)?;
     let first = first_bytes(&file)?;
-    let format = if first.starts_with(MAGIC) { BackingFormat::Qcow2 } else { BackingFormat::Raw };
+    let format = format_of(path, &first)?;
     let mut taken = vec![file.identity()];
     let (info, mut next) = facts(&file, path, format, &first)?;
     let mut images = vec![info];
-    let mut path = path.to_owned();
+    let (mut path, mut owner, mut rights) = (path.to_owned(), file.owner(), None);
     while let Some(reference) = next {
         let invalid = |why: String| Err(Error::new(ErrorKind::InvalidArgument, format!("{}: {why}", path.display())));
         let name = printable(&reference.name);
+        if let Some(format) = images.last().and_then(|image| image.backing_filename_format.clone()).filter(|_| reference.format.is_none()) {
+            return invalid(format!("its backing file \"{name}\" is of format {}, which is not known here", one_line(&format)));
+        }
         let Some(format) = reference.format else {
             return invalid(format!(
                 "does not say of which format its backing file \"{name}\" is, and formats are not guessed; say it once with \
@@ -113,7 +117,10 @@ pub fn chain_of(path: &Path) -> Result<Vec<ImageInfo>> {
             return invalid(format!("backing chain is longer than {MAX_LAYERS} layers"));
         }
         // Not just any file that an image names: what is in /proc stands for files that others have open.
-        let file = FileStorage::open_backing(CWD, &below, &below)?;
+        rights = Rights::below(rights, owner)?;
+        let file = Rights::run_with(rights.as_ref(), || FileStorage::open_backing(CWD, &below, &below))
+            .map_err(|error| explain(error, Namer::Above { path: &path, owner }, rights.as_ref(), &below, format))?;
+        owner = file.owner();
         if taken.contains(&file.identity()) {
             return invalid(format!("backing file \"{name}\" is in this chain already"));
         }
@@ -123,6 +130,21 @@ pub fn chain_of(path: &Path) -> Result<Vec<ImageInfo>> {
         (path, next) = (below, deeper);
     }
     Ok(images)
+}
+
+/// The format of an image that is named on the command line.
+fn format_of(path: &Path, first: &[u8]) -> Result<BackingFormat> {
+    if first.starts_with(MAGIC) {
+        return Ok(BackingFormat::Qcow2);
+    }
+    match signature(first) {
+        Some((name, format)) => {
+            let path = path.display();
+            let text = format!("{path}: a {name} image, which is not known here; qemu-img info -f {format} {path} tells what is in it");
+            Err(Error::new(ErrorKind::UnsupportedFeature, text))
+        }
+        None => Ok(BackingFormat::Raw),
+    }
 }
 
 /// As much of the beginning of the file as a header may take.
@@ -163,7 +185,7 @@ fn facts(file: &FileStorage, path: &Path, format: BackingFormat, first: &[u8]) -
     if let Some(backing) = &header.backing {
         info.backing_filename = Some(backing.name.clone());
         info.full_backing_filename = full_name(path, &backing.name).map(|name| name.to_string_lossy().into_owned());
-        info.backing_filename_format = backing.format.map(|format| format.to_string());
+        info.backing_filename_format = backing.format.map(|format| format.to_string()).or(header.foreign_format.clone());
     }
     Ok((info, header.backing))
 }

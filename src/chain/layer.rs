@@ -2,13 +2,13 @@
 
 use std::io;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use rustix::io::Errno;
 
-use super::{Content, LayerInfo};
+use super::{Content, LayerInfo, Namer};
 use crate::error::Context;
 use crate::format::{BackingFormat, BackingReference, GuestOffset, Mapping, feature};
 use crate::image::{Extent, Holes, ImageReader, Place};
@@ -34,6 +34,8 @@ enum Body {
 pub(super) struct Layer {
     reference: BackingReference,
     path: PathBuf,
+    /// The user who owns the file.
+    owner: u32,
     /// Virtual size in bytes; a raw file's is its length, whatever that is a multiple of.
     size: u64,
     /// Bytes it occupied on the host when it was opened. Nothing writes it, and asking again could hang with its file system, and with it
@@ -43,7 +45,8 @@ pub(super) struct Layer {
     identity: Option<(u64, u64)>,
     /// Of the file, before anything was read of it.
     version: Version,
-    /// The file has been seen to have another version since. For good: what is cached of it may be of either.
+    /// The file has been seen to have another version since. For good: what is cached of it may be
+    /// of either.
     changed: AtomicBool,
     /// The run of data of a raw file that was found last. To find the end of one can take a file system as long as the run has pages (tmpfs), and
     /// a stream asks every few of them.
@@ -110,6 +113,7 @@ impl Layer {
     pub(super) fn open(reference: &BackingReference, file: FileStorage, format: BackingFormat) -> Result<Layer> {
         let path = file.path().to_path_buf();
         let identity = Some(file.identity());
+        let owner = file.owner();
         let version = file.settle().context(|| path.display().to_string())?;
         let storage: Arc<dyn Storage> = Arc::new(file);
         let allocated_size = storage.allocated_size().context(|| path.display().to_string())?;
@@ -129,6 +133,7 @@ impl Layer {
         Ok(Layer {
             reference: reference.clone(),
             path,
+            owner,
             size,
             allocated_size,
             version,
@@ -149,6 +154,7 @@ impl Layer {
         Layer {
             reference,
             path: "/base.raw".into(),
+            owner: 0,
             size: storage.size(),
             allocated_size: 0,
             identity: None,
@@ -172,6 +178,7 @@ impl Layer {
         Ok(Layer {
             reference,
             path: "/middle.qcow2".into(),
+            owner: 0,
             size,
             allocated_size: 0,
             identity: None,
@@ -201,8 +208,9 @@ impl Layer {
         }
     }
 
-    /// That the file is still what it was when it was opened: asked after something was read of it, this says that what was read is of that file
-    /// (P9, P10). [`Storage::version`] says why the order matters.
+    /// That the file is still what it was when it was opened: asked after something was read of it,
+    /// this says that what was read is of that file (P9, P10). [`Storage::version`] says why the
+    /// order matters.
     pub(super) fn unchanged(&self, ask: Ask) -> Result<()> {
         if !self.changed.load(Ordering::Relaxed) {
             let now = self.storage().version(ask).context(|| self.path.display().to_string())?;
@@ -229,9 +237,9 @@ impl Layer {
         }
     }
 
-    /// The directory that relative names in this image start from.
-    pub(super) fn directory(&self) -> &Path {
-        self.path.parent().unwrap_or(Path::new("."))
+    /// This layer as that which names the next one.
+    pub(super) fn namer(&self) -> Namer<'_> {
+        Namer::Above { path: &self.path, owner: self.owner }
     }
 
     /// What this layer names as its own backing file.

@@ -9,8 +9,9 @@
 //! **Touches:** `image::ImageReader`, `storage`. **Never:** writes anything; guesses a format; opens a file but through the [`Gate`].
 //! **Locks:** a leaf for each layer, never across I/O (host file locks are taken by `storage`).
 //! **Invariants:** the list of layers does not change after [`Chain::open`]; no file is in it twice; at most
-//! [`MAX_LAYERS`]; walks are loops, so depth costs no stack. No byte and no fact of a layer leaves [`Chain`] unless the file's size and time of
-//! change, asked after the read, are those of the open (P9, P10): a base that is overwritten in place is an error, not a mix of two files.
+//! [`MAX_LAYERS`]; walks are loops, so depth costs no stack. No byte and no fact of a layer leaves
+//! [`Chain`] unless the file's size and time of change, asked after the read, are those of the open
+//! (P9, P10): a base that is overwritten in place is an error, not a mix of two files.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,7 +28,7 @@ mod roots;
 #[cfg(test)]
 mod tests;
 
-pub use gate::Gate;
+pub use gate::{Gate, Namer, explain};
 use layer::Answer;
 pub use layer::Cloneable;
 use layer::Layer;
@@ -93,16 +94,16 @@ pub struct Chain {
 /// # Errors
 /// As [`Chain::open`].
 pub fn base_size(base: &BackingReference, directory: &Path) -> Result<u64> {
-    Ok(Chain::open(base, directory, &Gate::default())?.size())
+    Ok(Chain::open(base, Namer::User { directory }, &Gate::default())?.size())
 }
 
 impl Chain {
-    /// Opens the whole chain below an image that lies in `directory`: every file read-only and locked against writers.
+    /// Opens the whole chain that `namer` names: every file read-only and locked against writers.
     ///
     /// # Errors
     /// [`ErrorKind::UnsupportedFeature`] and [`ErrorKind::InvalidArgument`] for names and formats that the [`Gate`] does not let pass,
     /// files that are in the chain already, and more than [`MAX_LAYERS`] layers; whatever `storage` and `image` say of the files.
-    pub fn open(first: &BackingReference, directory: &Path, gate: &Gate) -> Result<Chain> {
+    pub fn open(first: &BackingReference, namer: Namer<'_>, gate: &Gate) -> Result<Chain> {
         let mut gate = gate.clone();
         let mut layers: Vec<Arc<Layer>> = Vec::new();
         let mut next = Some(first.clone());
@@ -115,8 +116,8 @@ impl Chain {
                     format!("backing chain is longer than {MAX_LAYERS} layers at \"{name}\""),
                 ));
             }
-            let directory = layers.last().map_or(directory, |layer| layer.directory());
-            let (file, format) = gate.admit(&reference, directory)?;
+            let namer = layers.last().map_or(namer, |layer| layer.namer());
+            let (file, format) = gate.admit(&reference, namer)?;
             let layer = Layer::open(&reference, file, format)?;
             l1_bytes += layer.l1_bytes();
             if l1_bytes > MAX_L1_BYTES {
@@ -173,7 +174,8 @@ impl Chain {
         self.layers.iter().take(depth).try_for_each(|layer| layer.unchanged(ask))
     }
 
-    /// The last step of everything that is found out here: it is what the first `asked` layers say, and none of them was changed meanwhile.
+    /// The last step of everything that is found out here: it is what the first `asked` layers say,
+    /// and none of them was changed meanwhile.
     fn proven<T>(&self, asked: usize, found: Result<T>) -> Result<T> {
         if !without(Step::LayersUnchangedBeforePublish) {
             // Before the error: where a file was changed, that is what is wrong.
@@ -206,8 +208,8 @@ impl Chain {
         self.layers.first().is_some_and(|layer| layer.read_cached(offset, buf) && unchanged(layer))
     }
 
-    /// Fills the beginning of `buf`, as far as one layer decides; says how far (at least one byte). Raises `asked` to the number of layers that
-    /// had a part in that.
+    /// Fills the beginning of `buf`, as far as one layer decides; says how far (at least one byte).
+    /// Raises `asked` to the number of layers that had a part in that.
     fn read_run(&self, at: u64, buf: &mut [u8], asked: &mut usize) -> Result<usize> {
         let mut len = buf.len();
         for (index, layer) in self.layers.iter().enumerate() {
@@ -263,9 +265,11 @@ impl Chain {
         Ok((Content::Unallocated, len))
     }
 
-    /// Whose blocks, at the same offset of a raw file, are what the first `depth` layers hold at `offset`, and for how many bytes, at most `max`
-    /// (> 0). `None` where the bytes have to be read: blocks of a qcow2 image are not shared, those past the end of a file are not there, and a layer
-    /// that has refused once is not asked again. Whether the layers are unchanged is asked after the clone ([`Chain::unchanged`]).
+    /// Whose blocks, at the same offset of a raw file, are what the first `depth` layers hold at
+    /// `offset`, and for how many bytes, at most `max` (> 0). `None` where the bytes have to be
+    /// read: blocks of a qcow2 image are not shared, those past the end of a file are not there,
+    /// and a layer that has refused once is not asked again. Whether the layers are unchanged is
+    /// asked after the clone ([`Chain::unchanged`]).
     ///
     /// # Errors
     /// I/O, corruption.

@@ -39,7 +39,7 @@ impl Scratch {
     }
 
     fn open(&self, name: &str, format: Option<BackingFormat>, gate: &Gate) -> Result<Chain> {
-        Chain::open(&BackingReference { name: name.into(), format }, self.0.path(), gate)
+        Chain::open(&BackingReference { name: name.into(), format }, Namer::User { directory: self.0.path() }, gate)
     }
 
     fn opened(&self, name: &str, format: BackingFormat) -> Chain {
@@ -125,9 +125,11 @@ fn formats_are_never_guessed() {
     assert!(error.contains("backing format of \"base\" is missing: pass --backing-format raw|qcow2"), "{error}");
     let gate = Gate { backing_format: Some(BackingFormat::Raw), ..Gate::default() };
     assert_eq!(scratch.open("base", None, &gate).unwrap().layers()[0].format, BackingFormat::Raw);
-    // What the header says counts more.
-    let gate = Gate { backing_format: Some(BackingFormat::Qcow2), ..Gate::default() };
+    // It may say what the header says, nothing else.
     scratch.open("base", Some(BackingFormat::Raw), &gate).unwrap();
+    let gate = Gate { backing_format: Some(BackingFormat::Qcow2), ..Gate::default() };
+    let error = scratch.open("base", Some(BackingFormat::Raw), &gate).unwrap_err().to_string();
+    assert!(error.contains("--backing-format qcow2 contradicts the image, which says that its backing file \"base\" is raw"), "{error}");
 }
 
 #[test]

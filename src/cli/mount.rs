@@ -86,7 +86,8 @@ pub(super) struct MountArgs {
     /// Write the daemon's process id to this file; locked while it runs, removed at the end
     #[arg(long, value_name = "FILE")]
     pidfile: Option<PathBuf>,
-    /// As root: become this user once everything is open and mounted. The disk and the QMP socket are that user's; without GROUP, the user's own
+    /// As root: become this user once everything is open and mounted; open backing files with the rights of this user. The disk and the QMP
+    /// socket are that user's; without GROUP, the user's own
     #[arg(long, value_name = "USER[:GROUP]")]
     user: Option<String>,
     /// What the daemon may still do once it serves. `try`: with Landlock and seccomp, as far as the kernel has them, open, remove, execute and

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::connection::{Connection, PATIENCE};
-use crate::error::Context;
+use crate::error::{Context, InUse};
 use crate::fuse::{self, Life, SeenMount};
 use crate::running::{self, Found};
 use crate::{Error, ErrorKind, Result};
@@ -186,8 +186,9 @@ fn image_of<'a>(target: &Path, mounts: &'a [SeenMount]) -> Option<&'a SeenMount>
     mounts.iter().find(|mount| mount.image == path)
 }
 
-/// Says where an image that is in use is mounted, if it is, and what to do: `advice` with `cordisk COMMAND` for that mountpoint. Any other error stays
-/// as it is. Asks no daemon.
+/// Says where an image that is in use is mounted, if it is, and what to do: `advice` with `cordisk
+/// COMMAND` for that mountpoint. Where a disk uses the file as one of its backing files, names that
+/// disk. Any other error stays as it is. Asks no daemon.
 pub fn explain_busy(error: Error, image: &Path, advice: &str, command: &str) -> Error {
     if error.kind() != ErrorKind::Busy {
         return error;
@@ -203,8 +204,22 @@ pub fn explain_busy(error: Error, image: &Path, advice: &str, command: &str) -> 
             let text = format!("{} is in use: it is mounted at {at}; {advice}: cordisk {command} {at}", image.display());
             Error::new(ErrorKind::Busy, text)
         }
-        None => error,
+        None => user_of_base(error),
     }
+}
+
+/// The error of a file that another process has open, with the disk that the process serves, if it
+/// is one of ours.
+fn user_of_base(error: Error) -> Error {
+    let Some(pid) = error.cause::<InUse>().and_then(|in_use| in_use.holder.as_ref()).map(|holder| holder.pid) else { return error };
+    let entry = find_all().unwrap_or_default().into_iter().find_map(|target| match target {
+        Target::Running(disk) => disk.found.map(|found| found.entry).filter(|entry| entry.pid == pid),
+        Target::Dead(_) | Target::Unregistered(_) => None,
+    });
+    let Some(entry) = entry else { return error };
+    let (at, image) = (super::show::quoted(&entry.mountpoint), entry.image.display());
+    let text = format!("{error}: that process serves the disk at {at}, for whose image {image} the file is a backing file");
+    Error::new(ErrorKind::Busy, text)
 }
 
 /// Who serves a mount.

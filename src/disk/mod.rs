@@ -24,7 +24,7 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, never};
 use std::time::{Duration, Instant};
 
-use crate::chain::{Chain, Content, Gate};
+use crate::chain::{Chain, Content, Gate, Namer};
 use crate::error::Context;
 use crate::format::{BackingReference, Geometry, GuestCluster, GuestOffset, Mapping};
 use crate::image::{Image, ImageReader, Leaks};
@@ -35,6 +35,7 @@ use crate::sync::{Mutex, RwLock, rank};
 use crate::{Error, ErrorKind, Result};
 
 mod ahead;
+mod base_note;
 mod bounce;
 mod facts;
 mod failure;
@@ -51,8 +52,6 @@ mod write;
 mod write_out;
 
 #[cfg(test)]
-mod changed_layers;
-#[cfg(test)]
 mod tests;
 
 pub use ahead::{Ahead, ToRead};
@@ -66,6 +65,7 @@ pub use stats::{Activity, CopyCount, Cost, DiskStats, LATENCY_BOUNDS, LATENCY_BU
 pub use survey::{MOST_CELLS, Survey, Totals};
 pub use to_do::ToDo;
 
+use base_note::warn_of_changed_base;
 use bounce::Bounces;
 use populate::FillHealth;
 use stats::Stats;
@@ -151,6 +151,7 @@ impl Disk {
         let path = std::path::absolute(path).context(|| path.display().to_string())?;
         let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
         let file = Arc::new(FileStorage::open(&path, access)?);
+        let owner = file.owner();
         let mut gate = options.gate.clone();
         gate.taken.push(file.identity());
         let storage: Arc<dyn Storage> = file;
@@ -161,8 +162,7 @@ impl Disk {
         };
         let overlay = overlay.context(|| path.display().to_string())?;
         let chain = match overlay.reader().backing() {
-            // Symbolic links in the overlay's own path do not move the place that relative names are relative to (as QEMU).
-            Some(reference) => Some(Chain::open(&reference, path.parent().unwrap_or(Path::new("/")), &gate)?),
+            Some(reference) => Some(Chain::open(&reference, Namer::Above { path: &path, owner }, &gate)?),
             None => None,
         };
         let end_at_open = match overlay.reader().storage().allocated_size() {
@@ -445,7 +445,8 @@ impl Disk {
         if depth == 0 && backing_file.is_none() {
             return Ok(());
         }
-        // Most of the work before the guest has to wait. To ask a server is part of it: one that hangs should hang nobody else.
+        // Most of the work before the guest has to wait. To ask a server is part of it: one that
+        // hangs should hang nobody else.
         if !without(Step::LayersAskedBeforeDetach) {
             chain.unchanged(usize::MAX, Ask::Anew)?;
         }
@@ -539,24 +540,6 @@ fn find_leaks(image: &Image, full_check: bool) -> Result<Option<Leaks>> {
             Ok(None)
         }
         found => found.map(Some),
-    }
-}
-
-/// P10: what was copied up and what is still read from below must be of one piece. The first mount notes what the backing files are like; a later one
-/// warns if they have changed. (Fewer of them, after a stream to a base, is no change of those that are left.)
-fn warn_of_changed_base(path: &Path, storage: &dyn Storage, chain: &Chain) -> std::io::Result<()> {
-    let now = chain.versions();
-    match storage.base_note()? {
-        None => storage.set_base_note(&now),
-        Some(noted) if noted.ends_with(&now) => Ok(()),
-        Some(_) => {
-            let path = path.display();
-            log::warn!(
-                "{path}: a backing file was changed or exchanged since this image was first mounted; what was copied up before may not fit \
-                 what is read from below now (if that is as it should be: setfattr -x user.cordisk.base {path})"
-            );
-            Ok(())
-        }
     }
 }
 

@@ -258,8 +258,9 @@ impl Disk {
         }
     }
 
-    /// Allocate, clone, publish: whole clusters. Says how many bytes came up; where those are not all, the rest can be copied. `unchanged` is asked
-    /// between clone and publication: that what was cloned is of the files that were opened.
+    /// Allocate, clone, publish: whole clusters. Says how many bytes came up; where those are not
+    /// all, the rest can be copied. `unchanged` is asked between clone and publication: that what
+    /// was cloned is of the files that were opened.
     fn clone_up(
         &self,
         image: &Image,

@@ -8,6 +8,8 @@ use crate::chain::Gate;
 use crate::create::{CreateOptions, create};
 use crate::format::BackingFormat;
 
+mod changed_layers;
+
 /// xorshift64*: the seed is printed, so that a failure can be repeated.
 struct Random(u64);
 
@@ -480,21 +482,6 @@ fn full_check_agrees_with_qemu() {
 fn image_check(path: &Path) -> (u64, u64) {
     let report = crate::image::check(&FileStorage::open(path, Access::ReadOnly).unwrap()).unwrap();
     (report.corruptions, report.leaks)
-}
-
-/// P8: a bad place below hurts those who read it, not those who read the same cluster elsewhere.
-#[test]
-fn bad_place_below_hurts_only_its_readers() {
-    let mut random = Random::new(70);
-    let dir = tempfile::tempdir().unwrap();
-    let (base, bytes) = raw_base(dir.path(), 256 << 10, &mut random);
-    let overlay = overlay_on(&base, "raw", None, "");
-    let disk = open(&overlay);
-    std::fs::OpenOptions::new().write(true).open(&base).unwrap().set_len(100_000).unwrap();
-    let mut buf = vec![0; 4096];
-    assert_eq!(disk.read(98_304, &mut buf).unwrap_err().errno(), Some(5));
-    disk.read(65_536, &mut buf).unwrap();
-    assert!(buf == bytes[65_536..][..4096]);
 }
 
 /// 2.6, H18: at no moment does a grown disk show what lies below its new range, whoever wrote the last cluster of the old one.

@@ -21,7 +21,7 @@ use std::ops::Range;
 pub use facts::Qcow2Facts;
 pub use new_image::NewImage;
 
-use super::{FormatError, Geometry};
+use super::{FormatError, Geometry, signature};
 use extensions::{Extensions, feature_names};
 
 /// First bytes of every qcow2 image.
@@ -168,6 +168,9 @@ pub struct Header {
     pub compression: CompressionType,
     /// The backing file, if there is one.
     pub backing: Option<BackingReference>,
+    /// The format of the backing file where it is one that is not known here: only with
+    /// [`Header::parse_to_check`].
+    pub foreign_format: Option<String>,
     area: Area,
 }
 
@@ -191,9 +194,10 @@ impl Header {
         Header::parse_at(first, Places::Inside(file_size))
     }
 
-    /// As [`Header::parse`], but does not ask whether the tables lie inside the file, behind the header and beside each other (V10, V12, V21),
-    /// nor whether there is a refcount table: for the check, which counts what is wrong with them. `first` is the first 2 MiB of the file,
-    /// filled up with zeros where it is shorter.
+    /// As [`Header::parse`], but does not ask whether the tables lie inside the file, behind the
+    /// header and beside each other (V10, V12, V21), nor whether there is a refcount table: for the
+    /// check, which counts what is wrong with them. A backing file may have any format: it is not
+    /// opened. `first` is the first 2 MiB of the file, filled up with zeros where it is shorter.
     ///
     /// # Errors
     /// As [`Header::parse`] otherwise.
@@ -203,7 +207,10 @@ impl Header {
 
     fn parse_at(first: &[u8], places: Places) -> Result<Header, FormatError> {
         if first.len() < 4 || be32(first, 0) != MAGIC {
-            return Err(FormatError::NotQcow2("not a qcow2 image (no QFI magic in the first bytes)".into()));
+            return Err(FormatError::NotQcow2(match signature(first) {
+                Some((name, format)) => format!("a {name} image, not qcow2; make one of it: qemu-img convert -f {format} -O qcow2"),
+                None => "not a qcow2 image (no QFI magic in the first bytes)".into(),
+            }));
         }
         if first.len() < V2_LENGTH {
             return Err(FormatError::NotQcow2(format!("file of {} bytes is shorter than a qcow2 header", first.len())));
@@ -234,8 +241,18 @@ impl Header {
         let name = backing_name_range(cluster, length)?;
         let extensions_end = name.as_ref().map_or(cluster.len(), |range| range.start);
         let extensions = Extensions::parse(&cluster[..extensions_end], length)?;
+        let mut foreign_format = None;
         let backing = match name {
-            Some(range) => Some(BackingReference { name: backing_name(&cluster[range])?, format: extensions.backing_format(cluster)? }),
+            Some(range) => {
+                let format = match (extensions.backing_format(cluster), places) {
+                    (Err(FormatError::Unsupported(_)), Places::Anywhere) => {
+                        foreign_format = extensions.backing_format_name(cluster);
+                        None
+                    }
+                    (format, _) => format?,
+                };
+                Some(BackingReference { name: backing_name(&cluster[range])?, format })
+            }
             None => None,
         };
 
@@ -251,6 +268,7 @@ impl Header {
             autoclear,
             compression,
             backing,
+            foreign_format,
             area: Area(cluster[..extensions.end()].to_vec()),
         };
         header.check_tables(size, be64(cluster, 64), extensions.bitmaps(cluster), places)?;

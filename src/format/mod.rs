@@ -9,12 +9,14 @@ mod coords;
 mod entries;
 mod header;
 mod refcounts;
+mod signature;
 
 pub use compressed::decompress;
 pub use coords::{ClusterCount, Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset};
 pub use entries::{L1Entry, Mapping};
 pub use header::{BackingFormat, BackingReference, CompressionType, Header, HeaderPatch, NewImage, Qcow2Facts, feature, patch, printable};
 pub use refcounts::{RefcountBlock, decode_table_entry};
+pub use signature::signature;
 
 use std::fmt;
 

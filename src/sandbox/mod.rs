@@ -28,6 +28,7 @@ mod syscalls;
 mod tests;
 
 pub use identity::Identity;
+
 use syscalls::OpensDevice;
 
 /// The newest rights that are asked for; of a kernel that does not know them all, those that it knows.

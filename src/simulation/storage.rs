@@ -150,7 +150,8 @@ struct State {
     /// Blocks of so many bytes can be shared with this file; 0 where none can be.
     clones: u64,
     in_memory: bool,
-    /// How often the bytes were changed by somebody else, and how many of those changes this host knows of.
+    /// How often the bytes were changed by somebody else, and how many of those changes this host
+    /// knows of.
     version: u32,
     known: u32,
     failures: u64,
@@ -224,7 +225,8 @@ impl SimStorage {
         self.state.lock().in_memory = keep;
     }
 
-    /// Somebody else overwrites the file with these bytes. Where the file is another machine's, this host does not know of it until it asks.
+    /// Somebody else overwrites the file with these bytes. Where the file is another machine's,
+    /// this host does not know of it until it asks.
     pub fn overwrite(&self, bytes: Vec<u8>, told: Told) {
         let mut state = self.state.lock();
         state.bytes = bytes;

@@ -1,4 +1,4 @@
-//! One host file: bytes at offsets, holes, a barrier, locks against other programs.
+//! One host file: bytes at offsets, holes, a barrier, locks against other programs, and with whose rights it is opened.
 //!
 //! **Touches:** the operating system. **Never:** knows qcow2 or what an offset means.
 //! **Locks:** none of ours. **Invariants:** reads are never short; a file that shrank is an error, not zeros (P9).
@@ -10,10 +10,13 @@ use std::{fmt, io};
 use rustix::io::Errno;
 
 mod file;
+mod holders;
 mod locks;
+mod rights;
 mod version;
 
 pub use file::{Access, FileStorage};
+pub use rights::Rights;
 pub use version::{Ask, Version};
 
 /// What a range of a file holds, as far as the file system knows without reading it.
@@ -118,8 +121,9 @@ pub trait Storage: Any + Send + Sync + std::fmt::Debug {
         false
     }
 
-    /// What the file is like now. The host changes this before it changes a byte: bytes that were read between two equal answers are those of one
-    /// file, unchanged. What that does not cover is said at [`FileStorage::settle`].
+    /// What the file is like now. The host changes this before it changes a byte: bytes that were
+    /// read between two equal answers are those of one file, unchanged. What that does not cover is
+    /// said at [`FileStorage::settle`].
     ///
     /// # Errors
     /// Those of statx(2).

@@ -122,56 +122,6 @@ fn one_bad_sector_of_the_base() {
     assert_same("the overlay alone", &qemu::read_all(&overlay), &content);
 }
 
-/// Protects: P9. A base that shrinks while it is open is EIO for what is lost, to the byte, for guests and for a stream, and never zeros: the
-/// overlay holds none. Grown again, with what it held, it reads right.
-#[test]
-fn a_base_that_shrinks_and_grows_again() {
-    requires!("/dev/fuse", "qemu-img");
-    let mut rng = Rng::for_test("a base that shrinks");
-    for options in ["", "cluster_size=2M", "cluster_size=512"] {
-        eprintln!("\"{options}\"");
-        let rig = Rig::with(Pattern::new(92, 1).bytes(0, SIZE), options);
-        let disk = rig.mount().qmp().start();
-        let file = disk.open();
-        let end = 2 * MIB + 5000;
-        File::options().write(true).open(&rig.base).and_then(|base| base.set_len(end)).expect("truncate the base");
-        assert_only_this_is_bad(&file, &rig.content, &(end..SIZE), &mut rng);
-        // A write into a cluster of which a part is lost.
-        if options != "cluster_size=512" {
-            assert_eq!(errno(file.write_all_at(&[7; 100], SIZE - 1000)), Errno::IO);
-        }
-        let mut client = disk.client();
-        client.ok("block-stream", json!({"device": "drive0"}));
-        let event = client.wait_event("BLOCK_JOB_COMPLETED");
-        assert_eq!(event["data"]["error"], "Input/output error", "{event}");
-        assert!(event["data"]["offset"].as_u64().is_some_and(|offset| offset <= end), "{event}");
-        file.sync_all().expect("nothing is wrong with the overlay");
-        drop((file, client));
-        disk.umount();
-        fs::write(&rig.base, &rig.content).expect("the base as it was");
-        qemu::assert_clean(&rig.overlay);
-        let local = qemu::local_ranges(&rig.overlay);
-        let lost = local.iter().find(|range| range.end > end);
-        assert_eq!(lost, None, "something of what was lost was copied up");
-        assert_same("with the base as it was", &qemu::read_all(&rig.overlay), &rig.content);
-
-        // The same without an end of the daemon in between.
-        let disk = rig.mount().qmp().start();
-        let file = disk.open();
-        let base = File::options().write(true).open(&rig.base).expect("base");
-        base.set_len(end).expect("truncate the base again");
-        assert_only_this_is_bad(&file, &rig.content, &(end..SIZE), &mut rng);
-        base.write_all_at(&rig.content[at(end)..], end).expect("grow it again");
-        assert_same("grown again", &disk.read_all(), &rig.content);
-        let mut client = disk.client();
-        client.ok("block-stream", json!({"device": "drive0"}));
-        client.wait_completed();
-        drop((file, client));
-        disk.umount();
-        rig.assert_standalone(&rig.content);
-    }
-}
-
 /// An overlay on a disk that can go bad, over a base on one that does not.
 struct BadOverlay {
     // Dropped in this order.

@@ -6,7 +6,7 @@ use super::*;
 use crate::chain::Chain;
 use crate::format::{BackingFormat, BackingReference, Geometry, NewImage};
 use crate::image::Image;
-use crate::simulation::{Action, Failure, Fault, SimStorage, Times};
+use crate::simulation::{Action, Failure, Fault, Operation, SimStorage, Times};
 use crate::storage::{Storage, WriteKind};
 
 const CLUSTER: u64 = 4096;
@@ -163,4 +163,22 @@ fn a_copy_that_fails_after_the_answer_changes_nothing() {
     rig.disk.read(0, &mut buf).unwrap();
     assert_eq!(Some(buf), rig.shown(0, 512));
     rig.disk.close().unwrap();
+}
+
+/// P8: a bad place below is an error for reads of it, and for no other read of the same cluster,
+/// which is not copied up.
+#[test]
+fn bad_place_below_hurts_only_its_readers() {
+    let rig = rig();
+    let bad = 5 * CLUSTER + 1024..5 * CLUSTER + 1536;
+    let touches =
+        move |operation: &Operation| operation.action == Action::Read && operation.at < bad.end && bad.start < operation.at + operation.len;
+    rig.base.inject(Fault { matches: Box::new(touches), after: 0, failure: Failure::Errno(5), times: Times::ForEver });
+    let mut buf = vec![0; 1024];
+    rig.disk.read(5 * CLUSTER, &mut buf).unwrap();
+    assert_eq!(Some(buf.clone()), rig.shown(5 * CLUSTER, 1024));
+    assert_eq!(rig.disk.read(5 * CLUSTER + 1024, &mut buf).unwrap_err().errno(), Some(5));
+    rig.disk.read(5 * CLUSTER + 1536, &mut buf).unwrap();
+    assert_eq!(Some(buf.clone()), rig.shown(5 * CLUSTER + 1536, 1024));
+    assert!(!rig.is_local(5));
 }

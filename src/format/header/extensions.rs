@@ -122,6 +122,13 @@ impl Extensions {
         }
     }
 
+    /// The name of the backing format as it stands there, for a person to read.
+    pub(super) fn backing_format_name(&self, cluster: &[u8]) -> Option<String> {
+        let payload = self.find(BACKING_FORMAT)?.payload(cluster);
+        let name = payload.split(|&byte| byte == 0).next().unwrap_or_default();
+        Some(printable(&String::from_utf8_lossy(name)))
+    }
+
     /// The data of the bitmaps extension, 24 bytes.
     pub(super) fn bitmaps<'a>(&self, cluster: &'a [u8]) -> Option<&'a [u8]> {
         self.find(BITMAPS).map(|extension| extension.payload(cluster))

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::template::{Kind, Shape, build};
 use super::{Input, pattern};
-use crate::chain::{Chain, Content, Gate, MAX_LAYERS};
+use crate::chain::{Chain, Content, Gate, MAX_LAYERS, Namer};
 use crate::format::{BackingFormat, BackingReference};
 use crate::simulation::spec::Layout;
 
@@ -66,9 +66,11 @@ pub fn any_bytes(data: &[u8]) {
     gate.taken.push(identity);
     let Some((name, format)) = images[0].backing.clone() else { return };
     let (Ok(name), Ok(format)) = (String::from_utf8(name), known(format.as_deref())) else { return };
-    let expected = expected(&images, identity, (&name, format.or(gate_format)), &directory.0);
+    // What the user says may not contradict what the image says.
+    let contradicted = format.is_some() && gate_format.is_some() && format != gate_format;
+    let expected = if contradicted { None } else { expected(&images, identity, (&name, format.or(gate_format)), &directory.0) };
     let reference = BackingReference { name, format };
-    match (Chain::open(&reference, &directory.0, &gate), expected) {
+    match (Chain::open(&reference, Namer::User { directory: &directory.0 }, &gate), expected) {
         (Ok(chain), Some(expected)) => read(&chain, &expected),
         (Err(error), None) => {
             let text = error.to_string();

@@ -333,6 +333,7 @@ fn a_file_without_attributes_says_so() {
         file,
         access: Access::ReadOnly,
         identity: (0, 0),
+        owner: 0,
         size: AtomicU64::new(0),
         locked: AtomicBool::new(true),
         shrinking_reported: AtomicBool::new(false),

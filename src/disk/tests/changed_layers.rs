@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::*;
+use crate::disk::*;
 use crate::format::{BackingFormat, NewImage};
 use crate::simulation::{Action, Operation, SimStorage, Told};
 use crate::storage::WriteKind;
