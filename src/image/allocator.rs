@@ -121,11 +121,26 @@ impl Allocator {
         if state.metadata.contains(&cluster.0) && !without(Step::DataIsNoMetadata) {
             return Err(corrupt(format!("cluster at {offset} is metadata")));
         }
-        match (state.refcounts.get(cluster.0)?, in_place) {
+        // What is counted ahead has no reference yet: an entry that names it could give away a cluster that is handed out next.
+        let counted = if state.reserved.contains(&cluster.0) { 0 } else { state.refcounts.get(cluster.0)? };
+        match (counted, in_place) {
             (0, _) if !without(Step::DataIsCounted) => Err(corrupt(format!("cluster at {offset} is in use but its refcount is zero"))),
             (2.., true) => Err(corrupt(format!("cluster at {offset} is COPIED but its refcount is not one"))),
             _ => Ok(()),
         }
+    }
+
+    /// As much of [`Allocator::check_data`] as needs no refcount: an L2 entry may name no metadata.
+    pub fn check_is_no_metadata(&self, cluster: HostCluster) -> Result<()> {
+        if self.state.lock().metadata.contains(&cluster.0) && !without(Step::DataIsNoMetadata) {
+            return Err(corrupt(format!("cluster at {} is metadata", self.geometry.host_offset(cluster))));
+        }
+        Ok(())
+    }
+
+    /// The index of the refcount block that counts a cluster.
+    pub fn block_of(&self, cluster: HostCluster) -> u64 {
+        cluster.0 / self.geometry.refblock_entries()
     }
 
     /// The refcount of a cluster; zero where no block covers it.
@@ -338,6 +353,11 @@ impl Allocator {
     pub fn give_back(&self, start: HostCluster, len: u64) {
         let mut state = self.state.lock();
         for cluster in start.0..start.0 + len {
+            // In a hostile image an entry may have named it meanwhile, and given it back before us.
+            if matches!(state.refcounts.get(cluster), Ok(0)) {
+                log::warn!("cluster {cluster} was given back by an L2 entry that should not name it");
+                continue;
+            }
             if let Err(error) = state.refcounts.set(cluster, 0) {
                 log::warn!("cluster {cluster} stays leaked: {error}");
                 continue;
