@@ -341,11 +341,12 @@ impl Layer {
                 Ok(Answer::Here((content, len.min(max))))
             }
             Body::Qcow2(reader) => {
-                let extent = run(reader, GuestOffset(at), max).context(|| self.path.display().to_string())?;
-                Ok(match extent.mapping {
-                    Mapping::Unallocated => Answer::Below(extent.len),
-                    Mapping::Zero { .. } => Answer::Here((Content::Zero, extent.len)),
-                    Mapping::Data { .. } | Mapping::Compressed { .. } => Answer::Here((Content::Data, extent.len)),
+                let (mapping, len) = reader.look(GuestOffset(at), max);
+                Ok(match mapping {
+                    Ok(Mapping::Unallocated) => Answer::Below(len),
+                    Ok(Mapping::Zero { .. }) => Answer::Here((Content::Zero, len)),
+                    // A bad place is data of this layer: reading it is the error.
+                    Ok(Mapping::Data { .. } | Mapping::Compressed { .. }) | Err(_) => Answer::Here((Content::Data, len)),
                 })
             }
         }

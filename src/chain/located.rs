@@ -34,6 +34,8 @@ impl Located {
             Place::Zero { offset } => Some(Located { zero: true, offset, ..there }),
             Place::Data { offset, hole } => Some(Located { data: true, zero: hole, offset: Some(offset), ..there }),
             Place::Compressed => Some(Located { data: true, compressed: true, ..there }),
+            // qemu-img map has no word for it, and gives up. That it is data nobody can miss.
+            Place::Unreadable => Some(Located { data: true, ..there }),
         }
     }
 }

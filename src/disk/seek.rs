@@ -26,10 +26,11 @@ pub enum Seek {
 impl Disk {
     /// SEEK_DATA and SEEK_HOLE over overlay and chain. `None` where there is no data before the end
     /// (ENXIO); a hole is always found, the end of the disk at the latest. A hint: what changes
-    /// meanwhile may or may not be seen.
+    /// meanwhile may or may not be seen. Where a table is bad there is data, so that no copy skips
+    /// what only a read reports as an error.
     ///
     /// # Errors
-    /// [`crate::ErrorKind::InvalidArgument`] beyond the end; I/O, corruption.
+    /// [`crate::ErrorKind::InvalidArgument`] beyond the end; I/O of a raw file below.
     pub fn seek(&self, from: u64, what: Seek) -> Result<Option<u64>> {
         self.seek_until(from, what, Instant::now() + SEEK_TIME)
     }
@@ -56,15 +57,15 @@ impl Disk {
             if at >= size {
                 return Ok(Some((what == Seek::Hole).then_some(size)));
             }
-            let extent = self.reader().map(GuestOffset(at), size - at)?;
-            let (holds, len) = match (extent.mapping, self.chain_below(at)) {
-                (Mapping::Data { .. } | Mapping::Compressed { .. }, _) => (Seek::Data, extent.len),
-                (Mapping::Unallocated, Some(_)) if patience == Patience::Brief => return Ok(None),
-                (Mapping::Unallocated, Some(chain)) => match chain.content(usize::MAX, at, extent.len)? {
+            let (mapping, len) = self.reader().look(GuestOffset(at), size - at);
+            let (holds, len) = match (mapping, self.chain_below(at)) {
+                (Ok(Mapping::Data { .. } | Mapping::Compressed { .. }) | Err(_), _) => (Seek::Data, len),
+                (Ok(Mapping::Unallocated), Some(_)) if patience == Patience::Brief => return Ok(None),
+                (Ok(Mapping::Unallocated), Some(chain)) => match chain.content(usize::MAX, at, len)? {
                     (Content::Data, len) => (Seek::Data, len),
                     (Content::Zero | Content::Unallocated, len) => (Seek::Hole, len),
                 },
-                (Mapping::Unallocated | Mapping::Zero { .. }, _) => (Seek::Hole, extent.len),
+                (Ok(Mapping::Unallocated | Mapping::Zero { .. }), _) => (Seek::Hole, len),
             };
             if holds == what {
                 return Ok(Some(Some(at)));

@@ -34,7 +34,7 @@ pub const MOST_CELLS: u64 = 65536;
 /// What the whole disk is made of, in bytes: the three make up its size.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Totals {
-    /// In data clusters, compressed or not, of the overlay.
+    /// In data clusters, compressed or not, of the overlay, and where a table of the overlay is bad.
     pub local: u64,
     /// Zero clusters of the overlay, and what reads as zero because no backing file reaches so far.
     pub zero: u64,
@@ -112,7 +112,7 @@ impl Disk {
     /// What the disk is made of, in at most `cells` pieces, between 1 and [`MOST_CELLS`]; a little old at times.
     ///
     /// # Errors
-    /// A table of the overlay that is corrupt, or cannot be read.
+    /// [`ErrorKind::Busy`] where the tables are too many to be counted in time.
     pub fn survey(&self, cells: u64) -> Result<Arc<Survey>> {
         Ok(self.walked(Some(cells.clamp(1, MOST_CELLS)))?.survey)
     }
@@ -184,13 +184,13 @@ impl Disk {
                 return Err(too_long());
             }
             steps += 1;
-            // The tables alone: what is wrong in them is found, and acted upon, by who reads or writes there.
-            let extent = self.reader().map(GuestOffset(at), size - at)?;
-            let end = at + extent.len;
-            match extent.mapping {
-                Mapping::Data { .. } | Mapping::Compressed { .. } => add(&mut survey.local, cell_size, at, end),
-                Mapping::Zero { .. } => add(&mut survey.zero, cell_size, at, end),
-                Mapping::Unallocated => add(&mut survey.zero, cell_size, at.max(below), end),
+            // The tables alone. What is wrong in them counts as local, for it does not come from below; reads and writes of it report the error.
+            let (mapping, len) = self.reader().look(GuestOffset(at), size - at);
+            let end = at + len;
+            match mapping {
+                Ok(Mapping::Data { .. } | Mapping::Compressed { .. }) | Err(_) => add(&mut survey.local, cell_size, at, end),
+                Ok(Mapping::Zero { .. }) => add(&mut survey.zero, cell_size, at, end),
+                Ok(Mapping::Unallocated) => add(&mut survey.zero, cell_size, at.max(below), end),
             }
             at = end;
         }

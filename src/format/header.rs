@@ -77,6 +77,8 @@ pub enum CompressionType {
 enum Places {
     /// Inside a file of so many bytes, none on top of another.
     Inside(u64),
+    /// What reading needs: the L1 table behind the header and beginning inside a file of so many bytes.
+    Readable(u64),
     /// At cluster boundaries, nothing else.
     Anywhere,
 }
@@ -192,6 +194,15 @@ impl Header {
     /// neither read nor written correctly (data-safety 2.7).
     pub fn parse(first: &[u8], file_size: u64) -> Result<Header, FormatError> {
         Header::parse_at(first, Places::Inside(file_size))
+    }
+
+    /// As [`Header::parse`], but asks only for what reading needs: refcounts, snapshots and bitmaps may lie beyond the end of the file, and the
+    /// file may end inside the L1 table, whose missing entries are errors when they are used. A file that lost its end is read as far as it goes.
+    ///
+    /// # Errors
+    /// As [`Header::parse`] otherwise.
+    pub fn parse_to_read(first: &[u8], file_size: u64) -> Result<Header, FormatError> {
+        Header::parse_at(first, Places::Readable(file_size))
     }
 
     /// As [`Header::parse`], but does not ask whether the tables lie inside the file, behind the

@@ -2,7 +2,6 @@
 //! makes sure of what the new range reads as.
 
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 
 use super::Image;
 use crate::format::{GuestCluster, HostCluster, Mapping, patch};
@@ -86,7 +85,7 @@ impl Image {
             let count = (clusters.end.0 - at.0).min(geometry.l2_entries() - l2_index as u64) as usize;
             let found = self.watch(self.reader.tables.with(l1_index, |table| -> Result<_> {
                 let shows = |index: usize| -> Result<bool> {
-                    let mapping = Mapping::decode(table.entry(l2_index + index).load(Ordering::Acquire), &geometry)?;
+                    let mapping = table.mapping(l2_index + index, &geometry)?;
                     Ok(!matches!(mapping, Mapping::Unallocated | Mapping::Zero { reserved: None }))
                 };
                 let mut first = 0;
@@ -99,7 +98,7 @@ impl Image {
                 }
                 Ok(first as u64..end as u64)
             }))?;
-            match found.transpose()? {
+            match self.watch(found.transpose())? {
                 Some(run) if !run.is_empty() => return Ok(Some(GuestCluster(at.0 + run.start)..GuestCluster(at.0 + run.end))),
                 _ => at.0 += count as u64,
             }

@@ -1,6 +1,9 @@
 //! One L2 table in memory: entries that change one by one, and which pieces of it are not on disk yet.
+//! Entries are judged when the table is loaded; one that is bad costs the range that it maps.
 
-use crate::format::HostCluster;
+use super::judged::{Fault, Judged};
+use crate::Result;
+use crate::format::{Geometry, HostCluster, Mapping};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// An L2 table is written back in pieces of this many bytes: what one page of the host holds.
@@ -15,6 +18,8 @@ pub(super) struct L2Table {
     /// COPIED in the L1 entry: this table may be overwritten where it is.
     pub in_place: bool,
     entries: Box<[AtomicU64]>,
+    /// Which entries were not good when the table was loaded; `None` where all were.
+    judged: Option<Box<Judged>>,
     /// One bit per piece.
     dirty: Box<[AtomicU64]>,
     /// Whether it stands in the list of dirty tables.
@@ -25,10 +30,10 @@ pub(super) struct L2Table {
 
 impl L2Table {
     /// A table as it is on disk, or about to be.
-    pub fn new(host: HostCluster, in_place: bool, entries: Box<[AtomicU64]>) -> Self {
+    pub fn new(host: HostCluster, in_place: bool, entries: Box<[AtomicU64]>, judged: Option<Box<Judged>>) -> Self {
         let pieces = entries.len().div_ceil(PIECE_ENTRIES);
         let dirty = (0..pieces.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        L2Table { host, in_place, entries, dirty, queued: AtomicBool::new(false), l1_dirty: AtomicBool::new(false) }
+        L2Table { host, in_place, entries, judged, dirty, queued: AtomicBool::new(false), l1_dirty: AtomicBool::new(false) }
     }
 
     /// The raw entry at `index`.
@@ -36,9 +41,30 @@ impl L2Table {
         &self.entries[index]
     }
 
+    /// What was wrong with the entry at `index` when the table was loaded.
+    pub fn fault(&self, index: usize) -> Fault {
+        self.judged.as_ref().map_or(Fault::None, |judged| judged.fault(index))
+    }
+
+    /// What the entry at `index` means. One whose refcount could not be read is not to be overwritten
+    /// in place: a write moves it to a new cluster.
+    ///
+    /// # Errors
+    /// [`crate::ErrorKind::Corrupt`] for a bad entry.
+    pub fn mapping(&self, index: usize, geometry: &Geometry) -> Result<Mapping> {
+        let raw = self.entries[index].load(Ordering::Acquire);
+        match &self.judged {
+            None => Ok(Mapping::decode(raw, geometry)?),
+            Some(judged) => judged.mapping(index, raw, self.host, geometry),
+        }
+    }
+
     /// Sets the raw entry at `index`, then marks its piece dirty; returns the one before.
     pub fn set(&self, index: usize, raw: u64) -> u64 {
         let before = self.entries[index].swap(raw, Ordering::AcqRel);
+        if let Some(judged) = &self.judged {
+            judged.replaced(index);
+        }
         self.mark_dirty(index);
         before
     }

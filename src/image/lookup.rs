@@ -1,6 +1,7 @@
 //! Where a guest offset is, and the bytes of one run.
 
 use super::ImageReader;
+use super::judged::Fault;
 use super::l2_table::L2Table;
 use crate::format::{Geometry, GuestCluster, GuestOffset, HostOffset, Mapping, decompress};
 use crate::sync::atomic::Ordering;
@@ -34,11 +35,36 @@ impl ImageReader {
         run.unwrap_or(Ok(Extent { mapping: Mapping::Unallocated, len }))
     }
 
+    /// As [`ImageReader::map`], but a bad place is no error for what is beside it: the mapping or what is
+    /// wrong, and for how many bytes from `at` on, at most `max` (> 0), that is so. For those that
+    /// want to know of the whole disk what can be known.
+    ///
+    /// # Panics
+    /// As [`ImageReader::map`].
+    pub fn look(&self, at: GuestOffset, max: u64) -> (Result<Mapping>, u64) {
+        let error = match self.map(at, max) {
+            Ok(extent) => return (Ok(extent.mapping), extent.len),
+            Err(error) => error,
+        };
+        let geometry = self.geometry();
+        let span = geometry.l2_span();
+        let len = max.min(geometry.size() - at.0).min(span - at.0 % span);
+        let (l1_index, l2_index) = geometry.table_indexes(geometry.guest_cluster(at));
+        let in_cluster = geometry.in_cluster(at);
+        // Without the table nothing is known of all that it maps.
+        let bad = self.tables.if_resident(l1_index, |table| {
+            let wanted = (in_cluster + len).div_ceil(geometry.cluster_size()) as usize;
+            let bad = (1..wanted).take_while(|next| table.fault(l2_index + next) == Fault::Bad).count() as u64 + 1;
+            len.min((bad << geometry.cluster_bits()) - in_cluster)
+        });
+        (Err(error), bad.unwrap_or(len))
+    }
+
     /// What one cluster maps to, also one beyond the virtual size: a disk that is to grow is made ready there.
     pub(super) fn mapping(&self, cluster: GuestCluster) -> Result<Mapping> {
         let geometry = self.geometry();
         let (l1_index, l2_index) = geometry.table_indexes(cluster);
-        let mapping = self.tables.with(l1_index, |table| Mapping::decode(table.entry(l2_index).load(Ordering::Acquire), &geometry))?;
+        let mapping = self.tables.with(l1_index, |table| table.mapping(l2_index, &geometry))?;
         Ok(mapping.transpose()?.unwrap_or(Mapping::Unallocated))
     }
 
@@ -92,7 +118,8 @@ impl ImageReader {
 /// The run that starts at byte `in_cluster` of entry `index`, at most `max` bytes.
 fn run_at(table: &L2Table, index: usize, in_cluster: u64, max: u64, geometry: &Geometry) -> Result<Extent> {
     let first = table.entry(index).load(Ordering::Acquire);
-    let mapping = Mapping::decode(first, geometry)?;
+    let mapping = table.mapping(index, geometry)?;
+    let fault = table.fault(index);
     let cluster_size = geometry.cluster_size();
     // How much a raw entry grows from one cluster of a run to the next.
     let step = match mapping {
@@ -105,7 +132,7 @@ fn run_at(table: &L2Table, index: usize, in_cluster: u64, max: u64, geometry: &G
     let mut expected = first;
     while clusters < wanted {
         expected = expected.wrapping_add(step);
-        if table.entry(index + clusters).load(Ordering::Acquire) != expected {
+        if table.entry(index + clusters).load(Ordering::Acquire) != expected || table.fault(index + clusters) != fault {
             break;
         }
         clusters += 1;

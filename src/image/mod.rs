@@ -12,12 +12,13 @@
 //! **Invariants** (numbers of the crate docs): I1 the mapping of a cluster changes only under its exclusive guard; I2 on disk, refcounts are
 //! never below references; I3 a published cluster was filled first (only [`Image::fill`] makes a [`Filled`]).
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
-use crate::format::{BackingReference, Geometry, GuestOffset, Header, Mapping, feature, patch};
+use crate::format::{BackingReference, FormatError, Geometry, GuestOffset, Header, Mapping, feature, patch};
 use crate::mutants::{Step, without};
 use crate::storage::{Storage, WriteKind};
 use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -29,11 +30,13 @@ mod check;
 mod gaps;
 mod grow;
 mod inflated;
+mod judged;
 mod l2_table;
 mod lookup;
 mod place;
 mod publish;
 mod refcounts;
+mod slots;
 mod tables;
 mod write_back;
 
@@ -74,9 +77,10 @@ impl ImageReader {
     /// Opens for reading.
     ///
     /// # Errors
-    /// [`ErrorKind::InvalidImage`], [`ErrorKind::UnsupportedFeature`] or [`ErrorKind::Corrupt`] for whatever breaks V1 to V22; I/O.
+    /// [`ErrorKind::InvalidImage`], [`ErrorKind::UnsupportedFeature`] or [`ErrorKind::Corrupt`] for whatever breaks V1 to V21, but for where
+    /// the refcounts are (see [`Header::parse_to_read`]); I/O. A bad entry of a table is an error where it is used, and nowhere else.
     pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
-        let header = read_header(&*storage)?;
+        let header = read_header(&*storage, Header::parse_to_read)?;
         let tables = Tables::open(storage.clone(), &header, None, BACKING_TABLE_MEMORY)?;
         Ok(ImageReader { storage, header: RwLock::new(header), tables, inflated: Inflated::default() })
     }
@@ -102,11 +106,34 @@ impl ImageReader {
     }
 }
 
-fn read_header(storage: &dyn Storage) -> Result<Header> {
+/// Remembers which parts of the mapping of an image change while it exists.
+#[derive(Debug)]
+pub struct Changes<'a> {
+    image: &'a Image,
+    watch: u64,
+}
+
+impl Changes<'_> {
+    /// Guest bytes whose mapping may have changed since the begin, or since this was asked last: each the
+    /// span of one L2 table, of which the last may reach beyond the end of the disk.
+    pub fn take(&self) -> Vec<Range<u64>> {
+        let span = self.image.reader.geometry().l2_span();
+        let changed = self.image.reader.tables.take_changed(self.watch);
+        changed.into_iter().map(|index| (index as u64 * span)..(index as u64 + 1).saturating_mul(span)).collect()
+    }
+}
+
+impl Drop for Changes<'_> {
+    fn drop(&mut self) {
+        self.image.reader.tables.end_watch(self.watch);
+    }
+}
+
+fn read_header(storage: &dyn Storage, parse: fn(&[u8], u64) -> std::result::Result<Header, FormatError>) -> Result<Header> {
     let size = storage.size();
     let mut first = vec![0; size.min(HEADER_AREA) as usize];
     storage.read_at(0, &mut first).map_err(|error| Error::io("header", error))?;
-    Ok(Header::parse(&first, size)?)
+    Ok(parse(&first, size)?)
 }
 
 /// What a write to the header that failed may have replaced: offset in bytes, and the bytes as they were. After an error any part of a write may
@@ -140,9 +167,10 @@ impl Image {
     /// Opens for writing. Changes nothing yet: see [`Image::begin_writing`].
     ///
     /// # Errors
-    /// As [`ImageReader::open`], and for what we cannot write: the dirty or corrupt bit, internal snapshots, persistent bitmaps.
+    /// As [`ImageReader::open`], for tables that V9, V10, V12, V22 and V23 do not allow, and for what we cannot write: the dirty or corrupt bit,
+    /// internal snapshots, persistent bitmaps.
     pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
-        let header = read_header(&*storage)?;
+        let header = read_header(&*storage, Header::parse)?;
         header.check_writable()?;
         let allocator = Arc::new(Allocator::open(storage.clone(), &header)?);
         let tables = Tables::open(storage.clone(), &header, Some(allocator.clone()), OVERLAY_TABLE_MEMORY)?;
@@ -252,6 +280,11 @@ impl Image {
         Ok(())
     }
 
+    /// From now on remembers which parts of the mapping change.
+    pub fn watch_changes(&self) -> Changes<'_> {
+        Changes { image: self, watch: self.reader.tables.watch_changes() }
+    }
+
     /// Changes fields of the header, on disk and durably, then in memory: `change` makes the change and says which bytes are written where.
     fn change_header(&self, change: impl FnOnce(&mut Header) -> (u64, Vec<u8>)) -> Result<()> {
         let mut on_disk = self.header_change.lock();
@@ -314,17 +347,24 @@ impl Image {
     }
 
     /// Passes a result on; corruption latches the image and sets the corrupt bit in the header (P11), so that it is looked at before it is
-    /// written again (specification: incompatible feature bit 1).
+    /// written again (specification: incompatible feature bit 1). That goes for a bad entry of a table that was loaded on the way too, although the
+    /// result is of another one: what is good is read all the same.
     pub(crate) fn watch<T>(&self, result: Result<T>) -> Result<T> {
-        if let Err(error) = &result
-            && error.kind() == ErrorKind::Corrupt
-            && !without(Step::CorruptionLatches)
-            && !self.failed.swap(true, Ordering::SeqCst)
-        {
-            log::error!("the overlay is corrupt ({error}): no write is accepted any more, run qemu-img check");
-            self.mark_corrupt();
+        match &result {
+            Err(error) if error.kind() == ErrorKind::Corrupt => self.latch_corrupt(error),
+            _ if self.reader.tables.is_corrupt() && !self.failed.load(Ordering::Relaxed) => {
+                self.latch_corrupt(&self.reader.tables.corruption().unwrap_or_default());
+            }
+            _ => {}
         }
         result
+    }
+
+    fn latch_corrupt(&self, what: &dyn std::fmt::Display) {
+        if !without(Step::CorruptionLatches) && !self.failed.swap(true, Ordering::SeqCst) {
+            log::error!("the overlay is corrupt ({what}): no write is accepted any more, run qemu-img check");
+            self.mark_corrupt();
+        }
     }
 
     fn mark_corrupt(&self) {

@@ -27,6 +27,8 @@ pub enum Place {
     },
     /// Data, packed.
     Compressed,
+    /// The tables say that something is there, but not what: reading it is an error.
+    Unreadable,
 }
 
 /// Whether the file of an image is looked at for holes inside its data.
@@ -74,20 +76,21 @@ impl ImageReader {
     /// What is at `at`, and for how many bytes, at most `max` (> 0). Says of holes what `holes` allows.
     ///
     /// # Errors
-    /// As [`ImageReader::map`]; lseek(2).
+    /// lseek(2).
     pub fn place(&self, at: GuestOffset, max: u64, holes: Holes) -> Result<(Place, u64)> {
-        let extent = self.map(at, max)?;
+        let (mapping, len) = self.look(at, max);
         let geometry = self.geometry();
         let offset = |host| geometry.host_offset(host).0 + geometry.in_cluster(at);
-        Ok(match extent.mapping {
-            Mapping::Unallocated => (Place::Below, extent.len),
-            Mapping::Zero { reserved } => (Place::Zero { offset: reserved.map(|(host, _)| offset(host)) }, extent.len),
-            Mapping::Compressed { .. } => (Place::Compressed, extent.len),
+        let Ok(mapping) = mapping else { return Ok((Place::Unreadable, len)) };
+        Ok(match mapping {
+            Mapping::Unallocated => (Place::Below, len),
+            Mapping::Zero { reserved } => (Place::Zero { offset: reserved.map(|(host, _)| offset(host)) }, len),
+            Mapping::Compressed { .. } => (Place::Compressed, len),
             Mapping::Data { host, .. } => {
                 let offset = offset(host);
                 let (hole, len) = match holes {
-                    Holes::Unseen => (false, extent.len),
-                    Holes::Seen => self.holding(offset, extent.len)?,
+                    Holes::Unseen => (false, len),
+                    Holes::Seen => self.holding(offset, len)?,
                 };
                 (Place::Data { offset, hole }, len)
             }

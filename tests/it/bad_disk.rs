@@ -261,3 +261,45 @@ fn a_base_that_changed_between_two_mounts_is_warned_of() {
     assert_eq!(warnings_after_a_mount(), 2, "noted anew");
     rig.assert_overlay(&rig.content);
 }
+
+/// Protects: P8. One L2 entry that names nothing in the file costs the cluster that it maps, of a backing file and of an image that is mounted
+/// read-only; SEEK_DATA finds it, so that no copy skips it; an overlay above a bad base is written, and hides the bad place, as ever.
+#[test]
+fn one_bad_table_entry() {
+    requires!("/dev/fuse", "qemu-img");
+    let mut rng = Rng::for_test("one bad table entry");
+    let scratch = Scratch::new();
+    let content = Pattern::new(93, 1).bytes(0, SIZE);
+    let damaged = scratch.join("damaged.qcow2");
+    qemu::create_full(&damaged, SIZE, "", Pattern::new(93, 1));
+    let file = File::options().read(true).write(true).open(&damaged).expect("the image");
+    let word = |at: u64| u64::from_be_bytes(read_at(&file, at, 8).try_into().expect("8 bytes"));
+    let table = word(word(40)) & !(1 << 63);
+    let bad = 20 * CLUSTER..21 * CLUSTER;
+    file.write_all_at(&(1_u64 << 63 | 1 << 40).to_be_bytes(), table + 20 * 8).expect("the entry");
+
+    let overlay = scratch.join("overlay.qcow2");
+    qemu::create(&overlay, None, "", Some(("damaged.qcow2", "qcow2")));
+    let disk = Mount::named(&scratch, &overlay, "above").start();
+    let file = disk.open();
+    assert_only_this_is_bad(&file, &content, &bad, &mut rng);
+    assert_eq!(rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(bad.start)), Ok(bad.start));
+    let data = Pattern::new(94, 2).bytes(bad.start, CLUSTER);
+    file.write_all_at(&data, bad.start).expect("the whole cluster");
+    drop(file);
+    let mut want = content.clone();
+    want[at(bad.start)..at(bad.end)].copy_from_slice(&data);
+    assert_same("nothing is bad any more", &disk.read_all(), &want);
+    disk.umount();
+
+    let disk = Mount::named(&scratch, &damaged, "itself").args(&["--read-only"]).start();
+    let file = File::open(disk.path()).expect("the disk");
+    assert_only_this_is_bad(&file, &content, &bad, &mut rng);
+    let map = run_ok(scratch.cordisk().args(["map", "--json"]).arg(disk.path()));
+    let map: serde_json::Value = serde_json::from_str(&map).expect("JSON");
+    let run = map.as_array().expect("runs").iter().find(|run| run["start"] == bad.start).expect("a run of its own");
+    assert_eq!((&run["length"], &run["data"], &run["zero"]), (&json!(CLUSTER), &json!(true), &json!(false)));
+    assert_eq!(run.get("offset"), None);
+    drop(file);
+    disk.umount();
+}

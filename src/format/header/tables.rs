@@ -19,17 +19,21 @@ impl Header {
     pub(super) fn check_tables(&self, size: u64, snapshots_offset: u64, bitmaps: Option<&[u8]>, places: Places) -> Result<(), FormatError> {
         let cluster_size = self.geometry.cluster_size();
         let bounds = match places {
+            Places::Readable(file_size) if self.l1_size != 0 && self.l1_table_offset >= file_size => {
+                return invalid(format!("L1 table at {:#x} is not inside the file of {file_size} bytes", self.l1_table_offset));
+            }
+            Places::Readable(_) => cluster_size..i64::MAX as u64,
             Places::Inside(file_size) => match file_size.checked_next_multiple_of(cluster_size).filter(|&end| end <= i64::MAX as u64) {
                 Some(file_end) => cluster_size..file_end,
                 None => return invalid(format!("file of {file_size} bytes is too large")),
             },
             Places::Anywhere => 0..i64::MAX as u64,
         };
-        let anywhere = matches!(places, Places::Anywhere);
+        let for_writing = matches!(places, Places::Inside(_));
         let table = |name: &'static str, offset: u64, len: u64| Table::checked(name, offset, len, cluster_size, &bounds);
         let mut tables = vec![Table { name: "header", range: 0..cluster_size }];
 
-        if self.refcount_table_clusters == 0 && !anywhere {
+        if self.refcount_table_clusters == 0 && for_writing {
             return invalid("refcount_table_clusters is 0".into());
         }
         let len = u64::from(self.refcount_table_clusters) * cluster_size;
@@ -64,7 +68,7 @@ impl Header {
             let directory = check_bitmaps(payload)?;
             tables.push(table("bitmap directory", directory.start, directory.end - directory.start)?);
         }
-        if anywhere { Ok(()) } else { check_overlaps(&tables) }
+        if for_writing { check_overlaps(&tables) } else { Ok(()) }
     }
 }
 

@@ -8,8 +8,9 @@ use super::watch::Watch;
 use crate::chain::Chain;
 use crate::disk::{Disk, Seek};
 use crate::image::Image;
-use crate::simulation::SimStorage;
 use crate::simulation::spec::{self, Layout};
+use crate::simulation::{Action, Failure, Fault, Operation, SimStorage, Times};
+use crate::storage::WriteKind;
 
 const CLUSTER: u64 = 512;
 /// What one L2 table maps, bytes.
@@ -90,6 +91,108 @@ fn a_cluster_with_an_owner_in_another_table_never_becomes_a_table() {
     }
     let _ = disk.write(SPAN, &[COPIED.to_be_bytes(); 64].concat());
     let _ = disk.close();
+}
+
+/// An entry names a cluster that was free when the image was opened, and is looked at only when that cluster has been handed out for a write that
+/// fails. Both give it back: the entry because its guest cluster is discarded, the write because nothing came of it.
+#[test]
+fn a_cluster_that_two_give_back_is_free_once() {
+    let kinds: Vec<Kind> = (0..65).map(|index| if index % 64 == 0 { Kind::Data(1) } else { Kind::Unallocated }).collect();
+    let mut image = build(&backed(4 * SPAN), &kinds, [1, 0]);
+    let layout = Layout::of(&image).unwrap();
+    let free = (1..).find(|&cluster| layout.refcount(&image, cluster) == 0).unwrap() * CLUSTER;
+    assert!(free < image.len() as u64);
+    let (_, other) = layout.l2_tables(&image).nth(1).unwrap();
+    put(&mut image, other, COPIED | free);
+    let (file, disk) = open(image);
+    std::thread::scope(|scope| {
+        let held = file.hold(move |operation| operation.action == Action::Write(WriteKind::NewCluster) && operation.at == free);
+        let write = scope.spawn(|| disk.write(CLUSTER, &[9; CLUSTER as usize]));
+        held.wait_for(1);
+        disk.discard(SPAN..SPAN + CLUSTER).unwrap();
+        disk.flush().unwrap();
+        let fails = |operation: &Operation| operation.action == Action::Write(WriteKind::NewCluster);
+        file.inject(Fault { matches: Box::new(fails), after: 0, failure: Failure::Errno(5), times: Times::Once });
+        drop(held);
+        write.join().unwrap().unwrap_err();
+    });
+    file.heal();
+    // It is handed out once.
+    disk.write(CLUSTER, &[2; CLUSTER as usize]).unwrap();
+    disk.write(2 * CLUSTER, &[3; CLUSTER as usize]).unwrap();
+    let mut buf = vec![0; 2 * CLUSTER as usize];
+    disk.read(CLUSTER, &mut buf).unwrap();
+    assert!(buf[..512].iter().all(|byte| *byte == 2) && buf[512..].iter().all(|byte| *byte == 3));
+    disk.close().unwrap();
+    let verdict = spec::check(&file.bytes());
+    // The cluster that the entry named before it was damaged is leaked from the begin.
+    assert!(verdict.errors.is_empty() && verdict.all_leaks() == 1, "{verdict:?}");
+}
+
+/// P8: a bad entry, of the overlay or of a backing file, is data for those that look for it, and an error for those that read it; it ends nothing
+/// else. A stream does not cut it off.
+#[test]
+fn a_bad_entry_is_data_until_it_is_read() {
+    let size = 4 * SPAN;
+    let kinds: Vec<Kind> = (0..10).map(|index| Kind::Data(index * 4 + 1)).collect();
+    let mut damaged = build(&backed(size), &kinds, [0, 0]);
+    let (at, _) = entry(&damaged, 4);
+    put(&mut damaged, at, COPIED | 1 << 40);
+    let bad = 4 * CLUSTER..5 * CLUSTER;
+
+    // In the overlay.
+    let (_file, disk) = open(damaged.clone());
+    let survey = disk.survey(256).unwrap();
+    let per_cluster = survey.local.iter().take(11).copied().collect::<Vec<_>>();
+    assert_eq!((survey.cell_size, per_cluster), (CLUSTER, [vec![CLUSTER; 10], vec![0]].concat()));
+    let locator = disk.locator(Instant::now());
+    let (located, len) = locator.locate(bad.start).unwrap();
+    assert_eq!((located.depth, located.data, located.zero, located.offset, len), (0, true, false, None, CLUSTER));
+    assert_eq!(locator.locate(bad.end).unwrap().0.depth, 0);
+    assert_eq!(disk.seek(bad.start, Seek::Data).unwrap(), Some(bad.start));
+    let mut buf = vec![0; CLUSTER as usize];
+    assert!(disk.read(bad.start, &mut buf).is_err());
+    disk.read(bad.end, &mut buf).unwrap();
+    assert!(!disk.is_usable() && disk.write(bad.end, &buf).is_err());
+
+    // Below: the overlay is written as ever.
+    let file = SimStorage::new(build(&backed(size), &[], [0, 0]));
+    let chain = Chain::of_two(SimStorage::new(damaged), SimStorage::new(vec![0xbb; size as usize])).unwrap();
+    let disk = Disk::for_tests(Image::open(file).unwrap(), Some(chain)).copying_up(true);
+    assert_eq!(disk.seek(bad.start, Seek::Data).unwrap(), Some(bad.start));
+    let (located, len) = disk.locator(Instant::now()).locate(bad.start).unwrap();
+    assert_eq!((located.depth, located.data, located.offset, len), (1, true, None, CLUSTER));
+    for cluster in 0..12 {
+        let result = disk.read(cluster * CLUSTER, &mut buf);
+        assert_eq!(result.is_err(), cluster == 4, "cluster {cluster}: {result:?}");
+    }
+    assert!(disk.populate(0..size, usize::MAX).is_err());
+    for range in [0..bad.start, bad.end..size] {
+        disk.populate(range, usize::MAX).unwrap();
+    }
+    assert!(disk.detach_backing(usize::MAX, None).is_err(), "cluster 4 is still to come from below");
+    // Until it is written.
+    disk.write(bad.start, &[6; CLUSTER as usize]).unwrap();
+    disk.detach_backing(usize::MAX, None).unwrap();
+    disk.read(bad.start, &mut buf).unwrap();
+    assert!(buf.iter().all(|byte| *byte == 6));
+    disk.close().unwrap();
+}
+
+/// Clusters that are counted ahead of their use are nobody's: an entry that names one is bad.
+#[test]
+fn a_cluster_that_is_reserved_is_named_by_nobody() {
+    let kinds: Vec<Kind> = (0..65).map(|index| if index % 64 == 0 { Kind::Data(1) } else { Kind::Unallocated }).collect();
+    let mut image = build(&backed(4 * SPAN), &kinds, [0, 0]);
+    let (_, other) = Layout::of(&image).unwrap().l2_tables(&image).nth(1).unwrap();
+    // Space behind the last cluster, a part of which is counted when the first cluster is allocated.
+    let ahead = image.len() as u64 + 3 * CLUSTER;
+    image.resize(ahead as usize + 8 * CLUSTER as usize, 0);
+    put(&mut image, other, COPIED | ahead);
+    let (_file, disk) = open(image);
+    disk.write(CLUSTER, &[9; CLUSTER as usize]).unwrap();
+    let error = disk.discard(SPAN..SPAN + CLUSTER).unwrap_err().to_string();
+    assert!(error.contains("its refcount is zero"), "{error}");
 }
 
 /// 2.6: clusters that another program left mapped beyond the end of the disk do not come into sight when it grows.
