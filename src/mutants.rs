@@ -46,6 +46,8 @@ mutants! {
     DrainBeforeDetach = "drain-before-detach",
     /// R12, H17: every cluster is looked at before the backing file is cut off.
     VerifyBeforeDetach = "verify-before-detach",
+    /// R12: and once more, where its mapping has changed since, when nothing can change any more.
+    VerifyChangesBeforeDetach = "verify-changes-before-detach",
     /// H1, H3, H4: a copy from below looks again at the mapping that it replaces.
     LookAgainBeforeCopyUp = "look-again-before-copy-up",
     /// H1, H2, H3: so does the copy of a read that waits.

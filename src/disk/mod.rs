@@ -24,9 +24,9 @@ use std::sync::Arc;
 use crossbeam_channel::{Receiver, never};
 use std::time::{Duration, Instant};
 
-use crate::chain::{Chain, Content, Gate, Namer};
+use crate::chain::{Chain, Gate, Namer};
 use crate::error::Context;
-use crate::format::{BackingReference, Geometry, GuestCluster, GuestOffset, Mapping};
+use crate::format::{Geometry, GuestCluster, GuestOffset, Mapping};
 use crate::image::{Image, ImageReader, Leaks};
 use crate::mutants::{Step, without};
 use crate::range_lock::{Exclusive, RangeLock, Shared};
@@ -37,6 +37,7 @@ use crate::{Error, ErrorKind, Result};
 mod ahead;
 mod base_note;
 mod bounce;
+mod detach;
 mod facts;
 mod failure;
 mod locate;
@@ -158,7 +159,12 @@ impl Disk {
         let overlay = if options.read_only {
             ImageReader::open(storage).map(|reader| Overlay::ReadOnly(Box::new(reader)))
         } else {
-            Image::open(storage).map(|image| Overlay::Writable(Box::new(image)))
+            Image::open(storage).map(|image| Overlay::Writable(Box::new(image))).map_err(|error| match error.kind() {
+                ErrorKind::Corrupt => {
+                    Error::new(ErrorKind::Corrupt, format!("{error}: repair a copy with qemu-img check -r all, or mount with --read-only"))
+                }
+                _ => error,
+            })
         };
         let overlay = overlay.context(|| path.display().to_string())?;
         let chain = match overlay.reader().backing() {
@@ -219,6 +225,18 @@ impl Disk {
     #[cfg(test)]
     pub(crate) fn waiting(&self) -> usize {
         self.in_flight.waiting()
+    }
+
+    /// Holds a range as a request that changes mappings does; returns it as well.
+    #[cfg(test)]
+    pub(crate) fn hold_for_tests(&self, range: Range<u64>) -> (Range<u64>, Exclusive<'_>) {
+        (range.clone(), self.in_flight.exclusive(range))
+    }
+
+    /// Makes whole clusters of a disk with a backing file unallocated, which nothing else does (H17).
+    #[cfg(test)]
+    pub(crate) fn uncover_for_tests(&self, held: &Exclusive<'_>, range: Range<u64>) {
+        self.image().unwrap().uncover(held, self.clusters(&range)).unwrap();
     }
 
     fn reader(&self) -> &ImageReader {
@@ -426,83 +444,6 @@ impl Disk {
             at += len;
         }
         Ok(())
-    }
-
-    /// How long a stream of the first `depth` backing layers is, in bytes: the virtual size, or 0 where there is nothing to copy.
-    pub fn stream_len(&self, depth: usize) -> u64 {
-        if depth > 0 && self.chain().is_some() { self.size() } else { 0 }
-    }
-
-    /// Cuts the first `depth` layers off the chain (all of them: the backing link goes), durably (R12): drained, flushed, verified, one small
-    /// header write between barriers; then the files are released. Everything those layers held must have been populated.
-    /// `backing_file` is the name to write for what remains, in place of the one that the chain uses; it is not looked at (QEMU likewise).
-    ///
-    /// # Errors
-    /// I/O; [`ErrorKind::InvalidArgument`] where something was not populated or the new name does not fit. The old link then still stands.
-    pub fn detach_backing(&self, depth: usize, backing_file: Option<&str>) -> Result<()> {
-        let image = self.image()?;
-        let Some(chain) = self.chain() else { return Ok(()) };
-        if depth == 0 && backing_file.is_none() {
-            return Ok(());
-        }
-        // Most of the work before the guest has to wait. To ask a server is part of it: one that
-        // hangs should hang nobody else.
-        if !without(Step::LayersAskedBeforeDetach) {
-            chain.unchanged(usize::MAX, Ask::Anew)?;
-        }
-        if !without(Step::FlushBeforeDetach) {
-            image.flush()?;
-        }
-        let _drained = self.in_flight.exclusive(if without(Step::DrainBeforeDetach) { 0..0 } else { 0..u64::MAX });
-        if !without(Step::FlushBeforeDetach) && !without(Step::FlushUnderDrain) {
-            image.flush()?;
-        }
-        if let Some(missing) = self.first_missing(&chain, depth)?
-            && !without(Step::VerifyBeforeDetach)
-        {
-            return Err(Error::new(ErrorKind::InvalidArgument, format!("offset {missing} still comes from the backing file")));
-        }
-        if !without(Step::LayersUnchangedUnderDrain) {
-            chain.unchanged(usize::MAX, Ask::AsStat)?;
-        }
-        let rest = chain.below(depth);
-        let reference = rest.as_ref().map(|rest| self.reference_to(&chain, depth, rest, backing_file));
-        image.set_backing(reference.as_ref())?;
-        *self.backing.write() = rest.map(Arc::new);
-        self.surveys.forget();
-        Ok(())
-    }
-
-    /// What the header is to say of the layer at `depth`: the name that the chain itself uses, as long as that is relative to the same directory.
-    fn reference_to(&self, chain: &Chain, depth: usize, rest: &Chain, backing_file: Option<&str>) -> BackingReference {
-        let layers = chain.layers();
-        let base = &rest.layers()[0];
-        let above = depth.checked_sub(1).map_or(&self.path, |above| &layers[above].path);
-        let name = match backing_file {
-            Some(name) => name.to_string(),
-            None if above.parent() == self.path.parent() || Path::new(&base.reference.name).is_absolute() => base.reference.name.clone(),
-            None => base.path.display().to_string(),
-        };
-        BackingReference { name, format: Some(base.format) }
-    }
-
-    /// The first guest offset that the first `depth` layers hold and the overlay does not.
-    fn first_missing(&self, chain: &Chain, depth: usize) -> Result<Option<u64>> {
-        let size = self.size() - if without(Step::VerifyTheLastCluster) { 1 + (self.size() - 1) % self.cluster_size() } else { 0 };
-        let mut at = 0;
-        while at < size {
-            let extent = self.reader().map(GuestOffset(at), size - at)?;
-            if extent.mapping != Mapping::Unallocated {
-                at += extent.len;
-                continue;
-            }
-            // That the layers are unchanged is asked once, at the end.
-            match chain.content_unproven(depth, at, extent.len)? {
-                (Content::Unallocated, len) => at += len,
-                (Content::Data | Content::Zero, _) => return Ok(Some(at)),
-            }
-        }
-        Ok(None)
     }
 
     fn check_range(&self, range: &Range<u64>) -> Result<()> {

@@ -86,8 +86,8 @@ pub(super) struct Facts {
     /// Where the log goes, if not to standard error.
     pub log: Option<String>,
     pub is_usable: Box<dyn Fn() -> bool + Send + Sync>,
-    pub is_answering: Box<dyn Fn() -> bool + Send + Sync>,
     pub troubles: Box<dyn Fn() -> Troubles + Send + Sync>,
+    pub is_answering: Box<dyn Fn() -> bool + Send + Sync>,
     pub totals: Box<dyn Fn() -> Result<Totals> + Send + Sync>,
     pub survey: Box<dyn Fn(u64) -> Result<Arc<Survey>> + Send + Sync>,
     pub extents: Box<dyn Fn(u64, usize) -> Result<Page> + Send + Sync>,

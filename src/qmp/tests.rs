@@ -125,7 +125,6 @@ fn facts() -> Facts {
         metrics: Some(([127, 0, 0, 1], 9184).into()),
         log: Some("journal".into()),
         is_usable: Box::new(|| true),
-        is_answering: Box::new(|| true),
         troubles: Box::new(|| Troubles {
             failure: Some(GuestFailure {
                 time: std::time::UNIX_EPOCH,
@@ -136,6 +135,7 @@ fn facts() -> Facts {
             copy_pause: Some(CopyPause::Reserve),
             warning: Some(Warning { level: log::Level::Warn, time: std::time::UNIX_EPOCH, message: "no room".into() }),
         }),
+        is_answering: Box::new(|| true),
         totals: Box::new(|| Ok(Totals { local: CHUNK, zero: CHUNK, remote: SIZE - 2 * CHUNK, age: Duration::from_millis(8) })),
         survey: Box::new(move |_| Ok(Arc::new(Survey { size: SIZE, cell_size: CHUNK, local: cells(0), zero: cells(1) }))),
         extents: Box::new(move |from, limit| {

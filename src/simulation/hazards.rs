@@ -21,7 +21,7 @@
 //! | H14 | `h14_a_copy_that_fails_does_not_fail_the_read` |
 //! | H15 | `h15_a_read_returns_after_its_copy_is_written` |
 //! | H16 | `h16_the_base_stays_until_its_last_reader_has_gone` |
-//! | H17 | `h17_a_discard_before_the_cut_hides_the_base_for_good` |
+//! | H17 | `h17_a_discard_before_the_cut_hides_the_base_for_good`, `h17_what_changes_between_the_check_and_the_cut_is_checked_again`, `h17_the_guest_does_not_wait_while_all_tables_are_looked_at` |
 //! | H18 | `h18_a_resize_waits_for_the_copy_and_hides_the_longer_base`, `growing_never_shows_the_base_even_when_killed` |
 //! | H19 | `h19_the_end_of_the_last_cluster_is_zeros` |
 //! | H20 | `h20_two_halves_of_one_new_cluster` |
@@ -70,7 +70,7 @@ struct Rig {
 
 /// What the base has in a cluster.
 fn from_base(cluster: u64) -> u8 {
-    100 + cluster as u8
+    100_u8.wrapping_add(cluster as u8)
 }
 
 impl Rig {

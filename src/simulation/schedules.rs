@@ -440,3 +440,39 @@ fn schedules_of_a_failed_switch_of_the_l1_table() {
         assert_eq!(judged.guest[0], 7, "killed now: what was flushed is gone");
     });
 }
+
+/// R12: the chain is cut while a mistake uncovers a cluster that was looked at already: it is noticed, or comes after the cut and is none.
+#[test]
+fn schedules_of_a_cut_that_must_look_again() {
+    explore(2, || {
+        let (clusters, base) = (4, vec![7; 4 * CLUSTER as usize]);
+        let backing = BackingReference { name: "base.raw".into(), format: Some(BackingFormat::Raw) };
+        let geometry = Geometry::new(3, 9, 4, clusters * CLUSTER).unwrap();
+        let overlay = SimStorage::new(Vec::new());
+        for (at, piece) in (NewImage { geometry, backing: Some(backing) }).layout().unwrap() {
+            crate::storage::Storage::write_at(&*overlay, WriteKind::Header, at, &piece).unwrap();
+        }
+        let chain = Chain::of_raw(SimStorage::new(base.clone()));
+        let disk = Arc::new(Disk::for_tests(Image::open(overlay).unwrap(), Some(chain)));
+        disk.populate(0..clusters * CLUSTER, usize::MAX).unwrap();
+        let cutter = {
+            let disk = Arc::clone(&disk);
+            thread::spawn(move || disk.detach_backing(usize::MAX, None).is_ok())
+        };
+        let mistake = {
+            let disk = Arc::clone(&disk);
+            thread::spawn(move || {
+                let (range, held) = disk.hold_for_tests(CLUSTER..2 * CLUSTER);
+                if !disk.info().unwrap().backing.is_empty() {
+                    disk.uncover_for_tests(&held, range);
+                }
+            })
+        };
+        let cut = cutter.join().unwrap();
+        mistake.join().unwrap();
+        assert_eq!(cut, disk.info().unwrap().backing.is_empty());
+        let mut buf = vec![0; base.len()];
+        disk.read(0, &mut buf).unwrap();
+        assert!(buf == base, "the cluster that was uncovered reads as zero");
+    });
+}

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use crate::disk::*;
-use crate::format::{BackingFormat, NewImage};
+use crate::format::{BackingFormat, BackingReference, NewImage};
 use crate::simulation::{Action, Operation, SimStorage, Told};
 use crate::storage::WriteKind;
 

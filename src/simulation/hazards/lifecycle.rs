@@ -74,6 +74,78 @@ fn h17_a_discard_before_the_cut_hides_the_base_for_good() {
     assert!(rig.closed().has_backing());
 }
 
+/// R12: all is looked at before the guest has to wait, and again, where it has changed since, while it waits.
+#[test]
+fn h17_what_changes_between_the_check_and_the_cut_is_checked_again() {
+    let rig = Rig::new();
+    rig.disk.populate(0..rig.disk.size(), usize::MAX).unwrap();
+    thread::scope(|scope| {
+        // A request that is under way keeps the drain waiting, which the check before it does not.
+        let (range, guard) = rig.disk.hold_for_tests(2 * CLUSTER..3 * CLUSTER);
+        let cut = scope.spawn(|| rig.disk.detach_backing(usize::MAX, None));
+        while rig.disk.waiting() == 0 {
+            assert!(!cut.is_finished(), "the cut did not wait for a request");
+            thread::yield_now();
+        }
+        rig.disk.uncover_for_tests(&guard, range);
+        drop(guard);
+        let error = cut.join().unwrap().unwrap_err().to_string();
+        assert!(error.contains("offset 8192 still comes from"), "{error}");
+    });
+    assert!(rig.closed().has_backing());
+
+    // What is missing before the drain is reported without one.
+    let rig = Rig::new();
+    rig.disk.populate(CLUSTER..rig.disk.size(), usize::MAX).unwrap();
+    thread::scope(|scope| {
+        let (_, guard) = rig.disk.hold_for_tests(2 * CLUSTER..3 * CLUSTER);
+        let cut = scope.spawn(|| rig.disk.detach_backing(usize::MAX, None));
+        while !cut.is_finished() {
+            assert_eq!(rig.disk.waiting(), 0, "the guest waits while tables are looked at");
+            thread::yield_now();
+        }
+        drop(guard);
+        cut.join().unwrap().unwrap_err();
+    });
+}
+
+/// The guest reads and writes while the tables are looked at one by one, and waits for a few of them at most.
+#[test]
+fn h17_the_guest_does_not_wait_while_all_tables_are_looked_at() {
+    // Clusters of 512 bytes: one table maps 64 of them. No table stays in memory.
+    let (clusters, tables) = (64 * 40, 40);
+    let rig = Rig::build(9, clusters * 512, clusters, 1);
+    rig.disk.populate(0..rig.disk.size(), usize::MAX).unwrap();
+    rig.disk.flush().unwrap();
+    let bytes = rig.overlay.bytes();
+    let layout = spec::Layout::of(&bytes).unwrap();
+    let places: Vec<u64> = layout.l2_tables(&bytes).map(|(_, at)| at).collect();
+    assert_eq!(places.len(), tables);
+    let last = places[tables - 1];
+    thread::scope(|scope| {
+        let held = rig.overlay.hold(move |operation| operation.action == Action::Read && operation.at == last);
+        let before = rig.overlay.operations();
+        let cut = scope.spawn(|| rig.disk.detach_backing(usize::MAX, None).unwrap());
+        held.wait_for(1);
+        let guest = scope.spawn(|| {
+            rig.write(3, 0x77);
+            rig.read(3)
+        });
+        while !guest.is_finished() {
+            assert_eq!(rig.disk.waiting(), 0, "the guest waits while a table is read");
+            thread::yield_now();
+        }
+        assert_eq!(guest.join().unwrap(), 0x77);
+        drop(held);
+        cut.join().unwrap();
+        let operations = rig.overlay.operations() - before;
+        assert!(operations < 2 * tables as u64, "{operations} operations: all tables were read twice");
+    });
+    let seen = rig.closed();
+    assert!(!seen.has_backing());
+    assert_eq!([2, 3, 4].map(|cluster| seen.at(cluster, 512).0), [from_base(2), 0x77, from_base(4)]);
+}
+
 #[test]
 fn h18_a_resize_waits_for_the_copy_and_hides_the_longer_base() {
     let (before, after) = (8 * CLUSTER - 512, 12 * CLUSTER);
