@@ -101,6 +101,8 @@ pub fn check(options: &CheckOptions) -> Result<Checked> {
     let what = || options.image.display().to_string();
     let access = if options.repair.is_some() { Access::ReadWrite } else { Access::ReadOnly };
     let storage: Arc<dyn Storage> = Arc::new(FileStorage::open(&options.image, access)?);
+    // What is checked is the disk, whatever the host has in memory.
+    crate::image::distrust(&*storage).context(what)?;
     let report = crate::image::check(&*storage).context(what)?;
     if options.repair.is_none() || report.leaks == 0 || !report.is_sound() {
         let refused = (options.repair.is_some() && report.leaks > 0).then_some(CORRUPT);

@@ -49,8 +49,8 @@
 //! # After a death
 //!
 //! A killed daemon leaves a dead mount, an image whose refcounts may be too high, and an attribute on the file that says so ([`storage::OpenMark`]).
-//! The next read-write open looks for the leaks and gives them back ([`image::Image::find_leaks`]); the next mount at the same place removes the
-//! dead one (`fuse/stale.rs`). [`check`] is the same walk for people. A stream that ran is noted in another attribute, and goes on at the next mount
+//! The next read-write open drops what the host has in memory of the file, so that it reads what the disk holds (`image/settle.rs`), looks for the
+//! leaks and gives them back ([`image::Image::find_leaks`]); the next mount at the same place removes the dead one (`fuse/stale.rs`). [`check`] is the same walk for people. A stream that ran is noted in another attribute, and goes on at the next mount
 //! (`stream/note.rs`). The entry by which commands have found the disk is held by a lock, so that one of the dead is known as such ([`running`]).
 //!
 //! # Where we left the first plan, and why

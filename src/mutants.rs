@@ -127,6 +127,12 @@ mutants! {
     VerifyTheLastCluster = "verify-the-last-cluster",
     /// R11: what a failed header write may have done is undone before the next header write.
     HeaderIsPutBack = "header-is-put-back",
+    /// P4, P7: what the host's cache holds and the disk may not is dropped before an image is read that was not closed.
+    SettleBeforeFirstRead = "settle-before-first-read",
+    /// P7: an image whose last writes cannot be written back is not opened for writing.
+    FailedWriteBackRefusesImage = "failed-write-back-refuses-image",
+    /// P7: the mark stays on an image whose last barrier has failed.
+    FailedImageKeepsItsMark = "failed-image-keeps-its-mark",
     /// H1: a read from the host's memory that is short is a miss.
     ShortCachedReadIsAMiss = "short-cached-read-is-a-miss",
     /// P7: an error of fdatasync(2) is an error of the barrier.

@@ -120,7 +120,7 @@ impl Layer {
         let (size, body) = match format {
             BackingFormat::Raw => (storage.size(), Body::Raw(storage)),
             BackingFormat::Qcow2 => {
-                let reader = ImageReader::open(storage).context(|| path.display().to_string())?;
+                let reader = ImageReader::open_locked(storage, &path).context(|| path.display().to_string())?;
                 if reader.header().incompatible & feature::CORRUPT != 0 {
                     log::warn!("{}: is marked corrupt; what can be read of it is used", path.display());
                 }

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use crate::chain::{Chain, Gate, Namer};
 use crate::error::Context;
 use crate::format::{Geometry, GuestCluster, GuestOffset, Mapping};
-use crate::image::{Image, ImageReader, Leaks};
+use crate::image::{Image, ImageReader, Leaks, distrust};
 use crate::mutants::{Step, without};
 use crate::range_lock::{Exclusive, RangeLock, Shared};
 use crate::storage::{Access, Ask, FileStorage, Storage};
@@ -157,9 +157,11 @@ impl Disk {
         gate.taken.push(file.identity());
         let storage: Arc<dyn Storage> = file;
         let overlay = if options.read_only {
-            ImageReader::open(storage).map(|reader| Overlay::ReadOnly(Box::new(reader)))
+            ImageReader::open_locked(storage, &path).map(|reader| Overlay::ReadOnly(Box::new(reader)))
         } else {
-            Image::open(storage).map(|image| Overlay::Writable(Box::new(image))).map_err(|error| match error.kind() {
+            let checked = if options.full_check { distrust(&*storage) } else { Ok(()) };
+            let image = checked.and_then(|()| Image::open(storage)).map(|image| Overlay::Writable(Box::new(image)));
+            image.map_err(|error| match error.kind() {
                 ErrorKind::Corrupt => {
                     Error::new(ErrorKind::Corrupt, format!("{error}: repair a copy with qemu-img check -r all, or mount with --read-only"))
                 }

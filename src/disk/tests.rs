@@ -679,3 +679,57 @@ fn edges_of_a_discard_are_copied_up_only_where_they_hide_something() {
     check(&overlay);
     assert!(qemu_reads(&overlay) == expected);
 }
+
+/// An image that was not closed is read from its disk: an open drops the host's copies. `check` and
+/// `--full-check` do the same with any image. The page that is looked at is far from all that an open
+/// reads, and is never asked for by it.
+#[test]
+fn what_the_host_has_in_memory_of_an_image_that_was_not_closed_is_dropped() {
+    const MARK: &str = "user.cordisk.open";
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image.qcow2");
+    let overlay = dir.path().join("overlay.qcow2");
+    let raw = dir.path().join("data.raw");
+    let mut random = Random::new(7);
+    std::fs::write(&raw, random.bytes(24 << 20)).unwrap();
+    let text = |path: &Path| path.to_str().unwrap().to_string();
+    run("qemu-img", &["convert", "-O", "qcow2", &text(&raw), &text(&image)]);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", "-b", &text(&image), "-F", "qcow2", &text(&overlay)]);
+    let file = std::fs::File::open(&image).unwrap();
+    let set_mark = |is_set: bool| {
+        let flags = rustix::fs::XattrFlags::empty();
+        if is_set { rustix::fs::fsetxattr(&file, MARK, b"1", flags) } else { rustix::fs::fremovexattr(&file, MARK) }
+    };
+    if set_mark(true).is_err() {
+        println!("skipped: no extended attributes here");
+        return;
+    }
+    set_mark(false).unwrap();
+    let looker = FileStorage::open_unlocked(&image, Access::ReadOnly).unwrap();
+    let page = || looker.read_cached(16 << 20, &mut [0; 512]);
+    let check =
+        |repair| crate::check::check(&crate::check::CheckOptions { image: image.clone(), repair, output: crate::check::Output::Json });
+    let cases: [(&str, bool, &dyn Fn()); 6] = [
+        ("for writing", true, &|| drop(Disk::open(&image, &options()).unwrap())),
+        ("for reading", true, &|| drop(Disk::open(&image, &DiskOptions { read_only: true, ..options() }).unwrap())),
+        ("as a backing file", true, &|| drop(Disk::open(&overlay, &options()).unwrap())),
+        ("with a full check", false, &|| drop(Disk::open(&image, &DiskOptions { full_check: true, ..options() }).unwrap())),
+        ("to be checked", false, &|| drop(check(None).unwrap())),
+        ("to be repaired", false, &|| drop(check(Some(crate::check::Repair::Leaks)).unwrap())),
+    ];
+    for (what, is_marked, open) in cases {
+        file.sync_all().unwrap();
+        let mut everything = vec![0; looker.size() as usize];
+        looker.read_at(0, &mut everything).unwrap();
+        set_mark(true).unwrap();
+        if !is_marked {
+            set_mark(false).unwrap();
+        }
+        if !page() {
+            println!("skipped, {what}: this host does not keep the file in memory, or does not say so");
+            continue;
+        }
+        open();
+        assert!(!page(), "opened {what}: the host still shows what it had in memory");
+    }
+}

@@ -36,6 +36,7 @@ mod lookup;
 mod place;
 mod publish;
 mod refcounts;
+mod settle;
 mod slots;
 mod tables;
 mod write_back;
@@ -47,6 +48,7 @@ pub use check::{CheckReport, Finding, Leaks, check};
 pub use lookup::Extent;
 pub use place::{Holes, Place};
 pub use publish::{Allocation, Filled};
+pub use settle::distrust;
 
 use allocator::Allocator;
 use inflated::Inflated;
@@ -164,12 +166,14 @@ pub struct Image {
 }
 
 impl Image {
-    /// Opens for writing. Changes nothing yet: see [`Image::begin_writing`].
+    /// Opens for writing; the caller has locked the file. Changes nothing yet: see [`Image::begin_writing`].
+    /// Where the last writer has not closed the image, the host's cache of the file is dropped first.
     ///
     /// # Errors
     /// As [`ImageReader::open`], for tables that V9, V10, V12, V22 and V23 do not allow, and for what we cannot write: the dirty or corrupt bit,
-    /// internal snapshots, persistent bitmaps.
+    /// internal snapshots, persistent bitmaps. I/O, where the host cannot write back what the last writer left.
     pub fn open(storage: Arc<dyn Storage>) -> Result<Self> {
+        settle::settle(&*storage)?;
         let header = read_header(&*storage, Header::parse)?;
         header.check_writable()?;
         let allocator = Arc::new(Allocator::open(storage.clone(), &header)?);
@@ -210,7 +214,7 @@ impl Image {
     /// The last thing: to be called after [`Image::close`] has gone well, when nothing is leaked. The mark goes; where it stays, the next open
     /// looks for leaks in vain.
     pub fn end_writing(&self) {
-        if self.is_usable()
+        if (self.is_usable() || without(Step::FailedImageKeepsItsMark))
             && let Err(error) = self.reader.storage.remove_open_mark()
         {
             log::warn!("the mark of an open image stays: {}", crate::error::os_text(&error));

@@ -284,6 +284,8 @@ fn failed_barrier_is_sticky() {
     assert!(bench.image.flush().is_err());
     assert!(bench.store(1, 8).is_err());
     assert_eq!(bench.reads(0), 7, "reads go on");
+    bench.image.end_writing();
+    assert_eq!(bench.memory.open_mark().unwrap(), OpenMark::Present, "the next open must not trust the host's cache");
 }
 
 /// P7, H21: an error that the kernel reports to a change of the header is not missed by the flush next to it.

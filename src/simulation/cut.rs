@@ -43,6 +43,8 @@ struct Piece {
     record: usize,
     /// What was written; none for a hole and for the length.
     kind: Option<WriteKind>,
+    /// A barrier was to make it durable and failed: no later one does.
+    lost: bool,
     change: Change,
 }
 
@@ -50,6 +52,17 @@ enum Change {
     Length(u64),
     /// Number, content and its hash.
     Sector(usize, Box<[u8; 512]>, u64),
+}
+
+impl Change {
+    /// Whether both change the same sector, or the length.
+    fn is_at(&self, other: &Change) -> bool {
+        match (self, other) {
+            (Change::Length(_), Change::Length(_)) => true,
+            (Change::Sector(this, ..), Change::Sector(other, ..)) => this == other,
+            _ => false,
+        }
+    }
 }
 
 /// Of a sector and its place; a sector of zeros is nothing.
@@ -124,7 +137,7 @@ impl Cutter<'_> {
                 let end = at + data.len() as u64;
                 if end > self.cache_len {
                     self.cache_len = end;
-                    self.pending.push(Piece { record: index, kind: None, change: Change::Length(end) });
+                    self.pending.push(Piece { record: index, kind: None, lost: false, change: Change::Length(end) });
                 }
                 self.cache[*at as usize..end as usize].copy_from_slice(data);
                 self.changed(index, Some(*kind), *at, end);
@@ -136,9 +149,14 @@ impl Cutter<'_> {
             }
             Recorded::Sync { covers } => {
                 let pending = std::mem::take(&mut self.pending);
-                let (done, rest) = pending.into_iter().partition(|piece: &Piece| piece.record < *covers);
+                let (done, rest): (Vec<_>, Vec<_>) = pending.into_iter().partition(|piece| piece.record < *covers && !piece.lost);
                 self.pending = rest;
+                let any_lost = self.pending.iter().any(|piece| piece.lost);
                 for piece in done {
+                    if any_lost {
+                        // What was lost before in the same place is overwritten.
+                        self.pending.retain(|older| !(older.lost && older.record < piece.record && older.change.is_at(&piece.change)));
+                    }
                     match piece.change {
                         Change::Length(len) => self.durable_len = len,
                         Change::Sector(sector, content, new) => {
@@ -150,6 +168,9 @@ impl Cutter<'_> {
                     }
                 }
             }
+            Recorded::SyncFailed { covers } => {
+                self.pending.iter_mut().filter(|piece| piece.record < *covers).for_each(|piece| piece.lost = true);
+            }
         }
     }
 
@@ -158,7 +179,7 @@ impl Cutter<'_> {
             let mut content = Box::new([0; 512]);
             content.copy_from_slice(&self.cache[sector * 512..][..512]);
             let hash = hash(sector, &*content);
-            self.pending.push(Piece { record, kind, change: Change::Sector(sector, content, hash) });
+            self.pending.push(Piece { record, kind, lost: false, change: Change::Sector(sector, content, hash) });
         }
     }
 
@@ -316,7 +337,7 @@ fn label_block(label: &str) -> [u8; 512] {
 /// What a loss of power left is opened, read, written, and loses power again.
 fn use_again(files: &Files, place: &str, id: u64, tally: &mut Tally) {
     let layout = Layout::of(&files.overlay).expect("was checked");
-    let whole: Vec<u8> = (0..layout.size / 512).flat_map(|sector| files.sector(&layout, &files.overlay, sector)).collect();
+    let whole = files.guest();
     let image = files.open(SimStorage::new(files.overlay.clone())).unwrap_or_else(|error| panic!("{error}\nCORDISK_CRASH='{place}'"));
     let mut found = vec![0; whole.len()];
     image.read(0, &mut found).unwrap_or_else(|error| panic!("{error}\nCORDISK_CRASH='{place}'"));

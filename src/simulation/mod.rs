@@ -3,6 +3,7 @@
 //! ```text
 //! workload ──▶ Disk ──▶ Image ──▶ SimStorage ── records ──▶ cut: every state that a loss of power could leave
 //!                                     ├── fails the n-th operation, once or for ever
+//!                                     ├── forgets what a failed barrier was to write: [`host_cache`]
 //!                                     ├── stops an operation until the test lets it go on
 //!                                     └── shows every operation to an observer: [`order`] knows the rules of order
 //! ```
@@ -22,7 +23,10 @@ mod cut;
 #[cfg(test)]
 mod faults;
 #[cfg(test)]
+mod forgetful;
+#[cfg(test)]
 mod hazards;
+mod host_cache;
 pub mod hostile;
 pub mod order;
 #[cfg(test)]

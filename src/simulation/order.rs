@@ -13,7 +13,9 @@
 //! R12 the backing link changes only when nothing that was written waits for a barrier
 //! R16 guest data never goes where metadata may be, nor metadata where it does not belong
 //! ```
-//! "May be on disk" is what was durable, and every version of a sector that was written since a barrier covered it. The engine's own
+//! "May be on disk" is what was durable, and every version of a sector that was written since a barrier covered it. What a barrier that
+//! failed was to write may be on disk for ever, and no later barrier makes it durable, until it is written again or the host has dropped
+//! its cache and shows what the disk has. The engine's own
 //! parsers are not used. What an image holds when the checker is switched on counts as durable.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -61,13 +63,23 @@ struct Cover {
     whole: Vec<u64>,
 }
 
+/// What was written to a sector and is not durable.
+#[derive(Debug)]
+struct Version {
+    /// When.
+    moment: u64,
+    bytes: Vec<u8>,
+    /// The barrier that was to make it durable has failed.
+    lost: bool,
+}
+
 /// The checker; see the module.
 #[derive(Debug)]
 pub struct OrderChecker {
     cluster_bits: u32,
     durable: Vec<u8>,
-    /// By sector: what was written since, oldest first, each with its moment. All of the sector, as the page cache holds it.
-    pending: HashMap<u64, Vec<(u64, Vec<u8>)>>,
+    /// By sector: what was written since, oldest first. All of the sector, as the page cache holds it.
+    pending: HashMap<u64, Vec<Version>>,
     /// Counts changes.
     now: u64,
     /// Changes up to this one are durable.
@@ -116,7 +128,7 @@ impl OrderChecker {
     fn versions(&self, sector: u64) -> impl DoubleEndedIterator<Item = &[u8]> {
         let at = self.durable.len().min((sector * SECTOR) as usize);
         let durable = &self.durable[at..self.durable.len().min(at + SECTOR as usize)];
-        let pending = self.pending.get(&sector).into_iter().flatten().map(|(_, bytes)| &bytes[..]);
+        let pending = self.pending.get(&sector).into_iter().flatten().map(|version| &version.bytes[..]);
         std::iter::once(durable).chain(pending)
     }
 
@@ -320,7 +332,7 @@ impl OrderChecker {
             bytes.resize(SECTOR as usize, 0);
             let (from, to) = (at.max(start), end.min(start + SECTOR));
             bytes[(from - start) as usize..(to - start) as usize].copy_from_slice(&data[(from - at) as usize..(to - at) as usize]);
-            self.pending.entry(sector).or_default().push((now, bytes));
+            self.pending.entry(sector).or_default().push(Version { moment: now, bytes, lost: false });
         }
         let cluster_size = self.cluster_size();
         for cluster in at >> self.cluster_bits..end.div_ceil(cluster_size) {
@@ -465,8 +477,8 @@ impl Observer for OrderChecker {
         let until = self.barriers[number as usize];
         self.durable_until = self.durable_until.max(until);
         for (&sector, versions) in &mut self.pending {
-            let done = versions.iter().take_while(|(moment, _)| *moment <= until).count();
-            if let Some((_, bytes)) = versions.drain(..done).next_back() {
+            let newest = versions.iter().rposition(|version| version.moment <= until && !version.lost);
+            if let Some(Version { bytes, .. }) = versions.drain(..newest.map_or(0, |newest| newest + 1)).next_back() {
                 let start = (sector * SECTOR) as usize;
                 let len = self.durable.len().max(start + SECTOR as usize);
                 self.durable.resize(len, 0);
@@ -478,6 +490,23 @@ impl Observer for OrderChecker {
             self.header = None;
         }
         self.names = None;
+    }
+
+    fn sync_failed(&mut self, number: u64) {
+        let until = self.barriers[number as usize];
+        self.pending.values_mut().flatten().filter(|version| version.moment <= until).for_each(|version| version.lost = true);
+        let durable = self.durable_until;
+        for cover in self.covers.values_mut() {
+            cover.sectors.clear();
+            cover.whole.retain(|&moment| moment <= durable || moment > until);
+        }
+    }
+
+    fn dropped(&mut self, bytes: &[u8]) {
+        // A page that is dirty is not dropped: those are known as they were.
+        if self.pending.values().flatten().all(|version| version.lost) {
+            *self = OrderChecker::new(bytes.to_vec());
+        }
     }
 }
 

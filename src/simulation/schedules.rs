@@ -262,7 +262,7 @@ impl World {
             let (at, data) = match change {
                 Recorded::Write { at, data, .. } => (*at as usize, data.to_vec()),
                 Recorded::Punch { at, len } => (*at as usize, vec![0; *len as usize]),
-                Recorded::Sync { .. } => continue,
+                Recorded::Sync { .. } | Recorded::SyncFailed { .. } => continue,
             };
             for (sector, data) in data.chunks(512).enumerate() {
                 if index < durable || kept() {

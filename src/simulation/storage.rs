@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
+use super::host_cache::{HostCache, Reaches};
 use super::order::OrderChecker;
-use crate::storage::{Ask, CloneSource, Holding, Storage, Version, WriteKind};
+use crate::storage::{Ask, CloneSource, Holding, OpenMark, Storage, Version, WriteKind};
 use crate::sync::unranked::{Condvar, Mutex, MutexGuard};
 
 /// What an operation does.
@@ -62,6 +63,11 @@ pub enum Recorded {
         /// It covers so many of the entries before it: those that were done when it was called.
         covers: usize,
     },
+    /// A barrier failed.
+    SyncFailed {
+        /// So many of the entries before it may be on disk or not, and no later barrier changes that.
+        covers: usize,
+    },
 }
 
 /// Sees every change while it is done, in order; panics where something is wrong with it.
@@ -74,6 +80,11 @@ pub trait Observer: Send {
     fn sync_began(&mut self) -> u64;
     /// The barrier with that number has done its work.
     fn sync_ended(&mut self, number: u64);
+    /// The barrier with that number has failed: what it covers may be on disk or not, and no later barrier
+    /// writes it.
+    fn sync_failed(&mut self, _number: u64) {}
+    /// The host has dropped its cache: these are the bytes of the disk.
+    fn dropped(&mut self, _bytes: &[u8]) {}
 }
 
 /// What happens to an operation that fails.
@@ -154,6 +165,12 @@ struct State {
     /// knows of.
     version: u32,
     known: u32,
+    /// The attribute beside the bytes.
+    marked: bool,
+    /// None on a host on which nothing is lost by a barrier that fails.
+    cache: Option<HostCache>,
+    /// A write-back failed that no barrier has asked for: the next barrier reports it.
+    unreported: bool,
     failures: u64,
     operations: u64,
     write_outs: Vec<Range<u64>>,
@@ -234,6 +251,32 @@ impl SimStorage {
         if told == Told::AtOnce {
             state.known = state.version;
         }
+    }
+
+    /// From now on a barrier that fails loses what it was to write, but for the sectors of which `reaches` says that they
+    /// reach the disk: see [`HostCache`].
+    pub fn forget_after_failed_barriers(&self, reaches: impl Fn(u64) -> bool + Send + 'static) {
+        let reaches: Reaches = Box::new(reaches);
+        self.state.lock().cache = Some(HostCache::new(reaches));
+    }
+
+    /// The host writes back without being asked to, and fails. The next barrier reports that, once.
+    pub fn write_back_fails(&self) {
+        let mut state = self.state.lock();
+        let covers = state.recorded.as_ref().map_or(0, Vec::len);
+        let number = state.sync_began();
+        state.sync_failed(number, covers);
+        state.unreported = true;
+    }
+
+    /// The host drops its copies of what it takes for clean, as it does when it needs the memory.
+    pub fn drop_clean_pages(&self) {
+        self.state.lock().drop_clean();
+    }
+
+    /// How many sectors readers see that are on no disk and that no barrier will write.
+    pub fn lost_sectors(&self) -> usize {
+        self.state.lock().cache.as_ref().map_or(0, HostCache::lost)
     }
 
     /// Adds a fault.
@@ -342,12 +385,41 @@ impl Drop for Hold {
     }
 }
 
+/// The numbers of a barrier: for the observer, and for the cache.
+type Barrier = (Option<u64>, Option<u64>);
+
 impl State {
+    fn sync_began(&mut self) -> Barrier {
+        let observed = self.observer.as_mut().map(|observer| observer.sync_began());
+        (observed, self.cache.as_mut().map(HostCache::write_back_began))
+    }
+
+    fn sync_failed(&mut self, (observed, cached): Barrier, covers: usize) {
+        if let (Some(observer), Some(number)) = (&mut self.observer, observed) {
+            observer.sync_failed(number);
+        }
+        if let (Some(cache), Some(number)) = (&mut self.cache, cached) {
+            cache.write_back_ended(number, false);
+        }
+        if let Some(recorded) = &mut self.recorded {
+            recorded.push(Recorded::SyncFailed { covers });
+        }
+    }
+
+    fn drop_clean(&mut self) {
+        if let Some(cache) = &mut self.cache {
+            cache.drop_clean(&mut self.bytes);
+        }
+    }
+
     fn write(&mut self, kind: WriteKind, at: u64, data: &[u8]) {
         if let Some(observer) = &mut self.observer {
             observer.write(kind, at, data);
         }
         let (start, end) = (at as usize, at as usize + data.len());
+        if let Some(cache) = &mut self.cache {
+            cache.changes(&self.bytes, start..end);
+        }
         let len = self.bytes.len().max(end);
         self.bytes.resize(len, 0);
         self.bytes[start..end].copy_from_slice(data);
@@ -436,7 +508,11 @@ impl Storage for SimStorage {
         }
         let start = state.bytes.len().min(offset as usize);
         let end = state.bytes.len().min((offset + len) as usize);
-        state.bytes[start..end].fill(0);
+        let State { cache, bytes, .. } = &mut *state;
+        if let Some(cache) = cache {
+            cache.changes(bytes, start..end);
+        }
+        bytes[start..end].fill(0);
         if let Some(recorded) = &mut state.recorded {
             recorded.push(Recorded::Punch { at: offset, len });
         }
@@ -444,21 +520,53 @@ impl Storage for SimStorage {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let (covers, number) = {
+        let (covers, barrier) = {
             let mut state = self.state.lock();
-            let covers = state.recorded.as_ref().map_or(0, Vec::len);
-            (covers, state.observer.as_mut().map(|observer| observer.sync_began()))
+            (state.recorded.as_ref().map_or(0, Vec::len), state.sync_began())
         };
         let (mut state, failure) = self.begin(&Operation { action: Action::Sync, at: 0, len: 0, is_clone: false });
         if let Some(failure) = failure {
+            state.sync_failed(barrier, covers);
             return Err(failure.error());
         }
-        if let (Some(observer), Some(number)) = (&mut state.observer, number) {
+        if let (Some(observer), Some(number)) = (&mut state.observer, barrier.0) {
             observer.sync_ended(number);
+        }
+        if let (Some(cache), Some(number)) = (&mut state.cache, barrier.1) {
+            cache.write_back_ended(number, true);
         }
         if let Some(recorded) = &mut state.recorded {
             recorded.push(Recorded::Sync { covers });
         }
+        // What this barrier was to write is written; what it reports is of before.
+        if std::mem::take(&mut state.unreported) { Err(Errno::IO.into()) } else { Ok(()) }
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        let synced = self.sync();
+        let mut state = self.state.lock();
+        state.drop_clean();
+        let State { observer, bytes, .. } = &mut *state;
+        if let Some(observer) = observer {
+            observer.dropped(bytes);
+        }
+        synced
+    }
+
+    fn open_mark(&self) -> io::Result<OpenMark> {
+        Ok(if self.state.lock().marked { OpenMark::Present } else { OpenMark::Absent })
+    }
+
+    /// Only on a host that forgets. Without a barrier, unlike the file of a host: a rule of order that only that barrier keeps would
+    /// not be tested.
+    fn set_open_mark(&self) -> io::Result<()> {
+        let mut state = self.state.lock();
+        state.marked = state.cache.is_some();
+        Ok(())
+    }
+
+    fn remove_open_mark(&self) -> io::Result<()> {
+        self.state.lock().marked = false;
         Ok(())
     }
 

@@ -114,6 +114,12 @@ impl Files {
         }
     }
 
+    /// All of the guest as the specification has it read.
+    pub fn guest(&self) -> Vec<u8> {
+        let layout = Layout::of(&self.overlay).expect("a good image");
+        (0..layout.size / 512).flat_map(|sector| self.sector(&layout, &self.overlay, sector)).collect()
+    }
+
     /// The disk above these files.
     pub fn open(&self, storage: Arc<SimStorage>) -> Result<Disk> {
         storage.allow_clones(self.clones);

@@ -393,6 +393,26 @@ impl Storage for FileStorage {
         }
     }
 
+    /// By posix_fadvise(2), `POSIX_FADV_DONTNEED`, for the whole file. What that leaves in memory (`mm/truncate.c`,
+    /// `mapping_try_invalidate`), and why it is no harm:
+    ///
+    /// * Dirty pages and pages under write-back: fdatasync(2) has waited for all there were, and the locks keep writers off.
+    ///   Where the file system is shut down, its dirty pages stay, and fdatasync(2) has said so.
+    /// * Pages on the lists of one CPU that wait to be sorted: the kernel collects those of all CPUs and tries again.
+    /// * Pages that another thread reads at this moment: they are locked or pinned for as long as that takes, and come from
+    ///   the disk if they are not there yet. The second call drops those that only a passing reader has pinned.
+    /// * Pages that a process has mapped or pinned for long. That process has opened an image in use without QEMU's locks, and
+    ///   nothing that a program may do takes pages from it, `/proc/sys/vm/drop_caches` included.
+    ///
+    /// Memory file systems and DAX ignore the advice: they have no second copy.
+    fn drop_cache(&self) -> io::Result<()> {
+        let synced = self.sync();
+        let dropped = || rustix::fs::fadvise(&self.file, 0, None, Advice::DontNeed);
+        let dropped = dropped().and_then(|()| dropped());
+        synced?;
+        Ok(dropped?)
+    }
+
     fn space(&self) -> io::Result<Option<HostSpace>> {
         if self.file.metadata()?.file_type().is_block_device() {
             return Ok(None);
@@ -449,9 +469,8 @@ impl Storage for FileStorage {
     }
 
     fn open_mark(&self) -> io::Result<OpenMark> {
-        // Where nobody can be kept off, a mark may be that of somebody who is still at work: nothing is given back unasked.
         if !self.locked.load(Ordering::Relaxed) {
-            return Ok(OpenMark::Absent);
+            return Ok(OpenMark::Unlocked);
         }
         // Devices never have attributes of users, and do not say so when they are read.
         if !self.file.metadata()?.is_file() {

@@ -78,6 +78,8 @@ pub enum OpenMark {
     Present,
     /// This file cannot say.
     Unsupported,
+    /// Other programs cannot be kept off: a mark may be that of a program that is still at work.
+    Unlocked,
 }
 
 /// A file whose blocks may be shared with another one. Good for nothing else: whoever holds one can neither read nor write the file.
@@ -181,6 +183,16 @@ pub trait Storage: Any + Send + Sync + std::fmt::Debug {
     /// # Errors
     /// Those of fdatasync(2). After an error nothing written before may be trusted (P7).
     fn sync(&self) -> io::Result<()>;
+
+    /// Makes later reads show what the disk holds: writes back what the host has in memory and the disk has not, and drops
+    /// the host's copies of the file, those of a failed write-back too. To be called where no other program uses the file.
+    /// A storage that does not outlive its user has no such copies.
+    ///
+    /// # Errors
+    /// Those of fdatasync(2) and posix_fadvise(2). After an error of fdatasync the copies are dropped all the same.
+    fn drop_cache(&self) -> io::Result<()> {
+        Ok(())
+    }
 
     /// Asks for these bytes, which were just written, to be on their way to the disk before the next [`Storage::sync`], which then has little left to
     /// do. A hint: it orders nothing, promises nothing and cannot fail. It may wait for a disk that is busy: never under a lock, and never before

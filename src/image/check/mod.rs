@@ -253,7 +253,7 @@ impl Image {
     /// or it cannot be known.
     pub fn may_leak(&self) -> bool {
         match self.reader.storage.open_mark() {
-            Ok(mark) => mark != OpenMark::Absent,
+            Ok(mark) => matches!(mark, OpenMark::Present | OpenMark::Unsupported),
             Err(error) => {
                 log::warn!("whether the image was closed cannot be read: {}", crate::error::os_text(&error));
                 true

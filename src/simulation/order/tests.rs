@@ -387,3 +387,54 @@ fn r16_data_over_the_header() {
 fn r16_block_where_the_l1_table_is() {
     Hand::new().write(WriteKind::RefcountBlock, 3 * 512, &[1; 512]);
 }
+
+/// What a failed barrier was to write is not durable after the next one that succeeds; it is when it
+/// was written again, or when the host has dropped its cache and shows it.
+#[test]
+fn a_failed_barrier_is_not_made_good_by_the_next_one() {
+    let lost = || {
+        let mut hand = Hand::new();
+        hand.count(7, 1);
+        hand.sync();
+        hand.data(7);
+        let number = hand.checker.sync_began();
+        hand.checker.sync_failed(number);
+        hand.sync();
+        hand
+    };
+    let names = |mut hand: Hand| std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| hand.names(1, 7)));
+    let panic = names(lost()).unwrap_err();
+    assert!(panic.downcast_ref::<String>().is_some_and(|text| text.starts_with("R1")));
+
+    let mut hand = lost();
+    hand.data(7);
+    hand.sync();
+    names(hand).unwrap();
+
+    let mut hand = lost();
+    hand.checker.dropped(&hand.bytes);
+    // The content that is there is the content of the disk, but nothing names it: it is written as any new cluster.
+    hand.data(7);
+    hand.sync();
+    names(hand).unwrap();
+}
+
+/// R3: while an entry may be back, which a failed barrier was to remove, its cluster stays counted.
+#[test]
+fn a_name_that_may_come_back_keeps_its_count() {
+    let removed = |fails: bool| {
+        let mut hand = Hand::new();
+        hand.entry(0, 0);
+        let number = hand.checker.sync_began();
+        if fails {
+            hand.checker.sync_failed(number)
+        } else {
+            hand.checker.sync_ended(number)
+        }
+        hand.sync();
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| hand.count(5, 0)))
+    };
+    removed(false).unwrap();
+    let panic = removed(true).unwrap_err();
+    assert!(panic.downcast_ref::<String>().is_some_and(|text| text.starts_with("R3")));
+}
