@@ -30,7 +30,7 @@ use crate::format::{Geometry, GuestCluster, GuestOffset, Mapping};
 use crate::image::{Image, ImageReader, Leaks, distrust};
 use crate::mutants::{Step, without};
 use crate::range_lock::{Exclusive, RangeLock, Shared};
-use crate::storage::{Access, Ask, FileStorage, Storage};
+use crate::storage::{Access, FileStorage, Storage};
 use crate::sync::{Mutex, RwLock, rank};
 use crate::{Error, ErrorKind, Result};
 

@@ -6,6 +6,7 @@
 use std::collections::{HashMap, HashSet};
 use std::process::Command;
 
+use super::forgetful::restarts;
 use super::random::{Random, mix};
 use super::spec::{self, Layout};
 use super::storage::{Recorded, SimStorage};
@@ -281,6 +282,10 @@ impl Cutter<'_> {
             let place = format!("{}/{prefix}/{}", self.label, pieces.join(","));
             println!("after the cut CORDISK_CRASH='{place}'");
             let files = Files { overlay: bytes.to_vec(), ..self.story.files.clone() };
+            // No power was lost, but the write-back has failed: the host still shows all that was written.
+            let cached = &self.cache[..self.cache_len as usize];
+            let guest = files.guest();
+            restarts(cached, bytes, &files.base, &guest, id);
             use_again(&files, &place, id, tally);
         }
         for sector in sectors {

@@ -23,7 +23,7 @@ const CLUSTERS: u64 = 64;
 const WAYS: u64 = 6;
 
 /// Opens for writing in the order of [`Disk::open`], above `base` where the header names one.
-fn reopen(file: &Arc<SimStorage>, base: &[u8]) -> Result<Disk> {
+pub fn reopen(file: &Arc<SimStorage>, base: &[u8]) -> Result<Disk> {
     let image = Image::open(file.clone())?;
     let chain = image.reader().backing().map(|_| Chain::of_raw(SimStorage::new(base.to_vec())));
     let leaks = image.may_leak().then(|| image.find_leaks()).transpose()?;
@@ -62,7 +62,7 @@ fn all_of(disk: &Disk) -> Vec<u8> {
 ///
 /// # Panics
 /// Where that is not so.
-fn restarts(cached: &[u8], disk: &[u8], base: &[u8], guest: &[u8], seed: u64) {
+pub fn restarts(cached: &[u8], disk: &[u8], base: &[u8], guest: &[u8], seed: u64) {
     let file = stale(cached, disk);
     let opened = reopen(&file, base).expect("an image that can be written");
     let mut expected = all_of(&opened);

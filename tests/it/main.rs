@@ -22,6 +22,7 @@ mod discard_granularity;
 mod documents;
 mod fio_verify;
 mod foreign_image;
+mod forgetful_host;
 mod full_file_system;
 mod full_host;
 mod fuse_end_to_end;
