@@ -39,7 +39,7 @@ use crate::disk::{Disk, DiskOptions};
 use crate::error::{Context, one_line};
 use crate::fuse::{self, Finished, MappedPages, MountOptions, Mounted, Pulse, Unmounted};
 use crate::job::Batch;
-use crate::keeper::{self, Entrusted, EntrustedMark, Keeper, KeptMount, Leftover, Messages};
+use crate::keeper::{self, Entrusted, EntrustedImage, Keeper, KeptMount, Leftover, Messages};
 use crate::logging::{self, Log, Owners, Place, Settings};
 use crate::metrics;
 use crate::qmp::Socket;
@@ -245,12 +245,11 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper, log
     if let Some(command) = &config.on_complete {
         entrust_command(keeper, command, config, socket.as_ref(), user)?;
     }
-    // That user may perhaps not touch the attributes of the overlay.
-    let mark = user.map(|_| disk.entrust_open_mark()).transpose()?.flatten();
-    let mark = mark.map(|(image, name)| keeper.entrust_mark(&image, name)).transpose()?;
-    // Nor read them.
-    let streams = Prepared::new(config, &disk, user.map(|_| keeper), keeper)?;
-    let close = || close(&disk, config, mark.as_ref());
+    // In the sandbox no attribute of a file can be changed.
+    let image = if config.read_only { None } else { disk.entrust_attributes()? };
+    let image = image.map(|image| keeper.entrust_image(&image)).transpose()?;
+    let streams = Prepared::new(&disk, &options.gate, image.clone(), keeper)?;
+    let close = || close(&disk, config, image.as_ref());
     let ready = (config.role == Role::Child).then(background::Ready::prepare).transpose()?;
     let owner = user.unwrap_or_else(Identity::current);
     let (mountpoint, allow_other) = (config.mountpoint.clone(), config.allow_other);
@@ -339,11 +338,11 @@ fn on_complete(batch: &Batch, run: impl Fn() -> Result<()>) {
     }
 }
 
-/// Closes the disk, and has the mark of an open image removed, where that was left to the keeper.
-fn close(disk: &Disk, config: &MountConfig, mark: Option<&EntrustedMark<'_>>) -> Result<()> {
+/// Closes the disk, and has the keeper remove the mark of an open image.
+fn close(disk: &Disk, config: &MountConfig, image: Option<&EntrustedImage>) -> Result<()> {
     disk.close().context(|| format!("closing {}", config.image.display()))?;
-    if let Some(mark) = mark.filter(|_| disk.is_usable())
-        && let Err(error) = mark.remove()
+    if let Some(image) = image.filter(|_| disk.is_usable())
+        && let Err(error) = image.remove_mark()
     {
         log::warn!("{}: {error}", config.image.display());
     }

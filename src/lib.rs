@@ -21,7 +21,7 @@
 //!
 //! | floor | room | one responsibility | never |
 //! |---|---|---|---|
-//! | 0 | [`error`], [`sync`], [`mod@format`], [`range_lock`] | vocabulary; locks; bytes of qcow2; who may be where | files, threads |
+//! | 0 | [`error`], [`sync`], [`mod@format`], [`range_lock`], [`attributes`] | vocabulary; locks; bytes of qcow2; who may be where; names beside an image | files, threads |
 //! | 1 | [`storage`] | one host file, and QEMU's locks on it | qcow2 |
 //! | 1 | [`job`] | the life of a background job | disk, qcow2, JSON |
 //! | 1 | [`sandbox`] | what the serving process may do, and who it is | gives a right back |
@@ -36,7 +36,7 @@
 //! | 6 | [`fuse`] | kernel request ⇄ `disk` call | jobs, QMP, the image |
 //! | 6 | [`qmp`] | JSON ⇄ jobs, streams, facts of the disk | FUSE, the image |
 //! | 6 | [`metrics`] | HTTP and OpenMetrics ⇄ facts of the disk and its jobs | FUSE, images, backing files |
-//! | 7 | [`keeper`] | the second process: mounts, unmounts, removes, runs `--on-complete` | images, clients |
+//! | 7 | [`keeper`] | the second process: mounts, unmounts, removes, changes attributes, runs `--on-complete` | images, clients |
 //! | 7 | [`client`] | the other end of the socket: commands about disks that run | the image, serving |
 //! | 8 | [`cli`] | what was typed, checked | the disk |
 //! | 9 | [`daemon`] | wiring and lifetime | logic that a test would want |
@@ -50,8 +50,9 @@
 //!
 //! A killed daemon leaves a dead mount, an image whose refcounts may be too high, and an attribute on the file that says so ([`storage::OpenMark`]).
 //! The next read-write open drops what the host has in memory of the file, so that it reads what the disk holds (`image/settle.rs`), looks for the
-//! leaks and gives them back ([`image::Image::find_leaks`]); the next mount at the same place removes the dead one (`fuse/stale.rs`). [`check`] is the same walk for people. A stream that ran is noted in another attribute, and goes on at the next mount
-//! (`stream/note.rs`). The entry by which commands have found the disk is held by a lock, so that one of the dead is known as such ([`running`]).
+//! leaks and gives them back ([`image::Image::find_leaks`]); the next mount at the same place removes the dead one (`fuse/stale.rs`). [`check`] is the
+//! same walk for people. A stream that ran is noted in another attribute, and goes on at the next mount of that very file (`stream/note.rs`). The entry
+//! by which commands have found the disk is held by a lock, so that one of the dead is known as such ([`running`]).
 //!
 //! # Where we left the first plan, and why
 //!
@@ -76,6 +77,7 @@
 #![deny(unsafe_code)] // `fuse/ring.rs` alone allows it
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
+pub mod attributes;
 pub mod chain;
 pub mod check;
 pub mod cli;

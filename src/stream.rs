@@ -31,6 +31,7 @@ use pace::Pace;
 mod ahead;
 mod bytes;
 mod forecast;
+mod interrupted;
 mod note;
 mod pace;
 mod plan;
@@ -39,6 +40,7 @@ mod streams;
 mod tests;
 
 pub use bytes::parse_bytes;
+pub use interrupted::Interrupted;
 pub use plan::{FinishBy, Minute, Plan, PlanInfo, Schedule, Speed};
 pub use streams::{Keep, KeptBack, Streams, local_zone};
 

@@ -104,6 +104,24 @@ pub fn explain(error: Error, namer: Namer<'_>, rights: Option<&Rights>, path: &P
     }
 }
 
+impl Gate {
+    /// (device, inode) of the file that `name` names in the header of the image `namer`. The file is
+    /// not locked, and closed again. It is opened with the rights that [`Gate::admit`] would use.
+    ///
+    /// # Errors
+    /// The name does not pass; those of open(2).
+    pub fn identity_of(&self, name: &str, namer: Namer<'_>) -> Result<(u64, u64)> {
+        let directory = namer.directory();
+        let path = resolve(name, directory)?;
+        let rights = match namer {
+            Namer::Above { owner, .. } => Rights::below(self.rights.clone(), owner)?,
+            Namer::User { .. } => self.rights.clone(),
+        };
+        let file = Rights::run_with(rights.as_ref(), || self.roots.open_backing(name, directory, &path))?;
+        Ok(file.identity())
+    }
+}
+
 /// The path that a backing file name means in an image that lies in `directory`.
 fn resolve(name: &str, directory: &Path) -> Result<PathBuf> {
     if name.is_empty() || name.chars().any(char::is_control) {

@@ -250,6 +250,11 @@ impl Layer {
         }
     }
 
+    /// (device, inode) of its file.
+    pub(super) fn identity(&self) -> Option<(u64, u64)> {
+        self.identity
+    }
+
     pub(super) fn info(&self) -> LayerInfo {
         let (format, storage, header) = match &self.body {
             Body::Raw(storage) => (BackingFormat::Raw, storage, None),

@@ -155,6 +155,11 @@ impl Chain {
         self.layers.iter().map(|layer| layer.info()).collect()
     }
 
+    /// (device, inode) of the file of the layer at `depth`; `None` where there is none.
+    pub fn identity(&self, depth: usize) -> Option<(u64, u64)> {
+        self.layers.get(depth)?.identity()
+    }
+
     /// What the files were like when they were opened, top first, each in brackets: changes with every change of any of them.
     pub fn versions(&self) -> String {
         self.layers.iter().map(|layer| format!("[{}]", layer.version())).collect()

@@ -9,16 +9,17 @@ use jiff::tz::TimeZone;
 
 use super::Event;
 use super::servers::Servers;
+use crate::chain::Gate;
 use crate::cli::{MountConfig, StreamSpeed};
 use crate::disk::Disk;
 use crate::fuse::{Finished, Pulse, SizeNotice};
 use crate::job::{Batch, JobEvent, Jobs};
-use crate::keeper::{EntrustedNote, Keeper};
+use crate::keeper::{EntrustedImage, Keeper};
 use crate::logging::Log;
 use crate::metrics;
 use crate::qmp::{IsFile, Server, ShutdownReason, Target};
-use crate::stream::{self, KIND, StreamOptions, Streams};
-use crate::{ErrorKind, Result};
+use crate::stream::{self, Interrupted, KIND, StreamOptions, Streams};
+use crate::{Error, ErrorKind, Result};
 
 /// How long cancelled jobs may take to end: one step of a stream and a write-back. What they leave unfinished is only what they have not
 /// copied yet.
@@ -31,29 +32,26 @@ const PULSE_TIMEOUT: Duration = Duration::from_secs(1);
 pub(super) struct Prepared {
     /// Of schedules and deadlines.
     zone: TimeZone,
-    /// The note of the stream that was interrupted.
-    interrupted: Cell<Option<Result<Option<Vec<u8>>>>>,
-    /// Who keeps the note of the one that runs, where the user that we become may not be able to.
-    kept: Option<EntrustedNote>,
+    /// What is known of the stream that was interrupted.
+    interrupted: Cell<Option<Interrupted>>,
+    /// The image in the hands of the keeper, which writes the note of the stream that runs; `None`
+    /// where the image has no attributes.
+    image: Option<EntrustedImage>,
     /// Whether a path that a client names leads to a backing file.
     is_file: IsFile,
 }
 
 impl Prepared {
-    /// Reads what there is to read. With `keeper`, that one keeps the note; `helper` looks at paths
-    /// in any case.
+    /// Reads what there is to read. `gate` is the one through which the chain was opened; `keeper`
+    /// looks at paths.
     ///
     /// # Errors
-    /// The keeper is gone; the image cannot be opened once more.
-    pub(super) fn new(config: &MountConfig, disk: &Disk, keeper: Option<&Keeper>, helper: &Keeper) -> Result<Prepared> {
-        let entrusted = match keeper {
-            Some(keeper) if !config.read_only => disk.entrust_stream_note()?.map(|(image, name)| keeper.entrust_note(&image, name)),
-            _ => None,
-        };
-        let interrupted = Cell::new(Some(disk.stream_note()));
+    /// The keeper is gone; I/O.
+    pub(super) fn new(disk: &Disk, gate: &Gate, image: Option<EntrustedImage>, keeper: &Keeper) -> Result<Prepared> {
+        let interrupted = Cell::new(Some(Interrupted::read(disk, gate)));
         let files = disk.info()?.backing.iter().filter_map(|layer| layer.identity).collect();
-        let is_file = Arc::new(helper.entrust_files(files)?);
-        Ok(Prepared { zone: stream::local_zone(), interrupted, kept: entrusted.transpose()?, is_file })
+        let is_file = Arc::new(keeper.entrust_files(files)?);
+        Ok(Prepared { zone: stream::local_zone(), interrupted, image, is_file })
     }
 }
 
@@ -76,7 +74,7 @@ pub(super) struct Control {
     /// Whether requests are answered, once the disk is mounted.
     pulse: Arc<OnceLock<Pulse>>,
     /// What is known of the stream that is to be started again.
-    interrupted: Cell<Option<Result<Option<Vec<u8>>>>>,
+    interrupted: Cell<Option<Interrupted>>,
     /// What happens to jobs, where somebody wants to know.
     told: Receiver<Arc<Batch>>,
 }
@@ -89,11 +87,13 @@ impl Control {
     pub(super) fn start(servers: Servers, config: &MountConfig, disk: &Arc<Disk>, prepared: Prepared, log: &Log) -> Result<Control> {
         let Servers { socket, metrics } = servers;
         let jobs = Jobs::new();
-        let Prepared { zone, interrupted, kept, is_file } = prepared;
-        let streams = match kept {
-            Some(note) => Streams::keeping(&jobs, &config.device, zone, Box::new(move |text| note.set(text))),
-            None => Streams::new(disk, &jobs, &config.device, zone),
+        let Prepared { zone, interrupted, image, is_file } = prepared;
+        let keep = move |text: Option<&str>| match (&image, text) {
+            (Some(image), text) => image.set_note(text),
+            (None, None) => Ok(()),
+            (None, Some(_)) => Err(Error::new(ErrorKind::UnsupportedFeature, "the image has no extended attributes")),
         };
+        let streams = Streams::keeping(&jobs, &config.device, zone, Box::new(keep));
         let told = if config.on_complete.is_some() { jobs.subscribe() } else { crossbeam_channel::never() };
         // Room for one: who asks does not wait, and a second request adds nothing.
         let (sender, quit) = crossbeam_channel::bounded(1);
@@ -161,7 +161,7 @@ impl Control {
             None => {
                 match self.interrupted.take() {
                     Some(note) if config.resume => self.streams.resume(disk, note, priority),
-                    Some(note) => self.streams.keep_back(disk, note),
+                    Some(note) => self.streams.keep_back(disk, &note),
                     None => {}
                 }
                 return Ok(());

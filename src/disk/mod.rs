@@ -17,7 +17,6 @@
 //! mapping under the exclusive guard before it publishes (H1 to H4). While there is a backing file nothing becomes `Unallocated` (H17).
 
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -59,7 +58,7 @@ pub use ahead::{Ahead, ToRead};
 pub use facts::DiskInfo;
 pub use failure::{CopyPause, GuestFailure};
 pub use locate::Locator;
-pub use note::LONGEST_STREAM_NOTE;
+pub use note::{FileId, LONGEST_STREAM_NOTE};
 pub use populate::Populated;
 pub use seek::Seek;
 pub use stats::{Activity, CopyCount, Cost, DiskStats, LATENCY_BOUNDS, LATENCY_BUCKETS, Latency, RequestCount};
@@ -127,6 +126,8 @@ enum Overlay {
 #[derive(Debug)]
 pub struct Disk {
     path: PathBuf,
+    /// Which file the overlay is; `None` in tests.
+    file_id: Option<FileId>,
     overlay: Overlay,
     /// Where the image ended when it was opened, in bytes; looked for only where the host says that
     /// it occupies nothing, as of block devices.
@@ -155,6 +156,7 @@ impl Disk {
         let owner = file.owner();
         let mut gate = options.gate.clone();
         gate.taken.push(file.identity());
+        let file_id = file.file_id().context(|| path.display().to_string())?;
         let storage: Arc<dyn Storage> = file;
         let overlay = if options.read_only {
             ImageReader::open_locked(storage, &path).map(|reader| Overlay::ReadOnly(Box::new(reader)))
@@ -177,7 +179,7 @@ impl Disk {
             Ok(0) => overlay.reader().end(Instant::now() + END_TIME),
             _ => 0,
         };
-        let disk = Disk { end_at_open, ..Disk::assemble(path, overlay, chain, options.copy_on_read, options.reserve) };
+        let disk = Disk { file_id, end_at_open, ..Disk::assemble(path, overlay, chain, options.copy_on_read, options.reserve) };
         if let Overlay::Writable(image) = &disk.overlay {
             let what = || disk.path.display().to_string();
             let leaks = find_leaks(image, options.full_check).context(what)?;
@@ -198,6 +200,7 @@ impl Disk {
         let cluster_size = overlay.reader().geometry().cluster_size();
         Disk {
             path,
+            file_id: None,
             overlay,
             end_at_open: 0,
             backing: RwLock::new(chain.map(Arc::new)),
@@ -363,18 +366,6 @@ impl Disk {
         match &self.overlay {
             Overlay::Writable(image) => image.close().map(|()| image.end_writing()),
             Overlay::ReadOnly(_) => Ok(()),
-        }
-    }
-
-    /// Leaves the mark of an open image to somebody else, who may remove the attribute from the file, both returned, when [`Disk::close`] has gone
-    /// well and [`Disk::is_usable`]. For a process that will not be allowed to. `None` where there is no mark.
-    ///
-    /// # Errors
-    /// I/O.
-    pub fn entrust_open_mark(&self) -> Result<Option<(OwnedFd, &'static str)>> {
-        match &self.overlay {
-            Overlay::Writable(image) => image.entrust_open_mark().context(|| self.path.display().to_string()),
-            Overlay::ReadOnly(_) => Ok(None),
         }
     }
 

@@ -13,7 +13,6 @@
 //! never below references; I3 a published cluster was filled first (only [`Image::fill`] makes a [`Filled`]).
 
 use std::ops::Range;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -219,15 +218,6 @@ impl Image {
         {
             log::warn!("the mark of an open image stays: {}", crate::error::os_text(&error));
         }
-    }
-
-    /// Leaves the mark of an open image to somebody else, see [`Storage::entrust_open_mark`]. It may go when [`Image::close`] has gone well and
-    /// [`Image::is_usable`].
-    ///
-    /// # Errors
-    /// I/O.
-    pub fn entrust_open_mark(&self) -> Result<Option<(OwnedFd, &'static str)>> {
-        self.reader.storage.entrust_open_mark().map_err(|error| Error::io("the mark of an open image", error))
     }
 
     /// Whether nothing has failed for good.

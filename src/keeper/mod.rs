@@ -11,10 +11,10 @@
 //! ```
 //!
 //! A process under Landlock cannot unmount, not even lazily, and cannot remove a file. Somebody else has to, and it should be somebody who reads no
-//! image and no client: the keeper knows sixteen requests about one mount, four files and those of
-//! the chain, two attributes and one command, all named before the sandbox was
-//! entered. A serving process that was taken over can have the command run when no stream has completed, more than once, or never, and choose the text
-//! of the note of its stream; it cannot have another command run, nor tell it anything.
+//! image and no client: the keeper knows sixteen requests about one mount, four files and those of the chain, the two attributes of one image and one
+//! command, all named before the sandbox was entered. A serving process that was taken over can have the command run when no stream has completed, more
+//! than once, or never, remove the mark of its open image, and choose the text of the note of its stream, at most 3 KiB; it cannot change an attribute
+//! of another file or of another name, have another command run, or pass anything to the command.
 //!
 //! It is the *child* of the serving process, not its parent: so the process that the user started, whose id stands in the pidfile, which gets the
 //! signals and whose exit status counts, stays the one that serves the disk; a supervisor sees what it saw without a keeper.
@@ -23,24 +23,22 @@
 //! ENOTCONN. An unmount would let the empty placeholder shine through. When the keeper dies, the serving process serves on, cannot
 //! unmount, and says so at the end.
 //!
-//! **Touches:** one child process and the socket to it; there, the host side of [`crate::fuse`], the removal of files and, with `--user`, of the mark
-//! of an open image, and the note of its stream; the command of `--on-complete`. **Never:** reads an
+//! **Touches:** one child process and the socket to it; there, the host side of [`crate::fuse`], the removal of files, the
+//! mark of an open image and the note of its stream; the command of `--on-complete`. **Never:** reads an
 //! image or what a client sends; takes orders about another mount; removes a file that is not (device, inode) the one that was named, or from another
 //! directory.
-//! **Locks:** one leaf, the socket: a request and its reply belong together.
+//! **Locks:** one leaf in the serving process, [`line::Line`]'s turn: a request and its reply belong together.
 
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::Mutex;
-use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use crate::error::Context;
 use crate::fuse::{MountPlan, Unmounted};
@@ -49,6 +47,7 @@ use crate::sandbox::Identity;
 use crate::{Error, ErrorKind, Result};
 
 mod hook;
+mod line;
 mod looks;
 mod process;
 mod wire;
@@ -56,7 +55,8 @@ mod wire;
 pub use process::{close_inherited, run};
 pub use wire::Leftover;
 
-use wire::{Answer, Reply, Request};
+use line::{Line, Wait};
+use wire::{Answer, Request};
 
 /// The hidden subcommand that a keeper is started with (see `cli`).
 const SUBCOMMAND: &str = "keep-mount";
@@ -74,15 +74,6 @@ pub enum Messages {
 #[derive(Debug)]
 pub struct Keeper {
     line: Arc<Line>,
-}
-
-/// The way to the keeper, for any thread.
-#[derive(Debug)]
-struct Line {
-    socket: OwnedFd,
-    /// A request and its reply belong together.
-    turn: Mutex<()>,
-    lost: AtomicBool,
 }
 
 impl Keeper {
@@ -104,12 +95,13 @@ impl Keeper {
         for name in hidden {
             command.env_remove(name);
         }
-        command.arg0(name).arg(SUBCOMMAND).stdin(Stdio::from(theirs)).stdout(output()).stderr(output()).spawn().context(what)?;
-        Ok(Keeper::over(ours))
+        let command = command.arg0(name).arg(SUBCOMMAND).stdin(Stdio::from(theirs)).stdout(output()).stderr(output());
+        let keeper = command.spawn().context(what)?;
+        Keeper::over(ours, keeper.id())
     }
 
-    fn over(socket: OwnedFd) -> Keeper {
-        Keeper { line: Arc::new(Line { socket, turn: Mutex::default(), lost: AtomicBool::new(false) }) }
+    fn over(socket: OwnedFd, pid: u32) -> Result<Keeper> {
+        Ok(Keeper { line: Arc::new(Line::new(socket, pid)?) })
     }
 
     /// From now on the file at `path` belongs to the keeper, which removes it when the value that is returned is dropped, if it is still `identity`
@@ -118,28 +110,19 @@ impl Keeper {
     /// # Errors
     /// The keeper is gone.
     pub fn entrust(&self, what: Leftover, path: &Path, identity: (u64, u64)) -> Result<Entrusted<'_>> {
-        self.ask(&Request::Remember { what, path: path.into(), identity })?;
+        self.ask(Request::Remember { what, path: path.into(), identity })?;
         Ok(Entrusted { keeper: self, what })
     }
 
-    /// The attribute `name` of the open `image` says that nobody has closed it: from now on it is for the keeper to remove it, when it is told so.
-    /// It may when the user that we become may not.
+    /// From now on the keeper changes the attributes of the open `image`: the note of the stream, and
+    /// the mark of an open image. The serving process may not in its sandbox, nor perhaps as the user
+    /// that it becomes.
     ///
     /// # Errors
     /// The keeper is gone.
-    pub fn entrust_mark(&self, image: &OwnedFd, name: &str) -> Result<EntrustedMark<'_>> {
-        self.line.ask(&Request::RememberMark(name.to_owned()), Some(image.as_fd()))?;
-        Ok(EntrustedMark { keeper: self })
-    }
-
-    /// The attribute `name` of the open `image` says what is to be started again: from now on it is for the keeper to change it, when it is told so.
-    /// It may when the user that we become may not.
-    ///
-    /// # Errors
-    /// The keeper is gone.
-    pub fn entrust_note(&self, image: &OwnedFd, name: &str) -> Result<EntrustedNote> {
-        self.line.ask(&Request::RememberNote(name.to_owned()), Some(image.as_fd()))?;
-        Ok(EntrustedNote { line: Arc::clone(&self.line) })
+    pub fn entrust_image(&self, image: &OwnedFd) -> Result<EntrustedImage> {
+        self.line.ask(Request::RememberImage, Some(image.as_fd()), Wait::Unbounded)?;
+        Ok(EntrustedImage { line: Arc::clone(&self.line) })
     }
 
     /// From now on [`Keeper::run_command`] runs `command`, with these variables in its environment, as `user` if there is one.
@@ -149,7 +132,7 @@ impl Keeper {
     pub fn entrust_command(&self, command: &OsStr, environment: &[(&str, &OsStr)], user: Option<Identity>) -> Result<()> {
         let environment = environment.iter().map(|(name, value)| (OsStr::new(name).into(), (*value).into())).collect();
         let user = user.map(|Identity { uid, gid }| (uid, gid));
-        self.ask(&Request::RememberCommand { command: command.into(), environment, user }).map(drop)
+        self.ask(Request::RememberCommand { command: command.into(), environment, user }).map(drop)
     }
 
     /// From now on [`Keeper::open_log`] opens the file at `path`, which may belong to `owners`.
@@ -157,7 +140,7 @@ impl Keeper {
     /// # Errors
     /// The keeper is gone.
     pub fn entrust_log(&self, path: &Path, owners: &Owners) -> Result<()> {
-        self.ask(&Request::RememberLog { path: path.into(), owners: owners.clone() }).map(drop)
+        self.ask(Request::RememberLog { path: path.into(), owners: owners.clone() }).map(drop)
     }
 
     /// From now on what is returned says whether a path leads to one of these files, by device and
@@ -166,10 +149,10 @@ impl Keeper {
     /// # Errors
     /// The keeper is gone.
     pub fn entrust_files(&self, files: Vec<(u64, u64)>) -> Result<impl Fn(&Path, (u64, u64)) -> bool + Send + Sync + use<>> {
-        self.ask(&Request::RememberFiles(files))?;
+        self.ask(Request::RememberFiles(files))?;
         let line = Arc::clone(&self.line);
         Ok(move |path: &Path, identity| {
-            let answer = line.ask(&Request::IsFile { path: path.into(), identity }, None);
+            let answer = line.ask(Request::IsFile { path: path.into(), identity }, None, Wait::Bounded);
             matches!(answer, Ok((Answer::Is(true), _)))
         })
     }
@@ -179,7 +162,7 @@ impl Keeper {
     /// # Errors
     /// Those of [`crate::logging::open_file`]; the keeper is gone.
     pub fn open_log(&self) -> Result<File> {
-        match self.ask(&Request::OpenLog)? {
+        match self.ask(Request::OpenLog)? {
             (Answer::Done, Some(file)) => Ok(file.into()),
             (answer, _) => Err(unexpected(&answer)),
         }
@@ -190,7 +173,7 @@ impl Keeper {
     /// # Errors
     /// There is none, it cannot be started, or the keeper is gone.
     pub fn run_command(&self) -> Result<()> {
-        self.ask(&Request::RunCommand).map(drop)
+        self.ask_briefly(Request::RunCommand).map(drop)
     }
 
     /// Mounts. Returns the mount and the open /dev/fuse that serves it.
@@ -198,7 +181,7 @@ impl Keeper {
     /// # Errors
     /// Everything that is wrong with the mountpoint, /dev/fuse or the mount, on one line. Nothing stays mounted or created then.
     pub fn mount(&self, plan: &MountPlan) -> Result<(KeptMount<'_>, OwnedFd)> {
-        match self.ask(&Request::Mount(plan.into()))? {
+        match self.ask(Request::Mount(plan.into()))? {
             (Answer::Mounted(path), Some(device)) => Ok((KeptMount { keeper: self, path: path.into() }, device)),
             (answer, _) => Err(unexpected(&answer)),
         }
@@ -207,57 +190,20 @@ impl Keeper {
     /// The end: lets the keeper go and waits until it is gone. Everything entrusted to it has been dropped.
     ///
     /// # Errors
-    /// It has died before: what it should have removed is still there.
+    /// It has died before, or does not end: what it should have removed may still be there.
     pub fn finish(self) -> Result<()> {
-        let _turn = self.line.turn.lock();
-        let _ = rustix::net::shutdown(&self.line.socket, Shutdown::Write);
-        // Its end of the socket closes when it ends.
-        while !self.line.is_lost() && matches!(wire::receive::<Reply>(&self.line.socket), Ok(Some(_))) {}
-        if self.line.is_lost() { Err(gone()) } else { Ok(()) }
+        self.line.finish()
     }
 
-    fn ask(&self, request: &Request) -> Result<(Answer, Option<OwnedFd>)> {
-        self.line.ask(request, None)
-    }
-}
-
-impl Line {
-    fn is_lost(&self) -> bool {
-        self.lost.load(Ordering::Relaxed)
+    /// Asks for something that mounts or unmounts, or that belongs to the start.
+    fn ask(&self, request: Request) -> Result<(Answer, Option<OwnedFd>)> {
+        self.line.ask(request, None, Wait::Unbounded)
     }
 
-    fn ask(&self, request: &Request, descriptor: Option<BorrowedFd<'_>>) -> Result<(Answer, Option<OwnedFd>)> {
-        let answered = {
-            let _turn = self.turn.lock();
-            wire::send(&self.socket, request, descriptor).and_then(|()| wire::receive::<Reply>(&self.socket))
-        };
-        let (reply, descriptor) = match answered {
-            Ok(Some(answer)) => answer,
-            Ok(None) => return Err(self.lose(None)),
-            Err(error) if error.kind() == ErrorKind::InvalidArgument => return Err(error),
-            Err(error) => return Err(self.lose(Some(error))),
-        };
-        for (level, text) in reply.log {
-            let level = log::Level::iter().nth(level.saturating_sub(1)).unwrap_or(log::Level::Warn);
-            log::log!(level, "{text}");
-        }
-        Ok((reply.result.map_err(Error::from)?, descriptor))
+    /// Asks for something that must not take long.
+    fn ask_briefly(&self, request: Request) -> Result<Answer> {
+        self.line.ask(request, None, Wait::Bounded).map(|(answer, _)| answer)
     }
-
-    fn lose(&self, error: Option<Error>) -> Error {
-        if let Some(error) = error {
-            log::debug!("mount keeper: {error}");
-        }
-        self.lost.store(true, Ordering::Relaxed);
-        gone()
-    }
-}
-
-fn gone() -> Error {
-    Error::new(
-        ErrorKind::Io,
-        "the mount keeper has died: unmount with umount(8) or fusermount3 -u, and remove what is left of mountpoint, socket and pidfile",
-    )
 }
 
 fn unexpected(answer: &Answer) -> Error {
@@ -273,41 +219,36 @@ pub struct Entrusted<'a> {
 
 impl Drop for Entrusted<'_> {
     fn drop(&mut self) {
-        if let Err(error) = self.keeper.ask(&Request::Remove(self.what)) {
+        if let Err(error) = self.keeper.ask_briefly(Request::Remove(self.what)) {
             log::warn!("{error}");
         }
     }
 }
 
-/// The mark of an open image, which the keeper removes when told so. Dropping this leaves it: the image was not closed.
-#[derive(Debug)]
-pub struct EntrustedMark<'a> {
-    keeper: &'a Keeper,
-}
-
-impl EntrustedMark<'_> {
-    /// To be called when the image was closed, and all went well.
-    ///
-    /// # Errors
-    /// Those of removexattr(2); the keeper is gone. The mark stays then, which only means that the next open looks for leaks in vain.
-    pub fn remove(&self) -> Result<()> {
-        self.keeper.ask(&Request::RemoveMark).map(drop)
-    }
-}
-
-/// The note beside an open image, which the keeper changes when told so, by any thread.
-#[derive(Debug)]
-pub struct EntrustedNote {
+/// The attributes of the image, which the keeper changes, asked by any thread. Dropping this leaves the
+/// mark of an open image: it was not closed.
+#[derive(Clone, Debug)]
+pub struct EntrustedImage {
     line: Arc<Line>,
 }
 
-impl EntrustedNote {
-    /// Sets the note, or removes it.
+impl EntrustedImage {
+    /// Removes the mark of an open image: to be called when the image was closed, and all went well.
     ///
     /// # Errors
-    /// Those of fsetxattr(2) and fremovexattr(2); the keeper is gone.
-    pub fn set(&self, note: Option<&str>) -> Result<()> {
-        self.line.ask(&Request::SetNote(note.map(str::to_owned)), None).map(drop)
+    /// Those of removexattr(2); the keeper is gone, or does not answer. The mark stays then: the next
+    /// open looks for leaks and finds none.
+    pub fn remove_mark(&self) -> Result<()> {
+        self.line.ask(Request::RemoveMark, None, Wait::Bounded).map(drop)
+    }
+
+    /// Sets the note of the stream, or removes it.
+    ///
+    /// # Errors
+    /// Those of fsetxattr(2) and fremovexattr(2); the note is longer than
+    /// [`crate::attributes::LONGEST_STREAM_NOTE`]; the keeper is gone, or does not answer.
+    pub fn set_note(&self, note: Option<&str>) -> Result<()> {
+        self.line.ask(Request::SetNote(note.map(str::to_owned)), None, Wait::Bounded).map(drop)
     }
 }
 
@@ -345,7 +286,7 @@ impl KeptMount<'_> {
     /// # Errors
     /// Neither done nor busy: it is still mounted and served.
     pub fn unmount(&self) -> Result<Unmounted> {
-        match self.keeper.ask(&Request::Unmount)?.0 {
+        match self.keeper.ask(Request::Unmount)?.0 {
             Answer::Done => Ok(Unmounted::Done),
             Answer::Busy => Ok(Unmounted::Busy),
             answer => Err(unexpected(&answer)),
@@ -357,13 +298,13 @@ impl KeptMount<'_> {
     /// # Errors
     /// It is still mounted.
     pub fn detach(&self) -> Result<()> {
-        self.keeper.ask(&Request::Detach).map(drop)
+        self.keeper.ask(Request::Detach).map(drop)
     }
 }
 
 impl Drop for KeptMount<'_> {
     fn drop(&mut self) {
-        if let Err(error) = self.keeper.ask(&Request::Release) {
+        if let Err(error) = self.keeper.ask(Request::Release) {
             log::error!("{error}");
         }
     }

@@ -14,7 +14,8 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use super::hook::Hook;
 use super::looks::Looks;
-use super::wire::{self, Answer, Failure, Leftover, Reply, Request};
+use super::wire::{self, Answer, Failure, Leftover, Numbered, Reply, Request};
+use crate::attributes::{LONGEST_STREAM_NOTE, OPEN_MARK, STREAM_NOTE};
 use crate::error::Context;
 use crate::fuse::{HostMount, Unmounted};
 use crate::logging::{self, Owners};
@@ -24,10 +25,8 @@ use crate::{Error, ErrorKind, Result};
 #[derive(Debug, Default)]
 struct Kept {
     files: Vec<KeptFile>,
-    /// The image and the name of its attribute that says that it is open.
-    mark: Option<(OwnedFd, String)>,
-    /// The image and the name of its attribute that says what runs.
-    note: Option<(OwnedFd, String)>,
+    /// The image, for its two attributes.
+    image: Option<OwnedFd>,
     hook: Option<Hook>,
     /// Backing files.
     backing: Vec<(u64, u64)>,
@@ -108,12 +107,12 @@ pub fn run() -> Result<()> {
 }
 
 fn serve(kept: &mut Kept, socket: impl AsFd, records: &Receiver<(usize, String)>) -> Result<()> {
-    while let Some((request, descriptor)) = wire::receive::<Request>(&socket)? {
-        let (result, descriptor) = match kept.answer(request, descriptor) {
+    while let Some((Numbered { number, message }, descriptor)) = wire::receive::<Numbered<Request>>(&socket)? {
+        let (result, descriptor) = match kept.answer(message, descriptor) {
             Ok((answer, descriptor)) => (Ok(answer), descriptor),
             Err(error) => (Err(Failure::from(error)), None),
         };
-        let reply = Reply { log: records.try_iter().collect(), result };
+        let reply = Numbered { number, message: Reply { log: records.try_iter().collect(), result } };
         // The copy of /dev/fuse is closed here: the connection must end with the serving process.
         let sent = wire::send(&socket, &reply, descriptor.as_ref().map(AsFd::as_fd));
         if sent.is_err() {
@@ -128,8 +127,7 @@ impl Kept {
         let done = Ok((Answer::Done, None));
         match request {
             Request::Remember { .. }
-            | Request::RememberMark(_)
-            | Request::RememberNote(_)
+            | Request::RememberImage
             | Request::RememberCommand { .. }
             | Request::RememberLog { .. }
             | Request::RememberFiles(_)
@@ -142,25 +140,23 @@ impl Kept {
                 self.files.push(KeptFile::find(what, path.into(), identity)?);
                 done
             }
-            Request::RememberMark(name) => {
-                let image = descriptor.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "no image"))?;
-                self.mark = Some((image, name));
-                done
-            }
-            Request::RememberNote(name) => {
-                let image = descriptor.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "no image"))?;
-                self.note = Some((image, name));
+            Request::RememberImage => {
+                let image = descriptor.filter(|_| self.image.is_none());
+                self.image = Some(image.ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "no image, or a second one"))?);
                 done
             }
             Request::SetNote(text) => {
-                let (image, name) = self.note.as_ref().ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "no attribute was named"))?;
+                let image = self.image()?;
                 let set = match text {
-                    Some(text) => rustix::fs::fsetxattr(image, name.as_str(), text.as_bytes(), XattrFlags::empty()),
-                    None => rustix::fs::fremovexattr(image, name.as_str()),
+                    Some(text) if text.len() > LONGEST_STREAM_NOTE => {
+                        return Err(Error::new(ErrorKind::InvalidArgument, "the note of the stream is too long"));
+                    }
+                    Some(text) => rustix::fs::fsetxattr(image, STREAM_NOTE, text.as_bytes(), XattrFlags::empty()),
+                    None => rustix::fs::fremovexattr(image, STREAM_NOTE),
                 };
                 match set {
                     Ok(()) | Err(Errno::NODATA) => done,
-                    Err(error) => Err(Error::io(name.clone(), error.into())),
+                    Err(error) => Err(Error::io(STREAM_NOTE, error.into())),
                 }
             }
             Request::RememberCommand { command, environment, user } => {
@@ -210,14 +206,15 @@ impl Kept {
                 }
                 done
             }
-            Request::RemoveMark => {
-                let Some((image, name)) = self.mark.take() else { return done };
-                match rustix::fs::fremovexattr(&image, name.as_str()) {
-                    Ok(()) | Err(Errno::NODATA) => done,
-                    Err(error) => Err(Error::io("the mark of an open image stays", error.into())),
-                }
-            }
+            Request::RemoveMark => match rustix::fs::fremovexattr(self.image()?, OPEN_MARK) {
+                Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => done,
+                Err(error) => Err(Error::io("the mark of an open image stays", error.into())),
+            },
         }
+    }
+
+    fn image(&self) -> Result<&OwnedFd> {
+        self.image.as_ref().ok_or_else(|| Error::new(ErrorKind::InvalidArgument, "no image was named"))
     }
 
     fn mount(&self) -> Result<&HostMount> {
@@ -268,7 +265,7 @@ mod tests {
         let (sender, records) = crossbeam_channel::unbounded();
         sender.send((2, "said before".to_string())).unwrap();
         let keeper = thread::spawn(move || serve(&mut kept, &theirs, &records));
-        let talked = talk(Keeper::over(ours));
+        let talked = talk(Keeper::over(ours, std::process::id()).unwrap());
         (talked, keeper.join().unwrap())
     }
 
@@ -326,16 +323,16 @@ mod tests {
         let path = dir.path().join("image");
         std::fs::write(&path, "1").unwrap();
         let image = || OwnedFd::from(std::fs::File::open(&path).unwrap());
-        let name = "user.cordisk.open";
+        let name = OPEN_MARK;
         let marked = || rustix::fs::fgetxattr(image(), name, &mut [0u8; 8]);
         if rustix::fs::fsetxattr(image(), name, b"1", rustix::fs::XattrFlags::empty()).is_err() {
             return;
         }
         for told in [false, true] {
             let (finished, ended) = with_keeper(Kept::default(), |keeper| {
-                let mark = keeper.entrust_mark(&image(), name).unwrap();
+                let entrusted = keeper.entrust_image(&image()).unwrap();
                 if told {
-                    mark.remove().unwrap();
+                    entrusted.remove_mark().unwrap();
                 }
                 keeper.finish()
             });
@@ -351,7 +348,7 @@ mod tests {
         let path = dir.path().join("image");
         std::fs::write(&path, "1").unwrap();
         let image = || OwnedFd::from(std::fs::File::open(&path).unwrap());
-        let name = "user.cordisk.stream";
+        let name = STREAM_NOTE;
         if rustix::fs::fsetxattr(image(), name, b"1", rustix::fs::XattrFlags::empty()).is_err() {
             return;
         }
@@ -360,16 +357,19 @@ mod tests {
             rustix::fs::fgetxattr(image(), name, &mut text).map(|len| String::from_utf8_lossy(&text[..len]).into_owned())
         };
         let (finished, ended) = with_keeper(Kept::default(), |keeper| {
-            let note = keeper.entrust_note(&image(), name).unwrap();
+            let note = keeper.entrust_image(&image()).unwrap();
+            assert!(keeper.entrust_image(&image()).is_err(), "one image");
             thread::scope(|scope| {
-                scope.spawn(|| note.set(Some("first")).unwrap());
-                scope.spawn(|| keeper.ask(&Request::Release).unwrap());
+                scope.spawn(|| note.set_note(Some("first")).unwrap());
+                scope.spawn(|| keeper.ask(Request::Release).unwrap());
             });
             assert_eq!(read(), Ok("first".to_string()));
-            note.set(Some("second")).unwrap();
+            note.set_note(Some("second")).unwrap();
             assert_eq!(read(), Ok("second".to_string()));
-            note.set(None).unwrap();
-            note.set(None).unwrap();
+            assert!(note.set_note(Some(&"x".repeat(LONGEST_STREAM_NOTE + 1))).is_err());
+            assert_eq!(read(), Ok("second".to_string()), "a note that is too long changes nothing");
+            note.set_note(None).unwrap();
+            note.set_note(None).unwrap();
             assert_eq!(read(), Err(Errno::NODATA));
             keeper.finish()
         });
@@ -447,10 +447,10 @@ mod tests {
             assert!(error.to_string().contains("keeps one mount"), "{error}");
             // What it does not know it does not remove, unmount or detach.
             for request in [Request::Remove(Leftover::Pidfile), Request::Release] {
-                keeper.ask(&request).unwrap();
+                keeper.ask(request).unwrap();
             }
-            for request in [Request::Unmount, Request::Detach] {
-                assert_eq!(keeper.ask(&request).unwrap_err().kind(), ErrorKind::InvalidArgument);
+            for request in [Request::Unmount, Request::Detach, Request::RemoveMark, Request::SetNote(None)] {
+                assert_eq!(keeper.ask(request).unwrap_err().kind(), ErrorKind::InvalidArgument);
             }
             assert!(path.exists());
         });
@@ -461,8 +461,8 @@ mod tests {
     fn nonsense_ends_it() {
         for nonsense in [&b"x"[..], b"\"Format\"", b"{\"Remove\":\"/etc/passwd\"}", b"[[[[", &[0xff; 70_000]] {
             let (lost, ended) = with_keeper(Kept::default(), |keeper| {
-                rustix::net::send(&keeper.line.socket, nonsense, rustix::net::SendFlags::NOSIGNAL).unwrap();
-                let error = keeper.ask(&Request::Release).unwrap_err();
+                rustix::net::send(keeper.line.socket(), nonsense, rustix::net::SendFlags::NOSIGNAL).unwrap();
+                let error = keeper.ask(Request::Release).unwrap_err();
                 assert!(error.to_string().contains("mount keeper has died"), "{error}");
                 keeper.finish()
             });

@@ -20,15 +20,22 @@ use crate::{Error, ErrorKind, Result};
 /// Paths are at most 4096 bytes, and there are at most four in a message; the rest is for a command.
 const LONGEST: usize = 128 << 10;
 
+/// One request or one reply, with its number. A reply has the number of its request, so that a reply
+/// that comes after the serving process has stopped waiting for it is not taken for the next one.
+#[derive(Debug, Deserialize, Serialize)]
+pub(super) struct Numbered<T> {
+    pub(super) number: u64,
+    pub(super) message: T,
+}
+
 /// Asked by the serving process.
 #[derive(Debug, Deserialize, Serialize)]
 pub(super) enum Request {
     /// The file is to be removed at the end, if it is still this one. Only before the mount.
     Remember { what: Leftover, path: Name, identity: (u64, u64) },
-    /// With the image: its attribute of this name is to be removed at the end. Only before the mount.
-    RememberMark(String),
-    /// With the image: its attribute of this name is to be what [`Request::SetNote`] says. Only before the mount.
-    RememberNote(String),
+    /// With the image: [`Request::SetNote`] and [`Request::RemoveMark`] are about its attributes.
+    /// Once, and only before the mount.
+    RememberImage,
     /// To be run when a stream has completed, with these variables, as this user and group. Only before the mount.
     RememberCommand { command: Name, environment: Vec<(Name, Name)>, user: Option<(u32, u32)> },
     /// The log file, and the users to whom it may belong. Only before the mount.
@@ -47,9 +54,10 @@ pub(super) enum Request {
     Release,
     /// Remove a file that was remembered.
     Remove(Leftover),
-    /// Remove the attribute that was remembered: the image was closed.
+    /// Remove [`crate::attributes::OPEN_MARK`] of the image: it was closed.
     RemoveMark,
-    /// Set the attribute that was remembered, or remove it.
+    /// Set [`crate::attributes::STREAM_NOTE`] of the image to at most
+    /// [`crate::attributes::LONGEST_STREAM_NOTE`] bytes, or remove it.
     SetNote(Option<String>),
     /// Start the command that was remembered.
     RunCommand,

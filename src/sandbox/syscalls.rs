@@ -49,8 +49,6 @@ const ALLOWED: &[i64] = &[
     libc::SYS_fstat,
     libc::SYS_fstatfs,
     libc::SYS_fgetxattr,
-    libc::SYS_fsetxattr,
-    libc::SYS_fremovexattr,
     libc::SYS_flock,
     libc::SYS_close,
     libc::SYS_dup,

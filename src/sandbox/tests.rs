@@ -8,6 +8,7 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Command, ExitStatus};
 use std::time::Duration;
 
+use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 
 use super::*;
@@ -27,6 +28,7 @@ fn probe() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("file");
     let file = File::options().read(true).write(true).create(true).truncate(false).open(&path).unwrap();
+    let reader = File::open(&path).unwrap();
     let listener = UnixListener::bind(dir.path().join("socket")).unwrap();
     let mut client = UnixStream::connect(dir.path().join("socket")).unwrap();
     // Asked for now: in the sandbox the question alone would end the process.
@@ -76,6 +78,9 @@ fn probe() {
                 rustix::process::setrlimit(Resource::Core, all).map_err(io::Error::from)
             }
             "dumpable" => rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable).map_err(io::Error::from),
+            // Also through a descriptor that was opened for reading only.
+            "set an attribute" => rustix::fs::fsetxattr(&reader, "user.x", b"1", XattrFlags::empty()).map_err(io::Error::from),
+            "remove an attribute" => rustix::fs::fremovexattr(&reader, "user.x").map_err(io::Error::from),
             "change directory" => rustix::process::chdir("/").map_err(io::Error::from),
             "serve" => {
                 file.write_all_at(&[7; 5000], 3)?;
@@ -167,6 +172,8 @@ fn everything_else_ends_the_process() {
         "core files",
         "dumpable",
         "change directory",
+        "set an attribute",
+        "remove an attribute",
     ] {
         let (status, said) = try_it(what);
         assert_eq!(status.signal(), Some(SIGSYS), "{what}: {status:?}\n{said}");

@@ -12,7 +12,8 @@ use reflink_copy::ReflinkBlockBuilder;
 use rustix::fs::{Advice, AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, ResolveFlags, StatxFlags, XattrFlags};
 use rustix::io::{Errno, ReadWriteFlags, retry_on_intr};
 
-use super::{Ask, CloneSource, Holding, HostSpace, LONGEST_STREAM_NOTE, OpenMark, Storage, Version, WriteKind, holders, locks};
+use super::{Ask, CloneSource, FileId, Holding, HostSpace, OpenMark, Storage, Version, WriteKind, holders, locks};
+use crate::attributes::{BASE_NOTE, LONGEST_BASE_NOTE, LONGEST_STREAM_NOTE, OPEN_MARK, STREAM_NOTE};
 use crate::error::{Context, InUse};
 use crate::mutants::{Step, without};
 use crate::{Error, ErrorKind};
@@ -24,13 +25,6 @@ const STAT_BLOCK: u64 = 512;
 /// Mode of a new image before umask: as qemu-img, not writable by others.
 const NEW_FILE_MODE: u32 = 0o644;
 
-/// The extended attribute that is there while a program of ours writes the image, and after it was killed.
-const OPEN_MARK: &str = "user.cordisk.open";
-/// The extended attribute that says what the backing files were like, and more bytes than it ever has.
-const BASE_NOTE: &str = "user.cordisk.base";
-const LONGEST_NOTE: usize = 2048;
-/// The extended attribute by which a stream is resumed.
-const STREAM_NOTE: &str = "user.cordisk.stream";
 /// How often a walk that was disturbed by a rename is tried again.
 const OPEN_TRIES: u32 = 128;
 /// statfs(2) of XFS and btrfs: those of which it is known that fdatasync(2) makes a clone durable, and that they refuse what is outside of a file
@@ -424,7 +418,7 @@ impl Storage for FileStorage {
     }
 
     fn base_note(&self) -> io::Result<Option<String>> {
-        let mut note = [0; LONGEST_NOTE];
+        let mut note = [0; LONGEST_BASE_NOTE];
         match retry_on_intr(|| rustix::fs::fgetxattr(&self.file, BASE_NOTE, &mut note)) {
             Ok(len) => Ok(Some(String::from_utf8_lossy(&note[..len]).into_owned())),
             Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS | Errno::RANGE) => Ok(None),
@@ -437,6 +431,21 @@ impl Storage for FileStorage {
             Ok(()) | Err(Errno::OPNOTSUPP | Errno::PERM | Errno::NOSYS | Errno::NOSPC | Errno::DQUOT | Errno::ACCESS) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+
+    fn file_id(&self) -> io::Result<Option<FileId>> {
+        let wanted = StatxFlags::INO | StatxFlags::BTIME;
+        let stat = retry_on_intr(|| rustix::fs::statx(&self.file, "", AtFlags::EMPTY_PATH, wanted))?;
+        let host = retry_on_intr(|| rustix::fs::fstatvfs(&self.file))?;
+        // Device numbers of btrfs, overlayfs, NFS and tmpfs (major 0) are others after each mount.
+        let file_system = match (host.f_fsid, stat.stx_dev_major, stat.stx_dev_minor) {
+            (0, 0, _) => None,
+            (0, major, minor) => Some(format!("{major}:{minor}")),
+            (id, ..) => Some(format!("{id:016x}")),
+        };
+        let has_birth = StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::BTIME);
+        let born = has_birth.then(|| format!("{}.{:09}", stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec));
+        Ok(Some(FileId { file_system, inode: stat.stx_ino, born }))
     }
 
     fn stream_note(&self) -> io::Result<Option<Vec<u8>>> {
@@ -461,11 +470,9 @@ impl Storage for FileStorage {
         Ok(retry_on_intr(|| rustix::fs::fsetxattr(&self.file, STREAM_NOTE, note.as_bytes(), XattrFlags::empty()))?)
     }
 
-    fn entrust_stream_note(&self) -> io::Result<Option<(OwnedFd, &'static str)>> {
-        if !self.file.metadata()?.is_file() {
-            return Ok(None);
-        }
-        Ok(Some((self.reopened()?, STREAM_NOTE)))
+    fn entrust_attributes(&self) -> io::Result<Option<OwnedFd>> {
+        self.mark_entrusted.store(true, Ordering::Release);
+        Ok(if self.file.metadata()?.is_file() { Some(self.reopened()?) } else { None })
     }
 
     fn open_mark(&self) -> io::Result<OpenMark> {
@@ -497,15 +504,6 @@ impl Storage for FileStorage {
         }
         // fdatasync(2) need not write attributes.
         Ok(retry_on_intr(|| rustix::fs::fsync(&self.file))?)
-    }
-
-    fn entrust_open_mark(&self) -> io::Result<Option<(OwnedFd, &'static str)>> {
-        if self.open_mark()? != OpenMark::Present {
-            return Ok(None);
-        }
-        let file = self.reopened()?;
-        self.mark_entrusted.store(true, Ordering::Release);
-        Ok(Some((file, OPEN_MARK)))
     }
 
     fn remove_open_mark(&self) -> io::Result<()> {

@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::{fmt, io};
 
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 mod file;
 mod holders;
@@ -67,6 +68,22 @@ pub struct HostSpace {
     pub free: u64,
     /// All of it.
     pub total: u64,
+}
+
+/// Which file it is. A note beside the bytes of a file names it, since programs that copy files copy
+/// such notes as well. The same after a reboot and after a rename; another one for a copy, for what is
+/// restored from a backup in place of the file, and on another file system.
+#[derive(Clone, Debug, Deserialize, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct FileId {
+    /// `f_fsid` of statvfs(3), or the device number; `None` where neither outlives a mount.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file_system: Option<String>,
+    /// The number of a deleted file can be given to a new one.
+    inode: u64,
+    /// When the file was made; `None` where the file system does not know.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    born: Option<String>,
 }
 
 /// What a file says of how the last program of ours that wrote it has ended. It says so beside its bytes, so the format knows nothing of it.
@@ -223,11 +240,19 @@ pub trait Storage: Any + Send + Sync + std::fmt::Debug {
         Ok(())
     }
 
+    /// Which file it is; `None` for one that is in memory only.
+    ///
+    /// # Errors
+    /// Those of statx(2) and fstatvfs(3).
+    fn file_id(&self) -> io::Result<Option<FileId>> {
+        Ok(None)
+    }
+
     /// What [`Storage::set_stream_note`] has left beside the bytes; `None` where there is none or the file cannot have any. Whoever made the file may
     /// have written it.
     ///
     /// # Errors
-    /// Those of fgetxattr(2), among them ERANGE for one that is longer than [`LONGEST_STREAM_NOTE`].
+    /// Those of fgetxattr(2), among them ERANGE for one that is longer than [`crate::attributes::LONGEST_STREAM_NOTE`].
     fn stream_note(&self) -> io::Result<Option<Vec<u8>>> {
         Ok(None)
     }
@@ -241,12 +266,13 @@ pub trait Storage: Any + Send + Sync + std::fmt::Debug {
         Ok(())
     }
 
-    /// What it takes to do as [`Storage::set_stream_note`] does, for somebody who may when we may not: the file, opened once more and without our
-    /// locks, and the name of the attribute. `None` where there can be no note.
+    /// Leaves the mark of an open image and the note of a stream to another process: [`Storage::remove_open_mark`] does
+    /// nothing from now on. Returns the file, opened once more and without the locks of this one;
+    /// `None` where the file has no attributes.
     ///
     /// # Errors
-    /// Those of open(2).
-    fn entrust_stream_note(&self) -> io::Result<Option<(OwnedFd, &'static str)>> {
+    /// Those of open(2) and fstat(2).
+    fn entrust_attributes(&self) -> io::Result<Option<OwnedFd>> {
         Ok(None)
     }
 
@@ -275,24 +301,12 @@ pub trait Storage: Any + Send + Sync + std::fmt::Debug {
         Ok(())
     }
 
-    /// Leaves the removal of the mark to somebody else: [`Storage::remove_open_mark`] does nothing from now on. Returns what that takes, the
-    /// file, opened once more and without our locks, and the name of the attribute; `None` where there is no mark.
-    ///
-    /// # Errors
-    /// Those of open(2) and fgetxattr(2).
-    fn entrust_open_mark(&self) -> io::Result<Option<(OwnedFd, &'static str)>> {
-        Ok(None)
-    }
-
     /// What the file holds at `offset`, and for how many bytes, at most `max` (> 0). A hint without I/O.
     ///
     /// # Errors
     /// Those of lseek(2).
     fn holding(&self, offset: u64, max: u64) -> io::Result<(Holding, u64)>;
 }
-
-/// Bytes of the longest note of a stream: with the other attributes it fits the one block that ext4 has for them.
-pub const LONGEST_STREAM_NOTE: usize = 3072;
 
 /// What an error of [`Storage::clone_range`] says of the next try.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

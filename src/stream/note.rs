@@ -12,20 +12,24 @@
 //! metadata: a power cut may lose a note that is younger (the stream is not resumed), or bring back that of a job that was cancelled or has failed
 //! just before (it is resumed); the guest's bytes are those of the disk in either case.
 //!
-//! A note may come from anywhere: copies of an image can carry attributes. It is read as strictly as an image: its length is bounded, no member may
-//! be missing or unknown, and every value is one that a client could have asked for. Whatever is wrong with it, the disk is served without it.
+//! A note may come from anywhere: copies of an image carry attributes (`cp -a`, `rsync -X`, tar), and a file from elsewhere can come with a crafted
+//! one. It is read as strictly as an image: its length is bounded, no member may be missing or unknown, and every value is one that a client could
+//! have asked for. It names the file that it was written beside ([`FileId`]) and the backing file that stood in the header: beside another file it is
+//! not obeyed and removed, and with another backing file it is not obeyed. The name that it would write into the header has to pass the gate again
+//! and to lead to the base that stays. What is left to a note that names the right file is what its writer may do to the image anyway. Whatever is
+//! wrong with a note, the disk is served without it.
 
 use serde::{Deserialize, Serialize};
 
 use super::plan::{FinishBy, Plan};
 use super::{Priority, StreamOptions};
 use crate::chain::LayerInfo;
-use crate::disk::LONGEST_STREAM_NOTE;
+use crate::disk::{FileId, LONGEST_STREAM_NOTE};
 use crate::job::{self, OnError};
 use crate::{Error, ErrorKind, Result};
 
 /// The format of the text; another one is not read.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Longest name of a job.
 const LONGEST_ID: usize = 128;
 /// Longest name of a backing file in a header.
@@ -42,6 +46,10 @@ const ON_ERROR: [(OnError, &str); 5] = [
 /// A stream that is to be started again.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) struct Note {
+    /// The overlay's file.
+    pub file: Option<FileId>,
+    /// The name of the backing file in the header of the overlay.
+    pub backing: Option<String>,
     /// Only where it is not the device's.
     pub job_id: Option<String>,
     /// What stays below; `None` where nothing does.
@@ -90,6 +98,10 @@ pub(super) enum Place {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 struct Text {
     version: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<FileId>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     job_id: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -140,6 +152,8 @@ impl Note {
             };
             let text = Text {
                 version: VERSION,
+                file: self.file.clone(),
+                backing: self.backing.clone(),
                 job_id: self.job_id.clone(),
                 base: self.base.clone(),
                 speed: self.speed,
@@ -207,6 +221,8 @@ impl Note {
             return Err(wrong("a base that does not stay"));
         }
         Ok(Note {
+            file: text.file,
+            backing: text.backing,
             job_id: text.job_id,
             base: text.base,
             speed: text.speed,

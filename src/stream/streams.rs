@@ -13,6 +13,7 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use super::interrupted::{Interrupted, Seen};
 use super::note::{Base, Note, Place};
 use super::plan::{Governor, LOOK, Look, Plan, PlanInfo};
 use super::{KIND, Priority, StreamOptions, copy_up};
@@ -125,7 +126,7 @@ impl Streams {
         let look = Look { now: Timestamp::now(), up, done: 0, left: len, is_forecast: false, paused: options.paused };
         let speed = governor.as_mut().map_or(options.speed, |governor| governor.order(look, &self.shared.zone).speed);
         let base = options.depth.map(|depth| disk.info().map(|info| Base::below(&info.backing, depth))).transpose()?.flatten();
-        let note = (len > 0).then(|| self.note(&options, base, governor.as_ref(), len));
+        let note = (len > 0).then(|| self.note(disk, &options, base, governor.as_ref(), len));
         let mut state = self.shared.state.lock();
         // There is one chain. Clients are told before they come here; this is for one that is faster than the stream of the last mount.
         if state.running.is_some() {
@@ -163,20 +164,26 @@ impl Streams {
         Ok(())
     }
 
-    /// Starts the stream again that was running when the last process ended that had this image, if there was one, by what [`Disk::stream_note`] has
-    /// said of it. Never fails: a note that means nothing is warned of.
-    pub fn resume(&self, disk: &Arc<Disk>, note: Result<Option<Vec<u8>>>, priority: Priority) {
+    /// Starts the stream again that was running when the last process ended that had this image, if there was one. Never fails: a note that is not
+    /// obeyed is warned of, and removed unless it may be right another time.
+    pub fn resume(&self, disk: &Arc<Disk>, interrupted: Interrupted, priority: Priority) {
         if disk.is_read_only() {
-            return self.keep_back(disk, note);
+            return self.keep_back(disk, &interrupted);
         }
-        let note = match note {
-            Ok(None) => return,
-            Ok(Some(text)) => Note::parse(&text),
-            Err(error) => Err(error),
-        };
-        let note = match note {
-            Ok(note) => note,
-            Err(error) => return log::warn!("the note of an interrupted stream is not obeyed: {error}"),
+        let note = match interrupted.0 {
+            Seen::Nothing => return,
+            Seen::Note(note) => *note,
+            Seen::Unreadable(error) => return log::warn!("the note of an interrupted stream is not obeyed: {error}"),
+            Seen::Foreign(why) => {
+                log::warn!("the note of an interrupted stream is not obeyed, and removed: {why}");
+                let _starting = self.shared.starting.lock();
+                let mut state = self.shared.state.lock();
+                // Unless a client was faster: then it is the note of that client's stream by now.
+                if state.serial == 0 {
+                    self.keep(&mut state, None);
+                }
+                return;
+            }
         };
         // A client may be faster than we are: then the note beside the image is that of its stream, and the chain may be another one at any moment.
         let _starting = self.shared.starting.lock();
@@ -190,12 +197,12 @@ impl Streams {
             None => Ok(Place::Depth(None)),
         };
         let depth = match place {
-            Ok(Place::Depth(depth)) => depth,
+            Ok(Place::Depth(depth)) if note.backing == disk.backing_name() => depth,
             Ok(Place::Over) => {
                 log::debug!("the stream had come to its end");
                 return self.keep(&mut self.shared.state.lock(), None);
             }
-            Ok(Place::Elsewhere) => {
+            Ok(Place::Elsewhere | Place::Depth(_)) => {
                 return log::warn!(
                     "a stream was interrupted and is not resumed: the chain of backing files is another one since; start it anew"
                 );
@@ -210,9 +217,8 @@ impl Streams {
 
     /// Leaves the stream that was interrupted for another mount, and remembers that there is one.
     /// The note is not touched, and one that means nothing is no stream.
-    pub fn keep_back(&self, disk: &Disk, note: Result<Option<Vec<u8>>>) {
-        let Ok(Some(text)) = note else { return };
-        let Ok(note) = Note::parse(&text) else { return };
+    pub fn keep_back(&self, disk: &Disk, interrupted: &Interrupted) {
+        let Seen::Note(note) = &interrupted.0 else { return };
         if note.base.is_none() && disk.stream_len(usize::MAX) == 0 {
             return;
         }
@@ -287,9 +293,11 @@ impl Streams {
         });
     }
 
-    fn note(&self, options: &StreamOptions, base: Option<Base>, governor: Option<&Governor>, len: u64) -> Note {
+    fn note(&self, disk: &Disk, options: &StreamOptions, base: Option<Base>, governor: Option<&Governor>, len: u64) -> Note {
         let StreamOptions { job_id, speed, paused, on_error, auto_finalize, auto_dismiss, backing_file, request, .. } = options.clone();
         Note {
+            file: disk.file_id().cloned(),
+            backing: disk.backing_name(),
             job_id: Some(job_id).filter(|id| *id != self.shared.device),
             base,
             speed,

@@ -559,17 +559,17 @@ fn a_client_that_is_faster_than_a_resumed_stream_keeps_its_note() {
     let base = serde_json::json!({ "name": layers[0].reference.name, "path": layers[0].path, "layers": 1 });
     for base in [Some(base), None] {
         let mut note = serde_json::json!({
-            "version": 1, "speed": 0, "on-error": "report", "auto-finalize": true, "auto-dismiss": true, "request": "", "paused": false, "offset": 0, "len": 1,
+            "version": 2, "speed": 0, "on-error": "report", "auto-finalize": true, "auto-dismiss": true, "request": "", "paused": false, "offset": 0, "len": 1,
         });
         if let Some(base) = base {
             note["base"] = base;
         }
-        streams.resume(&disk, Ok(Some(note.to_string().into_bytes())), Priority::Normal);
+        streams.resume(&disk, Interrupted::of(note.to_string().as_bytes(), &disk), Priority::Normal);
         assert!(notes.lock().as_deref().is_some_and(|note| note.contains("\"client\"")), "{:?}", notes.lock());
     }
     assert_eq!(streams.start(&disk, StreamOptions::new("third")).unwrap_err().kind(), crate::ErrorKind::Busy);
     jobs.cancel("client", crate::job::Force::Yes).unwrap();
     wait_until("the end of the stream", || jobs.query().is_empty());
-    streams.resume(&disk, Ok(Some(notes.lock().clone().unwrap_or_default().into_bytes())), Priority::Normal);
+    streams.resume(&disk, Interrupted::of(notes.lock().clone().unwrap_or_default().as_bytes(), &disk), Priority::Normal);
     assert!(jobs.query().is_empty() && notes.lock().is_none());
 }

@@ -23,6 +23,7 @@ const ROOMS: &[Room] = &[
     Room { name: "mutants", floor: 0, never: &[] },
     Room { name: "format", floor: 0, never: &["sync"] }, // pure: bytes in, values out
     Room { name: "range_lock", floor: 0, never: &[] },
+    Room { name: "attributes", floor: 0, never: &[] },
     Room { name: "storage", floor: 1, never: &["format", "range_lock"] }, // one file, whatever it holds
     Room { name: "job", floor: 1, never: &["format", "range_lock"] },     // a job, whatever it does
     Room { name: "sandbox", floor: 1, never: &["format", "range_lock"] }, // rights of the process, not its work

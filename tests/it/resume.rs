@@ -31,6 +31,32 @@ fn set_note(image: &Path, text: &[u8]) {
     fsetxattr(File::open(image).expect("image"), NOTE, text, XattrFlags::empty()).expect("fsetxattr");
 }
 
+/// What a note that belongs to this image says of it: asked of coreutils, not of the program.
+fn file_of(image: &Path) -> Value {
+    let told = |program: &[&str]| {
+        let output = Command::new(program[0]).args(&program[1..]).arg(image).output().expect("stat");
+        String::from_utf8(output.stdout).expect("text").trim().to_owned()
+    };
+    let mut file = json!({ "inode": told(&["stat", "-c", "%i"]).parse::<u64>().expect("inode") });
+    let id = told(&["stat", "-f", "-c", "%i"]);
+    if id.trim_start_matches('0').is_empty() {
+        let (major, minor) = (told(&["stat", "-c", "%Hd"]), told(&["stat", "-c", "%Ld"]));
+        if major != "0" {
+            file["file-system"] = json!(format!("{major}:{minor}"));
+        }
+    } else {
+        // stat(1) prints the two halves of the number in the order in which they lie in memory.
+        let id = format!("{id:0>16}");
+        file["file-system"] = json!(format!("{}{}", &id[8..], &id[..8]));
+    }
+    // "2026-01-02 03:04:05.123456789 +0000", and the seconds of the same.
+    let (born, seconds) = (told(&["stat", "-c", "%w"]), told(&["stat", "-c", "%W"]));
+    if let Some(nanoseconds) = born.split('.').nth(1).and_then(|rest| rest.split(' ').next()) {
+        file["born"] = json!(format!("{seconds}.{nanoseconds}"));
+    }
+    file
+}
+
 /// Whether scratch directories lie where files can have notes.
 fn have_notes(image: &Path) -> bool {
     let file = File::open(image).expect("image");
@@ -194,6 +220,7 @@ fn another_chain_is_not_streamed_and_a_cut_one_is_over() {
     drop(client);
     disk.kill9();
     let kept = note(&top).expect("a note");
+    assert_eq!((&kept["file"], &kept["backing"]), (&file_of(&top), &json!("mid.qcow2")));
     // Rebased to a copy of the middle that has no base: the chain is shorter, and another one.
     run_ok(Command::new("qemu-img").args(["convert", "-O", "qcow2"]).arg(scratch.join("mid.qcow2")).arg(scratch.join("flat.qcow2")));
     qemu::img(&["rebase", "-u", "-b", "flat.qcow2", "-F", "qcow2", top.to_str().expect("UTF-8")]);
@@ -216,7 +243,8 @@ fn another_chain_is_not_streamed_and_a_cut_one_is_over() {
     let disk = again(&rig.scratch, &rig.overlay).args(&["--stream"]).start_settled();
     wait_until("the stream has ended", || qemu::img(&["info", "-U", rig.overlay.to_str().expect("UTF-8")]).find("backing file").is_none());
     disk.umount();
-    let whole = json!({"version": 1, "speed": 1, "on-error": "report", "auto-finalize": true, "auto-dismiss": true, "request": "",
+    let file = file_of(&rig.overlay);
+    let whole = json!({"version": 2, "file": file, "backing": "base.raw", "speed": 1, "on-error": "report", "auto-finalize": true, "auto-dismiss": true, "request": "",
         "paused": false, "offset": 0, "len": MIB});
     set_note(&rig.overlay, whole.to_string().as_bytes());
     let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
@@ -344,7 +372,7 @@ fn notes_from_anywhere_hurt_nobody() {
     if !have_notes(&rig.overlay) {
         return;
     }
-    let good = json!({"version": 1, "speed": 1, "on-error": "report", "auto-finalize": true, "auto-dismiss": true, "request": "",
+    let good = json!({"version": 2, "file": file_of(&rig.overlay), "backing": "base.raw", "speed": 1, "on-error": "report", "auto-finalize": true, "auto-dismiss": true, "request": "",
         "paused": false, "offset": 0, "len": 0});
     let with = |name: &str, value: Value| {
         let mut text = good.clone();
@@ -358,6 +386,9 @@ fn notes_from_anywhere_hurt_nobody() {
         b"{}".to_vec(),
         long,
         with("version", json!(99)),
+        with("version", json!(1)),
+        with("file", json!(null)),
+        with("file", json!({"inode": 1})),
         with("job-id", json!("../../etc")),
         with("speed", json!(-1)),
         with("backing-file", json!("/etc/passwd")),
@@ -374,9 +405,102 @@ fn notes_from_anywhere_hurt_nobody() {
             String::from_utf8_lossy(&hostile)
         );
         assert_same("disk", &disk.read_all(), &rig.content);
+        assert_eq!(note(&rig.overlay), None, "said once");
         disk.umount();
     }
-    rig.assert_overlay(&rig.content);
+    // The way of breaking notes does not break them itself.
+    set_note(&rig.overlay, with("len", json!(MIB)).as_slice());
+    let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
+    let mut client = disk.client();
+    client.wait_for_first_step();
+    client.finish_job("drive0");
+    drop(client);
+    disk.umount();
+    rig.assert_standalone(&rig.content);
+}
+
+/// Protects: a copy of an image with its attributes (`cp -a`, of a running one as well) has no stream of its own, whatever it copied, and says so
+/// once; the mark of an open image that was copied with it costs a look and goes. The image itself goes on, also under another name.
+#[test]
+fn a_copy_of_an_image_does_not_stream() {
+    requires!("/dev/fuse", "qemu-img", "cp");
+    let rig = Rig::new(4 * MIB);
+    if !have_notes(&rig.overlay) {
+        return;
+    }
+    let disk = again(&rig.scratch, &rig.overlay).qmp().args(&["--stream", "--speed", "1"]).start_settled();
+    let mut client = disk.client();
+    client.wait_for_first_step();
+    // Nothing is written while it is copied.
+    client.ok("block-job-pause", json!({"device": "drive0"}));
+    disk.open().sync_all().expect("fsync");
+    let copies = [rig.scratch.join("copy.qcow2"), rig.scratch.join("late.qcow2")];
+    let copy = |to: &Path| run_ok(Command::new("cp").arg("-a").arg(&rig.overlay).arg(to));
+    copy(&copies[0]);
+    drop(client);
+    disk.umount();
+    copy(&copies[1]);
+    for image in &copies {
+        assert!(note(image).is_some(), "cp -a copies attributes");
+        let disk = again(&rig.scratch, image).qmp().start_settled();
+        assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new());
+        assert_eq!(disk.log().matches("it was written for another file").count(), 1, "{}", disk.log());
+        assert_same("the copy", &disk.read_all(), &rig.content);
+        assert_eq!(note(image), None);
+        disk.umount();
+        let disk = again(&rig.scratch, image).qmp().start_settled();
+        assert!(!disk.log().contains("interrupted stream"), "{}", disk.log());
+        disk.umount();
+        qemu::assert_clean(image);
+    }
+    let renamed = rig.scratch.join("renamed.qcow2");
+    fs::rename(&rig.overlay, &renamed).expect("rename");
+    let disk = again(&rig.scratch, &renamed).qmp().start_settled();
+    let mut client = disk.client();
+    assert_eq!(jobs(&mut client).len(), 1, "{}", disk.log());
+    client.ok("block-job-resume", json!({"device": "drive0"}));
+    client.finish_job("drive0");
+    drop(client);
+    disk.umount();
+    qemu::assert_independent(&renamed);
+}
+
+/// Protects: a note cannot have another file's name written into the header: the name that it would give the base has to lead to the base, through the
+/// gate. A name that does is written.
+#[test]
+fn a_note_names_no_file_but_its_base() {
+    requires!("/dev/fuse", "qemu-img");
+    let scratch = Scratch::new();
+    let want = three_layers(&scratch);
+    let top = scratch.join("top.qcow2");
+    if !have_notes(&top) {
+        return;
+    }
+    fs::write(scratch.join("secret.raw"), vec![b's'; MIB as usize]).expect("another file");
+    std::os::unix::fs::symlink("base.raw", scratch.join("link.raw")).expect("symlink");
+    let base = json!({"name": "base.raw", "path": scratch.join("base.raw"), "layers": 1});
+    let text = |name: &str| {
+        json!({"version": 2, "file": file_of(&top), "backing": "mid.qcow2", "base": base, "speed": 0, "on-error": "report", "auto-finalize": true,
+            "auto-dismiss": true, "backing-file": name, "request": "", "paused": false, "offset": 0, "len": 4 * MIB})
+    };
+    for (name, why) in
+        [("secret.raw", "that of another file"), ("json:{}", "protocols"), ("gone.raw", "No such file"), ("/proc/self/exe", "/proc")]
+    {
+        set_note(&top, text(name).to_string().as_bytes());
+        let disk = again(&scratch, &top).qmp().start_settled();
+        assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new(), "{name}");
+        let log = disk.log();
+        assert!(log.contains("not obeyed, and removed: the name that it would give the base") && log.contains(why), "{name}: {log}");
+        disk.umount();
+        assert_eq!(note(&top), None, "{name}");
+        assert_eq!(qemu::info(&top)["backing-filename"], json!("mid.qcow2"), "{name}");
+    }
+    set_note(&top, text("link.raw").to_string().as_bytes());
+    let disk = again(&scratch, &top).qmp().start_settled();
+    wait_until("the stream has ended", || note(&top).is_none());
+    disk.umount();
+    assert_eq!(qemu::info(&top)["backing-filename"], json!("link.raw"));
+    assert_same("top over base", &qemu::read_all(&top), &want);
 }
 
 /// Protects: where files have no attributes a stream runs all the same, and one line says what is lost.

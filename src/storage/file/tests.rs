@@ -360,22 +360,37 @@ fn the_size_is_that_under_the_lock() {
     assert_eq!((second.size(), buf), (8192, [7; 16]));
 }
 
+/// Protects: a file is the same under another name and when it is opened again, and neither a copy of it nor what is put in its place.
+#[test]
+fn a_file_is_told_from_its_copy() {
+    let (dir, path) = scratch(4096);
+    let id = |path: &Path| FileStorage::open_unlocked(path, Access::ReadOnly).unwrap().file_id().unwrap().expect("a file");
+    let (first, renamed) = (id(&path), dir.path().join("renamed"));
+    std::fs::copy(&path, dir.path().join("copy")).unwrap();
+    assert_ne!(id(&dir.path().join("copy")), first);
+    std::fs::rename(&path, &renamed).unwrap();
+    assert_eq!(id(&renamed), first);
+    std::fs::copy(&renamed, &path).unwrap();
+    assert_ne!(id(&path), first);
+    let text = serde_json::to_string(&first).unwrap();
+    assert_eq!(serde_json::from_str::<FileId>(&text).unwrap(), first, "{text}");
+}
+
 /// Whoever removes the mark in our place gets neither our locks nor keeps them.
 #[test]
 fn the_mark_can_be_left_to_somebody_else() {
     let (_dir, path) = scratch(0);
     let file = FileStorage::open(&path, Access::ReadWrite).unwrap();
-    assert!(file.entrust_open_mark().unwrap().is_none(), "there is no mark");
     file.set_open_mark().unwrap();
     if file.open_mark().unwrap() == OpenMark::Unsupported {
         return;
     }
-    let (theirs, name) = file.entrust_open_mark().unwrap().expect("the mark");
+    let theirs = file.entrust_attributes().unwrap().expect("a regular file");
     file.remove_open_mark().unwrap();
     assert_eq!(file.open_mark().unwrap(), OpenMark::Present, "it is no longer ours to remove");
     drop(file);
     let again = FileStorage::open(&path, Access::ReadWrite).expect("nobody holds a lock");
-    rustix::fs::fremovexattr(&theirs, name).unwrap();
+    rustix::fs::fremovexattr(&theirs, OPEN_MARK).unwrap();
     assert_eq!(again.open_mark().unwrap(), OpenMark::Absent);
 }
 

@@ -6,6 +6,8 @@ use crate::stream::plan::Minute;
 
 fn note() -> Note {
     Note {
+        file: None,
+        backing: None,
         job_id: None,
         base: None,
         speed: 0,
@@ -51,6 +53,17 @@ fn plans() -> impl Strategy<Value = Option<Plan>> {
     prop_oneof![Just(None), schedule, finish_by]
 }
 
+fn files() -> impl Strategy<Value = Option<FileId>> {
+    let text = |(system, inode, born): (Option<String>, u64, Option<String>)| {
+        let mut file = serde_json::json!({ "inode": inode });
+        system.into_iter().for_each(|system| file["file-system"] = system.into());
+        born.into_iter().for_each(|born| file["born"] = born.into());
+        serde_json::from_value(file).unwrap()
+    };
+    let parts = (proptest::option::of("[0-9a-f]{16}"), any::<u64>(), proptest::option::of("[0-9]{10}\\.[0-9]{9}"));
+    proptest::option::of(parts.prop_map(text))
+}
+
 prop_compose! {
     fn notes()(
         job_id in proptest::option::of("[a-zA-Z][a-zA-Z0-9._-]{0,127}"),
@@ -60,6 +73,8 @@ prop_compose! {
         on_error in 0..ON_ERROR.len(),
         flags in any::<[bool; 3]>(),
         backing_file in proptest::option::of("\\PC{0,60}"),
+        backing in proptest::option::of("\\PC{0,60}"),
+        file in files(),
         request in "\\PC{0,200}",
         offset in any::<u64>(),
         len in any::<u64>(),
@@ -68,7 +83,7 @@ prop_compose! {
         let base = base.map(|(name, path, layers)| Base { name, path, layers });
         let [auto_finalize, auto_dismiss, paused] = flags;
         let on_error = ON_ERROR[on_error].0;
-        Note { job_id, base, speed, plan, on_error, auto_finalize, auto_dismiss, backing_file, request, paused, offset, len }
+        Note { file, backing, job_id, base, speed, plan, on_error, auto_finalize, auto_dismiss, backing_file, request, paused, offset, len }
     }
 }
 
@@ -128,7 +143,10 @@ fn hostile_notes_are_refused_with_a_reason() {
         (b"\xff\xfe".to_vec(), "expected"),
         (deep, "expected"),
         (vec![b' '; LONGEST_STREAM_NOTE + 1], "too long"),
-        (with("version", 2.into()), "another version"),
+        (with("version", 1.into()), "another version"),
+        (with("version", 3.into()), "another version"),
+        (with("file", serde_json::json!({"inode": 1, "path": "/x"})), "unknown field"),
+        (with("file", serde_json::json!({"file-system": "1"})), "missing field"),
         (with("command", "rm".into()), "unknown field"),
         (with("job-id", "1; x".into()), "job-id"),
         (with("job-id", "a".repeat(LONGEST_ID + 1).into()), "job-id"),
