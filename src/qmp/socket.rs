@@ -1,19 +1,21 @@
-//! The socket's file: made so that only its owner can ever connect, never over another process's, removed only while it is ours.
+//! The socket's file: made so that only its owner can ever connect, never over another process's, removed only while it is ours. Its mode and its owner
+//! are changed by descriptor, never by path; in a directory of another user it is made in a private one and moved.
 
-use std::ffi::OsStr;
-use std::fs::{self, File, TryLockError};
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, TryLockError};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid, fchmod};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Uid, fchmod};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use crate::error::Context;
+use crate::running::Place;
 use crate::{Error, ErrorKind, Result};
 
 /// Nobody but the owner.
@@ -21,13 +23,17 @@ const MODE: u32 = 0o600;
 /// How many connections may wait to be accepted: more than there are places for clients, since one that does not block (as of an asyncio client) is
 /// refused at once when they are too many.
 const BACKLOG: i32 = 64;
+/// Names that are tried for a private directory.
+const MOST_TRIES: u32 = 100;
 /// How long another process may take to make its socket in the same directory.
 const DIRECTORY_LOCK: Duration = Duration::from_secs(1);
 
 /// A listening socket and its file, which is removed on drop if it is still ours.
 #[derive(Debug)]
 pub struct Socket {
-    path: PathBuf,
+    place: Place,
+    /// The file, `O_PATH`: what is changed of it is changed by this, never by its path.
+    file: OwnedFd,
     /// (device, inode) of the file.
     identity: (u64, u64),
     listener: UnixListener,
@@ -49,25 +55,17 @@ impl Socket {
         let address = SocketAddrUnix::new(path).map_err(|_| {
             Error::new(ErrorKind::InvalidArgument, "the kernel takes names of sockets with up to 107 bytes; choose a shorter one")
         })?;
-        let directory = open_parent(path).ok();
-        let _lock = directory.as_ref().and_then(lock_directory);
-        remove_stale(path)?;
+        let place = Place::find(path)?;
+        let _lock = lock_directory(place.directory());
+        remove_stale(&place)?;
         let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
         let socket = socket.map_err(io::Error::from).context(|| "socket")?;
         // The file inherits the mode of the socket. Whatever it has, nobody connects before `listen`.
         fchmod(&socket, Mode::from_raw_mode(MODE)).map_err(io::Error::from).context(|| "mode")?;
-        rustix::net::bind(&socket, &address).map_err(io::Error::from).context(|| "bind")?;
-        let listening = secure(path).and_then(|identity| {
-            rustix::net::listen(&socket, BACKLOG)?;
-            Ok(identity)
-        });
-        match listening {
-            Ok(identity) => Ok(Socket { path: path.into(), identity, listener: socket.into(), entrusted: false }),
-            Err(error) => {
-                let _ = fs::remove_file(path);
-                Err(Error::io("listen", error))
-            }
-        }
+        let bound = if place.is_foreign() { bind_privately(&socket, &place) } else { bind_openly(&socket, &place, &address) };
+        let file = bound.context(|| "bind")?;
+        let stat = rustix::fs::fstat(&file).map_err(io::Error::from).context(|| "fstat")?;
+        Ok(Socket { place, file, identity: (stat.st_dev, stat.st_ino), listener: socket.into(), entrusted: false })
     }
 
     /// (device, inode) of its file.
@@ -75,21 +73,15 @@ impl Socket {
         self.identity
     }
 
-    /// Gives the file to another user, who is served from then on (and root): to be called before becoming that user.
+    /// Gives the file to another user, who is served from then on (and root): to be called before becoming that user. The owner of the file that was
+    /// made is changed, whatever is at its path by now.
     ///
     /// # Errors
-    /// Those of chown(2); the file is no longer ours.
+    /// Those of chown(2).
     pub fn give_to(&self, uid: u32, gid: u32) -> Result<()> {
-        let what = || format!("QMP socket {}", self.path.display());
-        // Never through a link, and not to a file that has replaced ours meanwhile.
-        let file = rustix::fs::open(&self.path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
-        let file = file.map_err(io::Error::from).context(what)?;
-        let stat = rustix::fs::fstat(&file).map_err(io::Error::from).context(what)?;
-        if (stat.st_dev, stat.st_ino) != self.identity {
-            return Err(Error::new(ErrorKind::Busy, format!("{}: was replaced by another file", what())));
-        }
         let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
-        rustix::fs::chownat(&file, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH).map_err(io::Error::from).context(what)
+        let given = rustix::fs::chownat(&self.file, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH);
+        given.map_err(io::Error::from).context(|| format!("QMP socket {}", self.path().display()))
     }
 
     /// From now on it is for somebody else to remove the file, with [`remove_socket`].
@@ -104,7 +96,7 @@ impl Socket {
 
     /// Where it is, absolute.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.place.path()
     }
 
     /// Lets nobody connect any more, and ends an `accept` that waits, with an error.
@@ -118,9 +110,8 @@ impl Drop for Socket {
         if self.entrusted {
             return;
         }
-        let name = self.path.file_name().unwrap_or_default();
-        if let Err(error) = open_parent(&self.path).and_then(|directory| remove_socket(directory, name, self.identity)) {
-            log::warn!("QMP socket {}: {error}", self.path.display());
+        if let Err(error) = remove_socket(self.place.directory(), self.place.name(), self.identity) {
+            log::warn!("QMP socket {}: {error}", self.path().display());
         }
     }
 }
@@ -135,34 +126,91 @@ pub fn remove_socket(directory: impl AsFd, name: &OsStr, identity: (u64, u64)) -
     if ours { Ok(rustix::fs::unlinkat(&directory, name, AtFlags::empty())?) } else { Ok(()) }
 }
 
-/// The directory that a path leads into.
-fn open_parent(path: &Path) -> io::Result<OwnedFd> {
-    let parent = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
-    Ok(rustix::fs::open(parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+/// Binds where nobody but root and this user can touch the file, and starts to listen. Returns the file.
+fn bind_openly(socket: &OwnedFd, place: &Place, address: &SocketAddrUnix) -> io::Result<OwnedFd> {
+    rustix::net::bind(socket, address)?;
+    let listening = file_in(place.directory(), place.name()).and_then(|file| {
+        rustix::net::listen(socket, BACKLOG)?;
+        Ok(file)
+    });
+    if listening.is_err() {
+        let _ = place.remove();
+    }
+    listening
 }
 
-/// Gives the file its mode, if it has another one, and says which file it is.
-fn secure(path: &Path) -> io::Result<(u64, u64)> {
-    let meta = fs::symlink_metadata(path)?;
-    if meta.mode() & 0o7777 != MODE {
-        fs::set_permissions(path, fs::Permissions::from_mode(MODE))?;
+/// Binds in a new directory that only this user can enter, starts to listen, and moves the file to its place: the owner of the place gets to see a
+/// socket that is finished, and can put nothing in its way.
+fn bind_privately(socket: &OwnedFd, place: &Place) -> io::Result<OwnedFd> {
+    let (directory, name) = private_directory(place)?;
+    let inner = OsStr::new("socket");
+    let address = Path::new("/proc/self/fd").join(directory.as_raw_fd().to_string()).join(inner);
+    let bound = (|| {
+        rustix::net::bind(socket, &SocketAddrUnix::new(&address)?)?;
+        let file = file_in(directory.as_fd(), inner)?;
+        rustix::net::listen(socket, BACKLOG)?;
+        // Not over a file that somebody has put there since the stale one was removed.
+        match rustix::fs::renameat_with(&directory, inner, place.directory(), place.name(), RenameFlags::NOREPLACE) {
+            Err(Errno::INVAL | Errno::NOSYS) => rustix::fs::renameat(&directory, inner, place.directory(), place.name())?,
+            renamed => renamed?,
+        }
+        Ok(file)
+    })();
+    let _ = rustix::fs::unlinkat(&directory, inner, AtFlags::empty());
+    let _ = rustix::fs::unlinkat(place.directory(), &name, AtFlags::REMOVEDIR);
+    bound
+}
+
+/// Makes a directory beside the place, and opens it. It is this user's, or an error: its parent is another user's, who can move it away.
+fn private_directory(place: &Place) -> io::Result<(OwnedFd, OsString)> {
+    let mut tries = 0;
+    let name = loop {
+        let name = OsString::from(format!(".cordisk-{}-{tries}", std::process::id()));
+        match rustix::fs::mkdirat(place.directory(), &name, Mode::RWXU) {
+            Ok(()) => break name,
+            Err(Errno::EXIST) if tries < MOST_TRIES => tries += 1,
+            Err(error) => return Err(error.into()),
+        }
+    };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let directory = rustix::fs::openat(place.directory(), &name, flags, Mode::empty())?;
+    let stat = rustix::fs::fstat(&directory)?;
+    if stat.st_uid != rustix::process::geteuid().as_raw() || stat.st_mode & 0o777 != 0o700 {
+        return Err(io::Error::other("its directory is changed by another user at this moment"));
     }
-    Ok((meta.dev(), meta.ino()))
+    Ok((directory, name))
+}
+
+/// The socket's file, just made: opened, with its mode.
+fn file_in(directory: BorrowedFd<'_>, name: &OsStr) -> io::Result<OwnedFd> {
+    let file = rustix::fs::openat(directory, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    let stat = rustix::fs::fstat(&file)?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Socket {
+        return Err(io::Error::other("it was replaced by another file"));
+    }
+    if stat.st_mode & 0o7777 != MODE {
+        // A descriptor of this kind has no fchmod(2); this name leads to its file and nowhere else.
+        let name = Path::new("/proc/self/fd").join(file.as_raw_fd().to_string());
+        rustix::fs::chmod(&name, Mode::from_raw_mode(MODE))?;
+    }
+    Ok(file)
 }
 
 /// Removes a socket that nobody listens to.
-fn remove_stale(path: &Path) -> Result<()> {
-    let meta = match fs::symlink_metadata(path) {
-        Ok(meta) => meta,
+fn remove_stale(place: &Place) -> Result<()> {
+    let there = match place.stat() {
+        Ok(there) => there,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(Error::io("stat", error)),
     };
-    if !meta.file_type().is_socket() {
+    if FileType::from_raw_mode(there.st_mode) != FileType::Socket {
         return Err(Error::new(ErrorKind::InvalidArgument, "the file exists and is not a socket"));
     }
-    match probe(path) {
+    // By the path where that is safe: a longer one than an address takes was refused before.
+    let path = if place.is_foreign() { place.by_descriptor() } else { place.path().to_path_buf() };
+    match probe(&path) {
         Ok(()) => Err(Error::new(ErrorKind::Busy, "another process listens to it")),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).context(|| "removing a stale socket"),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => place.remove().context(|| "removing a stale socket"),
         Err(error) => Err(Error::io("a file is there, and cannot be connected to", error)),
     }
 }
@@ -195,6 +243,8 @@ fn lock_directory(directory: impl AsFd) -> Option<File> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
     use std::os::unix::net::UnixStream;
 
     use super::*;
@@ -223,6 +273,45 @@ mod tests {
         drop(UnixListener::bind(dir.path().join("stale")).unwrap());
         let second = Socket::listen(&dir.path().join("stale")).unwrap();
         UnixStream::connect(second.path()).unwrap();
+    }
+
+    /// Protects: in a directory that others can write to, the socket works as elsewhere: its mode, connecting, a live one, a stale one, its end; nothing
+    /// else is left there.
+    #[test]
+    fn a_directory_of_others_holds_a_socket_as_well() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o777)).unwrap();
+        let path = dir.path().join("qmp");
+        drop(UnixListener::bind(&path).unwrap());
+        let socket = Socket::listen(&path).unwrap();
+        let there = fs::symlink_metadata(&path).unwrap();
+        assert_eq!((there.mode() & 0o7777, (there.dev(), there.ino())), (MODE, socket.identity()));
+        UnixStream::connect(&path).unwrap();
+        assert_eq!(Socket::listen(&path).unwrap_err().kind(), ErrorKind::Busy);
+        socket.give_to(rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw()).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        drop(socket);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    /// Protects: who replaces the file is not given anything, and what replaced it is not changed.
+    #[test]
+    fn the_file_that_was_made_is_given_away_and_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, victim) = (dir.path().join("qmp"), dir.path().join("victim"));
+        fs::write(&victim, "1").unwrap();
+        fs::set_permissions(&victim, PermissionsExt::from_mode(0o640)).unwrap();
+        let before = (victim.metadata().unwrap().uid(), victim.metadata().unwrap().mode());
+        for mode in [0o755, 0o777] {
+            fs::set_permissions(dir.path(), PermissionsExt::from_mode(mode)).unwrap();
+            let socket = Socket::listen(&path).unwrap();
+            fs::remove_file(&path).unwrap();
+            std::os::unix::fs::symlink(&victim, &path).unwrap();
+            let _ = socket.give_to(65534, 65534);
+            drop(socket);
+            assert_eq!((victim.metadata().unwrap().uid(), victim.metadata().unwrap().mode()), before);
+            fs::remove_file(&path).unwrap();
+        }
     }
 
     /// It was waited for, for ever.

@@ -1,12 +1,13 @@
 //! A file that says of a process that it lives: held by a lock, so that one that a killed process left behind is known as such.
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::path::Path;
 
 use rustix::fs::{FlockOperation, OFlags};
 use rustix::io::Errno;
 
+use super::Place;
 use crate::error::Context;
 use crate::{Error, ErrorKind, Result};
 
@@ -15,7 +16,7 @@ use crate::{Error, ErrorKind, Result};
 pub struct LockedFile {
     /// What it is, for messages.
     name: &'static str,
-    path: PathBuf,
+    place: Place,
     file: File,
     entrusted: bool,
 }
@@ -28,16 +29,9 @@ impl LockedFile {
     /// Busy: somebody holds it. What `inspect` says. Otherwise what the system says.
     pub fn acquire(name: &'static str, path: &Path, mut inspect: impl FnMut(&mut File) -> Result<String>) -> Result<LockedFile> {
         let what = || format!("{name} {}", path.display());
+        let place = Place::find(path).map_err(|error| error.context(what()))?;
         loop {
-            let mut file = File::options()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed())
-                .open(path)
-                .context(what)?;
+            let mut file = place.open_or_create(OFlags::RDWR).map_err(|error| error.context(what()))?;
             let holder = inspect(&mut file).map_err(|error| error.context(what()))?;
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
@@ -47,20 +41,20 @@ impl LockedFile {
                 Err(errno) => return Err(Error::io(what(), errno.into())),
             }
             // Its owner may have removed it between our open and our lock; then the lock is on a file that nobody will find.
-            if is_at(&file, path) {
+            if place.holds(&file) {
                 file.set_len(0).context(what)?;
-                return Ok(LockedFile { name, path: path.to_path_buf(), file, entrusted: false });
+                return Ok(LockedFile { name, place, file, entrusted: false });
             }
         }
     }
 
     fn what(&self) -> String {
-        format!("{} {}", self.name, self.path.display())
+        format!("{} {}", self.name, self.place.path().display())
     }
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.place.path()
     }
 
     /// Its (device, inode).
@@ -98,18 +92,10 @@ impl LockedFile {
 impl Drop for LockedFile {
     fn drop(&mut self) {
         if !self.entrusted
-            && is_at(&self.file, &self.path)
-            && let Err(error) = std::fs::remove_file(&self.path)
+            && self.place.holds(&self.file)
+            && let Err(error) = self.place.remove()
         {
             log::warn!("removing {}: {error}", self.what());
         }
-    }
-}
-
-/// Whether `path` still names `file`.
-pub(super) fn is_at(file: &File, path: &Path) -> bool {
-    match (file.metadata(), std::fs::symlink_metadata(path)) {
-        (Ok(ours), Ok(there)) => (ours.dev(), ours.ino()) == (there.dev(), there.ino()),
-        _ => false,
     }
 }

@@ -15,6 +15,7 @@
 
 mod directory;
 mod locked_file;
+mod place;
 mod registration;
 mod search;
 
@@ -23,6 +24,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize, Serializer};
 
 pub use locked_file::LockedFile;
+pub use place::Place;
 pub use registration::Registration;
 pub use search::{Found, find_all};
 

@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 use rustix::fs::{FlockOperation, OFlags};
 
 use super::directory::Surroundings;
-use super::locked_file::is_at;
 use super::{Entry, LockedFile};
 use crate::{Error, ErrorKind, Result};
 
@@ -101,4 +100,12 @@ fn remove_if_dead(directory: &Path, path: &Path, pid: u32) -> io::Result<()> {
         fs::remove_file(&socket)?;
     }
     fs::remove_file(path)
+}
+
+/// Whether `path` still names `file`.
+fn is_at(file: &File, path: &Path) -> bool {
+    match (file.metadata(), fs::symlink_metadata(path)) {
+        (Ok(ours), Ok(there)) => (ours.dev(), ours.ino()) == (there.dev(), there.ino()),
+        _ => false,
+    }
 }
