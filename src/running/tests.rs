@@ -22,7 +22,14 @@ fn find_in(surroundings: &Surroundings) -> Vec<Found> {
 }
 
 fn surroundings(directory: &Path) -> Surroundings {
-    Surroundings { uid: rustix::process::geteuid().as_raw(), outside: None, given: Some(directory.into()), of_session: None }
+    Surroundings {
+        uid: rustix::process::geteuid().as_raw(),
+        outside: None,
+        given: Some(directory.into()),
+        of_session: None,
+        of_users: directory.join("users"),
+        fallback: directory.join("tmp"),
+    }
 }
 
 #[test]
@@ -86,20 +93,63 @@ fn a_directory_of_others_is_refused_with_what_to_do() {
 
 #[test]
 fn everybody_has_a_place() {
-    let own = |uid, given: Option<&str>, session: Option<&Path>| {
-        Surroundings { uid, outside: None, given: given.map(PathBuf::from), of_session: session.map(PathBuf::from) }.own()
-    };
     let scratch = tempfile::tempdir().unwrap();
+    let (session, users, tmp) = (scratch.path().join("session"), scratch.path().join("users"), scratch.path().join("tmp"));
     let me = scratch.path().metadata().unwrap().uid();
-    assert_eq!(own(0, None, Some(scratch.path())), Path::new("/run/cordisk"));
-    assert_eq!(own(0, Some("/x"), None), Path::new("/x"));
-    assert_eq!(own(1234, None, None), Path::new("/tmp/cordisk-1234"));
-    assert_eq!(own(me + 1, None, Some(scratch.path())), PathBuf::from(format!("/tmp/cordisk-{}", me + 1)), "not that of another user");
-    if me != 0 {
-        assert_eq!(own(me, None, Some(scratch.path())), scratch.path().join("cordisk"));
+    let place = |uid, given: Option<&str>, session: Option<&Path>| Surroundings {
+        uid,
+        outside: None,
+        given: given.map(PathBuf::from),
+        of_session: session.map(PathBuf::from),
+        of_users: users.clone(),
+        fallback: tmp.clone(),
+    };
+    for directory in [&session, &users, &tmp] {
+        fs::create_dir(directory).unwrap();
     }
-    let place = Surroundings { uid: 1234, outside: None, given: None, of_session: None };
-    assert_eq!(place.all(), [Path::new("/tmp/cordisk-1234"), Path::new("/run/cordisk")]);
+    let own = |uid, given, session| place(uid, given, session).own();
+    let plain = |uid: u32| tmp.join(format!("cordisk-{uid}"));
+    assert_eq!(own(0, None, Some(&session)), [Path::new("/run/cordisk")]);
+    assert_eq!(own(0, Some("/x"), None), [Path::new("/x")]);
+    assert_eq!(own(1234, None, None), [plain(1234)]);
+    assert_eq!(own(me + 1, None, Some(&session)), [plain(me + 1)], "not that of another user");
+    assert_eq!(place(1234, None, None).all(), [plain(1234), PathBuf::from("/run/cordisk")]);
+    if me == 0 {
+        // Of the user 4242: a session, the directory of who is logged in, one in /tmp beside one that somebody else has taken.
+        let theirs = |path: PathBuf| {
+            fs::create_dir_all(&path).unwrap();
+            std::os::unix::fs::chown(&path, Some(4242), None).unwrap();
+            path
+        };
+        let (session, user) = (theirs(session.clone()), theirs(users.join("4242")));
+        let second = theirs(tmp.join("cordisk-4242.1"));
+        fs::create_dir(plain(4242)).unwrap();
+        fs::create_dir(tmp.join("cordisk-4242.2")).unwrap();
+        theirs(tmp.join("cordisk-42420"));
+        assert_eq!(own(4242, None, Some(&session)), [session.join("cordisk"), user.join("cordisk"), plain(4242), second]);
+    }
+}
+
+/// Protects: who makes `cordisk-UID` in /tmp first does not keep that user's daemons from having a place, which the next of them finds.
+#[test]
+fn a_name_that_somebody_has_taken_is_no_obstacle() {
+    let scratch = tempfile::tempdir().unwrap();
+    let uid = scratch.path().metadata().unwrap().uid();
+    if uid == 0 {
+        return eprintln!("skipped: root has a directory of its own");
+    }
+    let place = Surroundings { given: None, fallback: scratch.path().into(), ..surroundings(scratch.path()) };
+    let taken = scratch.path().join(format!("cordisk-{uid}"));
+    // Another user's would do as well.
+    fs::write(&taken, "").unwrap();
+    let first = place.make_own().unwrap();
+    assert_ne!(first, taken);
+    assert_eq!(first.metadata().unwrap().mode() & 0o777, 0o700);
+    assert_eq!(place.make_own().unwrap(), first, "and no third one");
+    assert!(place.all().contains(&first));
+    fs::remove_file(&taken).unwrap();
+    assert_eq!(place.make_own().unwrap(), taken);
+    assert!(place.all().contains(&first), "what is entered there is still found");
 }
 
 /// Whoever owns a directory can put anything there; whoever looks is neither stopped nor led astray.
