@@ -114,6 +114,7 @@ fn run(command: Command) -> Result<ExitCode> {
             created.map_err(|error| client::explain_busy(error, &options.base_path(), "unmount it first", "umount"))
         }
         Command::Check(options) => {
+            client::wait_for_closing(&options.image);
             crate::check::run(&options).map_err(|error| client::explain_busy(error, &options.image, "unmount it first", "umount"))
         }
         Command::Stream(options) => client::stream(&options),
@@ -196,15 +197,33 @@ fn serve(config: &MountConfig, user: Option<Identity>, log: &Log, owners: &Owner
     if let Some(path) = &config.log {
         keeper.entrust_log(path, owners)?;
     }
-    let served = serve_kept(config, user, &keeper, log);
+    let mut entered = Entered::default();
+    let served = serve_kept(config, user, &keeper, &mut entered, log);
+    // Last: as long as the entry is there, commands wait for the image to be closed.
+    drop(entered);
     first_of(served, keeper.finish())
 }
 
-/// As [`serve`], with a keeper: what was entrusted to it has been removed afterwards.
-fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper, log: &Log) -> Result<()> {
+/// The entry by which commands find this daemon. Dropped in this order: the file, then its lock.
+#[derive(Default)]
+struct Entered<'a> {
+    _file: Option<Entrusted<'a>>,
+    _registration: Option<Registration>,
+}
+
+/// As [`serve`], with a keeper: what was entrusted to it has been removed afterwards, but for the entry, which is `entered`.
+fn serve_kept<'a>(
+    config: &MountConfig,
+    user: Option<Identity>,
+    keeper: &'a Keeper,
+    entered: &mut Entered<'a>,
+    log: &Log,
+) -> Result<()> {
     let signals = signals::register()?;
     // Only who stays in the foreground is the process that a service manager has started.
     let manager = if config.role == Role::Foreground { Manager::connect() } else { None };
+    // It may have the pidfile, the socket and the port as well.
+    client::wait_for_closing(&config.image);
     let mut pidfile = config.pidfile.as_deref().map(Pidfile::acquire).transpose()?;
     let _pidfile = pidfile.as_mut().map(|pidfile| entrust(keeper, Leftover::Pidfile, pidfile.file())).transpose()?;
     // Before the current directory changes, to which the variable may refer.
@@ -230,7 +249,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper, log
     );
     // The socket before the mount: one that cannot be bound should not make a disk appear and vanish.
     let (mut socket, mut registration) = servers::listen(config, registration)?;
-    let _entry = registration.as_mut().ok().map(|place| entrust(keeper, Leftover::Entry, place.file())).transpose()?;
+    let entry = registration.as_mut().ok().map(|place| entrust(keeper, Leftover::Entry, place.file())).transpose()?;
     let socket_file = match &mut socket {
         Some(socket) => {
             let entrusted = keeper.entrust(Leftover::Socket, socket.path(), socket.identity())?;
@@ -262,7 +281,7 @@ fn serve_kept(config: &MountConfig, user: Option<Identity>, keeper: &Keeper, log
     };
     let servers = Servers { socket, metrics };
     // Held, and so locked, to the end.
-    let _registration = servers::register(config, registration, &servers, mount.path());
+    *entered = Entered { _file: entry, _registration: servers::register(config, registration, &servers, mount.path()).ok() };
     let confined = user.map_or(Ok(()), Identity::become_it).and_then(|()| sandbox::enter(config.sandbox));
     if let Err(error) = confined {
         drop((mount, device));

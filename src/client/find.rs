@@ -4,6 +4,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::closing::Process;
 use super::connection::{Connection, PATIENCE};
 use crate::error::{Context, InUse};
 use crate::fuse::{self, Life, SeenMount};
@@ -66,8 +67,15 @@ pub enum Target {
 pub fn find(target: &Path) -> Result<Target> {
     let name = target.display().to_string();
     let mounts = fuse::mounts()?;
-    if let Some(mount) = mount_at(target, &mounts)? {
+    if let Some(mount) = mount_at(target, &mounts) {
         return Ok(resolve(name, mount));
+    }
+    // Unmounted from there, and served still: its daemon closes the image, or another mount of the disk keeps it.
+    let was_there = |found: &Found, path: &Path| is_believed(found.owner) && found.entry.is_at(path) && found.is_running();
+    if let Some(path) = real(target)
+        && let Some(found) = running::find_all().find(|found| was_there(found, &path))
+    {
+        return Ok(Target::Running(disk_of(name, path, found)));
     }
     // Nothing of ours is mounted there, so asking for it cannot hang on us.
     if target.metadata().is_ok_and(|there| there.file_type().is_socket()) {
@@ -76,7 +84,7 @@ pub fn find(target: &Path) -> Result<Target> {
         let found = running::find_all().find(says_so);
         let mountpoint = found.as_ref().map(|found| {
             // An entry is text. The list of mounts has the name that can be unmounted, whatever its bytes are.
-            let mount = mounts.iter().find(|mount| found.entry.is_at(&mount.mountpoint) && same_text(&found.entry.image, &mount.image));
+            let mount = mounts.iter().find(|mount| is_of(found, mount) && same_text(&found.entry.image, &mount.image));
             mount.map_or_else(|| found.entry.mountpoint.clone(), |mount| mount.mountpoint.clone())
         });
         return Ok(Target::Running(Disk { name, socket, mountpoint, found }));
@@ -128,7 +136,14 @@ pub fn find_all() -> Result<Vec<Target>> {
     let mounts = fuse::mounts()?;
     let mut all: Vec<Target> = mounts.iter().map(|mount| resolve(mount.mountpoint.display().to_string(), mount)).collect();
     // Detached from its path, or mounted where this process does not see it, and served all the same.
-    let shown: Vec<u32> = all.iter().filter_map(|target| Some(entry_of(target)?.entry.pid)).collect();
+    let mut shown: Vec<u32> = Vec::new();
+    // A disk with bind mounts is one disk, at the oldest of its places.
+    all.retain(|target| {
+        let Some(pid) = entry_of(target).map(|found| found.entry.pid) else { return true };
+        let is_first = !shown.contains(&pid);
+        shown.push(pid);
+        is_first
+    });
     for found in running::find_all() {
         if is_believed(found.owner) && !shown.contains(&found.entry.pid) && found.is_running() {
             let mountpoint = found.entry.mountpoint.clone();
@@ -146,7 +161,7 @@ fn is_believed(owner: u32) -> bool {
 
 /// Whether what an entry says of its mountpoint counts: a user can write anything into an entry, and root would unmount it.
 fn speaks_for(found: &Found, mounts: &[SeenMount]) -> bool {
-    is_believed(found.owner) || mounts.iter().any(|mount| mount.user == Some(found.owner) && found.entry.is_at(&mount.mountpoint))
+    is_believed(found.owner) || mounts.iter().any(|mount| mount.user == Some(found.owner) && is_of(found, mount))
 }
 
 /// Whether a disk is mounted at `mountpoint` that may be one of the user `listener`, who says so.
@@ -162,23 +177,41 @@ fn entry_of(target: &Target) -> Option<&Found> {
     }
 }
 
-/// The mount that `target` names. Its last part is not looked at at first: it may be dead, or hang.
-fn mount_at<'a>(target: &Path, mounts: &'a [SeenMount]) -> Result<Option<&'a SeenMount>> {
+/// Whether a mount is one of the disk of an entry: by its file system, since a directory above it may have been renamed.
+fn is_of(found: &Found, mount: &SeenMount) -> bool {
+    match &found.entry.filesystem {
+        Some(device) => *device == mount.device,
+        None => found.entry.is_at(&mount.mountpoint),
+    }
+}
+
+/// Where the disk of an entry is mounted in this mount namespace, the oldest mount first.
+///
+/// # Errors
+/// The list of mounts cannot be read.
+pub(super) fn places_of(found: &Found) -> Result<Vec<PathBuf>> {
+    let mut mounts = fuse::mounts()?;
+    // Its file system has the number of one that has gone, perhaps that of this disk.
+    mounts.retain(|mount| is_of(found, mount) && same_text(&found.entry.image, &mount.image));
+    Ok(mounts.into_iter().map(|mount| mount.mountpoint).collect())
+}
+
+/// The absolute path of `target` without symbolic links, but for its last part, which is not looked at: it may be dead, or hang.
+fn real(target: &Path) -> Option<PathBuf> {
+    let absolute = std::path::absolute(target).ok()?;
+    Some(absolute.parent()?.canonicalize().ok()?.join(absolute.file_name()?))
+}
+
+/// The mount that `target` names, or that a symbolic link of this name leads to.
+fn mount_at<'a>(target: &Path, mounts: &'a [SeenMount]) -> Option<&'a SeenMount> {
     let at = |path: &Path| mounts.iter().find(|mount| mount.mountpoint == path);
-    let absolute = std::path::absolute(target).context(|| target.display().to_string())?;
-    let (Some(parent), Some(name)) = (absolute.parent(), absolute.file_name()) else { return Ok(None) };
-    let Ok(parent) = parent.canonicalize() else { return Ok(None) };
-    let path = parent.join(name);
+    let path = real(target)?;
     if let Some(mount) = at(&path) {
-        return Ok(Some(mount));
+        return Some(mount);
     }
     // readlink(2) asks nobody but the file system in which the link is.
-    let Ok(leads_to) = path.read_link() else { return Ok(None) };
-    let leads_to = parent.join(leads_to);
-    Ok(match (leads_to.parent().map(Path::canonicalize), leads_to.file_name()) {
-        (Some(Ok(parent)), Some(name)) => at(&parent.join(name)),
-        _ => None,
-    })
+    let leads_to = path.parent()?.join(path.read_link().ok()?);
+    at(&real(&leads_to)?)
 }
 
 fn image_of<'a>(target: &Path, mounts: &'a [SeenMount]) -> Option<&'a SeenMount> {
@@ -194,18 +227,24 @@ pub fn explain_busy(error: Error, image: &Path, advice: &str, command: &str) -> 
         return error;
     }
     let Ok(path) = image.canonicalize() else { return error };
-    let mountpoint = find_all().unwrap_or_default().into_iter().find_map(|target| match target {
-        Target::Running(disk) => disk.mountpoint.filter(|_| disk.found.is_some_and(|found| same_text(&found.entry.image, &path))),
-        Target::Dead(_) | Target::Unregistered(_) => None,
-    });
-    match mountpoint {
+    let Some(found) = daemons_of(&path).next() else { return user_of_base(error) };
+    let image = image.display();
+    let text = match places_of(&found).unwrap_or_default().first() {
         Some(at) => {
-            let at = super::show::quoted(&at);
-            let text = format!("{} is in use: it is mounted at {at}; {advice}: cordisk {command} {at}", image.display());
-            Error::new(ErrorKind::Busy, text)
+            let at = super::show::quoted(at);
+            format!("{image} is in use: it is mounted at {at}; {advice}: cordisk {command} {at}")
         }
-        None => user_of_base(error),
-    }
+        None => {
+            let (at, why) = (super::show::quoted(&found.entry.mountpoint), super::closing::why_it_lives(&found));
+            format!("{image} is in use: {why}; end it: cordisk umount --lazy {at}")
+        }
+    };
+    Error::new(ErrorKind::Busy, text)
+}
+
+/// The daemons that serve `image` (without symbolic links), of those whose entries are believed.
+pub(super) fn daemons_of(image: &Path) -> impl Iterator<Item = Found> + use<'_> {
+    running::find_all().filter(move |found| is_believed(found.owner) && same_text(&found.entry.image, image) && found.is_running())
 }
 
 /// The error of a file that another process has open, with the disk that the process serves, if it
@@ -226,9 +265,10 @@ fn user_of_base(error: Error) -> Error {
 fn resolve(name: String, mount: &SeenMount) -> Target {
     // A user can write anything into an entry: it counts for that user's own mounts only.
     let believed = |found: &Found| is_believed(found.owner) || Some(found.owner) == mount.user;
-    let known = running::find_all().filter(|found| found.entry.is_at(&mount.mountpoint) && believed(found));
+    let known = running::find_all().filter(|found| is_of(found, mount) && believed(found));
     let mut known: Vec<Found> = known.take(MOST_KNOWN).collect();
     let had_entry = !known.is_empty();
+    known.iter().filter(|found| !found.is_running()).for_each(Process::wait_for_the_killed);
     known.retain(Found::is_running);
     // Of several the one of this image, of those one that is believed everything (a mount may be root's for a user), and of those the newest: an older
     // one may have been detached, and still be served to those who have it open.
@@ -265,12 +305,24 @@ mod tests {
     /// Protects: root does not unmount what any user says is a disk.
     #[test]
     fn an_entry_counts_for_mounts_of_its_own_user() {
-        let entry =
-            Entry { pid: 1, mountpoint: "/srv/data".into(), image: "/i".into(), device: "d".into(), qmp: "/s".into(), metrics: None };
+        let entry = Entry {
+            pid: 1,
+            mountpoint: "/srv/data".into(),
+            image: "/i".into(),
+            device: "d".into(),
+            qmp: "/s".into(),
+            filesystem: None,
+            metrics: None,
+        };
         let me = rustix::process::geteuid().as_raw();
         let stranger = me + 4242;
         let found = |owner| Found::for_tests(entry.clone(), owner, tempfile::tempfile().unwrap());
-        let mount = |mountpoint: &str, user| SeenMount { mountpoint: mountpoint.into(), image: "/i".into(), user: Some(user) };
+        let mount = |mountpoint: &str, user| SeenMount {
+            mountpoint: mountpoint.into(),
+            image: "/i".into(),
+            user: Some(user),
+            device: "0:52".into(),
+        };
         assert!(speaks_for(&found(me), &[]) && speaks_for(&found(0), &[]));
         assert!(speaks_for(&found(stranger), &[mount("/srv/data", stranger)]));
         for mounts in [vec![], vec![mount("/srv/data", 0)], vec![mount("/home/x", stranger)]] {

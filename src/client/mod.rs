@@ -13,6 +13,7 @@
 //! longer than ten seconds, other than for the end of what it was told to do.
 //! **Locks:** none. **Invariants:** no command leaves a job or a mount in another state than it says.
 
+mod closing;
 mod connection;
 mod facts;
 mod find;
@@ -30,6 +31,7 @@ mod terminal;
 mod top;
 mod umount;
 
+pub use closing::wait_for_closing;
 pub use connection::{Connection, Heard, Refusal};
 pub use find::{Disk, Target, connect, explain_busy, find, find_all};
 pub use info::InfoOptions;

@@ -123,13 +123,13 @@ fn place(target: &Target) -> PathBuf {
 fn with_place(mut value: Value, disk: &Disk) -> Value {
     value["qmp"] = disk.socket.to_string_lossy().into();
     value["state"] = "running".into();
-    // A daemon that is older than these members.
-    if let Some(found) = &disk.found {
-        for (name, known) in [("mountpoint", json!(found.entry.mountpoint.to_string_lossy())), ("pid", json!(found.entry.pid))] {
-            if value[name].is_null() {
-                value[name] = known;
-            }
-        }
+    // Where it is now: the daemon knows where it was mounted.
+    if let Some(mountpoint) = &disk.mountpoint {
+        value["mountpoint"] = mountpoint.to_string_lossy().into();
+    }
+    // A daemon that is older than this member.
+    if let Some(found) = disk.found.as_ref().filter(|_| value["pid"].is_null()) {
+        value["pid"] = found.entry.pid.into();
     }
     value
 }
@@ -172,7 +172,7 @@ fn row_of(target: &Target, answer: Option<Result<Value>>) -> Row {
     };
     let Target::Running(disk) = target else { return Row::default() };
     let (mountpoint, image) = match &disk.found {
-        Some(found) => (found.entry.mountpoint.clone(), found.entry.image.clone()),
+        Some(found) => (disk.mountpoint.clone().unwrap_or_else(|| found.entry.mountpoint.clone()), found.entry.image.clone()),
         None => (disk.socket.clone(), PathBuf::new()),
     };
     match facts {

@@ -6,11 +6,9 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::fd::OwnedFd;
-use rustix::process::{Pid, PidfdFlags};
 use serde_json::{Value, json};
 
+use super::closing::{self, Process};
 use super::connection::{Connection, Heard};
 use super::find::{self, Disk, Target};
 use super::{Targets, facts, show};
@@ -23,6 +21,8 @@ use crate::{Error, ErrorKind, Result};
 const PATIENCE: Duration = Duration::from_secs(2);
 /// After so long somebody wants to know what takes so long.
 const EXPLAIN: Duration = Duration::from_secs(5);
+/// After so long it is looked whether another mount namespace keeps the disk.
+const LOOK_ELSEWHERE: Duration = Duration::from_secs(1);
 /// How long a lock on the entry is believed that neither a process nor a socket goes with: whoever may read an entry of the dead may lock it.
 const LOCK_ALONE: Duration = Duration::from_secs(10);
 /// How long one look takes.
@@ -94,6 +94,15 @@ fn in_use(mountpoint: &Path, target: &Path) -> Error {
     Error::new(ErrorKind::Busy, text)
 }
 
+fn mounted_twice(other: &Path, target: &Path) -> Error {
+    let (other, target) = (show::quoted(other), show::quoted(target));
+    let text = format!(
+        "{target} stays mounted: the disk is mounted at {other} as well (a bind mount); unmount that first: `umount {other}`, \
+         or end the disk everywhere: `cordisk umount --lazy {target}`"
+    );
+    Error::new(ErrorKind::Busy, text)
+}
+
 /// Ends a daemon that lives, and waits for it.
 fn end(disk: &Disk, options: &OneUmount) -> Result<()> {
     let process = disk.found.as_ref().and_then(Process::find);
@@ -108,11 +117,21 @@ fn end(disk: &Disk, options: &OneUmount) -> Result<()> {
         }
         (None, Err(_)) => None,
     };
+    let places = disk.found.as_ref().map(find::places_of).transpose()?;
     match (&mountpoint, &mut connection) {
         (_, Ok(connection)) if options.lazy => {
             connection.send("quit", json!({}))?;
         }
-        (Some(mountpoint), _) => take_away(mountpoint, options)?,
+        (Some(mountpoint), _) => {
+            let others: Vec<&PathBuf> = places.iter().flatten().filter(|place| *place != mountpoint).collect();
+            if let Some(other) = others.first().filter(|_| !options.lazy) {
+                return Err(mounted_twice(other, &options.target));
+            }
+            // Unmounted before, and the daemon lives still: there is only its end to wait for.
+            if places.as_ref().is_none_or(|places| places.contains(mountpoint)) {
+                take_away(mountpoint, options)?;
+            }
+        }
         (None, _) => {
             connection?;
             let name = one_line(&disk.name);
@@ -128,7 +147,7 @@ fn end(disk: &Disk, options: &OneUmount) -> Result<()> {
 fn wait_for_end(disk: &Disk, mut connection: Option<Connection>, mut process: Option<Process>, lock_alone: Duration) -> Result<()> {
     let started = Instant::now();
     let mut seen = started;
-    let mut explained = false;
+    let (mut explained, mut looked) = (false, false);
     let mut failure = None;
     let mut ended = false;
     loop {
@@ -150,6 +169,15 @@ fn wait_for_end(disk: &Disk, mut connection: Option<Connection>, mut process: Op
         let locked = !ended && seen.elapsed() < lock_alone && disk.found.as_ref().is_some_and(Found::is_running);
         if connection.is_none() && process.is_none() && !locked {
             break;
+        }
+        if !looked && started.elapsed() > LOOK_ELSEWHERE {
+            looked = true;
+            if let Some(why) = disk.found.as_ref().and_then(closing::other_namespace) {
+                explained = true;
+                let name = one_line(&disk.name);
+                let text = format!("unmounted here, but {why}; `cordisk umount --lazy {name}` ends it; Ctrl-C only ends the waiting");
+                let _ = writeln!(std::io::stderr(), "{name}: {text}");
+            }
         }
         if !explained && started.elapsed() > EXPLAIN {
             explained = true;
@@ -176,25 +204,10 @@ fn failure_in(message: &Value) -> Option<String> {
     why.as_str().map(str::to_owned)
 }
 
-/// A process whose end can be waited for. Its lock goes a moment before its other files, so the lock alone does not tell that the image is free.
-struct Process(OwnedFd);
-
-impl Process {
-    fn find(found: &Found) -> Option<Process> {
-        let pid = Pid::from_raw(i32::try_from(found.entry.pid).ok()?)?;
-        let handle = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
-        // Its number cannot have gone to another process while it holds its entry.
-        found.is_running().then_some(Process(handle))
-    }
-
-    fn has_ended(&self) -> bool {
-        let mut polled = [PollFd::new(&self.0, PollFlags::IN)];
-        !matches!(rustix::event::poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(0))
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use rustix::process::Pid;
+
     use super::*;
 
     /// Protects: nobody keeps an umount waiting by a lock on the entry of a daemon that is gone.
@@ -206,6 +219,7 @@ mod tests {
             image: "/i".into(),
             device: "d".into(),
             qmp: "/s".into(),
+            filesystem: None,
             metrics: None,
         };
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -217,7 +231,7 @@ mod tests {
         let mut child =
             std::process::Command::new("/bin/sh").args(["-c", "read line"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
         let pid = Pid::from_child(&child);
-        let process = Process(rustix::process::pidfd_open(pid, PidfdFlags::empty()).unwrap());
+        let process = Process::of(pid);
         drop(child.stdin.take());
         wait_for_end(&disk, None, Some(process), Duration::from_secs(3600)).unwrap();
         child.wait().unwrap();

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::Result;
 use crate::cli::MountConfig;
+use crate::fuse;
 use crate::metrics;
 use crate::qmp::Socket;
 use crate::running::{Entry, Registration};
@@ -46,6 +47,7 @@ pub(super) fn register(
             image: config.image.clone(),
             device: config.device.clone(),
             qmp: socket.path().into(),
+            filesystem: fuse::mounts()?.into_iter().find(|mount| mount.mountpoint == mountpoint).map(|mount| mount.device),
             metrics: servers.metrics.as_ref().map(|listener| listener.address().to_string()),
         })?;
         Ok(place)

@@ -10,6 +10,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{Errno, FdFlags};
@@ -33,6 +35,11 @@ const CONNECTIONS: &str = "/sys/fs/fuse/connections";
 
 /// The set-user-id helper of libfuse 3.
 const HELPER: &str = "fusermount3";
+
+/// How long a mount may be in use until it counts as such.
+const BUSY_PATIENCE: Duration = Duration::from_secs(2);
+/// Between two tries. A look at the mount takes microseconds.
+const BUSY_PAUSE: Duration = Duration::from_millis(5);
 
 /// Whether an unmount has happened.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -215,20 +222,38 @@ fn helper(flag: &str, path: &Path) -> io::Result<Output> {
     Command::new(HELPER).env("LC_ALL", "C").arg(flag).arg("--").arg(path).stdin(Stdio::null()).output()
 }
 
+/// Unmounts, and tries again for a moment where the mount is in use: while a program looks at it (stat(2), `df`) the kernel says so as well, with no
+/// file open.
+///
+/// # Errors
+/// Those of `unmount`.
+pub(super) fn unmount_patiently<E>(unmount: impl Fn() -> Result<Unmounted, E>) -> Result<Unmounted, E> {
+    let give_up = Instant::now() + BUSY_PATIENCE;
+    loop {
+        match unmount() {
+            Ok(Unmounted::Busy) if Instant::now() < give_up => thread::sleep(BUSY_PAUSE),
+            result => return result,
+        }
+    }
+}
+
 impl Attachment {
-    /// Unmounts if nobody has the disk open.
+    /// Unmounts if nobody has the disk open: wherever it is mounted in this mount namespace, its own place last.
     ///
     /// # Errors
     /// Neither done nor busy.
     pub(super) fn unmount(&self) -> Result<Unmounted> {
-        if self.entry()?.is_none() {
-            return Ok(Unmounted::Done);
-        }
-        match unmount(&self.path) {
-            Ok(Unmounted::Done) => Ok(Unmounted::Done),
-            _ if self.entry()?.is_none() => Ok(Unmounted::Done),
-            result => result.map_err(|error| self.failed(error)),
-        }
+        unmount_patiently(|| {
+            for place in self.places()? {
+                match unmount(&place) {
+                    Ok(Unmounted::Done) => {}
+                    _ if !self.places()?.contains(&place) => {}
+                    Ok(Unmounted::Busy) => return Ok(Unmounted::Busy),
+                    Err(error) => return Err(self.failed(error)),
+                }
+            }
+            Ok(Unmounted::Done)
+        })
     }
 
     /// Takes the mount away from whoever uses it: their descriptors fail from now on, the path is free, the session ends. To be called
@@ -237,20 +262,24 @@ impl Attachment {
     /// # Errors
     /// It is still mounted.
     pub(super) fn detach(&self) -> Result<()> {
-        if self.entry()?.is_none() {
+        let places = self.places()?;
+        if places.is_empty() {
             // Detached by somebody else, and still open.
             self.abort();
-            return Ok(());
         }
+        places.iter().try_for_each(|place| self.detach_at(place))
+    }
+
+    fn detach_at(&self, place: &Path) -> Result<()> {
         // FORCE aborts the connection, which ends the session although descriptors are open; DETACH frees the path.
         let flags = UnmountFlags::FORCE | UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
-        if take_away(&self.path, flags).is_ok() {
+        if take_away(place, flags).is_ok() {
             return Ok(());
         }
         // The same in two steps, without privilege.
         self.abort();
-        let output = helper("-uz", &self.path).map_err(|error| self.failed(error))?;
-        if output.status.success() || self.entry()?.is_none() {
+        let output = helper("-uz", place).map_err(|error| self.failed(error))?;
+        if output.status.success() || !self.places()?.iter().any(|there| there == place) {
             return Ok(());
         }
         Err(self.failed(io::Error::other(complaint(&output))))
@@ -266,9 +295,13 @@ impl Attachment {
         }
     }
 
-    /// The entry of our mount, while it is there and on top.
-    fn entry(&self) -> Result<Option<mountinfo::MountEntry>> {
-        Ok(mountinfo::mounted_at(&self.path)?.filter(|entry| entry.device == self.device && entry.source == self.source))
+    /// Where our file system is mounted and on top, by what it is: a directory above it may have been renamed, and others may have made bind mounts of
+    /// it. The newest first, and its own place last.
+    fn places(&self) -> Result<Vec<PathBuf>> {
+        let mut places: Vec<PathBuf> =
+            mountinfo::of_device(&self.device, &self.source)?.into_iter().rev().map(|entry| entry.mountpoint).collect();
+        places.sort_by_key(|place| *place == self.path);
+        Ok(places)
     }
 
     fn failed(&self, error: io::Error) -> Error {
@@ -278,7 +311,7 @@ impl Attachment {
 
 impl Drop for Attachment {
     fn drop(&mut self) {
-        if matches!(self.entry(), Ok(Some(_)))
+        if self.places().is_ok_and(|places| !places.is_empty())
             && let Err(error) = self.detach()
         {
             log::error!("{error}");

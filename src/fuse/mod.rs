@@ -56,7 +56,7 @@ pub use attributes::{Changes, Owner, TimeChange, Times};
 pub use file_system::{FileSystem, ReadAnswer};
 pub use handler::{Answer, Durability, Handler, Stat, Truncate, errno};
 pub use host::{HostMount, MountPlan};
-pub use outside::{Life, SeenMount, detach, life_of, mounts, remove_placeholder, unmount};
+pub use outside::{Life, SeenMount, detach, life_of, mounts, other_namespaces, remove_placeholder, unmount};
 pub use pulse::Pulse;
 
 use crate::Result;

@@ -44,6 +44,37 @@ pub(super) fn topmost_of_each() -> Result<Vec<MountEntry>> {
     Ok(on_top(list.split(|&byte| byte == b'\n').filter_map(parse).collect()))
 }
 
+/// Where the file system `device` (`major:minor`) with this source is mounted and on top, the oldest mount first. More than one place where somebody has
+/// made a bind mount. The device alone is not enough: the kernel gives its number to the next mount as soon as it is free.
+///
+/// # Errors
+/// As [`mounted_at`].
+pub(super) fn of_device(device: &str, source: &Path) -> Result<Vec<MountEntry>> {
+    let mut entries = topmost_of_each()?;
+    entries.retain(|entry| entry.device == device && entry.source == source);
+    Ok(entries)
+}
+
+/// Processes, one of each, in mount namespaces other than ours in which that file system is mounted. Only those that this user may look at.
+pub(super) fn other_namespaces(device: &str, source: &Path) -> Vec<u32> {
+    let namespace_of = |process: &Path| std::fs::read_link(process.join("ns/mnt")).ok();
+    let mut seen: HashSet<PathBuf> = namespace_of(Path::new("/proc/self")).into_iter().collect();
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let Some(namespace) = namespace_of(&entry.path()) else { continue };
+        if !seen.insert(namespace) {
+            continue;
+        }
+        let list = std::fs::read(entry.path().join("mountinfo")).unwrap_or_default();
+        let mut mounts = list.split(|&byte| byte == b'\n').filter_map(parse);
+        if mounts.any(|mount| mount.device == device && mount.source == source) {
+            found.push(pid);
+        }
+    }
+    found
+}
+
 fn on_top(mut entries: Vec<MountEntry>) -> Vec<MountEntry> {
     let mut seen = HashSet::new();
     entries.reverse();

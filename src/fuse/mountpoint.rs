@@ -123,7 +123,10 @@ impl Drop for Mountpoint {
             return;
         }
         // Not if something is mounted there (again): asking for its inode could hang, and it is not our file that one would see.
-        match mountinfo::mounted_at(&self.path) {
+        // A directory above it may have been renamed since.
+        let directory = std::fs::read_link(format!("/proc/self/fd/{}", self.directory.as_raw_fd()));
+        let path = directory.map_or_else(|_| self.path.clone(), |directory| directory.join(&self.name));
+        match mountinfo::mounted_at(&path) {
             Ok(None) => {}
             Ok(Some(_)) | Err(_) => return,
         }

@@ -18,6 +18,8 @@ pub struct SeenMount {
     pub image: PathBuf,
     /// The user who may open it, and whose it is.
     pub user: Option<u32>,
+    /// `major:minor` of its file system: the same for each place where the disk is mounted, and wherever a directory above it is moved.
+    pub device: String,
 }
 
 /// All disks that are mounted and not hidden by another mount at the same place, the oldest first.
@@ -26,7 +28,13 @@ pub struct SeenMount {
 /// The list of mounts cannot be read.
 pub fn mounts() -> Result<Vec<SeenMount>> {
     let ours = mountinfo::topmost_of_each()?.into_iter().filter(|entry| entry.fs_type == stale::OURS);
-    Ok(ours.map(|entry| SeenMount { mountpoint: entry.mountpoint, image: entry.source, user: entry.user }).collect())
+    Ok(ours.map(|entry| SeenMount { mountpoint: entry.mountpoint, image: entry.source, user: entry.user, device: entry.device }).collect())
+}
+
+/// Processes, one for each mount namespace other than that of this process, in which the disk is mounted that has this `device` and image. Of the
+/// processes that this user may look at.
+pub fn other_namespaces(device: &str, image: &Path) -> Vec<u32> {
+    mountinfo::other_namespaces(device, image)
 }
 
 /// Whether anybody serves what is mounted at `mountpoint`. Takes two seconds at most.
@@ -34,12 +42,12 @@ pub fn life_of(mountpoint: &Path) -> Life {
     stale::life_of(mountpoint)
 }
 
-/// Unmounts what is mounted at `mountpoint`, unless it is in use.
+/// Unmounts what is mounted at `mountpoint`, unless it is in use, for longer than a look at it takes (stat(2), `df`).
 ///
 /// # Errors
 /// Neither done nor busy: it is still mounted.
 pub fn unmount(mountpoint: &Path) -> Result<Unmounted> {
-    attach::unmount(mountpoint).context(|| format!("unmounting {}", mountpoint.display()))
+    attach::unmount_patiently(|| attach::unmount(mountpoint)).context(|| format!("unmounting {}", mountpoint.display()))
 }
 
 /// Takes what is mounted at `mountpoint` away from its path; those who have it open keep it.

@@ -1,7 +1,7 @@
 //! Which disks run here: one entry file per daemon in a runtime directory, so that a disk is found by its mountpoint.
 //!
 //! ```text
-//!  /run/cordisk/4711.json   {"pid":4711,"mountpoint":"/srv/vm.raw","image":"/srv/vm.qcow2","device":"drive0","qmp":"/run/cordisk/4711.sock"}
+//!  /run/cordisk/4711.json   {"pid":4711,"mountpoint":"/srv/vm.raw","image":"/srv/vm.qcow2","device":"drive0","qmp":"/run/cordisk/4711.sock","filesystem":"0:52"}
 //!  /run/cordisk/4711.sock   the control socket, where none was asked for with --qmp
 //! ```
 //!
@@ -44,6 +44,9 @@ pub struct Entry {
     /// The control socket, absolute.
     #[serde(serialize_with = "as_text")]
     pub qmp: PathBuf,
+    /// `major:minor` of the mounted file system: what the disk is found by when a directory above it was renamed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filesystem: Option<String>,
     /// Where metrics are served, if they are: `127.0.0.1:9184`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metrics: Option<String>,

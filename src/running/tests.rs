@@ -13,6 +13,7 @@ fn entry() -> Entry {
         image: "/srv/vm.qcow2".into(),
         device: "drive0".into(),
         qmp: "/run/x.sock".into(),
+        filesystem: Some("0:52".into()),
         metrics: None,
     }
 }
@@ -45,7 +46,7 @@ fn an_entry_comes_is_found_and_goes() {
     assert!(found[0].is_running());
     let file = directory.join(format!("{}.json", std::process::id()));
     assert_eq!(file.metadata().unwrap().mode() & 0o777, 0o644);
-    assert!(fs::read_to_string(&file).unwrap().ends_with("\"qmp\":\"/run/x.sock\"}\n"), "absent is not null");
+    assert!(fs::read_to_string(&file).unwrap().ends_with("\"filesystem\":\"0:52\"}\n"), "absent is not null");
     drop(registration);
     assert!(!file.exists() && !found[0].is_running());
 }

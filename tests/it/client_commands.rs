@@ -104,7 +104,9 @@ fn a_disk_is_found_by_its_mountpoint_and_by_its_socket() {
     let rig = Rig::new(SIZE);
     let disk = start(rig.mount(), &rig.scratch);
     let (mountpoint, image) = (disk.path().to_str().expect("UTF-8"), rig.overlay.to_str().expect("UTF-8"));
-    let entry = entry(&rig.scratch, &disk);
+    let mut entry = entry(&rig.scratch, &disk);
+    let filesystem = entry.as_object_mut().and_then(|entry| entry.remove("filesystem")).expect("the device of the mount");
+    assert!(filesystem.as_str().is_some_and(|device| device.starts_with("0:")), "{filesystem}");
     let socket = rig.scratch.runtime_dir().join(format!("{}.sock", disk.pid().as_raw_nonzero()));
     let want =
         json!({ "pid": disk.pid().as_raw_nonzero().get(), "mountpoint": mountpoint, "image": image, "device": "drive0", "qmp": socket });

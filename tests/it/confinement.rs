@@ -1,9 +1,9 @@
 //! Who may do what. Others get at neither disk, socket nor files; images get at no file that the user did not mean; the process that reads images
 //! and clients can do nothing but serve, and says so in /proc; and all of that takes nothing away from whom the disk is for.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Permissions};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, chown, symlink};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Command;
@@ -19,7 +19,8 @@ use crate::after_death::is_marked;
 use crate::bad_input::{attempt, refused};
 use crate::support::header;
 use crate::support::{
-    CLUSTER, CORDISK, Daemon, Finished, MIB, Mount, Pattern, Rig, Scratch, assert_same, errno, mounts, qemu, run_within, wait_until,
+    CLUSTER, CORDISK, Daemon, Finished, MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, errno, mounts, qemu, run_within,
+    wait_until,
 };
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -392,6 +393,72 @@ fn files_that_replaced_ours_stay() {
     for file in [&pidfile, &socket] {
         assert_eq!(fs::read_to_string(file).expect("it stays"), "another daemon's");
     }
+}
+
+/// Protects: root puts a socket and a pidfile into a directory of another user: both are made there as anywhere, the socket is given to the user of
+/// `--user`, and nothing else is left; a link of that user to somewhere else is refused, and so is a file that is not root's alone.
+#[test]
+fn a_directory_of_another_user_is_not_trusted() {
+    requires!("/dev/fuse", "qemu-img", "root");
+    let rig = Rig::new(MIB);
+    rig.scratch.open_to_all();
+    let theirs = rig.scratch.dir("theirs");
+    chown(&theirs, Some(65534), Some(65534)).expect("chown");
+    let (socket, pidfile) = (theirs.join("qmp"), theirs.join("pid"));
+    let options = ["--qmp", text(&socket), "--pidfile", text(&pidfile)];
+    for user in [&[][..], &["--user", "65534:65533"]] {
+        let mut disk = rig.mount().args(&options).args(user).start();
+        wait_until("the pidfile is written", || fs::metadata(&pidfile).is_ok_and(|file| file.len() > 0));
+        let there = fs::symlink_metadata(&socket).expect("socket");
+        let owner = if user.is_empty() { (0, 0) } else { (65534, 65533) };
+        assert_eq!((there.mode() & 0o7777, there.uid(), there.gid()), (0o600, owner.0, owner.1));
+        let names = || fs::read_dir(&theirs).expect("directory").map(|entry| entry.expect("entry").file_name()).collect::<BTreeSet<_>>();
+        assert_eq!(names(), BTreeSet::from(["pid".into(), "qmp".into()]));
+        QmpClient::connect(&socket).ok("query-version", json!({}));
+        disk.signal(Signal::TERM);
+        disk.assert_clean_end();
+        assert_eq!(names(), BTreeSet::new());
+    }
+    let refused = |options: &[&str], word: &str| {
+        let mut disk = rig.mount().args(options).spawn();
+        let status = disk.ended_within(LIMIT).expect("it had to end");
+        assert!(!status.success() && disk.log().contains(word), "{options:?}: {}", disk.log());
+    };
+    symlink(rig.scratch.path(), theirs.join("away")).expect("symlink");
+    std::os::unix::fs::lchown(theirs.join("away"), Some(65534), Some(65534)).expect("lchown");
+    let away = theirs.join("away/new");
+    refused(&["--qmp", text(&away)], "\"away\" is a symbolic link of user 65534");
+    refused(&["--pidfile", text(&away)], "\"away\" is a symbolic link of user 65534");
+    let precious = rig.scratch.write("precious", b"4711\n");
+    fs::hard_link(&precious, &pidfile).expect("link");
+    refused(&["--pidfile", text(&pidfile)], "is not a file of this user's alone");
+    assert_eq!(fs::read(&precious).expect("file"), b"4711\n");
+}
+
+/// Protects: a keeper that is stopped hangs neither a stream nor a status; the log says which process to continue; and when it goes on, the note is kept
+/// and the daemon ends as ever.
+#[test]
+fn a_stopped_keeper_hangs_nobody() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(4 * MIB);
+    let mut disk = rig.mount().qmp().start();
+    let keeper = keeper_of(disk.pid());
+    kill_process(keeper, Signal::STOP).expect("signal");
+    let mut client = disk.client();
+    client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
+    client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 2}));
+    client.ok("query-block-jobs", json!({}));
+    let advice = format!("the mount keeper does not answer; if it is stopped, continue it: kill -CONT {}", keeper.as_raw_nonzero());
+    wait_until("the log says so", || disk.log().contains(&advice));
+    let status = run_within(rig.scratch.cordisk().arg("status").arg(disk.path()).env_remove("RUST_LOG"), LIMIT);
+    assert!(status.status.success() && status.stdout.contains("running"), "{status:?}");
+    kill_process(keeper, Signal::CONT).expect("signal");
+    client.ok("block-job-cancel", json!({"device": "drive0"}));
+    client.wait_event("BLOCK_JOB_CANCELLED");
+    drop(client);
+    disk.signal(Signal::TERM);
+    disk.assert_clean_end();
+    rig.assert_overlay(&rig.content);
 }
 
 /// Protects: the file of the socket goes while the socket still listens, so that nothing else can have its inode number by then and be removed in

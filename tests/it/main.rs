@@ -17,6 +17,7 @@ mod changed_base;
 mod check_command;
 mod check_differential;
 mod client_commands;
+mod closing;
 mod confinement;
 mod discard_granularity;
 mod documents;
