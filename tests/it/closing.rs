@@ -32,6 +32,11 @@ fn entered(scratch: &Scratch, disk: Daemon) -> Daemon {
     disk
 }
 
+/// Dropping the old one would detach what the new one has mounted at the same place.
+fn replace(disk: &mut Daemon, next: Daemon) {
+    std::mem::replace(disk, next).die();
+}
+
 /// Protects: umount(8) returns before the daemon has closed the image. A mount of the same image, at the same place and with the same pidfile and socket,
 /// and a check of it, wait for that daemon; so does `cordisk umount` of a disk that is unmounted already.
 #[test]
@@ -52,7 +57,7 @@ fn what_comes_right_after_umount_waits_for_the_daemon() {
             let ended = disk.ended_within(LIMIT);
             assert!(ended.is_some_and(|status| status.success()), "{ended:?} {}", disk.log());
             wait_until("the next one has mounted", || next.is_mounted());
-            disk = entered(&rig.scratch, next);
+            replace(&mut disk, entered(&rig.scratch, next));
             assert_same("the disk", &disk.read_all(), &rig.content);
             continue;
         }
@@ -70,7 +75,7 @@ fn what_comes_right_after_umount_waits_for_the_daemon() {
         let status = poll(LIMIT, || going.0.try_wait().expect("wait")).expect("the command had to end");
         assert!(status.success(), "{what}: {}", fs::read_to_string(&error).expect("file"));
         disk.assert_clean_end();
-        disk = entered(&rig.scratch, mount().start());
+        replace(&mut disk, entered(&rig.scratch, mount().start()));
     }
     disk.umount();
     rig.assert_overlay(&rig.content);
