@@ -20,6 +20,8 @@ const PART: u32 = 10;
 const TURN_MOST: Duration = Duration::from_millis(50);
 /// … and has at least so much time: the whole walk, for nearly every disk.
 const TURN_LEAST: Duration = Duration::from_millis(2);
+/// A turn of a stream with a speed, which sleeps between chunks anyway, perhaps for long.
+const TURN_LIMITED: Duration = Duration::from_millis(500);
 /// All turns together. A 1 TiB image of single clusters takes about 20 s.
 const LONGEST: Duration = Duration::from_secs(60);
 /// Steps of the walk between two looks at the clock.
@@ -52,7 +54,10 @@ impl Forecaster {
     pub fn turn(&mut self, disk: &Disk, depth: usize, len: u64, control: &Control) {
         let Some(walk) = &mut self.0 else { return };
         let begun = Instant::now();
-        let turn = (begun.saturating_duration_since(walk.last) / PART).clamp(TURN_LEAST, TURN_MOST);
+        let turn = match control.is_unlimited() {
+            true => (begun.saturating_duration_since(walk.last) / PART).clamp(TURN_LEAST, TURN_MOST),
+            false => TURN_LIMITED,
+        };
         while walk.at < len {
             for _ in 0..STEPS {
                 if walk.at >= len {
