@@ -681,8 +681,9 @@ fn edges_of_a_discard_are_copied_up_only_where_they_hide_something() {
 }
 
 /// An image that was not closed is read from its disk: an open drops the host's copies. `check` and
-/// `--full-check` do the same with any image. The page that is looked at is far from all that an open
-/// reads, and is never asked for by it.
+/// `--full-check` do the same with any image. The pages that are looked at are far from all that an
+/// open reads, and far from each other. To look at a page that is not in memory begins to read it, and
+/// finds it if that is done at once: therefore there are many.
 #[test]
 fn what_the_host_has_in_memory_of_an_image_that_was_not_closed_is_dropped() {
     const MARK: &str = "user.cordisk.open";
@@ -706,7 +707,7 @@ fn what_the_host_has_in_memory_of_an_image_that_was_not_closed_is_dropped() {
     }
     set_mark(false).unwrap();
     let looker = FileStorage::open_unlocked(&image, Access::ReadOnly).unwrap();
-    let page = || looker.read_cached(16 << 20, &mut [0; 512]);
+    let pages = || (64..80).filter(|page| looker.read_cached(page * (256 << 10), &mut [0; 512])).count();
     let check =
         |repair| crate::check::check(&crate::check::CheckOptions { image: image.clone(), repair, output: crate::check::Output::Json });
     let cases: [(&str, bool, &dyn Fn()); 6] = [
@@ -725,11 +726,11 @@ fn what_the_host_has_in_memory_of_an_image_that_was_not_closed_is_dropped() {
         if !is_marked {
             set_mark(false).unwrap();
         }
-        if !page() {
+        if pages() < 16 {
             println!("skipped, {what}: this host does not keep the file in memory, or does not say so");
             continue;
         }
         open();
-        assert!(!page(), "opened {what}: the host still shows what it had in memory");
+        assert!(pages() < 16, "opened {what}: the host still shows what it had in memory");
     }
 }
