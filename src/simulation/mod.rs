@@ -20,6 +20,7 @@
 mod crash_tests;
 #[cfg(test)]
 mod cut;
+mod fault;
 #[cfg(test)]
 mod faults;
 #[cfg(test)]
@@ -39,4 +40,5 @@ mod storage;
 #[cfg(test)]
 mod workload;
 
-pub use storage::{Action, Failure, Fault, Hold, Observer, Operation, Recorded, SimStorage, Times, Told};
+pub use fault::{Failure, Fault, Times};
+pub use storage::{Action, Hold, Observer, Operation, Recorded, SimStorage, Told};

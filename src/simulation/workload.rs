@@ -5,9 +5,10 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::fault::{Failure, Fault, Times};
 use super::spec::{Held, Layout};
 use super::start::pattern;
-use super::storage::{Action, Failure, Fault, Operation, Recorded, SimStorage, Times};
+use super::storage::{Action, Operation, Recorded, SimStorage};
 use crate::Result;
 use crate::chain::Chain;
 use crate::disk::{Disk, Local};
