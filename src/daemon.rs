@@ -212,13 +212,7 @@ struct Entered<'a> {
 }
 
 /// As [`serve`], with a keeper: what was entrusted to it has been removed afterwards, but for the entry, which is `entered`.
-fn serve_kept<'a>(
-    config: &MountConfig,
-    user: Option<Identity>,
-    keeper: &'a Keeper,
-    entered: &mut Entered<'a>,
-    log: &Log,
-) -> Result<()> {
+fn serve_kept<'a>(config: &MountConfig, user: Option<Identity>, keeper: &'a Keeper, entered: &mut Entered<'a>, log: &Log) -> Result<()> {
     let signals = signals::register()?;
     // Only who stays in the foreground is the process that a service manager has started.
     let manager = if config.role == Role::Foreground { Manager::connect() } else { None };

@@ -22,11 +22,11 @@
 //! | floor | room | one responsibility | never |
 //! |---|---|---|---|
 //! | 0 | [`error`], [`sync`], [`mod@format`], [`range_lock`], [`attributes`] | vocabulary; locks; bytes of qcow2; who may be where; names beside an image | files, threads |
-//! | 1 | [`storage`] | one host file, and QEMU's locks on it | qcow2 |
+//! | 1 | [`storage`] | one host file, QEMU's locks on it, and whose rights open it | qcow2 |
 //! | 1 | [`job`] | the life of a background job | disk, qcow2, JSON |
 //! | 1 | [`sandbox`] | what the serving process may do, and who it is | gives a right back |
 //! | 1 | [`running`] | which disks run here, and where their sockets are | connects to one |
-//! | 1 | [`logging`] | where lines of the log go, and the last warning | keeps a request waiting |
+//! | 2 | [`logging`] | where lines of the log go, and the last warning | keeps a request waiting |
 //! | 2 | [`image`] | one qcow2 file | backing files, sockets |
 //! | 3 | [`chain`] | what is below the overlay | writing anything |
 //! | 4 | [`disk`] | the guest's bytes | FUSE, JSON, jobs |

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A process under Landlock cannot unmount, not even lazily, and cannot remove a file. Somebody else has to, and it should be somebody who reads no
-//! image and no client: the keeper knows sixteen requests about one mount, four files and those of the chain, the two attributes of one image and one
+//! image and no client: the keeper knows fifteen requests about one mount, four files and those of the chain, the two attributes of one image and one
 //! command, all named before the sandbox was entered. A serving process that was taken over can have the command run when no stream has completed, more
 //! than once, or never, remove the mark of its open image, and choose the text of the note of its stream, at most 3 KiB; it cannot change an attribute
 //! of another file or of another name, have another command run, or pass anything to the command.
@@ -162,7 +162,7 @@ impl Keeper {
     /// # Errors
     /// Those of [`crate::logging::open_file`]; the keeper is gone.
     pub fn open_log(&self) -> Result<File> {
-        match self.ask(Request::OpenLog)? {
+        match self.line.ask(Request::OpenLog, None, Wait::Bounded)? {
             (Answer::Done, Some(file)) => Ok(file.into()),
             (answer, _) => Err(unexpected(&answer)),
         }

@@ -5,11 +5,13 @@ use std::io;
 use std::path::Path;
 
 use jiff::Timestamp;
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, OFlags};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::Line;
 use crate::error::Context;
+use crate::running::Place;
 use crate::{Error, ErrorKind, Result};
 
 /// Users to whom the file may belong, beside the one that opens it: that of `--user`, for which a
@@ -21,15 +23,15 @@ pub struct Owners(pub Vec<u32>);
 ///
 /// # Errors
 /// It is no regular file, or a symbolic link, or belongs to another user, to whom the lines would
-/// go; those of open(2).
+/// go; those of [`Place::find`] and [`Place::open_or_create`].
 pub fn open(path: &Path, owners: &Owners) -> Result<File> {
-    // NONBLOCK: a pipe without a reader is an error here, and not a wait.
-    let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let refuse = |why: &'static str| Error::new(ErrorKind::InvalidArgument, why);
-    let file = rustix::fs::open(path, flags, Mode::RUSR | Mode::WUSR).map_err(|error| match error {
-        rustix::io::Errno::LOOP => refuse("is a symbolic link; name the file itself"),
-        rustix::io::Errno::NXIO => refuse("is not a regular file"),
-        error => Error::io("opening", io::Error::from(error)),
+    let opened = Place::find(path)?.open_or_create(OFlags::WRONLY | OFlags::APPEND);
+    let file = opened.map_err(|error| match error.errno().map(Errno::from_raw_os_error) {
+        Some(Errno::LOOP) => refuse("is a symbolic link; name the file itself"),
+        // A pipe without a reader, or a socket.
+        Some(Errno::NXIO) => refuse("is not a regular file"),
+        _ => error,
     })?;
     let stat = rustix::fs::fstat(&file).map_err(io::Error::from).context(|| "fstat")?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
@@ -39,7 +41,7 @@ pub fn open(path: &Path, owners: &Owners) -> Result<File> {
     if stat.st_uid != us && !owners.0.contains(&stat.st_uid) {
         return Err(refuse("belongs to another user; name another file, or change its owner"));
     }
-    Ok(File::from(file))
+    Ok(file)
 }
 
 /// A line as it stands in the file: like those on standard error, and with the disk, as several may

@@ -28,7 +28,7 @@ const ROOMS: &[Room] = &[
     Room { name: "job", floor: 1, never: &["format", "range_lock"] },     // a job, whatever it does
     Room { name: "sandbox", floor: 1, never: &["format", "range_lock"] }, // rights of the process, not its work
     Room { name: "running", floor: 1, never: &["format", "range_lock", "sync"] }, // files that say who runs
-    Room { name: "logging", floor: 1, never: &["format", "range_lock", "sync"] }, // lines of text, whatever they say
+    Room { name: "logging", floor: 2, never: &["format", "range_lock", "sync", "job", "sandbox", "storage"] }, // lines of text, whatever they say
     Room { name: "image", floor: 2, never: &["job", "sandbox"] },
     Room { name: "chain", floor: 3, never: &["job", "range_lock", "sandbox"] },
     Room { name: "disk", floor: 4, never: &["job", "sandbox"] },
