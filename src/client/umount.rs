@@ -140,7 +140,12 @@ fn end(disk: &Disk, options: &OneUmount) -> Result<()> {
             return Err(Error::new(ErrorKind::InvalidArgument, text));
         }
     }
-    wait_for_end(disk, connection.ok(), process, LOCK_ALONE)
+    wait_for_end(disk, connection.ok(), process, LOCK_ALONE)?;
+    // A daemon that was killed while it was waited for has left it.
+    if let Some(mountpoint) = &mountpoint {
+        fuse::remove_placeholder(mountpoint, None);
+    }
+    Ok(())
 }
 
 /// Waits until the daemon is gone, and hears how it closed the image.
