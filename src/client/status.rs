@@ -499,7 +499,10 @@ mod tests {
             assert!(text.contains(part), "{part:?} in {text}");
         }
         let job = Job { io_status: Some("failed".into()), error_detail: Some("bytes 0..5: b.raw: gone".into()), ..Job::default() };
-        assert_eq!(job.why_paused("vm"), "paused by an error of reading or writing (bytes 0..5: b.raw: gone); `cordisk job resume vm` goes on");
+        assert_eq!(
+            job.why_paused("vm"),
+            "paused by an error of reading or writing (bytes 0..5: b.raw: gone); `cordisk job resume vm` goes on"
+        );
     }
 
     #[test]

@@ -7,9 +7,7 @@ use crossbeam_channel::Sender;
 
 use super::pace::Pace;
 use super::rate_limit::RateLimit;
-use super::{
-    Batch, Completed, Failure, Forecast, IoStatus, JobError, JobEvent, JobInfo, JobSpec, Outcome, Progress, Status, Verb, Work,
-};
+use super::{Batch, Completed, Failure, Forecast, IoStatus, JobError, JobEvent, JobInfo, JobSpec, Outcome, Progress, Status, Verb, Work};
 
 /// The text of a cancelled job's error: strerror(ECANCELED) as QEMU prints it.
 const CANCELED: &str = "Operation canceled";

@@ -978,7 +978,10 @@ fn the_status_is_of_the_schema() {
     let status = returned("x-query-status", json!({})).unwrap();
     assert_eq!(status["bytes"], json!({ "local": CHUNK, "zero": CHUNK, "remote": 6 * CHUNK, "age-ms": 8 }));
     assert_eq!((&status["mountpoint"], &status["image"]), (&json!("/srv/disk"), &json!("/images/overlay.qcow2")));
-    assert_eq!(status["chain"][1], json!({ "filename": "/base/base.raw", "format": "raw", "size": SIZE, "deleted": false, "changed": false }));
+    assert_eq!(
+        status["chain"][1],
+        json!({ "filename": "/base/base.raw", "format": "raw", "size": SIZE, "deleted": false, "changed": false })
+    );
     assert_eq!((&status["metrics"], &status["log"]), (&json!("127.0.0.1:9184"), &json!("journal")));
     let long_ago = json!({ "seconds": 0, "microseconds": 0 });
     let failure = json!({ "time": long_ago, "operation": "read", "offset": CHUNK, "length": 512, "message": "/base/base.raw: gone" });

@@ -627,7 +627,7 @@ fn top_outlives_its_disks() {
 /// signal.
 #[test]
 fn top_ends_with_its_terminal() {
-    requires!("/dev/fuse", "qemu-img", "setsid");
+    requires!("/dev/fuse", "qemu-img", "terminal");
     let scratch = Scratch::new();
     qemu::create(&scratch.join("one.qcow2"), Some(8 * MIB), "", None);
     let disk = Mount::named(&scratch, &scratch.join("one.qcow2"), "one").start();

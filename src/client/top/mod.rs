@@ -8,8 +8,8 @@
 //! channel.
 
 mod bars;
-mod json;
 mod ending;
+mod json;
 mod model;
 mod plain;
 mod rates;
