@@ -26,7 +26,8 @@ impl Pace {
         if self.samples.back().is_some_and(|last| now < last.at + STEP) {
             return;
         }
-        while self.samples.front().is_some_and(|first| first.at + WINDOW < now) {
+        // One that is older than the window stays: a job that sleeps longer than a moment between chunks has a rate all the time.
+        while self.samples.get(1).is_some_and(|second| second.at + WINDOW <= now) {
             self.samples.pop_front();
         }
         self.samples.push_back(Sample { at: now, moved });
@@ -47,10 +48,10 @@ impl Pace {
         Some(u64::try_from(nanoseconds).map_or(Duration::MAX, Duration::from_nanos))
     }
 
-    /// The oldest sample of the present, or the newest there is, and how long ago that was. Nothing in the first moment: the burst with which a limited job
-    /// begins is no rate, and what it would promise is wrong.
+    /// The newest sample that is as old as the window, or the oldest there is, and how long ago that was. Nothing in the first moment: the burst with which a
+    /// limited job begins is no rate, and what it would promise is wrong.
     fn since(&self, now: Instant) -> Option<(Sample, Duration)> {
-        let present = self.samples.iter().find(|sample| sample.at + WINDOW >= now).or(self.samples.back())?;
+        let present = self.samples.iter().rev().find(|sample| sample.at + WINDOW <= now).or(self.samples.front())?;
         let elapsed = now.saturating_duration_since(present.at);
         (elapsed >= STEP).then_some((*present, elapsed))
     }
@@ -92,6 +93,24 @@ mod tests {
         let later = begin + Duration::from_secs(60);
         assert_eq!((pace.rate(later, 8 * MIB), pace.remaining(later, 8 * MIB, MIB)), (0, None));
         assert_eq!(pace.rate(begin + STEP, u64::MAX), u64::MAX, "more than a number can hold");
+    }
+
+    #[test]
+    fn a_job_that_sleeps_between_chunks_has_a_rate_all_the_time() {
+        let (mut pace, begin) = (Pace::default(), Instant::now());
+        // A MiB every four seconds.
+        for tick in 0..40_u32 {
+            let now = begin + Duration::from_secs(1) * tick;
+            let moved = u64::from(tick / 4) * MIB;
+            if tick.is_multiple_of(4) {
+                pace.note(now, moved);
+            }
+            if tick > 8 {
+                let rate = pace.rate(now + STEP, moved);
+                assert!((MIB / 9..=MIB / 2).contains(&rate), "{tick}: {rate}");
+                assert!(pace.remaining(now + STEP, moved, MIB).is_some(), "{tick}");
+            }
+        }
     }
 
     #[test]
