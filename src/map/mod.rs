@@ -15,6 +15,7 @@ use crate::chain::Located;
 use crate::disk::Disk;
 
 mod cells;
+mod legend;
 mod offline;
 mod picture;
 mod png;

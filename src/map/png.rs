@@ -1,8 +1,9 @@
-//! The map as a PNG: one square for each cell, the legend as text inside the file.
+//! The map as a PNG: one square for each cell, below them the legend; the same as text inside the file, for programs.
 
 use std::io::Write;
 
 use super::cells::{Cells, Shares};
+use super::legend::Legend;
 use super::units;
 use crate::{Error, ErrorKind, Result};
 
@@ -38,14 +39,16 @@ pub fn colour(shares: &Shares) -> [u8; 3] {
     mixed
 }
 
-/// Writes the picture. What lies behind the end of the disk in the last row is transparent.
+/// Writes the picture: the cells, then the legend. What lies behind the end of the disk in the last row, and beside what is narrower
+/// than the rest, is transparent.
 ///
 /// # Errors
 /// Those of `to`.
 pub fn write_png(to: &mut dyn Write, title: &str, cells: &Cells) -> Result<()> {
     let (columns, rows) = shape(cells.len());
-    let width = columns * CELL_PIXELS;
-    let mut pixels = Vec::with_capacity(width * rows * CELL_PIXELS * 4);
+    let legend = Legend::new(title, cells);
+    let (width, height) = (legend.width().max(columns * CELL_PIXELS), rows * CELL_PIXELS + legend.height());
+    let mut pixels = Vec::with_capacity(width * height * 4);
     for row in 0..rows {
         let mut line = Vec::with_capacity(width * 4);
         for column in 0..columns {
@@ -58,11 +61,16 @@ pub fn write_png(to: &mut dyn Write, title: &str, cells: &Cells) -> Result<()> {
             };
             line.extend(std::iter::repeat_n(pixel, CELL_PIXELS).flatten());
         }
+        line.resize(width * 4, 0);
         for _ in 0..CELL_PIXELS {
             pixels.extend_from_slice(&line);
         }
     }
-    encode(to, title, cells, (columns, rows), &pixels).map_err(|error| match error {
+    for line in legend.lines() {
+        pixels.extend_from_slice(line);
+        pixels.extend(std::iter::repeat_n(0, width * 4 - line.len()));
+    }
+    encode(to, title, cells, columns, (width, height), &pixels).map_err(|error| match error {
         png::EncodingError::IoError(error) => Error::io("writing the picture", error),
         other => Error::wrap(ErrorKind::Io, "making the picture", other),
     })
@@ -72,11 +80,12 @@ fn encode(
     to: &mut dyn Write,
     title: &str,
     cells: &Cells,
-    (columns, rows): (usize, usize),
+    columns: usize,
+    (width, height): (usize, usize),
     pixels: &[u8],
 ) -> Result<(), png::EncodingError> {
-    let side = |cells: usize| u32::try_from(cells * CELL_PIXELS).unwrap_or(u32::MAX);
-    let mut encoder = png::Encoder::new(to, side(columns), side(rows));
+    let side = |pixels: usize| u32::try_from(pixels).unwrap_or(u32::MAX);
+    let mut encoder = png::Encoder::new(to, side(width), side(height));
     encoder.set_color(png::ColorType::Rgba);
     encoder.set_depth(png::BitDepth::Eight);
     // Names of files are UTF-8 here, which tEXt cannot hold; all the rest is ASCII.
@@ -138,11 +147,20 @@ mod tests {
             let info = reader.info();
             let columns: usize = text_of(info, "Columns").parse().unwrap();
             let width = info.width as usize;
-            assert_eq!((width, text_of(info, "Cells")), (columns * CELL_PIXELS, count.to_string()));
-            assert!(columns <= COLUMNS && info.height as usize == (count as usize).div_ceil(columns) * CELL_PIXELS);
+            let rows = (count as usize).div_ceil(columns);
+            assert!(width >= columns * CELL_PIXELS && text_of(info, "Cells") == count.to_string());
+            assert!(columns <= COLUMNS && info.height as usize > rows * CELL_PIXELS, "the legend has a place of its own");
             assert_eq!(info.utf8_text[0].get_text().unwrap(), "disk \u{e9}\u{4e00}");
-            for (at, pixel) in pixels.as_chunks::<4>().0.iter().enumerate() {
+            let (map, legend) = pixels.as_chunks::<4>().0.split_at(width * rows * CELL_PIXELS);
+            for wanted in [LOCAL, ZERO, REMOTE] {
+                assert!(legend.iter().any(|pixel| pixel[..3] == wanted && pixel[3] == 0xFF), "{wanted:?} is not explained");
+            }
+            for (at, pixel) in map.iter().enumerate() {
                 let index = at / width / CELL_PIXELS * columns + at % width / CELL_PIXELS;
+                if at % width >= columns * CELL_PIXELS {
+                    assert_eq!(pixel[3], 0, "beside the map");
+                    continue;
+                }
                 if index >= cells.len() {
                     assert_eq!(pixel[3], 0, "past the end at cell {index} of {count}");
                     continue;

@@ -77,6 +77,9 @@ fn sum(cells: &[[u64; 3]]) -> [u64; 3] {
     cells.iter().fold([0; 3], |sum, cell| [sum[0] + cell[0], sum[1] + cell[1], sum[2] + cell[2]])
 }
 
+/// Local, zero and remote.
+const COLOURS: [[u8; 3]; 3] = [[0x00, 0x72, 0xB2], [0xDD, 0xDD, 0xDD], [0xE6, 0x9F, 0x00]];
+
 /// A PNG: what its text says, and the colour of the middle of each cell. That a cell has one colour is checked.
 fn decode(png: &[u8]) -> (BTreeMap<String, String>, Vec<[u8; 4]>) {
     let mut reader = png::Decoder::new(Cursor::new(png)).read_info().expect("a PNG");
@@ -87,8 +90,13 @@ fn decode(png: &[u8]) -> (BTreeMap<String, String>, Vec<[u8; 4]>) {
     let number = |name: &str| text[name].parse::<usize>().unwrap_or_else(|_| panic!("{name}: {text:?}"));
     let (cells, columns, side) = (number("Cells"), number("Columns"), number("Cell-Pixels"));
     let width = info.width as usize;
-    assert_eq!((width, info.height as usize), (columns * side, cells.div_ceil(columns) * side));
+    let (height, below) = (info.height as usize, cells.div_ceil(columns) * side);
+    assert!(width >= columns * side && height > below, "{width}x{height} pixels for {cells} cells and a legend");
     let pixel = |x: usize, y: usize| -> [u8; 4] { pixels[(y * width + x) * 4..][..4].try_into().expect("four bytes") };
+    for [red, green, blue] in COLOURS {
+        let shown = |at: usize| pixel(at % width, at / width) == [red, green, blue, 0xff];
+        assert!((below * width..height * width).any(shown), "no #{red:02X}{green:02X}{blue:02X} in the legend");
+    }
     let found = (0..cells).map(|cell| {
         let (x, y) = (cell % columns * side, cell / columns * side);
         let colour = pixel(x, y);
@@ -101,10 +109,9 @@ fn decode(png: &[u8]) -> (BTreeMap<String, String>, Vec<[u8; 4]>) {
 
 /// The colour that a mixture has when local is blue, zero grey, and remote orange.
 fn mixture(cell: &[u64; 3]) -> [u8; 4] {
-    let colours = [[0x00, 0x72, 0xB2], [0xDD, 0xDD, 0xDD], [0xE6, 0x9F, 0x00]];
     let total: u64 = cell.iter().sum();
     let channel = |channel: usize| {
-        let sum: u64 = (0..3).map(|kind: usize| cell[kind] * colours[kind][channel]).sum();
+        let sum: u64 = (0..3).map(|kind: usize| cell[kind] * u64::from(COLOURS[kind][channel])).sum();
         u8::try_from((sum + total / 2) / total).expect("a byte")
     };
     [channel(0), channel(1), channel(2), 0xFF]
