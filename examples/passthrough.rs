@@ -237,6 +237,7 @@ fn serve_over_uring(file: &Path, mountpoint: &Path) -> Result<(), Box<dyn std::e
         allow_other: false,
         uid: rustix::process::getuid().as_raw(),
         gid: rustix::process::getgid().as_raw(),
+        sync: false,
     };
     let prepared = Prepared::other(Arc::new(Passthrough { file }), plan, Transport::Uring)?;
     let (_mount, device) = HostMount::mount(prepared.plan())?;

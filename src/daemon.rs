@@ -37,7 +37,7 @@ use crate::cli::{self, Command, MountConfig, Role};
 use crate::client;
 use crate::disk::{Disk, DiskOptions};
 use crate::error::{Context, one_line};
-use crate::fuse::{self, Finished, MappedPages, MountOptions, Mounted, Pulse, Unmounted};
+use crate::fuse::{self, Finished, MappedPages, MountOptions, Mounted, Pulse, ShownAs, Unmounted};
 use crate::job::Batch;
 use crate::keeper::{self, Entrusted, EntrustedImage, Keeper, KeptMount, Leftover, Messages};
 use crate::logging::{self, Log, Owners, Place, Settings};
@@ -214,6 +214,9 @@ struct Entered<'a> {
 /// As [`serve`], with a keeper: what was entrusted to it has been removed afterwards, but for the entry, which is `entered`.
 fn serve_kept<'a>(config: &MountConfig, user: Option<Identity>, keeper: &'a Keeper, entered: &mut Entered<'a>, log: &Log) -> Result<()> {
     let signals = signals::register()?;
+    // While files can be opened: users and groups have names in some.
+    let shown_owner = config.owner.as_deref().map(|text| Identity::named("--owner", text)).transpose()?;
+    let shown = ShownAs { owner: shown_owner.map(|owner| (owner.uid, owner.gid)), mode: config.mode };
     // Only who stays in the foreground is the process that a service manager has started.
     let manager = if config.role == Role::Foreground { Manager::connect() } else { None };
     // It may have the pidfile, the socket and the port as well.
@@ -266,8 +269,10 @@ fn serve_kept<'a>(config: &MountConfig, user: Option<Identity>, keeper: &'a Keep
     let ready = (config.role == Role::Child).then(background::Ready::prepare).transpose()?;
     let owner = user.unwrap_or_else(Identity::current);
     let (mountpoint, allow_other) = (config.mountpoint.clone(), config.allow_other);
-    let prepared =
-        fuse::prepare(&disk, MountOptions { mountpoint, allow_other, uid: owner.uid, gid: owner.gid, transport: config.transport })?;
+    let prepared = fuse::prepare(
+        &disk,
+        MountOptions { mountpoint, allow_other, uid: owner.uid, gid: owner.gid, shown, sync: config.sync, transport: config.transport },
+    )?;
     let (mount, device) = match keeper.mount(prepared.plan()) {
         Ok(mounted) => mounted,
         // Nothing has been served: closing has nothing to wait for.

@@ -5,8 +5,10 @@ use std::path::PathBuf;
 
 use clap::error::ErrorKind as Wrong;
 use clap::{CommandFactory, Subcommand};
+use clap_complete::engine::ArgValueCompleter;
 
 use super::Args;
+use super::completion::disks;
 use super::values::{OnErrorArg, OutputArgs, parse_minute, parse_speed};
 use crate::client::{JobAction, JobOptions, Limit, StatusOptions, StreamOptions, Targets, UmountOptions};
 use crate::stream::{Minute, Speed};
@@ -14,6 +16,7 @@ use crate::stream::{Minute, Speed};
 #[derive(Debug, clap::Args)]
 pub(super) struct StreamArgs {
     /// The disk: its mountpoint, or its QMP socket
+    #[arg(add = ArgValueCompleter::new(disks))]
     target: PathBuf,
     /// Limit in bytes per second, such as 20M or 1.5GiB/s; 0 is unlimited. Or by the local time of day, such as
     /// 08:00=20M,20:00=0 [default: 0]
@@ -88,7 +91,7 @@ const SPEED_USAGE: &str = "cordisk job speed <TARGET>... <RATE|SCHEDULE>
 struct SpeedArgs {
     /// The disks: their mountpoints, or their QMP sockets; then the limit
     // One list, because clap cannot tell where the disks end where the last word is optional.
-    #[arg(value_name = "TARGET|RATE|SCHEDULE")]
+    #[arg(add = ArgValueCompleter::new(disks), value_name = "TARGET|RATE|SCHEDULE")]
     words: Vec<OsString>,
     /// Every disk that has a job; of this user, or of all users for root
     #[arg(long)]
@@ -135,7 +138,7 @@ fn wrong(text: &str, kind: Wrong) -> clap::Error {
 #[derive(Debug, clap::Args)]
 struct TargetArgs {
     /// The disks: their mountpoints, or their QMP sockets
-    #[arg(value_name = "TARGET", required_unless_present = "all", conflicts_with = "all")]
+    #[arg(add = ArgValueCompleter::new(disks), value_name = "TARGET", required_unless_present = "all", conflicts_with = "all")]
     targets: Vec<PathBuf>,
     /// Every disk; of this user, or of all users for root
     #[arg(long)]
@@ -167,7 +170,7 @@ impl JobArgs {
 #[derive(Debug, clap::Args)]
 pub(super) struct StatusArgs {
     /// The disks: their mountpoints, or their QMP sockets; a list of all disks without
-    #[arg(value_name = "TARGET", conflicts_with = "all")]
+    #[arg(add = ArgValueCompleter::new(disks), value_name = "TARGET", conflicts_with = "all")]
     targets: Vec<PathBuf>,
     /// The list of all disks, as without TARGET
     #[arg(long)]

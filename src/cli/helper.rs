@@ -19,17 +19,19 @@ pub(super) const RUN_AS: &str = "run_as";
 /// Options that say something to mount(8), to systemd or about things that our mounts are anyway (always nosuid, nodev, noexec).
 const IGNORED: &[&str] = &[
     "_netdev",
-    "async",
     "atime",
     "auto",
     "default_permissions",
     "defaults",
     "dev",
     "diratime",
+    "dirsync",
     "exec",
     "group",
+    "iversion",
     "lazytime",
     "loud",
+    "mand",
     "noatime",
     "noauto",
     "nodev",
@@ -42,12 +44,14 @@ const IGNORED: &[&str] = &[
     "norelatime",
     "nostrictatime",
     "nosuid",
+    "nosymfollow",
     "nouser",
     "owner",
     "relatime",
     "silent",
     "strictatime",
     "suid",
+    "symfollow",
     "user",
     "users",
 ];
@@ -168,6 +172,15 @@ struct Chosen {
     wanted: bool,
 }
 
+/// mount(8) makes a loop device of the image then, and would name that in place of the file.
+const LOOP: &str = "loop: leave it out, the image itself is mounted; a file system inside of the disk is mounted with \
+                    mount -o loop MOUNTPOINT DIRECTORY";
+
+/// Whether the kernel labels files. Without, mount(8) heeds none of the options about labels.
+fn has_selinux() -> bool {
+    Path::new("/sys/fs/selinux/enforce").exists()
+}
+
 /// What `text` asks for; nothing where it is none of ours to heed.
 fn read_option(text: &str, definition: &clap::Command, sloppy: bool) -> Result<Option<Chosen>, String> {
     let (name, value) = match text.split_once('=') {
@@ -178,6 +191,11 @@ fn read_option(text: &str, definition: &clap::Command, sloppy: bool) -> Result<O
     match (name, value) {
         ("ro", None) => return plain(true),
         ("rw", None) => return plain(false),
+        ("sync" | "async", None) => {
+            return Ok(Some(Chosen { name: "sync".to_string(), value: None, repeatable: false, wanted: name == "sync" }));
+        }
+        ("loop", _) => return Err(LOOP.to_string()),
+        ("context" | "fscontext" | "defcontext" | "rootcontext", Some(_)) if !has_selinux() => return Ok(None),
         ("remount", None) => return Err("remount: not supported; unmount, and mount again".to_string()),
         // `user=NAME` is what mount(8) makes of `user`.
         ("", None) | ("comment" | "user" | "helper" | "uhelper", Some(_)) => return Ok(None),
@@ -261,6 +279,8 @@ mod tests {
         );
         assert_eq!(arguments("backing_root=/a,backing_root=/b").unwrap(), ["--backing-root=/a", "--backing-root=/b"]);
         assert_eq!(arguments("run_as=nobody:nogroup").unwrap(), ["--user=nobody:nogroup"]);
+        // `owner` alone says who may mount, with a value whose the file is.
+        assert_eq!(arguments("allow_other,owner,owner=jo,mode=0660").unwrap(), ["--allow-other", "--owner=jo", "--mode=0660"]);
     }
 
     /// Whatever is added to the command later.
@@ -281,7 +301,7 @@ mod tests {
     #[test]
     fn what_is_for_others_is_ignored() {
         let others = "defaults,auto,noauto,user,nouser,users,user=jo,owner,group,nofail,_netdev,x-systemd.automount,X-mount.mkdir,comment=a=b,\
-                      exec,noexec,suid,nosuid,dev,nodev,relatime,noatime,rw";
+                      exec,noexec,suid,nosuid,dev,nodev,relatime,noatime,rw,async,dirsync,nosymfollow,iversion,mand";
         assert_eq!(arguments(others).unwrap(), [""; 0]);
     }
 
@@ -289,6 +309,9 @@ mod tests {
     fn the_last_word_counts() {
         assert_eq!(arguments("ro").unwrap(), ["--read-only"]);
         assert_eq!(arguments("ro,rw").unwrap(), [""; 0]);
+        assert_eq!(arguments("sync").unwrap(), ["--sync"]);
+        assert_eq!(arguments("sync,async").unwrap(), [""; 0]);
+        assert_eq!(arguments("async,sync").unwrap(), ["--sync"]);
         assert_eq!(arguments("rw,device=a,ro,device=b").unwrap(), ["--read-only", "--device=b"]);
     }
 
@@ -313,6 +336,9 @@ mod tests {
         assert!(wrong("foreground").contains("unknown option"));
         assert!(wrong("background_child").contains("unknown option"));
         assert!(wrong("remount").contains("unmount"));
+        for text in ["loop", "loop=/dev/loop7"] {
+            assert!(wrong(text).contains("leave it out"), "{}", wrong(text));
+        }
         let message = wrong("stream,speed=fast");
         assert!(message.contains("'speed") && message.lines().count() == 1, "{message:?}");
         assert!(wrong("stream,ro").contains("read-only"), "{}", wrong("stream,ro"));

@@ -1,4 +1,4 @@
-//! What is made from the definition of the command line: completions of shells, and manual pages.
+//! Manual pages, which are made from the definition of the command line.
 //!
 //! Options and their texts come from the definition alone; what a manual page says beyond that (exit status, files, what else to read) stands here.
 
@@ -6,7 +6,6 @@ use std::io::Write;
 use std::path::Path;
 
 use clap::{Command, CommandFactory};
-use clap_complete::Shell;
 use clap_mangen::Man;
 use clap_mangen::roff::{Roff, bold, italic, roman};
 
@@ -20,20 +19,8 @@ const MANUAL: &str = "Cordisk Manual";
 /// The headings under which examples stand in a help text.
 const EXAMPLE_HEADINGS: [&str; 2] = ["Examples:", "Example:"];
 
-/// Writes the completions for `shell` to standard output.
-///
-/// # Errors
-/// Nobody reads them.
-pub fn completions(shell: Shell) -> Result<()> {
-    let mut script = Vec::new();
-    // Shells would offer what is hidden, too.
-    clap_complete::generate(shell, &mut without_hidden(&Args::command()), "cordisk", &mut script);
-    let mut output = std::io::stdout().lock();
-    output.write_all(&script).and_then(|()| output.flush()).context(|| "standard output")
-}
-
 /// `command` with what a shell needs of it.
-fn without_hidden(command: &Command) -> Command {
+pub(super) fn without_hidden(command: &Command) -> Command {
     let mut shown = Command::new(command.get_name().to_string()).disable_help_subcommand(true);
     if let Some(version) = command.get_version() {
         shown = shown.version(version.to_string());
@@ -41,6 +28,7 @@ fn without_hidden(command: &Command) -> Command {
     if let Some(about) = command.get_about() {
         shown = shown.about(about.clone());
     }
+    shown = shown.visible_aliases(command.get_visible_aliases().map(String::from));
     let below = command.get_subcommands().filter(|below| !below.is_hide_set()).map(without_hidden);
     shown.args(command.get_arguments().filter(|argument| !argument.is_hide_set())).subcommands(below)
 }
@@ -241,8 +229,12 @@ fn fstab_page() -> Vec<u8> {
         roff.text([roman(help)]);
     }
     define(&mut roff, "ro, rw", "ro is read_only; rw takes that back.");
-    let ignored = "defaults, auto, noauto, user, users, owner, group, nofail, _netdev, comment=, x-*, exec, suid, dev, atime and their opposites are \
-                   for others, and ignored. The mount is nosuid, nodev and noexec in any case. Who cordisk is to become is run_as here, because user \
+    define(&mut roff, "sync, async", "sync makes every write durable before it returns, as --sync; async takes that back.");
+    let users = "With user, users, owner or group in fstab(5) a user who is not root may mount: mount(8) checks that, and calls this helper as that \
+                 user, whose rights must do for the image, the backing files and the mountpoint.";
+    paragraph(&mut roff, users);
+    let ignored = "defaults, auto, noauto, user, users, owner (without a value), group, nofail, _netdev, comment=, x-*, exec, suid, dev, atime and their \
+                   opposites are for others, and ignored; so are context= and the other options about labels where the kernel has no SELinux. The mount is nosuid, nodev and noexec in any case. Who cordisk is to become is run_as here, because user \
                    says in fstab(5) who may mount. Any other option is an error; with -s (sloppy) it is ignored.";
     paragraph(&mut roff, ignored);
     paragraph(

@@ -18,6 +18,7 @@ use crate::create::CreateOptions;
 use crate::error::one_line;
 use crate::{Error, Result};
 
+mod completion;
 mod control;
 mod helper;
 mod manual;
@@ -25,8 +26,9 @@ mod mount;
 mod values;
 mod views;
 
+pub use completion::completions;
 pub use helper::HelperMount;
-pub use manual::{completions, manual_pages};
+pub use manual::manual_pages;
 pub use mount::{MountConfig, Role, StreamSpeed};
 pub use values::{parse_minute, parse_speed};
 
@@ -217,6 +219,7 @@ pub fn parse() -> Result<Command> {
             std::process::exit(i32::from(!is_help))
         })));
     }
+    completion::answer();
     let line = with_help_last(std::env::args_os().collect());
     match Args::try_parse_from(&line).map_err(Refused::Usage).and_then(Args::check) {
         Ok(command) => Ok(command),

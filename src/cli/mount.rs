@@ -5,13 +5,16 @@ use std::path::PathBuf;
 
 use clap::ValueEnum;
 
-use super::values::{FormatArg, absolute, parse_device, parse_minute, parse_shell_command, parse_size, parse_speed};
-use crate::Result;
+use super::values::{
+    FormatArg, OnErrorArg, absolute, parse_device, parse_minute, parse_mode, parse_shell_command, parse_size, parse_speed,
+};
 use crate::format::BackingFormat;
 use crate::fuse::Transport;
+use crate::job::OnError;
 use crate::metrics::Address;
 use crate::sandbox;
 use crate::stream::{Minute, Plan, Priority, Speed};
+use crate::{Error, ErrorKind, Result};
 
 /// Device id, and job id of the stream it starts, where none is given: QEMU's name for the first drive.
 const DEFAULT_DEVICE: &str = "drive0";
@@ -48,6 +51,9 @@ pub(super) struct MountArgs {
     /// Give --stream the speed that it needs to be finished by this local time, and say in the log when it cannot
     #[arg(long, value_name = "HH:MM", requires = "stream", conflicts_with = "speed", value_parser = parse_minute)]
     finish_by: Option<Minute>,
+    /// What an error of reading or writing does to --stream
+    #[arg(long, value_name = "ACTION", requires = "stream", default_value = "report")]
+    on_error: OnErrorArg,
     /// Do not start the stream again that was running when the last daemon of this image ended; it is not forgotten
     #[arg(long)]
     no_resume: bool,
@@ -71,6 +77,15 @@ pub(super) struct MountArgs {
     /// Let other users open the disk, as far as its mode and owner allow (/etc/fuse.conf must permit it for whoever is not root)
     #[arg(long)]
     allow_other: bool,
+    /// Owner of the disk's file: USER[:GROUP] by name or number [default: the user who mounts, or --user]
+    #[arg(long, value_name = "USER[:GROUP]", requires = "allow_other")]
+    owner: Option<String>,
+    /// Permissions of the disk's file, in octal, such as 0660; those of other users need --allow-other [default: 0600]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode)]
+    mode: Option<u16>,
+    /// Make every write durable before it returns, as a mount with the option `sync`. Slow: each one waits for the host's disk
+    #[arg(long)]
+    sync: bool,
     /// How requests come from the kernel: over io_uring where it offers that, over /dev/fuse otherwise
     #[arg(long, value_name = "TRANSPORT", default_value = "auto")]
     transport: TransportArg,
@@ -199,6 +214,8 @@ pub struct MountConfig {
     pub metrics: Option<Address>,
     /// Speed of the stream job to start at once, if one is to be started.
     pub stream: Option<StreamSpeed>,
+    /// What an error does to that stream.
+    pub on_error: OnError,
     /// A stream that was interrupted is started again.
     pub resume: bool,
     /// Run when a stream has completed.
@@ -213,6 +230,12 @@ pub struct MountConfig {
     pub reserve: Option<u64>,
     /// Other users may open the disk.
     pub allow_other: bool,
+    /// Who the disk's file belongs to, as typed, where that is somebody else.
+    pub owner: Option<String>,
+    /// Its permissions, where they were given.
+    pub mode: Option<u16>,
+    /// Every write is durable when it returns.
+    pub sync: bool,
     /// How requests come from the kernel.
     pub transport: Transport,
     /// Format of the first backing file, where the image does not say.
@@ -231,6 +254,11 @@ pub struct MountConfig {
 
 impl MountArgs {
     pub(super) fn check(self) -> Result<MountConfig> {
+        if let Some(mode) = self.mode.filter(|mode| mode & 0o077 != 0 && !self.allow_other) {
+            let text =
+                format!("--mode {mode:04o}: permissions of other users need --allow-other; without it nobody else can open the disk");
+            return Err(Error::new(ErrorKind::InvalidArgument, text));
+        }
         Ok(MountConfig {
             image: absolute(&self.image)?,
             mountpoint: absolute(&self.mountpoint)?,
@@ -247,6 +275,7 @@ impl MountArgs {
                 Some(at) => StreamSpeed::Planned(at.into()),
                 None => self.speed.into(),
             }),
+            on_error: self.on_error.into(),
             resume: !self.no_resume,
             on_complete: self.on_complete,
             stream_priority: self.stream_priority.into(),
@@ -255,6 +284,9 @@ impl MountArgs {
             full_check: self.full_check,
             reserve: self.reserve,
             allow_other: self.allow_other,
+            owner: self.owner,
+            mode: self.mode,
+            sync: self.sync,
             transport: self.transport.into(),
             backing_format: self.backing_format.map(BackingFormat::from),
             pidfile: self.pidfile.as_deref().map(absolute).transpose()?,
@@ -316,6 +348,17 @@ mod tests {
         assert_eq!(mount(&["--stream-priority", "normal", "/i", "/m"]).stream_priority, Priority::Normal);
         assert_eq!(mount(&["--reserve", "2G", "/i", "/m"]).reserve, Some(2 << 30));
         assert!(!mount(&["--no-copy-on-read", "/i", "/m"]).copy_on_read);
+        let config = mount(&["--allow-other", "--owner", "jo:kvm", "--mode", "0660", "--sync", "/i", "/m"]);
+        assert_eq!((config.owner.as_deref(), config.mode, config.sync), (Some("jo:kvm"), Some(0o660), true));
+        assert_eq!(mount(&["--mode", "400", "/i", "/m"]).mode, Some(0o400));
+        let alone = Args::try_parse_from(["cordisk", "mount", "--mode", "0640", "/i", "/m"]).unwrap().check();
+        assert!(format!("{alone:?}").contains("--allow-other"), "{alone:?}");
+        assert!(Args::try_parse_from(["cordisk", "mount", "--owner", "jo", "/i", "/m"]).is_err(), "nobody else could open it");
+        for wrong in ["", "8", "0o600", "1777", "rw", "+600"] {
+            assert!(Args::try_parse_from(["cordisk", "mount", &format!("--mode={wrong}"), "/i", "/m"]).is_err(), "{wrong:?}");
+        }
+        assert_eq!(mount(&["--stream", "--on-error", "stop", "/i", "/m"]).on_error, OnError::Stop);
+        assert_eq!(mount(&["--stream", "/i", "/m"]).on_error, OnError::Report);
     }
 
     #[test]

@@ -112,6 +112,13 @@ pub fn parse_minute(text: &str) -> std::result::Result<Minute, String> {
     text.parse()
 }
 
+/// Permission bits in octal, with or without zeros in front.
+pub(super) fn parse_mode(text: &str) -> std::result::Result<u16, String> {
+    let is_octal = !text.is_empty() && text.bytes().all(|digit| (b'0'..=b'7').contains(&digit));
+    let mode = if is_octal { u16::from_str_radix(text, 8).ok() } else { None };
+    mode.filter(|mode| *mode <= 0o777).ok_or_else(|| "expected permissions in octal from 0000 to 0777, such as 0660".to_owned())
+}
+
 /// A command for the shell.
 pub(super) fn parse_shell_command() -> impl TypedValueParser<Value = OsString> {
     let something = |text: OsString| if text.is_empty() { Err("expected a command for /bin/sh") } else { Ok(text) };

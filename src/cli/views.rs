@@ -3,6 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap_complete::engine::ArgValueCompleter;
+
+use super::completion::{disks, disks_and_files};
 use super::values::{FormatArg, OutputArgs};
 use crate::client::{InfoOptions, MapOptions, TopOptions};
 use crate::format::BackingFormat;
@@ -13,7 +16,7 @@ const INTERVALS: std::ops::RangeInclusive<f64> = 0.1..=3600.0;
 #[derive(Debug, clap::Args)]
 pub(super) struct MapArgs {
     /// A disk that runs (its mountpoint, or its control socket), or a qcow2 image that nobody writes to
-    #[arg(value_name = "TARGET|IMAGE")]
+    #[arg(add = ArgValueCompleter::new(disks_and_files), value_name = "TARGET|IMAGE")]
     target: PathBuf,
     #[command(flatten)]
     output: OutputArgs,
@@ -28,7 +31,7 @@ pub(super) struct MapArgs {
 #[derive(Debug, clap::Args)]
 pub(super) struct InfoArgs {
     /// A disk that runs (its mountpoint, or its control socket), or an image, which may be in use
-    #[arg(value_name = "TARGET|IMAGE")]
+    #[arg(add = ArgValueCompleter::new(disks_and_files), value_name = "TARGET|IMAGE")]
     target: PathBuf,
     #[command(flatten)]
     output: OutputArgs,
@@ -40,6 +43,7 @@ pub(super) struct InfoArgs {
 #[derive(Debug, clap::Args)]
 pub(super) struct TopArgs {
     /// The disk: its mountpoint, or its control socket [default: all that run]
+    #[arg(add = ArgValueCompleter::new(disks))]
     target: Option<PathBuf>,
     /// Seconds between two looks
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_interval)]

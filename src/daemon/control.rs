@@ -169,7 +169,10 @@ impl Control {
         };
         let starting = self.streams.starting();
         let _starting = starting.lock();
-        match self.streams.start(disk, StreamOptions { speed, plan, priority, ..StreamOptions::new(&config.device) }) {
+        match self
+            .streams
+            .start(disk, StreamOptions { speed, plan, priority, on_error: config.on_error, ..StreamOptions::new(&config.device) })
+        {
             // A client was faster, and its stream is no reason to take the disk away again.
             Err(error) if error.kind() == ErrorKind::Busy => log::warn!("--stream: {error}; that one goes on"),
             started => return started,

@@ -106,6 +106,7 @@ fn mount_directly(device: &OwnedFd, target: &Mountpoint, options: &MountPlan) ->
     let data = CString::new(data).map_err(|_| Errno::INVAL)?;
     let mut flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     flags.set(MountFlags::RDONLY, options.read_only);
+    flags.set(MountFlags::SYNCHRONOUS, options.sync);
     // By descriptor: the file that was checked, not what its path means now.
     rustix::mount::mount(options.source.as_path(), target.reopen_path(), format!("fuse.{SUBTYPE}"), flags, data.as_c_str())
 }
@@ -149,6 +150,9 @@ fn helper_options(options: &MountPlan) -> OsString {
     text.extend_from_slice(format!(",subtype={SUBTYPE},nosuid,nodev,noexec,default_permissions").as_bytes());
     if options.read_only {
         text.extend_from_slice(b",ro");
+    }
+    if options.sync {
+        text.extend_from_slice(b",sync");
     }
     if options.allow_other {
         text.extend_from_slice(b",allow_other");
@@ -347,9 +351,10 @@ mod tests {
             allow_other: true,
             uid: 0,
             gid: 0,
+            sync: true,
         };
         let text = helper_options(&options).into_string().unwrap();
-        assert_eq!(text, "fsname=/a\\,b\\\\c,subtype=cordisk,nosuid,nodev,noexec,default_permissions,ro,allow_other");
+        assert_eq!(text, "fsname=/a\\,b\\\\c,subtype=cordisk,nosuid,nodev,noexec,default_permissions,ro,sync,allow_other");
     }
 
     #[test]

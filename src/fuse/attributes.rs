@@ -86,6 +86,12 @@ impl Attributes {
         }
     }
 
+    /// The mode that `--mode` asks for. A read-only disk has no write permission, whatever it says.
+    pub(super) fn set_mode(&mut self, mode: u16) {
+        let kept = if self.read_only { !WRITE as u16 } else { u16::MAX };
+        self.owner.get_mut().mode = mode & 0o777 & kept;
+    }
+
     pub(super) fn owner(&self) -> Owner {
         *self.owner.lock()
     }
@@ -179,6 +185,16 @@ mod tests {
         assert_eq!(read_only.owner().mode, 0o400);
         assert_eq!(read_only.change(&mode(0o600)), Err(Errno::ROFS));
         assert_eq!(read_only.change(&mode(0o444)), Ok(()));
+    }
+
+    #[test]
+    fn a_mode_that_was_asked_for_gives_no_right_to_write_a_read_only_disk() {
+        let mut shared = attributes(true, false);
+        shared.set_mode(0o660);
+        assert_eq!(shared.owner().mode, 0o660);
+        let mut read_only = attributes(true, true);
+        read_only.set_mode(0o664);
+        assert_eq!(read_only.owner().mode, 0o444);
     }
 
     #[test]

@@ -25,6 +25,8 @@ pub struct MountPlan {
     pub uid: u32,
     /// The group of that user.
     pub gid: u32,
+    /// Mount `sync`: the kernel sends a flush after each write, and answers both at once.
+    pub sync: bool,
 }
 
 /// Our mount. Dropping it detaches what is still mounted, and removes the placeholder.

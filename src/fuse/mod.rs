@@ -92,6 +92,19 @@ pub struct MountOptions {
     pub uid: u32,
     /// Its group id.
     pub gid: u32,
+    /// Permissions and owner of the disk's file, where they are not those of `uid` and `gid`.
+    pub shown: ShownAs,
+    /// Every write is durable when it returns (mount(8): `sync`).
+    pub sync: bool,
+}
+
+/// What stat(2) shows of the disk's file.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct ShownAs {
+    /// User id and group id of its owner.
+    pub owner: Option<(u32, u32)>,
+    /// Permission bits.
+    pub mode: Option<u16>,
 }
 
 /// A disk with all that is needed to serve it: after this no path is looked up any more.
@@ -169,6 +182,7 @@ pub fn prepare(disk: &Arc<Disk>, options: MountOptions) -> Result<Prepared> {
         allow_other: options.allow_other,
         uid: options.uid,
         gid: options.gid,
+        sync: options.sync,
     };
     Prepared::other(handler, plan, options.transport)
 }
@@ -200,7 +214,11 @@ impl Prepared {
 fn new_handler(disk: &Arc<Disk>, info: &DiskInfo, options: &MountOptions) -> Result<Handler> {
     let what = || info.path.display().to_string();
     let modified = std::fs::metadata(&info.path).and_then(|file| file.modified()).unwrap_or_else(|_| SystemTime::now());
-    let attributes = attributes::Attributes::new(options.uid, options.gid, modified, options.allow_other, info.read_only);
+    let (uid, gid) = options.shown.owner.unwrap_or((options.uid, options.gid));
+    let mut attributes = attributes::Attributes::new(uid, gid, modified, options.allow_other, info.read_only);
+    if let Some(mode) = options.shown.mode {
+        attributes.set_mode(mode);
+    }
     let directory = info.path.parent().unwrap_or(Path::new("/"));
     let directory = rustix::fs::open(directory, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(io::Error::from)

@@ -114,6 +114,7 @@ pub(super) struct Plan {
     allow_other: bool,
     uid: u32,
     gid: u32,
+    sync: bool,
 }
 
 impl From<&MountPlan> for Plan {
@@ -126,6 +127,7 @@ impl From<&MountPlan> for Plan {
             allow_other: plan.allow_other,
             uid: plan.uid,
             gid: plan.gid,
+            sync: plan.sync,
         }
     }
 }
@@ -140,6 +142,7 @@ impl From<Plan> for MountPlan {
             allow_other: plan.allow_other,
             uid: plan.uid,
             gid: plan.gid,
+            sync: plan.sync,
         }
     }
 }

@@ -29,16 +29,30 @@ impl Identity {
     /// user, for root, and for a number without a group that nobody has.
     pub fn find(text: &str) -> Result<Identity> {
         let wrong = |why: String| Error::new(ErrorKind::InvalidArgument, format!("--user {text}: {why}"));
-        let unknown = |what: &str, name: &str| Error::new(ErrorKind::NotFound, format!("--user {text}: there is no {what} {name}"));
         if !rustix::process::geteuid().is_root() {
             return Err(wrong("only root can become another user; start it as that user instead".to_string()));
         }
+        let identity = Identity::named("--user", text)?;
+        if identity.uid == 0 {
+            return Err(wrong("that is root, who keeps all rights; name another user".to_string()));
+        }
+        Ok(identity)
+    }
+
+    /// The user and group that an `option` names, as [`Identity::find`], for any process and any user.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] where there is no such user or group; [`ErrorKind::InvalidArgument`] for a number without a group that
+    /// nobody has.
+    pub fn named(option: &str, text: &str) -> Result<Identity> {
+        let wrong = |why: String| Error::new(ErrorKind::InvalidArgument, format!("{option} {text}: {why}"));
+        let unknown = |what: &str, name: &str| Error::new(ErrorKind::NotFound, format!("{option} {text}: there is no {what} {name}"));
         let (name, group) = match text.split_once(':') {
             Some((name, group)) => (name, Some(group)),
             None => (text, None),
         };
         let number = |text: &str| text.parse::<u32>().ok().filter(|&id| id != u32::MAX);
-        let ask = |result: nix::Result<Option<User>>| result.map_err(io::Error::from).context(|| format!("--user {text}"));
+        let ask = |result: nix::Result<Option<User>>| result.map_err(io::Error::from).context(|| format!("{option} {text}"));
         // A number is a number, although a user could be called so.
         let (uid, known) = match number(name) {
             Some(uid) => (uid, if group.is_some() { None } else { ask(User::from_uid(Uid::from_raw(uid)))? }),
@@ -49,18 +63,15 @@ impl Identity {
         };
         let gid = match (group, known) {
             (None, Some(user)) => user.gid.as_raw(),
-            (None, None) => return Err(wrong(format!("nobody has this number, so name a group as well: --user {uid}:GID"))),
+            (None, None) => return Err(wrong(format!("nobody has this number, so name a group as well: {option} {uid}:GID"))),
             (Some(group), _) => match number(group) {
                 Some(gid) => gid,
                 None => {
-                    let found = Group::from_name(group).map_err(io::Error::from).context(|| format!("--user {text}"))?;
+                    let found = Group::from_name(group).map_err(io::Error::from).context(|| format!("{option} {text}"))?;
                     found.ok_or_else(|| unknown("group", group))?.gid.as_raw()
                 }
             },
         };
-        if uid == 0 {
-            return Err(wrong("that is root, who keeps all rights; name another user".to_string()));
-        }
         Ok(Identity { uid, gid })
     }
 

@@ -347,6 +347,66 @@ fn who_waits_hears_of_errors() {
     disk.umount();
 }
 
+/// Protects: several disks in one command, in the list by name; one that fails does not keep the others, and JSON is one array.
+#[test]
+fn a_command_takes_several_disks() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    let other = rig.scratch.join("other.qcow2");
+    qemu::create(&other, None, "", Some(("base.raw", "raw")));
+    let later = start(Mount::named(&rig.scratch, &other, "zz"), &rig.scratch);
+    let first = start(Mount::named(&rig.scratch, &rig.overlay, "aa"), &rig.scratch);
+    let text = ok(&rig.scratch, &["status", "zz.disk", "aa.disk"]);
+    let blocks: Vec<&str> = text.split("\n\n").collect();
+    assert!(blocks.len() == 2 && blocks[0].contains("zz.disk  running") && blocks[1].contains("aa.disk  running"), "{text}");
+    let json: Value = serde_json::from_str(&ok(&rig.scratch, &["status", "zz.disk", "aa.disk", "--output", "json"])).expect("JSON");
+    assert_eq!(json.as_array().map(Vec::len), Some(2));
+    let list = ok(&rig.scratch, &["ls"]);
+    let place = |name: &str| list.find(name).unwrap_or_else(|| panic!("no {name} in {list}"));
+    assert!(place("aa.disk") < place("zz.disk"), "by name, not by age: {list}");
+
+    for disk in ["aa.disk", "zz.disk"] {
+        let started: Value = serde_json::from_str(&ok(&rig.scratch, &["stream", disk, "--speed", "1", "--json"])).expect("JSON");
+        assert_eq!(started["type"], json!("stream"), "{started}");
+    }
+    let paused = cordisk(&rig.scratch, &["job", "pause", "aa.disk", "none.disk", "zz.disk"]);
+    assert_eq!((paused.status.code(), paused.stdout.lines().count()), (Some(1), 2), "{paused:?}");
+    assert!(
+        paused.stderr.starts_with("cordisk: no cordisk disk is mounted at none.disk") && paused.stderr.lines().count() == 1,
+        "{paused:?}"
+    );
+    ok(&rig.scratch, &["job", "speed", "aa.disk", "zz.disk", "1.5 MiB/s"]);
+    ok(&rig.scratch, &["job", "resume", "aa.disk", "zz.disk"]);
+    let lines = ok(&rig.scratch, &["stream", "aa.disk", "--wait", "--json"]);
+    let last: Value = serde_json::from_str(lines.lines().last().expect("a line")).expect("JSON");
+    assert_eq!((&last["result"], &last["len"]), (&json!("success"), &json!(MIB)), "{lines}");
+    let top: Value = serde_json::from_str(&ok(&rig.scratch, &["top", "--json", "--interval", "0.1", "aa.disk"])).expect("JSON");
+    assert_eq!(top[0]["size"], json!(MIB), "{top}");
+
+    let (first, later) = (first.path().to_owned(), later.path().to_owned());
+    ok(&rig.scratch, &["unmount", "aa.disk", "zz.disk"]);
+    assert!(mounts::at(&first).is_none() && mounts::at(&later).is_none());
+}
+
+/// Protects: a locale without UTF-8 has ASCII, also on a terminal.
+#[test]
+fn a_locale_without_utf8_has_ascii() {
+    requires!("/dev/fuse", "qemu-img", "terminal");
+    let rig = Rig::new(MIB);
+    let disk = start(rig.mount(), &rig.scratch);
+    let mut command = rig.scratch.cordisk();
+    command.args(["status", "drive0.disk"]).current_dir(rig.scratch.path()).env("LC_ALL", "C").env_remove("RUST_LOG");
+    let text = run_within(&mut command, LIMIT).stdout;
+    assert!(text.is_ascii() && text.starts_with("* ") && text.contains("running"), "{text}");
+    let path = disk.path().to_str().expect("UTF-8").to_owned();
+    let mut top = Terminal::cordisk(&rig.scratch, &["top", &path], &[("LC_ALL", OsStr::new("C"))], 24, 80);
+    top.wait_for_text("remote");
+    assert!(top.contents().is_ascii(), "{}", top.contents());
+    top.send(b"q");
+    top.assert_status(0);
+    disk.umount();
+}
+
 /// Protects: one look shows all disks, the dead as dead; a dead one is taken away with all that it has left.
 #[test]
 fn all_disks_are_listed_and_a_dead_one_is_taken_away() {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use crate::support::{CORDISK, Scratch, have, run_ok, run_within};
+use crate::support::{CORDISK, MIB, Rig, Scratch, have, run_ok, run_within};
 
 fn completions(scratch: &Scratch, shell: &str) -> PathBuf {
     let script = run_ok(Command::new(CORDISK).args(["completions", shell]));
@@ -25,8 +25,14 @@ fn shells_parse_their_completions() {
         }
     }
     for shell in ["elvish", "powershell"] {
-        assert!(fs::read_to_string(completions(&scratch, shell)).expect("script").contains("mount"), "{shell}");
+        assert!(fs::read_to_string(completions(&scratch, shell)).expect("script").contains("CORDISK_COMPLETE"), "{shell}");
     }
+}
+
+/// The scripts ask the program, which a shell finds by its name.
+fn with_program(shell: &mut Command) -> &mut Command {
+    let directory = Path::new(CORDISK).parent().expect("a directory").display();
+    shell.env("PATH", format!("{directory}:{}", std::env::var("PATH").unwrap_or_default()))
 }
 
 /// What bash offers for the last of `words`.
@@ -40,7 +46,7 @@ fn bash_offers(script: &Path, words: &[&str]) -> Vec<String> {
         script.display(),
         words.len() - 1
     );
-    run_ok(Command::new("bash").args(["--norc", "-c", &ask])).split_whitespace().map(str::to_owned).collect()
+    run_ok(with_program(Command::new("bash").args(["--norc", "-c", &ask]))).split_whitespace().map(str::to_owned).collect()
 }
 
 /// Protects: bash completes commands, options and values with them; what is hidden is not offered.
@@ -55,6 +61,37 @@ fn bash_completes() {
     assert_eq!(bash_offers(&script, &["cordisk", "mount", "--sandbox", "r"]), ["require"]);
     assert_eq!(bash_offers(&script, &["cordisk", "keep"]), [""; 0]);
     assert_eq!(bash_offers(&script, &["cordisk", "mount", "--backg"]), [""; 0]);
+}
+
+/// Protects: a disk that is mounted is offered wherever a command is about one, and the verbs of a job, in every shell that is here.
+#[test]
+fn shells_complete_mounted_disks() {
+    requires!("/dev/fuse", "qemu-img", "bash");
+    let rig = Rig::new(MIB);
+    let disk = rig.mount().start();
+    let path = disk.path().to_str().expect("UTF-8");
+    let start = &path[..path.len() - 3];
+    let script = completions(&rig.scratch, "bash");
+    for words in [&["umount"][..], &["status"], &["stream"], &["top"], &["map"], &["job", "pause"], &["job", "speed"], &["unmount"]] {
+        let words: Vec<&str> = ["cordisk"].iter().chain(words).copied().chain([start]).collect();
+        assert_eq!(bash_offers(&script, &words), [path], "{words:?}");
+    }
+    assert_eq!(bash_offers(&script, &["cordisk", "job", "pau"]), ["pause"]);
+    if have(&["fish"]) {
+        let script = completions(&rig.scratch, "fish");
+        let ask = |line: &str| {
+            run_ok(with_program(Command::new("fish").args(["-N", "-c", &format!("source {}; complete -C '{line}'", script.display())])))
+        };
+        assert!(ask(&format!("cordisk umount {start}")).contains(path));
+        let verbs = ask("cordisk job ");
+        assert!(["pause", "resume", "cancel", "speed"].iter().all(|verb| verbs.contains(verb)), "{verbs}");
+    }
+    // zsh completes only in a terminal: what its script asks for is asked here.
+    let asked = run_ok(
+        Command::new(CORDISK).args(["--", "cordisk", "umount", start]).env("CORDISK_COMPLETE", "zsh").env("_CLAP_COMPLETE_INDEX", "2"),
+    );
+    assert_eq!(asked.trim(), path);
+    disk.umount();
 }
 
 fn pages(scratch: &Scratch) -> Vec<PathBuf> {

@@ -3,7 +3,7 @@
 //! mount(8) looks for helpers in /sbin only, where tests install nothing: a mount namespace of the test's own has the link, in an overlay on /usr/sbin.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -136,4 +136,32 @@ fn a_line_of_fstab_mounts() {
         ),
     );
     assert_eq!(said.trim(), "1", "mounted once");
+}
+
+/// Protects: `owner`, `mode` and `sync` are those of the file: what stat(2) shows, and what a write needs to be durable.
+#[test]
+fn the_file_has_the_owner_and_mode_that_were_asked_for() {
+    requires!("/dev/fuse", "qemu-img", "root");
+    let bench = Bench::new();
+    let disk = bench.scratch.join("vm.raw");
+    let options = "allow_other,owner=65534:65533,mode=0640,sync,nofail,x-systemd.automount";
+    let done = bench.help(&["vm.qcow2", disk.to_str().expect("UTF-8"), "-o", options]);
+    assert_eq!(done.status.code(), Some(0), "{done:?}");
+    let stat = fs::metadata(&disk).expect("stat");
+    assert_eq!((stat.uid(), stat.gid(), stat.mode() & 0o7777), (65534, 65533, 0o640));
+    let told = |name: &str| {
+        let status = run_ok(Command::new(CORDISK).args(["status", "--json"]).arg(&disk));
+        let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
+        let kinds = status[0]["requests"].as_array().expect("requests").clone();
+        kinds.iter().find(|kind| kind["kind"] == name).expect("kind")["operations"].as_u64().expect("a number")
+    };
+    fs::OpenOptions::new().write(true).open(&disk).and_then(|file| file.write_at(b"x", 5)).expect("write");
+    assert_eq!(told("write"), 1);
+    assert!(told("flush") >= 1, "a write of a mount with `sync` is flushed");
+    mounts::umount(&disk);
+    let bad = bench.help(&["vm.qcow2", disk.to_str().expect("UTF-8"), "-o", "mode=0640"]);
+    assert!(bad.status.code() != Some(0) && bad.stderr.contains("allow-other") && bad.stderr.lines().count() == 1, "{bad:?}");
+    let bad = bench.help(&["vm.qcow2", disk.to_str().expect("UTF-8"), "-o", "allow_other,owner=nobody-of-this-name"]);
+    assert!(bad.status.code() == Some(32) && bad.stderr.contains("there is no user nobody-of-this-name"), "{bad:?}");
+    assert!(mounts::at(&disk).is_none());
 }
