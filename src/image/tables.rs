@@ -344,13 +344,29 @@ impl Tables {
         let mut judged: Option<Box<Judged>> = None;
         let new = || Box::new(Judged::new(entries.len()));
         let mut data = Vec::new();
+        let mut lost_its_end = false;
         for (index, &raw) in entries.iter().enumerate() {
             match referenced(raw, geometry, size) {
                 Ok((clusters, in_place)) if self.allocator.is_some() => {
                     data.extend(clusters.map(|cluster| (HostCluster(cluster), in_place, index)));
                 }
                 Ok(_) => {}
-                Err(error) => judged.get_or_insert_with(new).set_bad(index, &error.context(format!("index {index}"))),
+                Err(error) => {
+                    lost_its_end |= raw == OUTSIDE || Mapping::decode(raw, geometry).is_ok();
+                    judged.get_or_insert_with(new).set_bad(index, &error.context(format!("index {index}")));
+                }
+            }
+        }
+        // A file may end inside its last cluster, and the rest of that cluster is zeros. Where the file has lost clusters,
+        // it has lost that rest as well: zeros would be a lie.
+        if lost_its_end {
+            for (index, &raw) in entries.iter().enumerate() {
+                if let Ok(Mapping::Data { host, .. }) = Mapping::decode(raw, geometry)
+                    && size.saturating_sub(geometry.host_offset(host).0) < geometry.cluster_size()
+                {
+                    let error = corrupt(format!("index {index}: the file ends inside the cluster at {}", geometry.host_offset(host)));
+                    judged.get_or_insert_with(new).set_bad(index, &error);
+                }
             }
         }
         let Some(allocator) = &self.allocator else { return judged };
