@@ -156,12 +156,14 @@ fn copy_up(disk: &Arc<Disk>, control: &Control, priority: Priority, depth: usize
 
 /// Where a stream stands that is paused before its first chunk, as one that was paused when its daemon ended: behind all that needs
 /// nothing, which it would pass over at once. Found by tables alone, and shown, so that a user sees what is done. 0 for any other.
+/// The last chunk is always left: the job stands at a checkpoint before it, and does not end before a user resumes it.
 fn passed_already(disk: &Disk, control: &Control, depth: usize, len: u64) -> u64 {
     let give_up = Instant::now() + LONGEST_LOOK;
     let mut offset = 0;
-    while control.is_paused() && offset < len && Instant::now() < give_up {
+    let most = len.saturating_sub(STREAM_CHUNK);
+    while control.is_paused() && offset < most && Instant::now() < give_up {
         // What is wrong is found, and told, when the stream comes there.
-        let Ok((ToDo::Nothing, bytes)) = disk.to_do(offset, len - offset, depth) else { break };
+        let Ok((ToDo::Nothing, bytes)) = disk.to_do(offset, most - offset, depth) else { break };
         control.advance(bytes, Work::default());
         offset += bytes;
     }
