@@ -93,15 +93,15 @@ fn root_opens_what_the_owner_of_the_image_may_read() {
 #[test]
 fn with_user_that_user_has_to_be_able_to_read_it() {
     requires!("/dev/fuse", "qemu-img", "root");
-    let scratch = bases();
     let user = format!("{ALICE}:{ALICE}");
     for (owner, base, works) in
         [(0, "public", true), (0, "alices", true), (0, "secret", false), (ALICE, "secret", false), (61_235, "alices", true)]
     {
-        let _ = fs::remove_file(scratch.join("top"));
+        // Each with a log of its own: that the disk is served is read there.
+        let scratch = bases();
         image(&scratch, "top", owner, (base, "raw"));
         if works {
-            Mount::new(&scratch, &scratch.join("top")).args(&["--user", &user]).start().umount();
+            Mount::new(&scratch, &scratch.join("top")).args(&["--user", &user]).start_settled().umount();
         } else {
             refused(&scratch, &["--user", &user, "top", "disk"], &[&format!("with the rights of user {ALICE}")]);
         }
@@ -111,6 +111,8 @@ fn with_user_that_user_has_to_be_able_to_read_it() {
             refused(&scratch, &["--user", &user, "--backing-root", &root, "top", "disk"], &[&format!("with the rights of user {ALICE}")]);
         }
     }
+    let scratch = bases();
+    image(&scratch, "top", 61_235, ("alices", "raw"));
     refused(&scratch, &["--user", &user, "--backing-root", "/usr", "top", "disk"], &["does not lie below --backing-root"]);
 }
 
