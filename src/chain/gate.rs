@@ -106,7 +106,7 @@ pub fn explain(error: Error, namer: Namer<'_>, rights: Option<&Rights>, path: &P
 
 impl Gate {
     /// (device, inode) of the file that `name` names in the header of the image `namer`. The file is
-    /// not locked, and closed again. It is opened with the rights that [`Gate::admit`] would use.
+    /// not locked, and closed again. It is opened with the rights that a layer below that image is opened with.
     ///
     /// # Errors
     /// The name does not pass; those of open(2).

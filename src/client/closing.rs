@@ -26,7 +26,7 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Processes of other mount namespaces that are named.
 const MOST_NAMED: usize = 3;
 
-/// Waits for the daemons that have `image` open and whose disk is no longer mounted, [`CLOSING`] at most. Does not wait where the disk is mounted, here
+/// Waits for the daemons that have `image` open and whose disk is no longer mounted, ten seconds at most. Does not wait where the disk is mounted, here
 /// or in another mount namespace: it would not end.
 pub fn wait_for_closing(image: &Path) {
     let Ok(path) = image.canonicalize() else { return };
