@@ -17,7 +17,7 @@ pub struct Forecast {
 }
 
 impl Forecast {
-    /// Bytes of each of at most [`SLICES`] slices of a job of `len` bytes.
+    /// Bytes of each of at most `SLICES` slices of a job of `len` bytes.
     pub fn slice_of(len: u64) -> u64 {
         len.div_ceil(SLICES as u64).max(1)
     }

@@ -27,7 +27,7 @@
 //! mark of an open image and the note of its stream; the command of `--on-complete`. **Never:** reads an
 //! image or what a client sends; takes orders about another mount; removes a file that is not (device, inode) the one that was named, or from another
 //! directory.
-//! **Locks:** one leaf in the serving process, [`line::Line`]'s turn: a request and its reply belong together.
+//! **Locks:** one leaf in the serving process, `line::Line`'s turn: a request and its reply belong together.
 
 use std::ffi::OsStr;
 use std::fs::File;

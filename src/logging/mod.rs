@@ -13,7 +13,7 @@
 //!
 //! **Touches:** standard error, one file or one datagram socket. **Never:** opens anything of its
 //! own accord once [`Log::start_thread`] was called; waits for the outlet on another thread, but
-//! for [`Log::flush`], which gives up after [`FLUSH_TIMEOUT`].
+//! for [`Log::flush`], which gives up after `FLUSH_TIMEOUT`.
 //! **Locks:** leaves: that of the outlet is held across one write, that of the last warning is not
 //! held across anything.
 
@@ -201,7 +201,7 @@ impl Log {
         }
     }
 
-    /// Waits until all lines are written, for [`FLUSH_TIMEOUT`] at most.
+    /// Waits until all lines are written, for `FLUSH_TIMEOUT` at most.
     pub fn flush(&self) {
         let Some(outlet) = &self.shared.outlet else { return };
         let queue = outlet.queue.lock().clone();

@@ -25,7 +25,7 @@ const SETTLE_TRIES: u32 = 3;
 impl FileStorage {
     /// The version of the file that every later change can be told from. Waits where the file was
     /// changed so short a time ago that another change could get the same time: for a tick of the
-    /// host's clock, or [`WHOLE_SECONDS`] where the file system seems to count in seconds.
+    /// host's clock, or `WHOLE_SECONDS` where the file system seems to count in seconds.
     ///
     /// A FUSE server that gives the time of the question as the time of the last change (QEMU's
     /// export does) keeps none: then only the size counts.
