@@ -1,6 +1,6 @@
 //! The extended attributes beside an image: their names and bounds. The format knows nothing of them.
 //!
-//! Programs that copy files copy them as well (`cp -a`), and whoever may write the file may set them: what
+//! Programs that copy files copy them as well (`cp -a`), and any user with write permission on the file may set them: what
 //! they say is checked where it is read.
 
 /// There while a program of ours writes the image, and after it was killed. Copied with an image it costs

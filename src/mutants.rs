@@ -102,7 +102,7 @@ mutants! {
     ShrunkFileIsAnError = "shrunk-file-is-an-error",
     /// P9, P10: what was read of backing files is of the files that were opened.
     LayersUnchangedBeforePublish = "layers-unchanged-before-publish",
-    /// P10: whoever has the backing files is asked whether they were changed before they are cut
+    /// P10: the server of the backing files is asked whether they were changed before they are cut
     /// off.
     LayersAskedBeforeDetach = "layers-asked-before-detach",
     /// P10: nor were they changed until nobody reads them any more.

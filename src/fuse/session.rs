@@ -128,9 +128,9 @@ impl Drop for Server {
     }
 }
 
-/// Makes the kernel know that the disk has grown to `size` bytes, for those who have it open as well.
+/// Makes the kernel know that the disk has grown to `size` bytes, also where a program has it open already.
 ///
-/// Forgetting its attributes is enough for whoever asks for the size, with stat(2) or lseek(2); a shorter `ATTR_TTL` would do that too, at one
+/// Forgetting its attributes is enough for a program that asks for the size, with stat(2) or lseek(2); a shorter `ATTR_TTL` would do that too, at one
 /// request for every stat(2). But asynchronous reads end where the kernel *believes* the file to end, and ask nobody (tried on Linux 6.18: they find
 /// nothing past the old end for as long as nobody calls stat). So it is handed the last byte, which moves its end of the file, and takes the page
 /// back. The byte is right: the new range is zeros, and nobody could write to it, knowing no end beyond the old one.

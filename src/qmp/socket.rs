@@ -294,7 +294,7 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
-    /// Protects: who replaces the file is not given anything, and what replaced it is not changed.
+    /// Protects: a user that replaces the file is not given anything, and what replaced it is not changed.
     #[test]
     fn the_file_that_was_made_is_given_away_and_no_other() {
         let dir = tempfile::tempdir().unwrap();

@@ -65,7 +65,7 @@ impl Surroundings {
         if self.is_root() {
             return vec![OF_ROOT.into()];
         }
-        // Who has become another user with su(1) still has the variable of the one before; who comes with sudo(8), cron(8) or a service has none.
+        // A shell started by su(1) still has the variable of the user before; one of sudo(8), cron(8) or a service has none.
         let ours = |path: &PathBuf| fs::symlink_metadata(path).is_ok_and(|there| there.is_dir() && there.uid() == self.uid);
         let logged_in = self.of_users.join(self.number().to_string());
         let mut own: Vec<PathBuf> = Vec::new();
@@ -148,7 +148,7 @@ impl Surroundings {
         let shared = self.is_root();
         let mode = if shared { 0o755 } else { 0o700 };
         match DirBuilder::new().mode(mode).create(path) {
-            // The umask may have taken rights away. Nobody else can have replaced it: in /tmp only who owns a file can.
+            // The umask may have taken rights away. Nobody else can have replaced it: in /tmp only the owner of a file can.
             Ok(()) => fs::set_permissions(path, PermissionsExt::from_mode(mode)).context(what)?,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(Error::io(what(), error)),

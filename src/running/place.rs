@@ -21,7 +21,7 @@ use crate::{Error, ErrorKind, Result};
 
 /// Symbolic links on one way, as in path_resolution(7).
 const MOST_LINKS: usize = 40;
-/// Who may write into a directory beside its owner.
+/// Users that may write into a directory, beside its owner.
 const OTHERS_WRITE: u32 = 0o022;
 const STICKY: u32 = 0o1000;
 

@@ -131,7 +131,7 @@ fn everybody_has_a_place() {
     }
 }
 
-/// Protects: who makes `cordisk-UID` in /tmp first does not keep that user's daemons from having a place, which the next of them finds.
+/// Protects: a user that makes `cordisk-UID` in /tmp first does not keep that user's daemons from having a place, which the next of them finds.
 #[test]
 fn a_name_that_somebody_has_taken_is_no_obstacle() {
     let scratch = tempfile::tempdir().unwrap();
