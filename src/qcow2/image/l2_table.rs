@@ -1,0 +1,144 @@
+//! One L2 table in memory: its entries, which change one by one, and the pieces that are not on
+//! disk yet. Entries are checked when the table is loaded; a bad entry affects only the range that
+//! it maps.
+
+use super::judged::{Fault, Judged};
+use crate::format::{Geometry, HostCluster, Mapping};
+use host::Result;
+use host::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// Size of the pieces in which an L2 table is written back, in bytes: one page of the host.
+const PIECE: usize = 4096;
+const PIECE_ENTRIES: usize = PIECE / 8;
+
+/// One L2 table, shared by all threads that use the image. `host` and `in_place` change only under
+/// the write lock of the table's slot.
+#[derive(Debug)]
+pub(super) struct L2Table {
+    /// The host cluster where the table is, or will be once it is written back.
+    pub host: HostCluster,
+    /// COPIED in the L1 entry: this table may be overwritten in place.
+    pub in_place: bool,
+    entries: Box<[AtomicU64]>,
+    /// The entries that were faulty when the table was loaded; `None` if all were good.
+    judged: Option<Box<Judged>>,
+    /// One bit per piece.
+    dirty: Box<[AtomicU64]>,
+    /// Whether the table is in the list of dirty tables.
+    pub queued: AtomicBool,
+    /// Whether the L1 entry on disk does not name this table yet.
+    pub l1_dirty: AtomicBool,
+}
+
+impl L2Table {
+    /// Makes a table from the entries that are on disk or are about to be written.
+    pub fn new(
+        host: HostCluster,
+        in_place: bool,
+        entries: Box<[AtomicU64]>,
+        judged: Option<Box<Judged>>,
+    ) -> Self {
+        let pieces = entries.len().div_ceil(PIECE_ENTRIES);
+        let dirty = (0..pieces.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        L2Table {
+            host,
+            in_place,
+            entries,
+            judged,
+            dirty,
+            queued: AtomicBool::new(false),
+            l1_dirty: AtomicBool::new(false),
+        }
+    }
+
+    /// Returns the raw entry at `index`.
+    pub fn entry(&self, index: usize) -> &AtomicU64 {
+        &self.entries[index]
+    }
+
+    /// Returns the fault of the entry at `index`.
+    pub fn fault(&self, index: usize) -> Fault {
+        self.judged.as_ref().map_or(Fault::None, |judged| judged.fault(index))
+    }
+
+    /// Decodes the entry at `index`. An entry whose refcount could not be read has no COPIED bit
+    /// here, so that a write goes to a new cluster.
+    ///
+    /// # Errors
+    /// [`host::ErrorKind::Corrupt`] for a bad entry.
+    pub fn mapping(&self, index: usize, geometry: &Geometry) -> Result<Mapping> {
+        let raw = self.entries[index].load(Ordering::Acquire);
+        match &self.judged {
+            None => Ok(Mapping::decode(raw, geometry)?),
+            Some(judged) => judged.mapping(index, raw, self.host, geometry),
+        }
+    }
+
+    /// Sets the raw entry at `index`, then marks its piece dirty. Returns the previous entry.
+    pub fn set(&self, index: usize, raw: u64) -> u64 {
+        let before = self.entries[index].swap(raw, Ordering::AcqRel);
+        if let Some(judged) = &self.judged {
+            judged.replaced(index);
+        }
+        self.mark_dirty(index);
+        before
+    }
+
+    fn mark_dirty(&self, index: usize) {
+        let piece = index / PIECE_ENTRIES;
+        self.dirty[piece / 64].fetch_or(1 << (piece % 64), Ordering::AcqRel);
+    }
+
+    /// Marks all pieces dirty.
+    pub fn mark_all_dirty(&self) {
+        for first in (0..self.entries.len()).step_by(PIECE_ENTRIES) {
+            self.mark_dirty(first);
+        }
+    }
+
+    /// Marks pieces clean and then copies them. In this order, a change between the two marks the
+    /// piece dirty again. `start` is the table's host offset in bytes. Adjacent pieces are joined.
+    pub fn take_dirty(&self, start: u64) -> Vec<(u64, Vec<u8>)> {
+        let mut pieces: Vec<(u64, Vec<u8>)> = Vec::new();
+        for (word, dirty) in self.dirty.iter().enumerate() {
+            let mut bits = dirty.swap(0, Ordering::AcqRel);
+            while bits != 0 {
+                let piece = word * 64 + bits.trailing_zeros() as usize;
+                bits &= bits - 1;
+                let offset = start + (piece * PIECE) as u64;
+                let entries = self.entries[piece * PIECE_ENTRIES..].iter().take(PIECE_ENTRIES);
+                let bytes = entries.flat_map(|entry| entry.load(Ordering::Acquire).to_be_bytes());
+                match pieces.last_mut() {
+                    Some((at, run)) if *at + run.len() as u64 == offset => run.extend(bytes),
+                    _ => pieces.push((offset, bytes.collect())),
+                }
+            }
+        }
+        pieces
+    }
+
+    /// Marks pieces that [`L2Table::take_dirty`] returned dirty again after they were not written.
+    pub fn dirty_again(&self, start: u64, pieces: &[(u64, Vec<u8>)]) {
+        for (at, bytes) in pieces {
+            // If the table has moved meanwhile, all of it is dirty already.
+            if let Some(first) = at.checked_sub(start).filter(|first| *first < self.bytes() as u64)
+            {
+                for offset in (first as usize..first as usize + bytes.len()).step_by(PIECE) {
+                    self.mark_dirty(offset / 8);
+                }
+            }
+        }
+    }
+
+    /// Returns whether disk and memory agree and the table is in no list for a pass.
+    pub fn is_clean(&self) -> bool {
+        !self.queued.load(Ordering::Acquire)
+            && !self.l1_dirty.load(Ordering::Acquire)
+            && self.dirty.iter().all(|word| word.load(Ordering::Acquire) == 0)
+    }
+
+    /// Returns the size of the table in bytes.
+    pub fn bytes(&self) -> usize {
+        self.entries.len() * 8
+    }
+}

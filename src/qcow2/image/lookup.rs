@@ -1,0 +1,216 @@
+//! Looks up guest offsets, and reads the bytes of one run.
+
+use super::ImageReader;
+use super::judged::Fault;
+use super::l2_table::L2Table;
+use crate::format::{Geometry, GuestCluster, GuestOffset, HostOffset, Mapping, decompress};
+use host::storage::Need;
+use host::sync::atomic::Ordering;
+use host::{Error, Result};
+
+/// One run of equal mapping.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Extent {
+    /// The mapping of the first cluster of the run. The host clusters of the run, if any, are
+    /// contiguous.
+    pub mapping: Mapping,
+    /// Bytes from the requested offset to the end of the run.
+    pub len: u64,
+}
+
+impl ImageReader {
+    /// Returns the run of equal mapping that starts at `at` (any byte): at most `max` bytes (> 0),
+    /// never beyond the virtual size or the range of one L2 table. Holds no lock on return.
+    ///
+    /// # Errors
+    /// Corrupt tables (V22, V24 to V27); I/O if the L2 table is not in memory yet.
+    ///
+    /// # Panics
+    /// If `at` is not inside the virtual size: the caller checks requests.
+    pub fn map(&self, at: GuestOffset, max: u64) -> Result<Extent> {
+        let geometry = self.geometry();
+        assert!(at.0 < geometry.size(), "lookup at {at:?} beyond the virtual size");
+        let span = geometry.l2_span();
+        let len = max.min(geometry.size() - at.0).min(span - at.0 % span);
+        let (l1_index, l2_index) = geometry.table_indexes(geometry.guest_cluster(at));
+        let run = self.tables.with(l1_index, |table| {
+            run_at(table, l2_index, geometry.in_cluster(at), len, &geometry)
+        })?;
+        run.unwrap_or(Ok(Extent { mapping: Mapping::Unallocated, len }))
+    }
+
+    /// Returns the mapping at `at`, or its error, and for how many bytes from `at` on it applies,
+    /// at most `max` (> 0). As [`ImageReader::map`], but a bad entry hides no good entry beside it,
+    /// for callers that examine the whole disk.
+    ///
+    /// # Panics
+    /// As [`ImageReader::map`].
+    pub fn look(&self, at: GuestOffset, max: u64) -> (Result<Mapping>, u64) {
+        let error = match self.map(at, max) {
+            Ok(extent) => return (Ok(extent.mapping), extent.len),
+            Err(error) => error,
+        };
+        let geometry = self.geometry();
+        let span = geometry.l2_span();
+        let len = max.min(geometry.size() - at.0).min(span - at.0 % span);
+        let (l1_index, l2_index) = geometry.table_indexes(geometry.guest_cluster(at));
+        let in_cluster = geometry.in_cluster(at);
+        // If the table could not be loaded, the error applies to everything that it maps.
+        let bad = self.tables.if_resident(l1_index, |table| {
+            let wanted = (in_cluster + len).div_ceil(geometry.cluster_size()) as usize;
+            let bad = (1..wanted)
+                .take_while(|next| table.fault(l2_index + next) == Fault::Bad)
+                .count() as u64
+                + 1;
+            len.min((bad << geometry.cluster_bits()) - in_cluster)
+        });
+        (Err(error), bad.unwrap_or(len))
+    }
+
+    /// Returns the mapping of one cluster. The cluster may lie beyond the virtual size, because
+    /// clusters there are prepared before a disk grows.
+    pub(super) fn mapping(&self, cluster: GuestCluster) -> Result<Mapping> {
+        let geometry = self.geometry();
+        let (l1_index, l2_index) = geometry.table_indexes(cluster);
+        let mapping = self.tables.with(l1_index, |table| table.mapping(l2_index, &geometry))?;
+        Ok(mapping.transpose()?.unwrap_or(Mapping::Unallocated))
+    }
+
+    /// Reads from the start of a run that [`ImageReader::map`] returned for the same `at`.
+    /// Unallocated and zero runs give zeros.
+    ///
+    /// # Errors
+    /// Corrupt compressed data; I/O.
+    ///
+    /// # Panics
+    /// If `buf` is longer than the run.
+    pub fn read_extent(&self, at: GuestOffset, extent: &Extent, buf: &mut [u8]) -> Result<()> {
+        assert!(buf.len() as u64 <= extent.len);
+        let geometry = self.geometry();
+        match extent.mapping {
+            Mapping::Unallocated | Mapping::Zero { .. } => {
+                buf.fill(0);
+                Ok(())
+            }
+            Mapping::Data { host, .. } => {
+                let offset = geometry.host_offset(host).0 + geometry.in_cluster(at);
+                self.storage()
+                    .read_at(offset, buf)
+                    .map_err(|error| Error::io(format!("data at {offset:#x}"), error))
+            }
+            Mapping::Compressed { at: host, len } => {
+                let start = geometry.in_cluster(at) as usize;
+                if let Some(cluster) = self.inflated.get((host, len)) {
+                    buf.copy_from_slice(&cluster[start..start + buf.len()]);
+                    return Ok(());
+                }
+                // Whole-cluster reads, mostly those of a stream, bypass the cache: they do not read
+                // the cluster again.
+                if buf.len() as u64 == geometry.cluster_size() {
+                    return self.inflate(host, len, buf);
+                }
+                let mut cluster = vec![0; geometry.cluster_size() as usize];
+                self.inflate(host, len, &mut cluster)?;
+                buf.copy_from_slice(&cluster[start..start + buf.len()]);
+                self.inflated.put((host, len), cluster.into());
+                Ok(())
+            }
+        }
+    }
+
+    /// Says that the bytes of the run at `at` will be read soon
+    /// ([`host::storage::ReadAt::will_need`]).
+    pub fn will_need(&self, at: GuestOffset, extent: &Extent, need: Need) {
+        match extent.mapping {
+            Mapping::Compressed { at, len } => self.storage().will_need(at.0, len.into(), need),
+            _ => {
+                if let Some(offset) = self.data_offset(at, extent) {
+                    self.storage().will_need(offset, extent.len, need);
+                }
+            }
+        }
+    }
+
+    /// Says that the guest's bytes at `at` will not be read again
+    /// ([`host::storage::ReadAt::done`]). Waits for nothing: what a table maps that is not in
+    /// memory is left out. So are compressed clusters, whose blocks have parts of others.
+    pub fn done(&self, at: GuestOffset, len: u64) {
+        let geometry = self.geometry();
+        let (mut at, end) = (at.0, at.0.saturating_add(len).min(geometry.size()));
+        while at < end {
+            let span = geometry.l2_span();
+            let rest = (end - at).min(span - at % span);
+            let guest = GuestOffset(at);
+            let (l1_index, l2_index) = geometry.table_indexes(geometry.guest_cluster(guest));
+            let run = self.tables.if_resident(l1_index, |table| {
+                run_at(table, l2_index, geometry.in_cluster(guest), rest, &geometry)
+            });
+            let Some(Ok(extent)) = run else {
+                at += rest;
+                continue;
+            };
+            if let Some(offset) = self.data_offset(guest, &extent) {
+                self.storage().done(offset, extent.len);
+            }
+            at += extent.len.max(1);
+        }
+    }
+
+    /// Where the file has the bytes of the run at `at`, if they are there as they are.
+    fn data_offset(&self, at: GuestOffset, extent: &Extent) -> Option<u64> {
+        let geometry = self.geometry();
+        match extent.mapping {
+            Mapping::Data { host, .. } => {
+                Some(geometry.host_offset(host).0 + geometry.in_cluster(at))
+            }
+            _ => None,
+        }
+    }
+
+    /// Reads and decompresses one cluster. After an error the content of `cluster` is undefined.
+    fn inflate(&self, host: HostOffset, len: u32, cluster: &mut [u8]) -> Result<()> {
+        let mut compressed = vec![0; len as usize];
+        self.storage()
+            .read_at(host.0, &mut compressed)
+            .map_err(|error| Error::io(format!("compressed data at {host}"), error))?;
+        let compression = self.header.read().compression;
+        decompress(compression, &compressed, cluster)
+            .map_err(|error| Error::from(error).context(format!("compressed data at {host}")))
+    }
+}
+
+/// Returns the run that starts at byte `in_cluster` of the cluster of entry `index`, at most `max`
+/// bytes.
+fn run_at(
+    table: &L2Table,
+    index: usize,
+    in_cluster: u64,
+    max: u64,
+    geometry: &Geometry,
+) -> Result<Extent> {
+    let first = table.entry(index).load(Ordering::Acquire);
+    let mapping = table.mapping(index, geometry)?;
+    let fault = table.fault(index);
+    let cluster_size = geometry.cluster_size();
+    // Difference between the raw entries of two neighbouring clusters of one run.
+    let step = match mapping {
+        Mapping::Unallocated | Mapping::Zero { reserved: None } => 0,
+        Mapping::Zero { reserved: Some(_) } | Mapping::Data { .. } => cluster_size,
+        Mapping::Compressed { .. } => {
+            return Ok(Extent { mapping, len: max.min(cluster_size - in_cluster) });
+        }
+    };
+    let wanted = (in_cluster + max).div_ceil(cluster_size) as usize;
+    let mut clusters = 1;
+    let mut expected = first;
+    while clusters < wanted {
+        expected = expected.wrapping_add(step);
+        if table.entry(index + clusters).load(Ordering::Acquire) != expected
+            || table.fault(index + clusters) != fault
+        {
+            break;
+        }
+        clusters += 1;
+    }
+    Ok(Extent { mapping, len: max.min(clusters as u64 * cluster_size - in_cluster) })
+}

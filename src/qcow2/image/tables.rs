@@ -1,0 +1,638 @@
+//! The L1 table and the L2 tables in memory. A table is loaded on demand, checked once when it is
+//! loaded, and evicted only when it is clean.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::allocator::Allocator;
+use super::judged::Judged;
+use super::l2_table::L2Table;
+use super::slots::{CHUNK, L1Chunk, Slot, Slots, claimed_chunks};
+use crate::format::{Geometry, Header, HostCluster, L1Entry, Mapping};
+use host::mutants::{Step, without};
+use host::storage::ReadAt;
+use host::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use host::sync::{Mutex, RwLock, rank};
+use host::{Error, ErrorKind, Result};
+
+mod entries;
+
+/// Number of locks for table loads, and so the number of tables that can be loaded concurrently.
+const LOADERS: usize = 16;
+
+/// Value in memory of a table entry that lies outside the file. It is no valid L1 or L2 entry.
+const OUTSIDE: u64 = u64::MAX;
+
+/// L1 indexes of tables that a pass has to write, and of tables that changed since a watch began.
+#[derive(Debug, Default)]
+pub(super) struct Dirty {
+    /// L1 indexes of dirty tables.
+    pub list: Vec<usize>,
+    /// For each active [`Tables::watch_changes`]: its number, and the L1 indexes that have changed.
+    watched: Vec<(u64, BTreeSet<usize>)>,
+    watches: u64,
+}
+
+/// The parts of one L2 table that the write-back pass has to write.
+#[derive(Debug)]
+pub(super) struct TableWrite {
+    /// The L1 index of the table.
+    pub l1_index: usize,
+    /// Host offsets in bytes, each with the bytes to write there.
+    pub pieces: Vec<(u64, Vec<u8>)>,
+    /// The L1 entry to write once the table is durable; `None` if the entry is on disk already.
+    pub l1_entry: Option<u64>,
+}
+
+/// All tables of an image.
+#[derive(Debug)]
+pub(super) struct Tables {
+    storage: Arc<dyn ReadAt>,
+    geometry: Geometry,
+    /// The virtual size in bytes. The rest of the geometry never changes.
+    size: AtomicU64,
+    /// Host offset of the L1 table, in bytes.
+    l1_offset: AtomicU64,
+    slots: RwLock<{ rank::SLOTS }, Slots>,
+    loaders: [Mutex<{ rank::TABLE_LOAD }, ()>; LOADERS],
+    dirty: Mutex<{ rank::LEAF }, Dirty>,
+    /// L1 indexes of resident tables, oldest first.
+    resident: Mutex<{ rank::LEAF }, VecDeque<usize>>,
+    resident_bytes: AtomicUsize,
+    memory: usize,
+    /// The allocator of a writable image: checks loaded entries against refcounts, and provides
+    /// clusters for new tables.
+    allocator: Option<Arc<Allocator>>,
+    /// Set while a write-back pass copies and writes tables. No table may be evicted between the
+    /// copy and the write.
+    writing_back: AtomicBool,
+    /// Whether [`Tables::corruption`] returns a description.
+    is_corrupt: AtomicBool,
+    /// Description of the first bad entry that was found in a table of a writable image.
+    corruption: Mutex<{ rank::LEAF }, Option<String>>,
+}
+
+impl Tables {
+    /// Opens the tables of an image. For writing (with an allocator), reads and checks the whole L1
+    /// table (V22); for reading, reads nothing yet.
+    pub fn open(
+        storage: Arc<dyn ReadAt>,
+        header: &Header,
+        allocator: Option<Arc<Allocator>>,
+        memory: usize,
+    ) -> Result<Self> {
+        let geometry = header.geometry;
+        let len = header.l1_size as usize;
+        let chunks = match &allocator {
+            Some(allocator) => claimed_chunks(&*storage, header, allocator)?,
+            None => (0..len.div_ceil(CHUNK)).map(|_| L1Chunk::default()).collect(),
+        };
+        Ok(Tables {
+            storage,
+            geometry,
+            size: AtomicU64::new(geometry.size()),
+            l1_offset: AtomicU64::new(header.l1_table_offset),
+            slots: RwLock::new(Slots { len, chunks }),
+            loaders: Default::default(),
+            dirty: Mutex::default(),
+            resident: Mutex::default(),
+            resident_bytes: AtomicUsize::new(0),
+            memory,
+            allocator,
+            writing_back: AtomicBool::new(false),
+            is_corrupt: AtomicBool::new(false),
+            corruption: Mutex::default(),
+        })
+    }
+
+    /// Returns the first bad entry found in a loaded table of a writable image; the other entries
+    /// of that table are used. Always `None` for an image that is open for reading only.
+    pub fn corruption(&self) -> Option<String> {
+        if self.is_corrupt.load(Ordering::Acquire) { self.corruption.lock().clone() } else { None }
+    }
+
+    /// Returns whether [`Tables::corruption`] returns a description.
+    pub fn is_corrupt(&self) -> bool {
+        self.is_corrupt.load(Ordering::Acquire)
+    }
+
+    fn found_corruption(&self, what: String) {
+        if self.allocator.is_some() {
+            self.corruption.lock().get_or_insert(what);
+            self.is_corrupt.store(true, Ordering::Release);
+        }
+    }
+
+    pub fn geometry(&self) -> Geometry {
+        self.geometry
+            .resized(self.size.load(Ordering::Acquire))
+            .expect("only checked sizes are stored")
+    }
+
+    /// Calls `f` with the L2 table of an L1 index and loads the table first if needed; returns
+    /// `None` if there is no table.
+    pub fn with<R>(&self, l1_index: usize, f: impl FnOnce(&L2Table) -> R) -> Result<Option<R>> {
+        loop {
+            let has_slot = {
+                let slots = self.slots.read();
+                match slots.get(l1_index) {
+                    Some(slot) => {
+                        if let Some(table) = slot.table.read().as_deref() {
+                            return Ok(Some(f(table)));
+                        }
+                        if slot.l1_entry.load(Ordering::Acquire) == 0 {
+                            return Ok(None);
+                        }
+                        true
+                    }
+                    None if slots.chunks[l1_index / CHUNK].is_empty.load(Ordering::Acquire) => {
+                        return Ok(None);
+                    }
+                    None => false,
+                }
+            };
+            if has_slot {
+                self.load(l1_index)?;
+            } else {
+                self.load_chunk(l1_index)?;
+            }
+        }
+    }
+
+    /// Calls `f` as [`Tables::with`] does if the table is in memory; returns `None` if it is not.
+    pub fn if_resident<R>(&self, l1_index: usize, f: impl FnOnce(&L2Table) -> R) -> Option<R> {
+        let slots = self.slots.read();
+        slots.get(l1_index)?.table.read().as_deref().map(f)
+    }
+
+    /// Calls `f` with the L2 table of an L1 index, ready to be changed: the table is allocated if
+    /// missing, and moved to a cluster of its own if it is shared. `f` gets a closure that sets a
+    /// raw entry and returns the previous one.
+    pub fn change<R>(
+        &self,
+        l1_index: usize,
+        f: impl FnOnce(&mut dyn FnMut(usize, u64) -> u64) -> R,
+    ) -> Result<R> {
+        loop {
+            self.make_writable(l1_index)?;
+            let slots = self.slots.read();
+            let guard = slots.of_table(l1_index).table.read();
+            // The table was evicted meanwhile, or may not be changed in place: try again.
+            let Some(table) = guard.as_deref().filter(|table| table.in_place) else { continue };
+            let mut set = |index: usize, raw: u64| table.set(index, raw);
+            let result = f(&mut set);
+            // The table is queued after its dirty bits are set; see [`Tables::take_dirty`].
+            self.queue(table, l1_index);
+            return Ok(result);
+        }
+    }
+
+    fn make_writable(&self, l1_index: usize) -> Result<()> {
+        let allocator = self.allocator.as_deref().expect("only a writable image changes tables");
+        if self.with(l1_index, |table| table.in_place)? == Some(true) {
+            return Ok(());
+        }
+        let geometry = self.geometry();
+        let _loader = self.loaders[l1_index % LOADERS].lock();
+        let host = allocator.allocate_l2_table()?;
+        let slots = self.slots.read();
+        let slot = &slots.chunks[l1_index / CHUNK].made()[l1_index % CHUNK];
+        let mut resident = slot.table.write();
+        match resident.as_deref_mut() {
+            Some(table) if table.in_place => {
+                // Another thread made the table writable first.
+                drop(resident);
+                drop(slots);
+                allocator.give_back_l2_table(host);
+                return Ok(());
+            }
+            Some(shared) => {
+                let old = shared.host;
+                shared.host = host;
+                shared.in_place = true;
+                shared.l1_dirty.store(true, Ordering::Release);
+                shared.mark_all_dirty();
+                self.set_l1_entry(slot, host, &geometry);
+                self.queue(shared, l1_index);
+                drop(resident);
+                drop(slots);
+                allocator.queue_free(old, 1);
+            }
+            None if slot.l1_entry.load(Ordering::Acquire) == 0 => {
+                let entries = (0..geometry.l2_entries()).map(|_| AtomicU64::new(0)).collect();
+                let table = Box::new(L2Table::new(host, true, entries, None));
+                table.l1_dirty.store(true, Ordering::Release);
+                table.mark_all_dirty();
+                self.set_l1_entry(slot, host, &geometry);
+                self.queue(&table, l1_index);
+                self.account(l1_index, &table);
+                *resident = Some(table);
+                drop(resident);
+                drop(slots);
+            }
+            // The table was evicted meanwhile; the caller tries again.
+            None => {
+                drop(resident);
+                drop(slots);
+                allocator.give_back_l2_table(host);
+            }
+        }
+        Ok(())
+    }
+
+    fn set_l1_entry(&self, slot: &Slot, host: HostCluster, geometry: &Geometry) {
+        slot.l1_entry
+            .store(L1Entry { table: host, in_place: true }.encode(geometry), Ordering::Release);
+    }
+
+    /// Puts a table on the list of the next pass. The `dirty` lock makes the mark and the list
+    /// change together: a thread that finds the mark set may return, and its old cluster may be
+    /// freed, so the table must be on the list by then (P1, R3).
+    fn queue(&self, table: &L2Table, l1_index: usize) {
+        let mut dirty = self.dirty.lock();
+        if !table.queued.swap(true, Ordering::AcqRel) {
+            dirty.list.push(l1_index);
+        }
+        for (_, changed) in &mut dirty.watched {
+            changed.insert(l1_index);
+        }
+    }
+
+    /// Starts to record which tables change, until [`Tables::end_watch`]. Returns the number of the
+    /// watch.
+    pub fn watch_changes(&self) -> u64 {
+        let mut dirty = self.dirty.lock();
+        dirty.watches += 1;
+        let number = dirty.watches;
+        dirty.watched.push((number, BTreeSet::new()));
+        number
+    }
+
+    /// Returns the L1 indexes of tables that changed since the watch began or since the last call.
+    pub fn take_changed(&self, watch: u64) -> BTreeSet<usize> {
+        let mut dirty = self.dirty.lock();
+        dirty
+            .watched
+            .iter_mut()
+            .find(|(number, _)| *number == watch)
+            .map(|(_, changed)| std::mem::take(changed))
+            .unwrap_or_default()
+    }
+
+    /// Stops recording changes for this watch.
+    pub fn end_watch(&self, watch: u64) {
+        self.dirty.lock().watched.retain(|(number, _)| *number != watch);
+    }
+
+    fn account(&self, l1_index: usize, table: &L2Table) {
+        self.resident_bytes.fetch_add(table.bytes(), Ordering::Relaxed);
+        self.resident.lock().push_back(l1_index);
+    }
+
+    /// Reads one chunk of the L1 table of an image that is open for reading only.
+    fn load_chunk(&self, l1_index: usize) -> Result<()> {
+        let _loader = self.loaders[l1_index / CHUNK % LOADERS].lock();
+        let slots = self.slots.read();
+        let chunk = &slots.chunks[l1_index / CHUNK];
+        if chunk.slots.get().is_some() || chunk.is_empty.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let entries = slots.in_chunk(l1_index);
+        drop(slots);
+        let raw = self.read_table("L1", self.l1_entry_offset(entries.start), entries.len())?;
+        self.slots.read().chunks[l1_index / CHUNK].fill(&raw);
+        Ok(())
+    }
+
+    /// Reads table entries up to the end of the file. Entries beyond it become [`OUTSIDE`].
+    fn read_table(&self, which: &str, offset: u64, entries: usize) -> Result<Vec<u64>> {
+        let inside = (self.storage.size().saturating_sub(offset) / 8).min(entries as u64) as usize;
+        let mut raw = vec![0; inside * 8];
+        if !raw.is_empty() {
+            self.storage
+                .read_at(offset, &mut raw)
+                .map_err(|error| Error::io(format!("{which} table at {offset:#x}"), error))?;
+        }
+        let mut table = Vec::with_capacity(entries);
+        table.extend(raw.chunks_exact(8).map(be64));
+        table.resize(entries, OUTSIDE);
+        Ok(table)
+    }
+
+    /// Loads a table into memory. The lock in `loaders` admits one thread per table, so that a
+    /// stale copy never replaces a newer one.
+    fn load(&self, l1_index: usize) -> Result<()> {
+        let _loader =
+            (!without(Step::OneLoaderPerTable)).then(|| self.loaders[l1_index % LOADERS].lock());
+        let l1_entry = {
+            let slots = self.slots.read();
+            let slot = slots.of_table(l1_index);
+            if slot.table.read().is_some() {
+                return Ok(());
+            }
+            slot.l1_entry.load(Ordering::Acquire)
+        };
+        let geometry = self.geometry();
+        let of_l1 = |error: Error| error.context(format!("L1 table, index {l1_index}"));
+        if l1_entry == OUTSIDE {
+            return Err(of_l1(corrupt("the entry is outside the file".into())));
+        }
+        let Some(entry) =
+            L1Entry::decode(l1_entry, &geometry).map_err(|error| of_l1(error.into()))?
+        else {
+            return Ok(());
+        };
+        let offset = geometry.host_offset(entry.table);
+        if offset.0 >= self.storage.size() {
+            return Err(of_l1(corrupt(format!("L2 table at {offset} is outside the file"))));
+        }
+        let entries = self.read_table("L2", offset.0, geometry.l2_entries() as usize)?;
+        let judged = self.judge(&entries, &geometry);
+        if let Some(why) = judged.as_ref().and_then(|judged| judged.first_bad()) {
+            self.found_corruption(format!("L2 table at {offset}, {why}"));
+        }
+        let mut in_place = entry.in_place;
+        if let Some(allocator) = &self.allocator
+            && entry.in_place
+        {
+            match allocator.refcount(entry.table) {
+                Ok(1) => {}
+                Ok(_) => {
+                    in_place = false;
+                    self.found_corruption(format!(
+                        "L2 table at {offset} is COPIED but its refcount is not one"
+                    ));
+                }
+                // Without a readable refcount the table counts as shared: a write moves it to a new
+                // cluster.
+                Err(_) => in_place = false,
+            }
+        }
+        self.evict();
+        let entries = entries.into_iter().map(AtomicU64::new).collect();
+        let table = Box::new(L2Table::new(entry.table, in_place, entries, judged));
+        self.account(l1_index, &table);
+        *self.slots.read().of_table(l1_index).table.write() = Some(table);
+        Ok(())
+    }
+
+    /// Checks the entries of a table as read from disk (V24 to V27). Returns the bad ones, if any.
+    /// For a backing file it checks only what reading needs.
+    fn judge(&self, entries: &[u64], geometry: &Geometry) -> Option<Box<Judged>> {
+        let size = self.storage.size();
+        let mut judged: Option<Box<Judged>> = None;
+        let new = || Box::new(Judged::new(entries.len()));
+        let mut data = Vec::new();
+        let mut lost_its_end = false;
+        for (index, &raw) in entries.iter().enumerate() {
+            match referenced(raw, geometry, size) {
+                Ok((clusters, in_place)) if self.allocator.is_some() => {
+                    data.extend(clusters.map(|cluster| (HostCluster(cluster), in_place, index)));
+                }
+                Ok(_) => {}
+                Err(error) => {
+                    lost_its_end |= raw == OUTSIDE || Mapping::decode(raw, geometry).is_ok();
+                    judged
+                        .get_or_insert_with(new)
+                        .set_bad(index, &error.context(format!("index {index}")));
+                }
+            }
+        }
+        // A file may end inside its last cluster, and the rest of that cluster reads as zeros. A
+        // file that has lost whole clusters has lost that rest as well, so zeros would be wrong
+        // there.
+        if lost_its_end {
+            for (index, &raw) in entries.iter().enumerate() {
+                if let Ok(Mapping::Data { host, .. }) = Mapping::decode(raw, geometry)
+                    && size.saturating_sub(geometry.host_offset(host).0) < geometry.cluster_size()
+                {
+                    let error = corrupt(format!(
+                        "index {index}: the file ends inside the cluster at {}",
+                        geometry.host_offset(host)
+                    ));
+                    judged.get_or_insert_with(new).set_bad(index, &error);
+                }
+            }
+        }
+        let Some(allocator) = &self.allocator else { return judged };
+        // Sorted in the order of the file, so that each refcount block is loaded once, wherever the
+        // entries point. A block that cannot be read is not tried again for every entry.
+        data.sort_unstable();
+        let mut unreadable = None;
+        for (cluster, in_place, index) in data {
+            let block = allocator.block_of(cluster);
+            let checked = if unreadable == Some(block) {
+                allocator.check_is_no_metadata(cluster)
+            } else {
+                allocator.check_data(cluster, in_place)
+            };
+            match checked {
+                Ok(()) if unreadable != Some(block) => {}
+                Err(error) if error.kind() == ErrorKind::Corrupt => {
+                    judged
+                        .get_or_insert_with(new)
+                        .set_bad(index, &error.context(format!("index {index}")));
+                }
+                Ok(()) | Err(_) => {
+                    unreadable = Some(block);
+                    judged.get_or_insert_with(new).set_unproven(index);
+                }
+            }
+        }
+        judged
+    }
+
+    /// Drops the oldest clean tables while memory use is above the limit, and looks at a bounded
+    /// number of tables. Does no I/O. See [`Tables::may_evict`] for write-back passes.
+    fn evict(&self) {
+        let table_bytes = self.geometry().cluster_size() as usize;
+        let mut tries = self.resident.lock().len().min(1024);
+        while tries > 0
+            && self.resident_bytes.load(Ordering::Relaxed) + table_bytes > self.memory
+            && self.may_evict()
+        {
+            tries -= 1;
+            let Some(l1_index) = self.resident.lock().pop_front() else { return };
+            let slots = self.slots.read();
+            let evicted = match slots.of_table(l1_index).table.try_write() {
+                // Checked again under the write lock of the slot: a pass that starts now finds
+                // either no table or a clean one.
+                Some(mut slot)
+                    if slot.as_deref().is_some_and(|table| {
+                        table.is_clean() || without(Step::DirtyTablesStay)
+                    }) && self.may_evict() =>
+                {
+                    slot.take()
+                }
+                _ => None,
+            };
+            drop(slots);
+            match evicted {
+                Some(table) => {
+                    self.resident_bytes.fetch_sub(table.bytes(), Ordering::Relaxed);
+                }
+                None => self.resident.lock().push_back(l1_index),
+            }
+        }
+    }
+
+    /// Returns false during a write-back pass: a table that is dropped after the pass copied it and
+    /// before the pass wrote it would be read back with its old content.
+    fn may_evict(&self) -> bool {
+        without(Step::NoEvictionDuringPass) || !self.writing_back.load(Ordering::SeqCst)
+    }
+
+    /// Marks every dirty table clean and then copies its dirty pieces, for step 3 of the write-back
+    /// pass. In this order, a change between the two marks the table dirty again. No table is
+    /// evicted until [`Tables::written`] or [`Tables::not_written`].
+    pub fn take_dirty(&self) -> Vec<TableWrite> {
+        self.writing_back.store(true, Ordering::SeqCst);
+        let queue = std::mem::take(&mut self.dirty.lock().list);
+        let geometry = self.geometry();
+        let slots = self.slots.read();
+        let mut writes = Vec::with_capacity(queue.len());
+        for l1_index in queue {
+            let slot = slots.of_table(l1_index);
+            let guard = slot.table.read();
+            let table = guard.as_deref().expect("a dirty table is resident");
+            table.queued.swap(false, Ordering::AcqRel);
+            let l1_entry = table
+                .l1_dirty
+                .swap(false, Ordering::AcqRel)
+                .then(|| slot.l1_entry.load(Ordering::Acquire));
+            let start = geometry.host_offset(table.host).0;
+            let pieces = table.take_dirty(start);
+            writes.push(TableWrite { l1_index, pieces, l1_entry });
+        }
+        writes
+    }
+
+    /// Ends a pass after everything that [`Tables::take_dirty`] returned is on disk.
+    pub fn written(&self) {
+        self.writing_back.store(false, Ordering::SeqCst);
+        // Tables that could not be evicted while they were dirty can be now.
+        self.evict();
+    }
+
+    /// Ends a pass that failed and marks everything that it took dirty again.
+    pub fn not_written(&self, writes: &[TableWrite]) {
+        let geometry = self.geometry();
+        let slots = self.slots.read();
+        for write in writes {
+            let guard = slots.of_table(write.l1_index).table.read();
+            let table = guard.as_deref().expect("nothing is evicted during a pass");
+            if write.l1_entry.is_some() {
+                table.l1_dirty.store(true, Ordering::Release);
+            }
+            if !without(Step::FailedTablesStayDirty) {
+                table.dirty_again(geometry.host_offset(table.host).0, &write.pieces);
+                self.queue(table, write.l1_index);
+            }
+        }
+        drop(slots);
+        self.writing_back.store(false, Ordering::SeqCst);
+    }
+
+    /// Returns whether a pass would have work.
+    pub fn is_dirty(&self) -> bool {
+        !self.dirty.lock().list.is_empty()
+    }
+
+    /// Returns the size, in bytes, of the tables that wait for a pass.
+    pub fn dirty_bytes(&self) -> usize {
+        self.dirty.lock().list.len() * self.geometry.cluster_size() as usize
+    }
+
+    /// Returns the host offset of an L1 entry, in bytes.
+    pub fn l1_entry_offset(&self, l1_index: usize) -> u64 {
+        self.l1_offset.load(Ordering::Acquire) + l1_index as u64 * 8
+    }
+
+    #[cfg(any(test, feature = "testing"))]
+    pub fn limit_memory(&mut self, bytes: usize) {
+        self.memory = bytes;
+    }
+
+    #[cfg(test)]
+    pub fn dirty_list(&self) -> impl std::ops::Deref<Target = Dirty> {
+        self.dirty.lock()
+    }
+
+    #[cfg(test)]
+    pub fn resident(&self) -> usize {
+        self.resident.lock().len()
+    }
+
+    /// Returns how many chunks of the L1 table are in memory.
+    #[cfg(test)]
+    pub fn chunks(&self) -> usize {
+        self.slots.read().chunks.iter().filter(|chunk| chunk.slots.get().is_some()).count()
+    }
+
+    /// Returns the number of L1 entries.
+    pub fn l1_len(&self) -> usize {
+        self.slots.read().len
+    }
+
+    /// Returns the L1 table as it must be on disk. Entries that are not in memory are 0: no L2
+    /// table exists for them.
+    pub fn l1_bytes(&self) -> Vec<u8> {
+        let slots = self.slots.read();
+        let entry =
+            |index| slots.get(index).map_or(0, |slot| slot.l1_entry.load(Ordering::Acquire));
+        (0..slots.len).flat_map(|index| entry(index).to_be_bytes()).collect()
+    }
+
+    /// Switches to an L1 table of `len` entries at host offset `offset` (bytes). The caller holds
+    /// an exclusive guard of the whole disk and has flushed.
+    pub fn move_l1(&self, len: usize, offset: u64) {
+        let mut slots = self.slots.write();
+        slots.len = len;
+        slots.chunks.resize_with(len.div_ceil(CHUNK), || L1Chunk::of(&[]));
+        drop(slots);
+        self.l1_offset.store(offset, Ordering::Release);
+    }
+
+    /// Switches to another virtual size, in bytes. The caller holds an exclusive guard of the whole
+    /// disk; the L1 table is large enough.
+    pub fn set_size(&self, size: u64) {
+        self.size.store(size, Ordering::Release);
+    }
+}
+
+/// Returns the host clusters that an L2 entry names, and whether the entry says COPIED. `size` is
+/// the size of the file in bytes.
+fn referenced(raw: u64, geometry: &Geometry, size: u64) -> Result<(Range<u64>, bool)> {
+    if raw == OUTSIDE {
+        return Err(corrupt("the entry is outside the file".into()));
+    }
+    match Mapping::decode(raw, geometry)? {
+        Mapping::Unallocated | Mapping::Zero { reserved: None } => Ok((0..0, false)),
+        Mapping::Compressed { at, len } => {
+            let end =
+                at.0.checked_add(u64::from(len)).filter(|&end| end <= size.next_multiple_of(512));
+            let Some(end) = end else {
+                return Err(corrupt(format!("compressed cluster at {at} is outside the file")));
+            };
+            Ok((geometry.host_cluster(at).0..((end - 1) >> geometry.cluster_bits()) + 1, false))
+        }
+        Mapping::Zero { reserved: Some((host, in_place)) } | Mapping::Data { host, in_place } => {
+            if geometry.host_offset(host).0 >= size {
+                return Err(corrupt(format!(
+                    "cluster at {} is outside the file",
+                    geometry.host_offset(host)
+                )));
+            }
+            Ok((host.0..host.0 + 1, in_place))
+        }
+    }
+}
+
+pub(super) fn be64(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
+}
+
+pub(super) fn corrupt(text: String) -> Error {
+    Error::new(ErrorKind::Corrupt, text)
+}
