@@ -1,0 +1,150 @@
+//! The commit timer: makes writes that no flush has covered durable within a second or two (P2).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Sender, select};
+
+use super::Disk;
+
+/// Interval between write-backs of metadata that no flush has covered. It bounds the writes that a
+/// kill can lose (P2). The timer is needed because syncfs(2) does not reach a FUSE daemon, so no
+/// other program requests a write-back.
+pub const COMMIT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Time since the commit timer finished its last pass. Clones share the same time. A pass that
+/// hangs, for example in fdatasync(2), lets the age grow.
+#[derive(Clone, Debug)]
+pub struct CommitAge {
+    start: Instant,
+    /// End of the last pass in milliseconds after `start`; `u64::MAX` if there is no timer.
+    last: Arc<AtomicU64>,
+}
+
+impl Default for CommitAge {
+    fn default() -> Self {
+        CommitAge::new()
+    }
+}
+
+impl CommitAge {
+    /// Starts with the age of a pass that has just ended.
+    pub fn new() -> CommitAge {
+        CommitAge { start: Instant::now(), last: Arc::new(AtomicU64::new(0)) }
+    }
+
+    /// Time since the end of the last pass. Zero if there is no timer: its absence says nothing
+    /// about the disk.
+    pub fn age(&self) -> Duration {
+        Duration::from_millis(self.millis().saturating_sub(self.last.load(Ordering::Relaxed)))
+    }
+
+    /// Records the end of a pass, whether it succeeded or failed.
+    fn renew(&self) {
+        self.last.store(self.millis(), Ordering::Relaxed);
+    }
+
+    /// Records that there is no timer.
+    fn retire(&self) {
+        self.last.store(u64::MAX, Ordering::Relaxed);
+    }
+
+    fn millis(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// A thread that writes back a disk's metadata every [`COMMIT_INTERVAL`], and earlier if much
+/// metadata waits, until this handle is dropped. The drop waits for the end of a running pass.
+#[derive(Debug)]
+pub struct CommitTimer {
+    stop: Option<Sender<()>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl CommitTimer {
+    /// Starts the thread, which renews `age` after each pass. If the thread cannot be started, that
+    /// is logged, and writes that the guest does not flush become durable only when the disk is
+    /// closed.
+    pub fn start(disk: &Arc<Disk>, age: CommitAge) -> CommitTimer {
+        let unused = age.clone();
+        let disk = Arc::clone(disk);
+        let (stop, stopped) = crossbeam_channel::bounded(0);
+        let body = move || {
+            let mut last = None;
+            let wanted = disk.commit_wanted();
+            loop {
+                select! {
+                    recv(stopped) -> _ => break,
+                    recv(wanted) -> _ => {}
+                    default(COMMIT_INTERVAL) => {}
+                }
+                let error = disk.flush_if_dirty().err().map(|error| error.to_string());
+                age.renew();
+                // Each cause is logged once, because an error of fdatasync is permanent (P7).
+                if let Some(error) = &error
+                    && last.as_ref() != Some(error)
+                {
+                    log::error!("writing metadata back: {error}");
+                }
+                last = error;
+            }
+        };
+        match thread::Builder::new().name("commit".to_string()).spawn(body) {
+            Ok(thread) => CommitTimer { stop: Some(stop), thread: Some(thread) },
+            Err(error) => {
+                log::error!(
+                    "starting the commit timer: {error}; only flushes of the guest are durable"
+                );
+                unused.retire();
+                CommitTimer { stop: None, thread: None }
+            }
+        }
+    }
+}
+
+impl Drop for CommitTimer {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qcow2::image::Image;
+    use sim::SimStorage;
+    use sim::start::Start;
+
+    #[test]
+    fn the_age_of_a_commit_begins_anew_with_each() {
+        let age = CommitAge::new();
+        let early =
+            CommitAge { start: age.start - Duration::from_secs(100), last: Arc::clone(&age.last) };
+        assert!(early.age() >= Duration::from_secs(100));
+        early.renew();
+        assert!(early.age() < Duration::from_secs(50));
+        early.last.store(0, Ordering::Relaxed);
+        early.retire();
+        assert_eq!(early.age(), Duration::ZERO);
+    }
+
+    /// Protects: P2. Data that is written and not flushed becomes durable without a flush.
+    #[test]
+    fn what_nobody_flushes_is_committed() {
+        let file = SimStorage::new(Start::new("commit", 3, 16, 4, 1 << 20).bytes());
+        let disk = Arc::new(Disk::for_tests(Image::open(file).unwrap(), None));
+        disk.write(0, &[7; 512]).unwrap();
+        let before = disk.stats().commits;
+        let timer = CommitTimer::start(&disk, CommitAge::new());
+        while disk.stats().commits == before {
+            thread::yield_now();
+        }
+        drop(timer);
+    }
+}
