@@ -1,8 +1,11 @@
-//! `passthrough FILE MOUNTPOINT [uring]`: shows FILE at MOUNTPOINT, both regular files, over /dev/fuse or over io_uring, and does nothing else.
+//! `passthrough FILE MOUNTPOINT [uring]`: serves the regular file FILE at the regular file
+//! MOUNTPOINT, over /dev/fuse or over io_uring, and does nothing else.
 //!
-//! The ceiling of `scripts/bench.sh`: what the transport alone costs, with one pread or pwrite behind every request and no disk logic. Over /dev/fuse it
-//! is fuser and nothing of ours, and asks the kernel for what `cordisk` asks for: two threads with a descriptor each, direct I/O, requests of up to
-//! 1 MiB, parallel direct writes. Over io_uring it is the library's own transport with another file system behind it. Ends when it is unmounted.
+//! It measures the ceiling for `scripts/bench.sh`: the cost of the transport alone, with one pread
+//! or pwrite behind each request and no disk logic. Over /dev/fuse it uses fuser and no code of
+//! cordisk, and asks the kernel for what `cordisk` asks for: two threads with a descriptor each,
+//! direct I/O, requests of up to 1 MiB, parallel direct writes. Over io_uring it uses cordisk's own
+//! transport with another file system behind it. It ends when it is unmounted.
 
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
@@ -14,12 +17,15 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption,
-    OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyOpen, ReplyWrite, ReplyXattr, Request, Session, WriteFlags,
+    Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, INodeNo, InitFlags,
+    KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyOpen,
+    ReplyWrite, ReplyXattr, Request, Session, WriteFlags,
 };
 
-use cordisk::fuse::{
-    Answer, Changes, Durability, FileSystem, HostMount, MountPlan, Owner, Prepared, ReadAnswer, Stat, Times, Transport, Truncate,
+use cordisk::mount::{HostMount, MountPlan};
+use export::{
+    Answer, AttributeChanges, Durability, FileSystem, FileTimes, Owner, Prepared, ReadAnswer, Stat,
+    Transport, Truncate,
 };
 use rustix::fs::StatVfs;
 
@@ -95,7 +101,10 @@ impl Filesystem for Passthrough {
     }
 
     fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES);
+        reply.opened(
+            FileHandle(0),
+            FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+        );
     }
 
     fn read(
@@ -137,19 +146,40 @@ impl Filesystem for Passthrough {
         }
     }
 
-    fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
+    fn flush(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _lock_owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
         reply.ok();
     }
 
-    fn fsync(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+    fn fsync(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
         match self.file.sync_data() {
             Ok(()) => reply.ok(),
             Err(error) => reply.error(error.into()),
         }
     }
 
-    // The kernel asks before every write, until it has been told that there is no such call.
-    fn getxattr(&self, _req: &Request, _ino: INodeNo, _name: &std::ffi::OsStr, _size: u32, reply: ReplyXattr) {
+    // The kernel calls getxattr before every write, until a reply says that there is no such call.
+    fn getxattr(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _name: &std::ffi::OsStr,
+        _size: u32,
+        reply: ReplyXattr,
+    ) {
         reply.error(Errno::ENOSYS);
     }
 }
@@ -157,12 +187,17 @@ impl Filesystem for Passthrough {
 impl FileSystem for Passthrough {
     fn getattr(&self) -> Result<Stat, rustix::io::Errno> {
         let host = self.file.metadata().map_err(errno)?;
-        let (owner, now) = (Owner { mode: 0o600, uid: host.uid(), gid: host.gid() }, SystemTime::now());
-        let times = Times { atime: now, mtime: now, ctime: now };
+        let (owner, now) =
+            (Owner { mode: 0o600, uid: host.uid(), gid: host.gid() }, SystemTime::now());
+        let times = FileTimes { atime: now, mtime: now, ctime: now };
         Ok(Stat { size: host.size(), blocks: host.blocks(), blksize: 4096, owner, times })
     }
 
-    fn setattr(&self, _truncate: Option<Truncate>, _changes: &Changes) -> Result<Stat, rustix::io::Errno> {
+    fn setattr(
+        &self,
+        _truncate: Option<Truncate>,
+        _changes: &AttributeChanges,
+    ) -> Result<Stat, rustix::io::Errno> {
         FileSystem::getattr(self)
     }
 
@@ -174,7 +209,12 @@ impl FileSystem for Passthrough {
         read_full(&self.file, offset, buf).map(Answer::Done).map_err(errno)
     }
 
-    fn read_cached(&self, _offset: u64, _buf: &mut [u8], _answer: &mut ReadAnswer<'_>) -> Answer<()> {
+    fn read_cached(
+        &self,
+        _offset: u64,
+        _buf: &mut [u8],
+        _answer: &mut ReadAnswer<'_>,
+    ) -> Answer<()> {
         Answer::Below
     }
 
@@ -186,7 +226,12 @@ impl FileSystem for Passthrough {
         FileSystem::write(self, offset, data, Durability::Later).map(Answer::Done)
     }
 
-    fn write(&self, offset: u64, data: &[u8], _durability: Durability) -> Result<usize, rustix::io::Errno> {
+    fn write(
+        &self,
+        offset: u64,
+        data: &[u8],
+        _durability: Durability,
+    ) -> Result<usize, rustix::io::Errno> {
         self.file.write_all_at(data, offset).map(|()| data.len()).map_err(errno)
     }
 
@@ -221,7 +266,8 @@ fn open(file: &Path) -> io::Result<File> {
 
 fn serve(file: &Path, mountpoint: &Path) -> io::Result<()> {
     let mut config = Config::default();
-    config.mount_options = vec![MountOption::FSName("passthrough".to_string()), MountOption::DefaultPermissions];
+    config.mount_options =
+        vec![MountOption::FSName("passthrough".to_string()), MountOption::DefaultPermissions];
     config.n_threads = Some(THREADS);
     config.clone_fd = true;
     Session::new(Passthrough { file: open(file)? }, mountpoint, &config)?.run()
@@ -239,8 +285,8 @@ fn serve_over_uring(file: &Path, mountpoint: &Path) -> Result<(), Box<dyn std::e
         gid: rustix::process::getgid().as_raw(),
         sync: false,
     };
-    let prepared = Prepared::other(Arc::new(Passthrough { file }), plan, Transport::Uring)?;
-    let (_mount, device) = HostMount::mount(prepared.plan())?;
+    let prepared = Prepared::other(Arc::new(Passthrough { file }), Transport::Uring)?;
+    let (_mount, device) = HostMount::mount(&plan)?;
     Ok(prepared.serve(device)?.ended().recv()??)
 }
 
@@ -248,7 +294,9 @@ fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     let served = match &arguments[..] {
         [file, mountpoint] => serve(Path::new(file), Path::new(mountpoint)).map_err(Into::into),
-        [file, mountpoint, uring] if uring == "uring" => serve_over_uring(Path::new(file), Path::new(mountpoint)),
+        [file, mountpoint, uring] if uring == "uring" => {
+            serve_over_uring(Path::new(file), Path::new(mountpoint))
+        }
         _ => {
             eprintln!("usage: passthrough FILE MOUNTPOINT [uring]");
             return ExitCode::from(2);
