@@ -14,7 +14,8 @@ from qemu.qmp import ExecuteError, QMPClient
 
 async def conversation(options):
     qmp = QMPClient("cordisk-test")
-    # connect() checks the greeting, negotiates capabilities and fails if anything but the reply comes first.
+    # connect() checks the greeting, negotiates capabilities and fails if anything but the reply
+    # comes first.
     await qmp.connect(options.socket)
     try:
         version = await qmp.execute("query-version")
@@ -49,7 +50,7 @@ async def conversation(options):
                 else:
                     assert completed is None and event["event"] == "BLOCK_JOB_COMPLETED", event
                     completed = event["data"]
-                    # Whoever reacts to the event finds the job gone.
+                    # A client that reacts to the event finds the job gone.
                     assert await qmp.execute("query-block-jobs") == []
                 if statuses[-1:] == ["null"]:
                     break

@@ -1,8 +1,9 @@
-//! What a killed daemon leaves behind is taken over by the next one: the dead mount, the placeholder, the pidfile, the socket, and the clusters
-//! that nothing refers to. What belongs to others stays.
+//! The next daemon replaces the remains of a killed one: the dead mount, the placeholder, the
+//! pidfile, the socket, and the leaked clusters. Files and mounts of other programs stay.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -14,13 +15,14 @@ use serde_json::json;
 use crate::hung_backing::Stopped;
 use crate::support::guest::PUNCH;
 use crate::support::{
-    CORDISK, Finished, KIB, MIB, Mount, Pattern, RUNTIME_DIR, Rig, Rng, assert_same, errno, mounts, poll, qemu, run_within,
+    CORDISK, Finished, KIB, MIB, Mount, Pattern, RUNTIME_DIR, Rig, Rng, assert_same, errno, mounts,
+    poll, qemu, run_within,
 };
 
-/// The attribute that stands for "nobody has closed this image".
+/// The extended attribute of an image that was not closed.
 const MARK: &str = "user.cordisk.open";
 
-/// Whether an image says that nobody has closed it.
+/// Whether an image has the mark of an image that was not closed.
 pub(crate) fn is_marked(image: &Path) -> bool {
     let file = File::open(image).expect("image");
     match rustix::fs::fgetxattr(&file, MARK, &mut [0u8; 16]) {
@@ -30,24 +32,56 @@ pub(crate) fn is_marked(image: &Path) -> bool {
     }
 }
 
-/// `cordisk mount -f IMAGE MOUNTPOINT`, which has to end by itself.
+/// Runs `cordisk mount -f IMAGE MOUNTPOINT`, which must end by itself.
 fn mount(image: &Path, mountpoint: &Path) -> Finished {
     let runtime = image.parent().expect("directory").join("run");
-    run_within(Command::new(CORDISK).env(RUNTIME_DIR, runtime).args(["mount", "-f"]).arg(image).arg(mountpoint), Duration::from_secs(30))
+    run_within(
+        Command::new(CORDISK)
+            .env(RUNTIME_DIR, runtime)
+            .args(["mount", "-f"])
+            .arg(image)
+            .arg(mountpoint),
+        Duration::from_secs(30),
+    )
 }
 
 fn assert_refused(done: &Finished, words: &[&str]) {
     assert_eq!(done.status.code(), Some(1), "{done:?}");
-    assert_eq!(done.stderr.lines().filter(|line| line.starts_with("cordisk: ")).count(), 1, "one line: {done:?}");
+    assert_eq!(
+        done.stderr.lines().filter(|line| line.starts_with("cordisk: ")).count(),
+        1,
+        "one line: {done:?}"
+    );
     assert!(words.iter().all(|word| done.stderr.contains(word)), "{words:?} in {done:?}");
 }
 
-/// How many mounts there are at a path.
+/// Returns the number of mounts at a path.
 fn layers(path: &Path) -> usize {
     mounts::table().iter().filter(|entry| entry.mountpoint == path).count()
 }
 
-/// Protects: P14: mounted again at once, at the same place, with the same socket and pidfile; what was flushed is there.
+/// Protects: a mount that is refused when the image is already open closes it, so that the next
+/// mount finds no mark and does not search for leaks.
+#[test]
+fn a_mount_that_is_refused_leaves_no_mark() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    let socket = rig.scratch.join("taken");
+    let _taken = UnixListener::bind(&socket).expect("bind");
+    let (runtime, mountpoint) = (rig.scratch.join("run"), rig.scratch.join("refused"));
+    let mut command = Command::new(CORDISK);
+    command.env(RUNTIME_DIR, runtime).args(["mount", "-f", "--qmp"]);
+    let done =
+        run_within(command.args([&socket, &rig.overlay, &mountpoint]), Duration::from_secs(30));
+    assert_refused(&done, &["taken"]);
+    assert!(!is_marked(&rig.overlay), "{done:?}");
+    let disk = rig.mount().start();
+    assert!(is_marked(&rig.overlay), "the file system has marks");
+    disk.umount();
+}
+
+/// Protects: P14: after a kill the disk is mounted again at once, at the same place, with the same
+/// socket and pidfile, and has the data that was flushed.
 #[test]
 fn a_killed_daemon_is_replaced_at_once() {
     requires!("/dev/fuse", "qemu-img");
@@ -98,7 +132,7 @@ fn dead_mounts_on_top_of_each_other_are_all_removed() {
     assert_eq!(layers(&path), 0);
 }
 
-/// Protects: never a mount that is alive, whoever's it is.
+/// Protects: a live mount is never removed, whichever program serves it.
 #[test]
 fn a_live_mount_is_never_removed() {
     requires!("/dev/fuse", "qemu-img");
@@ -108,14 +142,21 @@ fn a_live_mount_is_never_removed() {
     // Read-only, so that the same image can be opened once more.
     let disk = rig.mount().args(&["--read-only"]).start();
     assert_refused(&mount(&other, disk.path()), &["already mounted (fuse.cordisk)"]);
-    let same =
-        run_within(rig.scratch.cordisk().args(["mount", "-f", "--read-only"]).arg(&rig.overlay).arg(disk.path()), Duration::from_secs(30));
+    let same = run_within(
+        rig.scratch
+            .cordisk()
+            .args(["mount", "-f", "--read-only"])
+            .arg(&rig.overlay)
+            .arg(disk.path()),
+        Duration::from_secs(30),
+    );
     assert_refused(&same, &["already mounted (fuse.cordisk)"]);
     assert_same("still served", &disk.read_all(), &rig.content);
     disk.umount();
 }
 
-/// Protects: a dead mount of another image is not ours to remove: its data may be what somebody looks for there.
+/// Protects: a dead mount of another image is not removed, because a user may look for the data of
+/// that image there.
 #[test]
 fn a_dead_mount_of_another_image_is_refused() {
     requires!("/dev/fuse", "qemu-img");
@@ -126,9 +167,12 @@ fn a_dead_mount_of_another_image_is_refused() {
     let path = disk.path().to_owned();
     disk.die();
     let overlay = rig.overlay.to_str().expect("UTF-8");
-    assert_refused(&mount(&other, &path), &["another image", overlay, &format!("umount -l {}", path.display())]);
+    assert_refused(
+        &mount(&other, &path),
+        &["another image", overlay, &format!("umount -l {}", path.display())],
+    );
     assert_eq!(layers(&path), 1, "it is still there");
-    // By another name of the same image it is removed.
+    // If the same image is given by another name, its dead mount is removed.
     let link = rig.scratch.join("link.qcow2");
     std::os::unix::fs::symlink(&rig.overlay, &link).expect("symlink");
     let disk = Mount::new(&rig.scratch, &link).start();
@@ -136,8 +180,8 @@ fn a_dead_mount_of_another_image_is_refused() {
     disk.umount();
 }
 
-/// Protects: a mountpoint behind which a daemon stands still is refused at once: only what is of the same image is asked whether it is dead, and not
-/// for ever.
+/// Protects: a mountpoint whose daemon is stopped is refused at once. Only a mount of the same
+/// image is checked for a dead daemon, and that check has a time limit.
 #[test]
 fn a_mount_whose_daemon_stands_still_is_refused() {
     requires!("/dev/fuse", "qemu-img");
@@ -145,12 +189,18 @@ fn a_mount_whose_daemon_stands_still_is_refused() {
     let other = rig.scratch.join("other.qcow2");
     qemu::create(&other, Some(MIB), "", None);
     let disk = rig.mount().args(&["--read-only"]).start();
-    let stopped = Stopped::stop(disk.pid());
+    let stopped = Stopped::stop(disk.server_pid());
     let overlay = rig.overlay.to_str().expect("UTF-8");
-    assert_refused(&mount(&other, disk.path()), &["already mounted (fuse.cordisk)", "another image", overlay]);
+    assert_refused(
+        &mount(&other, disk.path()),
+        &["already mounted (fuse.cordisk)", "another image", overlay],
+    );
     // Read-only, so that the same image can be opened once more.
     let same = ["mount", "-f", "--read-only"];
-    let same = run_within(rig.scratch.cordisk().args(same).arg(&rig.overlay).arg(disk.path()), Duration::from_secs(30));
+    let same = run_within(
+        rig.scratch.cordisk().args(same).arg(&rig.overlay).arg(disk.path()),
+        Duration::from_secs(30),
+    );
     assert_refused(&same, &["already mounted (fuse.cordisk)"]);
     drop(stopped);
     assert_eq!(layers(disk.path()), 1);
@@ -158,7 +208,7 @@ fn a_mount_whose_daemon_stands_still_is_refused() {
     disk.umount();
 }
 
-/// Kills and reaps when the test is over.
+/// A child that is killed and reaped when dropped.
 struct Server(Child);
 
 impl Drop for Server {
@@ -182,18 +232,26 @@ fn a_dead_mount_of_another_program_is_refused() {
     server.0.kill().expect("kill");
     server.0.wait().expect("wait");
     assert!(mounts::is_dead(&path));
-    assert_refused(&mount(&rig.overlay, &path), &["already mounted (fuse", "if its daemon is gone: umount -l"]);
+    assert_refused(
+        &mount(&rig.overlay, &path),
+        &["already mounted (fuse", "if its daemon is gone: umount -l"],
+    );
     assert_eq!(layers(&path), 1, "it is still there");
 }
 
-/// Protects: 2.5: killed in the middle of a stream and of a guest's writes, discards and flushes, mounted and unmounted again: nothing is leaked,
-/// and the mark that has led to it is gone.
+/// Protects: P4: after a kill in the middle of a stream and of a guest's writes, discards and
+/// flushes, one mount and unmount leaves no leaked clusters, and the open mark is removed.
 #[test]
 fn what_a_kill_leaked_is_given_back() {
     requires!("/dev/fuse", "qemu-img");
     let mut rng = Rng::for_test("what a kill leaked");
     let mut leaked = 0;
-    for options in ["cluster_size=64k", "cluster_size=4k,compat=0.10", "cluster_size=4k,refcount_bits=1", "cluster_size=512"] {
+    for options in [
+        "cluster_size=64k",
+        "cluster_size=4k,compat=0.10",
+        "cluster_size=4k,refcount_bits=1",
+        "cluster_size=512",
+    ] {
         let size = 8 * MIB;
         let rig = Rig::with(Pattern::new(81, 1).bytes(0, size), options);
         for _ in 0..3 {
@@ -235,7 +293,8 @@ fn what_a_kill_leaked_is_given_back() {
     assert!(leaked > 0, "no kill leaked anything: nothing was tested");
 }
 
-/// Protects: an image that was not closed and is corrupt is refused for writing, with the way out; reading goes on.
+/// Protects: an image that was not closed and is corrupt is refused for writing, with a way to
+/// repair it; reading works.
 #[test]
 fn a_corrupt_image_that_was_not_closed_is_not_written() {
     requires!("/dev/fuse", "qemu-img", "qemu-io");
@@ -246,15 +305,19 @@ fn a_corrupt_image_that_was_not_closed_is_not_written() {
     file.sync_all().expect("fsync");
     disk.die();
     drop(file);
-    // The refcount of the last cluster in use goes to zero.
+    // Sets the refcount of the last cluster in use to zero.
     let bytes = fs::read(&rig.overlay).expect("overlay");
     let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight"));
     let block = word(usize::try_from(word(48)).expect("small"));
-    let l2 = usize::try_from(word(usize::try_from(word(40)).expect("small")) & !(1 << 63)).expect("small");
+    let l2 = usize::try_from(word(usize::try_from(word(40)).expect("small")) & !(1 << 63))
+        .expect("small");
     let data = (word(l2) & !(1 << 63)) >> 16;
     crate::support::header::poke(&rig.overlay, block + 2 * data, &[0, 0]);
     let path = rig.scratch.join("elsewhere");
-    assert_refused(&mount(&rig.overlay, &path), &["corruptions", "--read-only", "qemu-img check -r all"]);
+    assert_refused(
+        &mount(&rig.overlay, &path),
+        &["corruptions", "--read-only", "qemu-img check -r all"],
+    );
     let disk = rig.mount().args(&["--read-only"]).start();
     let mut want = rig.content.clone();
     want[..65536].fill(7);

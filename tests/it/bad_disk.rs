@@ -1,5 +1,6 @@
-//! Disks below us that go bad: one sector of the base, a base that shrinks, an overlay that cannot be written, an overlay whose flush fails
-//! (P5 to P9; data-safety 5.7). What a stream does about errors of its own is in `qmp_error_policy.rs`.
+//! Host disks that fail: one sector of the base, a base that shrinks, an overlay that cannot be
+//! written, an overlay whose flush fails (P5 to P9). `qmp_error_policy.rs` tests what a stream does
+//! after errors.
 
 use std::fs::{self, File};
 use std::ops::Range;
@@ -11,7 +12,10 @@ use serde_json::json;
 
 use crate::support::mounts::umount;
 use crate::support::nbd::{Fault, NbdFile};
-use crate::support::{CLUSTER, Daemon, KIB, MIB, Mount, Pattern, Rig, Rng, Scratch, assert_same, errno, qemu, read_at, run_ok};
+use crate::support::{
+    CLUSTER, Daemon, KIB, MIB, Mount, Pattern, Rig, Rng, Scratch, assert_same, errno, qemu,
+    read_at, run_ok,
+};
 
 const SIZE: u64 = 4 * MIB;
 
@@ -28,11 +32,11 @@ fn read(file: &File, range: &Range<u64>) -> std::io::Result<Vec<u8>> {
     file.read_exact_at(&mut buf, range.start).map(|()| buf)
 }
 
-/// Reads random ranges: exactly those that touch `bad` fail, with EIO; all others are right.
+/// Reads random ranges: those that touch `bad` fail with EIO, all others return the right data.
 fn assert_only_this_is_bad(file: &File, content: &[u8], bad: &Range<u64>, rng: &mut Rng) {
     let mut failed = 0;
     for _ in 0..300 {
-        // Half of them around the bad place.
+        // Half of them are around the bad range.
         let range = match rng.below(2) {
             0 => rng.range(SIZE, 300_000),
             _ => {
@@ -43,12 +47,18 @@ fn assert_only_this_is_bad(file: &File, content: &[u8], bad: &Range<u64>, rng: &
         };
         match read(file, &range) {
             Ok(got) => {
-                assert!(range.end <= bad.start || bad.end <= range.start, "{range:?} touches {bad:?} and was read");
+                assert!(
+                    range.end <= bad.start || bad.end <= range.start,
+                    "{range:?} touches {bad:?} and was read"
+                );
                 assert_same(&format!("{range:?}"), &got, slice(content, &range));
             }
             Err(error) => {
                 assert_eq!(error.raw_os_error(), Some(Errno::IO.raw_os_error()), "{range:?}");
-                assert!(range.start < bad.end && bad.start < range.end, "{range:?} does not touch {bad:?} and was not read");
+                assert!(
+                    range.start < bad.end && bad.start < range.end,
+                    "{range:?} does not touch {bad:?} and was not read"
+                );
                 failed += 1;
             }
         }
@@ -56,9 +66,10 @@ fn assert_only_this_is_bad(file: &File, content: &[u8], bad: &Range<u64>, rng: &
     assert!(failed > 0, "the bad place was never met");
 }
 
-/// Protects: P8. One bad sector of 4 KiB in the base is EIO for whoever touches it and for nobody else, and nothing of its cluster is
-/// copied up; a write that needs the cluster's rest from below fails and changes nothing, one of the whole cluster does not need it; when the
-/// sector is good again it is read, and a stream completes.
+/// Protects: P8. One bad sector of 4 KiB in the base is EIO for requests that touch it and for no
+/// others, and nothing of its cluster is copied up. A write that needs the rest of the cluster from
+/// the base fails and changes nothing; a write of the whole cluster does not need the base. When
+/// the sector is readable again, reads return it, and a stream completes.
 #[test]
 fn one_bad_sector_of_the_base() {
     requires!("/dev/fuse", "qemu-img", "nbdkit", "nbdfuse");
@@ -78,19 +89,31 @@ fn one_bad_sector_of_the_base() {
         let page = offset..offset + 4 * KIB;
         match read(&file, &page) {
             Ok(got) => assert_same("page", &got, slice(&content, &page)),
-            Err(error) => assert_eq!((page, error.raw_os_error()), (bad.clone(), Some(Errno::IO.raw_os_error()))),
+            Err(error) => assert_eq!(
+                (page, error.raw_os_error()),
+                (bad.clone(), Some(Errno::IO.raw_os_error()))
+            ),
         }
     }
-    // The rest of the cluster would have to come from the bad place too.
+    // The rest of the cluster would have to come from the bad sector.
     let part = cluster.start + 5000;
     assert_eq!(errno(file.write_all_at(&[7; 3000], part)), Errno::IO);
-    assert_same("what was not overwritten", &read_at(&file, part, 3000), slice(&content, &(part..part + 3000)));
+    assert_same(
+        "what was not overwritten",
+        &read_at(&file, part, 3000),
+        slice(&content, &(part..part + 3000)),
+    );
     drop(file);
     disk.umount();
     qemu::assert_clean(&overlay);
-    assert_eq!(qemu::local_ranges(&overlay), [0..cluster.start, cluster.end..SIZE], "all but the bad cluster was copied up");
+    assert_eq!(
+        qemu::local_ranges(&overlay),
+        [0..cluster.start, cluster.end..SIZE],
+        "all but the bad cluster was copied up"
+    );
 
-    // A whole cluster needs nothing from below, and hides the bad place for ever.
+    // A write of the whole cluster needs nothing from the base, and hides the bad sector
+    // permanently.
     let whole = scratch.join("whole.qcow2");
     qemu::create(&whole, None, "", Some(("base.raw", "raw")));
     let disk = Mount::named(&scratch, &whole, "whole").start();
@@ -122,9 +145,9 @@ fn one_bad_sector_of_the_base() {
     assert_same("the overlay alone", &qemu::read_all(&overlay), &content);
 }
 
-/// An overlay on a disk that can go bad, over a base on one that does not.
+/// An overlay on a disk that can fail, above a base on a disk that does not.
 struct BadOverlay {
-    // Dropped in this order.
+    // Fields are dropped in this order.
     served: NbdFile,
     want: Vec<u8>,
     scratch: Scratch,
@@ -137,19 +160,24 @@ impl BadOverlay {
         let base = scratch.write("base.raw", &want);
         let image = scratch.join("image");
         qemu::create(&image, None, "", Some((base.to_str().expect("UTF-8"), "raw")));
-        // As on a block device the image has all the room it will ever need.
+        // The image is as long as it will ever get, like on a block device.
         run_ok(std::process::Command::new("truncate").args(["-s", "8M"]).arg(&image));
-        let served = NbdFile::serve(&scratch, "overlay", &fs::read(&image).expect("image"), &(0..0));
+        let served =
+            NbdFile::serve(&scratch, "overlay", &fs::read(&image).expect("image"), &(0..0));
         BadOverlay { served, want, scratch }
     }
 
     fn mount(&self, name: &str) -> Daemon {
-        Mount::named(&self.scratch, self.served.path(), name).args(&["--reserve", "0"]).qmp().start()
+        Mount::named(&self.scratch, self.served.path(), name)
+            .args(&["--reserve", "0"])
+            .qmp()
+            .start()
     }
 
     fn write(&mut self, file: &File, offset: u64, version: u32) {
         let data = Pattern::new(94, version).bytes(offset, 5000);
-        file.write_all_at(&data, offset).unwrap_or_else(|error| panic!("write at {offset}: {error}"));
+        file.write_all_at(&data, offset)
+            .unwrap_or_else(|error| panic!("write at {offset}: {error}"));
         self.want[at(offset)..at(offset) + 5000].copy_from_slice(&data);
     }
 
@@ -158,8 +186,10 @@ impl BadOverlay {
     }
 }
 
-/// Protects: P5 and P6. While the overlay cannot be written, everything is still read, cold and warm; a write fails alone and changes no mapping;
-/// a stream fails and keeps the base; when the disk is good again all of it works without a new mount, and nothing is corrupt.
+/// Protects: P5 and P6. While the overlay cannot be written, all reads succeed, of local and of
+/// missing clusters. A write fails alone and changes no mapping; a stream fails and keeps the base.
+/// When the disk works again, everything works without a new mount, and the image has no
+/// corruption.
 #[test]
 fn an_overlay_that_cannot_be_written_for_a_while() {
     requires!("/dev/fuse", "qemu-img", "nbdkit", "nbdfuse");
@@ -167,14 +197,22 @@ fn an_overlay_that_cannot_be_written_for_a_while() {
     let disk = bad.mount("disk");
     let file = disk.open();
     bad.write(&file, 10 * CLUSTER + 100, 2);
-    assert_same("a part is local", &read_at(&file, 0, at(4 * CLUSTER)), &bad.want[..at(4 * CLUSTER)]);
+    assert_same(
+        "a part is local",
+        &read_at(&file, 0, at(4 * CLUSTER)),
+        &bad.want[..at(4 * CLUSTER)],
+    );
     file.sync_all().expect("fsync");
 
     bad.served.fail(Fault::Write);
     assert_same("local and cold", &disk.read_all(), &bad.want);
     assert!(disk.log().contains("copy-on-read failed"), "no copy was ever tried\n{}", disk.log());
     bad.refuse(&file, 20 * CLUSTER + 5);
-    assert_same("what was not written", &read_at(&file, 20 * CLUSTER, 9000), &bad.want[at(20 * CLUSTER)..at(20 * CLUSTER) + 9000]);
+    assert_same(
+        "what was not written",
+        &read_at(&file, 20 * CLUSTER, 9000),
+        &bad.want[at(20 * CLUSTER)..at(20 * CLUSTER) + 9000],
+    );
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0"}));
     let event = client.wait_event("BLOCK_JOB_COMPLETED");
@@ -194,8 +232,10 @@ fn an_overlay_that_cannot_be_written_for_a_while() {
     assert_same("the overlay alone", &qemu::read_all(bad.served.below()), &bad.want);
 }
 
-/// Protects: P7. After one flush that failed, no flush and no write succeeds any more, however good the disk is again, because nobody knows what
-/// the failed one has lost; reads go on; the exit status says that something is wrong. A new mount begins anew, with all that had been flushed.
+/// Protects: P7. After one failed flush no flush and no write succeeds any more, even if the disk
+/// works again, because the kernel does not say which writes the failed one has lost. Reads
+/// continue, and the exit status reports the error. A new mount starts with all data that had been
+/// flushed.
 #[test]
 fn a_flush_that_failed_is_final() {
     requires!("/dev/fuse", "qemu-img", "nbdkit", "nbdfuse");
@@ -206,7 +246,8 @@ fn a_flush_that_failed_is_final() {
     bad.write(&file, MIB, 3);
     file.sync_all().expect("fsync");
     bad.served.fail(Fault::Flush);
-    // In place, so that it is there whether or not it was flushed: this host does not lose its memory.
+    // The write is in place, so that it is there whether or not it was flushed: this host does not
+    // drop its page cache.
     bad.write(&file, MIB, 4);
     assert_eq!(errno(file.sync_all()), Errno::IO);
     bad.served.repair(Fault::Flush);
@@ -239,7 +280,8 @@ fn a_flush_that_failed_is_final() {
     assert_same("in the end", &qemu::read_all(bad.served.below()), &bad.want);
 }
 
-/// Protects: P10: the first mount notes what the base is like; when it has changed since, the next mount says so, and only then.
+/// Protects: P10: the first mount records the state of the base; the next mount warns if the state
+/// has changed since, and only then.
 #[test]
 fn a_base_that_changed_between_two_mounts_is_warned_of() {
     requires!("/dev/fuse", "qemu-img");
@@ -254,7 +296,12 @@ fn a_base_that_changed_between_two_mounts_is_warned_of() {
     };
     assert_eq!(warnings_after_a_mount(), 0, "nothing was noted yet");
     assert_eq!(warnings_after_a_mount(), 0, "nothing has changed");
-    File::options().write(true).open(&rig.base).expect("base").set_modified(std::time::UNIX_EPOCH).expect("another time");
+    File::options()
+        .write(true)
+        .open(&rig.base)
+        .expect("base")
+        .set_modified(std::time::UNIX_EPOCH)
+        .expect("another time");
     assert_eq!(warnings_after_a_mount(), 1, "the base has changed");
     assert_eq!(warnings_after_a_mount(), 2, "and nobody has said that it may");
     rustix::fs::removexattr(&rig.overlay, "user.cordisk.base").expect("accepted");
@@ -262,8 +309,10 @@ fn a_base_that_changed_between_two_mounts_is_warned_of() {
     rig.assert_overlay(&rig.content);
 }
 
-/// Protects: P8. One L2 entry that names nothing in the file costs the cluster that it maps, of a backing file and of an image that is mounted
-/// read-only; SEEK_DATA finds it, so that no copy skips it; an overlay above a bad base is written, and hides the bad place, as ever.
+/// Protects: P8. One L2 entry that points outside the file makes only the cluster that it maps
+/// unreadable, in a backing file and in an image that is mounted read-only. SEEK_DATA reports the
+/// cluster as data, so that no copy skips it. An overlay above a base with such an entry can be
+/// written, and a write hides the cluster.
 #[test]
 fn one_bad_table_entry() {
     requires!("/dev/fuse", "qemu-img");
@@ -297,8 +346,16 @@ fn one_bad_table_entry() {
     assert_only_this_is_bad(&file, &content, &bad, &mut rng);
     let map = run_ok(scratch.cordisk().args(["map", "--json"]).arg(disk.path()));
     let map: serde_json::Value = serde_json::from_str(&map).expect("JSON");
-    let run = map.as_array().expect("runs").iter().find(|run| run["start"] == bad.start).expect("a run of its own");
-    assert_eq!((&run["length"], &run["data"], &run["zero"]), (&json!(CLUSTER), &json!(true), &json!(false)));
+    let run = map
+        .as_array()
+        .expect("runs")
+        .iter()
+        .find(|run| run["start"] == bad.start)
+        .expect("a run of its own");
+    assert_eq!(
+        (&run["length"], &run["data"], &run["zero"]),
+        (&json!(CLUSTER), &json!(true), &json!(false))
+    );
     assert_eq!(run.get("offset"), None);
     drop(file);
     disk.umount();

@@ -1,5 +1,5 @@
-//! What cannot work is refused: one line on standard error that starts `cordisk: `, exit status 1, nothing mounted, no file changed.
-//! In the foreground and in the background alike.
+//! Input that cannot work is refused: one line on standard error that starts with `cordisk: `, exit
+//! status 1, nothing mounted, no file changed, in the foreground and in the background.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -12,28 +12,47 @@ use serde_json::json;
 
 use crate::support::header::{self, EXT_BACKING_FORMAT};
 use crate::support::{
-    CORDISK, KIB, MIB, Mount, Pattern, QmpClient, RUNTIME_DIR, Rig, Scratch, Snapshot, assert_same, mounts, poll, qemu, run_ok, run_within,
+    CORDISK, KIB, MIB, Mount, Pattern, QmpClient, RUNTIME_DIR, Rig, Scratch, Snapshot, assert_same,
+    mounts, poll, qemu, run_ok, run_within,
 };
 
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// How the command is run: directly, or by a shell that prepares a mount namespace first.
-pub(crate) fn attempt(scratch: &Scratch, prepare: Option<&str>, args: &[&str]) -> crate::support::Finished {
+/// Runs the command, directly or through a shell that first prepares a mount namespace.
+pub(crate) fn attempt(
+    scratch: &Scratch,
+    prepare: Option<&str>,
+    args: &[&str],
+) -> crate::support::Finished {
     let mut command = match prepare {
         None => Command::new(CORDISK),
         Some(script) => {
             let mut command = Command::new("unshare");
-            // exec keeps the process: when it ends, the namespace and all that is mounted in it are gone.
-            command.args(["--mount", "--propagation", "private", "sh", "-ec", &format!("{script}\nexec \"$@\""), "sh", CORDISK]);
+            // exec keeps the process: the namespace and all its mounts end with it.
+            command.args([
+                "--mount",
+                "--propagation",
+                "private",
+                "sh",
+                "-ec",
+                &format!("{script}\nexec \"$@\""),
+                "sh",
+                CORDISK,
+            ]);
             command
         }
     };
-    command.args(args).current_dir(scratch.path()).env_remove("RUST_LOG").env("SCRATCH", scratch.path());
+    command
+        .args(args)
+        .current_dir(scratch.path())
+        .env_remove("RUST_LOG")
+        .env("SCRATCH", scratch.path());
     command.env(RUNTIME_DIR, scratch.runtime_dir());
     run_within(&mut command, LIMIT)
 }
 
-/// Asserts the refusal of `cordisk mount ARGS`, with -f and without; the line has to contain one of `words` (in lower case).
+/// Asserts that `cordisk mount ARGS` is refused, with -f and without; the line must contain one of
+/// `words` (in lower case).
 pub(crate) fn refused_in(scratch: &Scratch, prepare: Option<&str>, args: &[&str], words: &[&str]) {
     for foreground in [true, false] {
         let mut all = vec!["mount"];
@@ -48,7 +67,10 @@ pub(crate) fn refused_in(scratch: &Scratch, prepare: Option<&str>, args: &[&str]
         assert!(done.stderr.starts_with("cordisk: ") && done.stderr.ends_with('\n'), "{what}");
         assert_eq!(done.stdout, "", "{what}");
         let line = done.stderr.to_lowercase();
-        assert!(words.is_empty() || words.iter().any(|word| line.contains(&word.to_lowercase())), "one of {words:?} in {what}");
+        assert!(
+            words.is_empty() || words.iter().any(|word| line.contains(&word.to_lowercase())),
+            "one of {words:?} in {what}"
+        );
         assert!(!done.stderr.contains("panicked"), "{what}");
         assert_eq!(mounted_below(scratch), before_mounted, "mounted after {what}");
         assert_eq!(before.changes(&Snapshot::of(scratch.path())), Vec::<String>::new(), "{what}");
@@ -56,19 +78,23 @@ pub(crate) fn refused_in(scratch: &Scratch, prepare: Option<&str>, args: &[&str]
 }
 
 fn mounted_below(scratch: &Scratch) -> Vec<PathBuf> {
-    mounts::table().into_iter().map(|entry| entry.mountpoint).filter(|path| path.starts_with(scratch.path())).collect()
+    mounts::table()
+        .into_iter()
+        .map(|entry| entry.mountpoint)
+        .filter(|path| path.starts_with(scratch.path()))
+        .collect()
 }
 
 pub(crate) fn refused(scratch: &Scratch, args: &[&str], words: &[&str]) {
     refused_in(scratch, None, args, words);
 }
 
-/// The usual mount of `top.qcow2` at `disk` is refused.
+/// Asserts that the usual mount of `top.qcow2` at `disk` is refused.
 fn top_refused(scratch: &Scratch, words: &[&str]) {
     refused(scratch, &["top.qcow2", "disk"], words);
 }
 
-/// A good chain to spoil: base.raw ← top.qcow2.
+/// Makes a valid chain for the tests to damage: base.raw ← top.qcow2.
 fn good(scratch: &Scratch) -> PathBuf {
     scratch.raw("base.raw", MIB, Pattern::new(60, 1));
     let top = scratch.join("top.qcow2");
@@ -76,7 +102,7 @@ fn good(scratch: &Scratch) -> PathBuf {
     top
 }
 
-/// Protects: the first mistakes that people make: no such image, a directory, an empty file, a raw file, text.
+/// Protects: common mistakes: no such image, a directory, an empty file, a raw file, text.
 #[test]
 fn images_that_are_none() {
     requires!("/dev/fuse");
@@ -93,8 +119,8 @@ fn images_that_are_none() {
     }
 }
 
-/// Protects: an image that was cut off (an interrupted download) is refused at open, or read with errors for what is missing;
-/// never zeros for data that was there.
+/// Protects: a truncated image (an interrupted download) is refused at open, or reads of the
+/// missing parts are errors; data that was there never reads as zeros.
 #[test]
 fn truncated_images() {
     requires!("/dev/fuse", "qemu-img");
@@ -107,11 +133,15 @@ fn truncated_images() {
         scratch.write("top.qcow2", &bytes[..keep]);
         top_refused(&scratch, &["top.qcow2"]);
     }
-    // All tables there, some data missing: allowed to open, not allowed to lie.
+    // All tables exist and some data is missing: the image may open, but reads of the missing data
+    // must fail.
     let top = scratch.write("top.qcow2", &bytes[..bytes.len() - 512 * 1024 - 100]);
     let before = fs::read(&top).expect("image");
     let mut command = scratch.cordisk();
-    command.args(["mount", "-f", "--read-only", "top.qcow2", "disk"]).current_dir(scratch.path()).env_remove("RUST_LOG");
+    command
+        .args(["mount", "-f", "--read-only", "top.qcow2", "disk"])
+        .current_dir(scratch.path())
+        .env_remove("RUST_LOG");
     let mut child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().expect("start");
     let disk = scratch.join("disk");
     let up = poll(LIMIT, || match child.try_wait().expect("wait") {
@@ -141,7 +171,8 @@ fn truncated_images() {
     assert_same("the truncated image", &fs::read(&top).expect("image"), &before);
 }
 
-/// Protects: a chain that is not whole: missing base, missing middle, base of unknown format (never probed), an unknown format.
+/// Protects: incomplete chains are refused: missing base, missing middle, base of unspecified
+/// format (never probed), an unknown format.
 #[test]
 fn chains_that_are_not_whole() {
     requires!("/dev/fuse", "qemu-img");
@@ -161,18 +192,22 @@ fn chains_that_are_not_whole() {
     top_refused(&scratch, &["base.raw"]);
     fs::rename(scratch.join("elsewhere.raw"), scratch.join("base.raw")).expect("move back");
 
-    // The base claims qcow2 and is raw.
+    // The reference says qcow2, and the base is raw.
     header::edit(&top, |h| h.backing = Some(b"base.raw".to_vec()));
     top_refused(&scratch, &["base.raw"]);
-    // A format that we do not do.
+    // A format that is not supported.
     header::edit(&top, |h| {
-        h.extensions.iter_mut().filter(|(kind, _)| *kind == EXT_BACKING_FORMAT).for_each(|(_, name)| *name = b"vmdk".to_vec())
+        h.extensions
+            .iter_mut()
+            .filter(|(kind, _)| *kind == EXT_BACKING_FORMAT)
+            .for_each(|(_, name)| *name = b"vmdk".to_vec())
     });
     top_refused(&scratch, &["vmdk"]);
 }
 
-/// Protects: formats are never guessed (a guest could write a qcow2 header into a raw base and so read any file of the host): no format in the
-/// header is an error that says what to do, and `--backing-format` is what to do.
+/// Protects: formats are never guessed, because a guest could write a qcow2 header into a raw base
+/// and so read any file of the host. A header without a format is an error that names the option
+/// `--backing-format`, and the option works.
 #[test]
 fn a_base_without_format_needs_the_option() {
     requires!("/dev/fuse", "qemu-img");
@@ -187,7 +222,8 @@ fn a_base_without_format_needs_the_option() {
     qemu::assert_clean(&top);
 }
 
-/// Protects: a chain that bites its own tail is found by identity of files, not by name, and one that is too deep is refused.
+/// Protects: a chain that contains the same file twice is detected by the identity of files, not by
+/// name, and a chain that is too deep is refused.
 #[test]
 fn cyclic_and_endless_chains() {
     requires!("/dev/fuse", "qemu-img");
@@ -216,8 +252,8 @@ fn cyclic_and_endless_chains() {
     refused(&scratch, &["layer39.qcow2", "disk"], &[]);
 }
 
-/// Protects: backing names that are no files are refused in one clear message and never opened: an image must not make us talk to the network,
-/// run drivers, or read devices.
+/// Protects: backing names that are not files are refused with one clear message and never opened:
+/// an image must not make the daemon use the network, run drivers, or read devices.
 #[test]
 fn protocol_backing_names() {
     requires!("/dev/fuse", "qemu-img");
@@ -236,7 +272,7 @@ fn protocol_backing_names() {
         header::edit(&top, |h| h.backing = Some(name.as_bytes().to_vec()));
         top_refused(&scratch, &[name.split(':').next().expect("a prefix")]);
     }
-    // Names that would break the one line, or the C string.
+    // Names that would break the single line, or end a C string early.
     for name in [&b"base.raw\nsecond line"[..], b"base\0.raw", b"\x1b[2J", b"\xff\xfe"] {
         header::edit(&top, |h| h.backing = Some(name.to_vec()));
         top_refused(&scratch, &[]);
@@ -250,11 +286,16 @@ struct Holder {
 }
 
 impl Holder {
-    /// `qemu-io` with the image open; returns when it is.
+    /// Runs `qemu-io` on the image; returns when it has the image open.
     fn open(image: &Path, format: &str, read_only: bool) -> Holder {
         let mut command = Command::new("qemu-io");
         command.args(["-f", format]).args(read_only.then_some("-r")).arg(image);
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("qemu-io");
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("qemu-io");
         let mut stdin = child.stdin.take().expect("stdin");
         stdin.write_all(b"read 0 512\n").expect("ask");
         let lines = BufReader::new(child.stdout.take().expect("stdout")).lines();
@@ -276,7 +317,8 @@ impl Drop for Holder {
     }
 }
 
-/// Protects: P12, P10. An image that QEMU has open is refused, overlay and base (when it is being written); when QEMU lets go, it works.
+/// Protects: P12, P10. An overlay that QEMU has open is refused, and so is a base that QEMU writes;
+/// when QEMU has closed them, the mount works.
 #[test]
 fn images_that_qemu_has_open() {
     requires!("/dev/fuse", "qemu-img", "qemu-io");
@@ -296,7 +338,7 @@ fn images_that_qemu_has_open() {
         let _writer = Holder::open(&scratch.join("base.raw"), "raw", false);
         top_refused(&scratch, &busy);
     }
-    // Two readers of a base do not hurt each other.
+    // Two readers of a base do not conflict.
     let _reader = Holder::open(&scratch.join("base.raw"), "raw", true);
     let disk = Mount::new(&scratch, &top).start();
     assert_same("disk", &disk.read_all(), &Pattern::new(60, 1).bytes(0, MIB));
@@ -304,7 +346,8 @@ fn images_that_qemu_has_open() {
     qemu::assert_clean(&top);
 }
 
-/// Protects: P12, P10, the other way round: while we have an image open, QEMU's tools do not touch it, and nobody writes its base.
+/// Protects: P12, P10, the other way round: while the daemon has an image open, QEMU's tools refuse
+/// it, and no program with these locks writes its base.
 #[test]
 fn qemu_refuses_what_we_have_open() {
     requires!("/dev/fuse", "qemu-img", "qemu-io");
@@ -316,7 +359,10 @@ fn qemu_refuses_what_we_have_open() {
     let refuses = |program: &str, args: &[&str]| {
         let done = run_within(Command::new(program).args(args), LIMIT);
         let said = format!("{}{}", done.stdout, done.stderr);
-        assert!(!done.status.success() && said.contains("lock"), "{program} {args:?} had to be refused by the lock: {done:?}");
+        assert!(
+            !done.status.success() && said.contains("lock"),
+            "{program} {args:?} had to be refused by the lock: {done:?}"
+        );
     };
     refuses("qemu-img", &["info", "-f", "qcow2", &overlay]);
     refuses("qemu-img", &["check", "-f", "qcow2", &overlay]);
@@ -327,21 +373,26 @@ fn qemu_refuses_what_we_have_open() {
     refuses("qemu-io", &["-f", "raw", "-c", "write 0 512", &base]);
     run_ok(Command::new("qemu-img").args(["info", "-U", "-f", "qcow2", &overlay]));
     run_ok(Command::new("qemu-io").args(["-r", "-f", "raw", "-c", "read 0 512", &base]));
-    // We refuse ourselves as well.
+    // A second daemon is refused as well.
     refused(&scratch, &["top.qcow2", "second"], &["in use", "lock", "another process"]);
-    refused(&scratch, &["--read-only", "top.qcow2", "second"], &["in use", "lock", "another process"]);
+    refused(
+        &scratch,
+        &["--read-only", "top.qcow2", "second"],
+        &["in use", "lock", "another process"],
+    );
     assert_same("disk", &disk.read_all(), &Pattern::new(60, 1).bytes(0, MIB));
     disk.umount();
     qemu::assert_clean(&top);
 
-    // A read-only mount lets readers in and keeps writers out.
+    // A read-only mount allows other readers and keeps writers out.
     let disk = Mount::new(&scratch, &top).args(&["--read-only"]).start();
     run_ok(Command::new("qemu-img").args(["info", "-f", "qcow2", &overlay]));
     refuses("qemu-io", &["-f", "qcow2", "-c", "write 0 512", &overlay]);
     disk.umount();
 }
 
-/// Protects: mountpoints that cannot be: taken by another disk, a directory, no parent, the image or the base itself.
+/// Protects: impossible mountpoints: in use by another disk, a directory, without a parent
+/// directory, the image or the base itself.
 #[test]
 fn mountpoints_that_cannot_be() {
     requires!("/dev/fuse", "qemu-img");
@@ -363,16 +414,23 @@ fn mountpoints_that_cannot_be() {
         let done = attempt(&scratch, None, &args);
         assert_eq!(done.status.code(), Some(1), "{done:?}");
         assert_eq!(done.stderr.lines().count(), 1, "{done:?}");
-        assert!(done.stderr.starts_with("cordisk: ") && done.stderr.contains("taken.disk"), "{done:?}");
+        assert!(
+            done.stderr.starts_with("cordisk: ") && done.stderr.contains("taken.disk"),
+            "{done:?}"
+        );
         let count = mounts::table().iter().filter(|entry| entry.mountpoint == disk.path()).count();
         assert_eq!(count, 1, "nothing is mounted over a disk");
-        assert_same("the disk that was there first", &disk.read_all(), &Pattern::new(60, 3).bytes(0, MIB));
+        assert_same(
+            "the disk that was there first",
+            &disk.read_all(),
+            &Pattern::new(60, 3).bytes(0, MIB),
+        );
     }
     disk.umount();
     qemu::assert_clean(&top);
 }
 
-/// Protects: a machine (or container) without /dev/fuse gets told so.
+/// Protects: on a machine (or in a container) without /dev/fuse, the error says so.
 #[test]
 fn without_dev_fuse() {
     requires!("root", "unshare", "qemu-img");
@@ -382,7 +440,8 @@ fn without_dev_fuse() {
     let script = "mount -t tmpfs none \"$SCRATCH/dev\"
         for name in null zero full random urandom tty; do : > \"$SCRATCH/dev/$name\"; mount --bind /dev/$name \"$SCRATCH/dev/$name\"; done
         mount --rbind \"$SCRATCH/dev\" /dev";
-    let probe = Command::new("unshare").args(["--mount", "--propagation", "private", "true"]).status();
+    let probe =
+        Command::new("unshare").args(["--mount", "--propagation", "private", "true"]).status();
     if !probe.is_ok_and(|status| status.success()) {
         eprintln!("skipped: no mount namespaces here");
         return;
@@ -391,7 +450,8 @@ fn without_dev_fuse() {
     assert!(fs::read_dir(outside).expect("dir").next().is_none());
 }
 
-/// Protects: a directory that cannot be written: no placeholder, no overlay opened for writing; and a read-only mount of what lies there works.
+/// Protects: in a directory that is not writable, no placeholder is created and no overlay is
+/// opened for writing; a read-only mount of an image in it works.
 #[test]
 fn read_only_directories() {
     requires!("/dev/fuse", "root", "unshare", "qemu-img");
@@ -403,11 +463,22 @@ fn read_only_directories() {
     let script = "mount --bind \"$SCRATCH/frozen\" \"$SCRATCH/frozen\"; mount -o remount,bind,ro \"$SCRATCH/frozen\"";
     refused_in(&scratch, Some(script), &["top.qcow2", "frozen/disk"], &["read-only"]);
     refused_in(&scratch, Some(script), &["frozen/top.qcow2", "disk"], &["read-only"]);
-    refused_in(&scratch, Some(script), &["--qmp", "frozen/sock", "top.qcow2", "disk"], &["frozen/sock"]);
-    refused_in(&scratch, Some(script), &["--pidfile", "frozen/pid", "top.qcow2", "disk"], &["frozen/pid"]);
+    refused_in(
+        &scratch,
+        Some(script),
+        &["--qmp", "frozen/sock", "top.qcow2", "disk"],
+        &["frozen/sock"],
+    );
+    refused_in(
+        &scratch,
+        Some(script),
+        &["--pidfile", "frozen/pid", "top.qcow2", "disk"],
+        &["frozen/pid"],
+    );
 }
 
-/// Protects: features that we do not do are refused by name (2.7), instead of being misread or silently damaged.
+/// Protects: unsupported features are refused by name (V7), instead of being misread or silently
+/// damaged.
 #[test]
 fn features_that_we_do_not_do() {
     requires!("/dev/fuse", "qemu-img");
@@ -418,7 +489,9 @@ fn features_that_we_do_not_do() {
         run_ok(Command::new("qemu-img").args(args).arg(&top).arg("1M").current_dir(scratch.path()));
     };
     let luks = ["create", "-q", "--object", "secret,id=s,data=abc", "-f", "qcow2", "-o"];
-    qemu_img(&[&luks[..], &["encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"]].concat());
+    qemu_img(
+        &[&luks[..], &["encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"]].concat(),
+    );
     top_refused(&scratch, &["encrypt"]);
     refused(&scratch, &["--read-only", "top.qcow2", "disk"], &["encrypt"]);
     qemu_img(&["create", "-q", "-f", "qcow2"]);
@@ -438,11 +511,14 @@ fn features_that_we_do_not_do() {
     top_refused(&scratch, &["corrupt"]);
 }
 
-/// Protects: snapshots and bitmaps would be damaged by our writing: refused read-write by name, but read correctly read-only.
+/// Protects: writing would damage snapshots and bitmaps, so such images are refused by name for
+/// writing, but are read correctly read-only.
 #[test]
 fn features_that_we_only_read() {
     requires!("/dev/fuse", "qemu-img");
-    for (feature, args) in [("snapshot", &["snapshot", "-c", "s1"][..]), ("bitmap", &["bitmap", "--add"][..])] {
+    for (feature, args) in
+        [("snapshot", &["snapshot", "-c", "s1"][..]), ("bitmap", &["bitmap", "--add"][..])]
+    {
         let scratch = Scratch::new();
         let top = scratch.join("top.qcow2");
         qemu::create_full(&top, MIB, "", Pattern::new(60, 4));
@@ -461,7 +537,8 @@ fn features_that_we_only_read() {
     }
 }
 
-/// Protects: section 3, V2 to V13: numbers in a header that make no sense are errors; no panic, no hang, no huge allocation.
+/// Protects: V2 to V13: invalid numbers in a header are errors, without a panic, a hang or a huge
+/// allocation.
 #[test]
 fn hostile_headers() {
     requires!("/dev/fuse", "qemu-img");
@@ -503,14 +580,15 @@ fn hostile_headers() {
         header::poke(&top, *at, bytes);
         top_refused(&scratch, &["top.qcow2"]);
     }
-    // An extension that claims to be longer than everything.
+    // An extension that claims to be longer than the file.
     fs::write(&top, &healthy).expect("image");
     let length = header::Header::load(&top).fields.len() as u64;
     header::poke(&top, length + 4, &[0xff, 0xff, 0xff, 0xf0]);
     top_refused(&scratch, &["top.qcow2"]);
 }
 
-/// Protects: a socket that somebody serves is not stolen, and a file that is no socket is not removed.
+/// Protects: the socket of a running process is not taken over, and a file that is not a socket is
+/// not removed.
 #[test]
 fn socket_paths_that_are_taken() {
     requires!("/dev/fuse", "qemu-img");
@@ -519,7 +597,11 @@ fn socket_paths_that_are_taken() {
     scratch.write("file.sock", b"not a socket");
     refused(&scratch, &["--qmp", "file.sock", "top.qcow2", "disk"], &["file.sock"]);
     refused(&scratch, &["--qmp", "nowhere/qmp.sock", "top.qcow2", "disk"], &["nowhere/qmp.sock"]);
-    refused(&scratch, &["--qmp", &"x".repeat(120), "top.qcow2", "disk"], &["up to 107 bytes; choose a shorter one"]);
+    refused(
+        &scratch,
+        &["--qmp", &"x".repeat(120), "top.qcow2", "disk"],
+        &["up to 107 bytes; choose a shorter one"],
+    );
     let _listener = UnixListener::bind(scratch.join("live.sock")).expect("bind");
     refused(&scratch, &["--qmp", "live.sock", "top.qcow2", "disk"], &["live.sock"]);
 
@@ -527,22 +609,35 @@ fn socket_paths_that_are_taken() {
     let disk = other.mount().qmp().start();
     let socket = disk.socket().to_str().expect("UTF-8").to_owned();
     refused(&scratch, &["--qmp", &socket, "top.qcow2", "disk"], &["drive0.sock"]);
-    assert_eq!(QmpClient::connect(disk.socket()).ok("query-block-jobs", json!({})), json!([]), "the other daemon still has its socket");
+    assert_eq!(
+        QmpClient::connect(disk.socket()).ok("query-block-jobs", json!({})),
+        json!([]),
+        "the other daemon still has its socket"
+    );
     disk.umount();
 }
 
-/// Protects: one error is one line, whatever is in the name that it is about.
+/// Protects: one error is one line, whatever characters are in the name that it reports.
 #[test]
 fn names_with_control_characters_stay_on_the_line() {
     requires!("/dev/fuse", "qemu-img");
     let scratch = Scratch::new();
     good(&scratch);
-    refused(&scratch, &["no\ncordisk: such\x1b[31m.qcow2", "disk"], &["no\\ncordisk: such\\u{1b}[31m.qcow2: no such file"]);
+    refused(
+        &scratch,
+        &["no\ncordisk: such\x1b[31m.qcow2", "disk"],
+        &["no\\ncordisk: such\\u{1b}[31m.qcow2: no such file"],
+    );
     refused(&scratch, &["top.qcow2", "no\nwhere/disk"], &["no\\nwhere/disk: no such file"]);
-    refused(&scratch, &["--qmp", "no\nwhere/qmp.sock", "top.qcow2", "disk"], &["no\\nwhere/qmp.sock"]);
+    refused(
+        &scratch,
+        &["--qmp", "no\nwhere/qmp.sock", "top.qcow2", "disk"],
+        &["no\\nwhere/qmp.sock"],
+    );
 }
 
-/// Protects: wrong usage is told apart from things that failed: exit status 2, one line (help without any argument), nothing done.
+/// Protects: wrong usage differs from failures: exit status 2, one line (the help text without any
+/// argument), and no effect.
 #[test]
 fn wrong_usage_is_status_2() {
     let scratch = Scratch::new();
@@ -566,7 +661,9 @@ fn wrong_usage_is_status_2() {
     ] {
         let done = attempt(&scratch, None, args);
         assert_eq!(done.status.code(), Some(2), "{args:?}: {done:?}");
-        let one_line = done.stderr.lines().count() == 1 && done.stderr.starts_with("cordisk: ") && done.stderr.ends_with(" --help\n");
+        let one_line = done.stderr.lines().count() == 1
+            && done.stderr.starts_with("cordisk: ")
+            && done.stderr.ends_with(" --help\n");
         assert!(one_line != args.is_empty() && !done.stderr.is_empty(), "{args:?}: {done:?}");
         assert_eq!(before.changes(&Snapshot::of(scratch.path())), Vec::<String>::new(), "{args:?}");
     }
@@ -576,7 +673,8 @@ fn wrong_usage_is_status_2() {
     }
 }
 
-/// Protects: the exit status says what happened also where nobody is left to read the line: no panic, no abort.
+/// Protects: the exit status is right even if the reader of standard error has gone: no panic, no
+/// abort.
 #[test]
 fn a_reader_of_errors_who_is_gone_changes_nothing() {
     let missing = ["/nowhere/image", "/nowhere/disk"];
@@ -592,30 +690,47 @@ fn a_reader_of_errors_who_is_gone_changes_nothing() {
     }
 }
 
-/// Protects: a limit that is too small for a disk is one line before anything is mounted, and one
-/// that is just large enough serves it.
+/// Protects: a resource limit that is too small for a disk is one line of error before anything is
+/// mounted, and a limit that is just large enough works.
 #[test]
 fn a_small_limit_is_refused_in_one_line() {
     requires!("/dev/fuse", "qemu-img");
     let rig = Rig::new(MIB);
     let mount = |limit: &str, foreground: &str| {
         let mut command = rig.scratch.cordisk();
-        let inner = command.get_envs().filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned()))).collect::<Vec<_>>();
+        let inner = command
+            .get_envs()
+            .filter_map(|(name, value)| Some((name.to_owned(), value?.to_owned())))
+            .collect::<Vec<_>>();
         command = Command::new("sh");
-        command.envs(inner).args(["-c", &format!("ulimit {limit} && exec \"$0\" mount {foreground} \"$1\" \"$2\""), CORDISK]);
+        command.envs(inner).args([
+            "-c",
+            &format!("ulimit {limit} && exec \"$0\" mount {foreground} \"$1\" \"$2\""),
+            CORDISK,
+        ]);
         run_within(command.arg(&rig.overlay).arg(rig.scratch.join("m")), Duration::from_secs(60))
     };
-    for (limit, what) in
-        [("-n 20", "limit of open files is 20"), ("-v 300000", "limit of address space is 29"), ("-d 100000", "limit of memory is 9")]
-    {
+    for (limit, what) in [
+        ("-n 20", "limit of open files is 20"),
+        ("-v 300000", "limit of address space is 29"),
+        ("-d 100000", "limit of memory is 9"),
+    ] {
         for foreground in ["", "-f"] {
             let done = mount(limit, foreground);
-            assert_eq!((done.status.code(), done.stderr.lines().count()), (Some(1), 1), "{limit}: {done:?}");
-            assert!(done.stderr.contains(what) && done.stderr.contains(&format!("ulimit {}", &limit[..2])), "{limit}: {done:?}");
+            assert_eq!(
+                (done.status.code(), done.stderr.lines().count()),
+                (Some(1), 1),
+                "{limit}: {done:?}"
+            );
+            assert!(
+                done.stderr.contains(what)
+                    && done.stderr.contains(&format!("ulimit {}", &limit[..2])),
+                "{limit}: {done:?}"
+            );
             assert!(!rig.scratch.join("m").exists(), "{limit}");
         }
     }
-    // The soft limit is raised as far as it takes.
+    // The soft limit is raised as far as the disk needs.
     let done = mount("-S -n 20", "");
     assert!(done.status.success(), "{done:?}");
     assert_eq!(fs::read(rig.scratch.join("m")).expect("read"), rig.content);

@@ -1,5 +1,5 @@
-//! Backing files that are changed in place while a disk uses them (P9, P10), and those that only
-//! change their names.
+//! Backing files that are changed in place while a disk uses them (P9, P10), and backing files that
+//! only change their names.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -8,7 +8,10 @@ use std::path::Path;
 use rustix::io::Errno;
 use serde_json::json;
 
-use crate::support::{CLUSTER, Daemon, MIB, Mount, Pattern, Rig, Scratch, assert_same, errno, qemu, run_ok, run_within};
+use crate::support::{
+    CLUSTER, Daemon, MIB, Mount, Pattern, Rig, Scratch, assert_same, errno, qemu, run_ok,
+    run_within,
+};
 
 const SIZE: u64 = 4 * MIB;
 
@@ -22,10 +25,10 @@ fn status(scratch: &Scratch, disk: &Daemon) -> String {
     run_ok(scratch.cordisk().arg("status").arg(disk.path()))
 }
 
-/// Protects: P9, P10. Whatever way the base is changed, nothing of what was not copied up before is
-/// given out, not even zeros; nothing is copied up, streams fail, the link to the base stays, and
-/// log, status and QMP name the file. What is in the overlay is read and written as before. With
-/// its old content and a new mount the disk is right.
+/// Protects: P9, P10. However the base is changed, reads of data that was not copied before fail
+/// and return no data, not even zeros. Nothing is copied up, streams fail, the backing link stays,
+/// and log, status and QMP name the file. Data in the overlay is read and written as before. With
+/// the old content of the base and a new mount the disk is right.
 #[test]
 fn a_base_that_is_changed_in_place_is_an_error() {
     requires!("/dev/fuse", "qemu-img");
@@ -35,8 +38,12 @@ fn a_base_that_is_changed_in_place_is_an_error() {
             writable(base).set_len(0).expect("truncate");
             writable(base).set_len(SIZE).expect("grow");
         }),
-        ("written over", |base| fs::write(base, Pattern::new(93, 1).bytes(0, SIZE)).expect("write")),
-        ("one byte of it written", |base| writable(base).write_all_at(&[0], SIZE - 1).expect("write")),
+        ("written over", |base| {
+            fs::write(base, Pattern::new(93, 1).bytes(0, SIZE)).expect("write")
+        }),
+        ("one byte of it written", |base| {
+            writable(base).write_all_at(&[0], SIZE - 1).expect("write")
+        }),
         ("made longer", |base| writable(base).set_len(SIZE + 512).expect("grow")),
     ];
     for (what, change) in changes {
@@ -50,13 +57,17 @@ fn a_base_that_is_changed_in_place_is_an_error() {
         assert!(!status(&rig.scratch, &disk).contains("was changed"), "{what}");
         change(&rig.base);
 
-        // No cluster that is missing is read, wherever it lies; none is completed by a write.
+        // No missing cluster is read, wherever it is; no write completes one from the base.
         for at in [2 * CLUSTER, MIB, 2 * MIB + 512, SIZE - 512] {
             assert_eq!(errno(file.read_exact_at(&mut [0; 512], at)), Errno::IO, "{what}: at {at}");
         }
         assert_eq!(errno(file.write_all_at(&[7; 100], MIB + 100)), Errno::IO, "{what}");
-        assert_eq!(rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(MIB)), Err(Errno::IO), "{what}: a hole");
-        // What the overlay holds is there, and what needs nothing of the base is written.
+        assert_eq!(
+            rustix::fs::seek(&file, rustix::fs::SeekFrom::Hole(MIB)),
+            Err(Errno::IO),
+            "{what}: a hole"
+        );
+        // Data in the overlay is readable, and a write that needs nothing from the base succeeds.
         let mut again = vec![0; first.len()];
         disk.open().read_exact_at(&mut again, 0).expect("it is in the overlay");
         assert_same(what, &again, &rig.content[..again.len()]);
@@ -66,7 +77,11 @@ fn a_base_that_is_changed_in_place_is_an_error() {
 
         let shown = status(&rig.scratch, &disk);
         assert!(shown.contains("base.raw was changed while it is in use"), "{what}: {shown}");
-        assert!(disk.log().contains("base.raw: was changed while it is in use as a backing file"), "{what}: {}", disk.log());
+        assert!(
+            disk.log().contains("base.raw: was changed while it is in use as a backing file"),
+            "{what}: {}",
+            disk.log()
+        );
         let mut client = disk.client();
         let facts = client.ok("x-query-status", json!({}));
         assert_eq!(facts["chain"][0]["changed"], true, "{what}");
@@ -77,7 +92,11 @@ fn a_base_that_is_changed_in_place_is_an_error() {
         disk.umount();
 
         assert_eq!(qemu::info(&rig.overlay)["backing-filename"], "base.raw", "{what}");
-        assert_eq!(qemu::local_ranges(&rig.overlay), [0..2 * CLUSTER, 3 * MIB..3 * MIB + CLUSTER], "{what}");
+        assert_eq!(
+            qemu::local_ranges(&rig.overlay),
+            [0..2 * CLUSTER, 3 * MIB..3 * MIB + CLUSTER],
+            "{what}"
+        );
         fs::write(&rig.base, &rig.content).expect("the old content");
         let mut want = rig.content.clone();
         want[usize::try_from(3 * MIB).expect("small")..][..whole.len()].copy_from_slice(&whole);
@@ -92,8 +111,8 @@ fn a_base_that_is_changed_in_place_is_an_error() {
     }
 }
 
-/// Protects: the same without anything to copy up: for a disk that is mounted read-only, or does
-/// not copy up what it reads.
+/// Protects: the same without copy-up: for a disk that is mounted read-only, or without
+/// copy-on-read.
 #[test]
 fn disks_that_copy_nothing_up_notice_it_too() {
     requires!("/dev/fuse", "qemu-img");
@@ -102,7 +121,10 @@ fn disks_that_copy_nothing_up_notice_it_too() {
         let disk = rig.mount().args(&[option]).start();
         let file = File::open(disk.path()).expect("open");
         file.read_exact_at(&mut [0; 512], 0).expect("as long as the base is what it was");
-        writable(&rig.base).set_len(0).and_then(|()| writable(&rig.base).set_len(MIB)).expect("all zeros");
+        writable(&rig.base)
+            .set_len(0)
+            .and_then(|()| writable(&rig.base).set_len(MIB))
+            .expect("all zeros");
         assert_eq!(errno(file.read_exact_at(&mut [0; 512], MIB / 2)), Errno::IO, "{option}");
         drop(file);
         disk.umount();
@@ -110,13 +132,14 @@ fn disks_that_copy_nothing_up_notice_it_too() {
 }
 
 /// Protects: a base that is renamed, linked, removed, given another mode or replaced by another
-/// file of its name is no changed base: the open file is read to the end of the stream.
+/// file of its name has not changed: the open file is read to the end of the stream.
 #[test]
 fn a_base_that_changes_only_its_name_is_read() {
     requires!("/dev/fuse", "qemu-img");
     let changes: [(&str, Change); 4] = [
         ("replaced", |base| {
-            fs::write(base.with_extension("new"), Pattern::new(94, 1).bytes(0, SIZE)).expect("write");
+            fs::write(base.with_extension("new"), Pattern::new(94, 1).bytes(0, SIZE))
+                .expect("write");
             fs::rename(base.with_extension("new"), base).expect("rename");
         }),
         ("renamed", |base| fs::rename(base, base.with_extension("old")).expect("rename")),
@@ -144,8 +167,8 @@ fn a_base_that_changes_only_its_name_is_read() {
     }
 }
 
-/// Protects: what a qcow2 layer holds is read when only the file below it was changed, and nothing
-/// else is.
+/// Protects: if only the file below a qcow2 layer was changed, the data of that layer is read, and
+/// nothing else is.
 #[test]
 fn only_what_the_changed_layer_decides_is_an_error() {
     requires!("/dev/fuse", "qemu-img", "qemu-io");
@@ -162,8 +185,11 @@ fn only_what_the_changed_layer_decides_is_an_error() {
     assert_eq!(errno(file.read_exact_at(&mut [0; 512], 2 * MIB)), Errno::IO);
     let chain = disk.client().ok("x-query-status", json!({}))["chain"].clone();
     assert_eq!((&chain[0]["changed"], &chain[1]["changed"]), (&json!(false), &json!(true)));
-    // The same for the map: it says nothing about what cannot be read.
-    let map = run_within(rig.scratch.cordisk().arg("map").arg(disk.path()).arg("--json"), std::time::Duration::from_secs(60));
+    // The same for the map: it reports an error instead of ranges that cannot be read.
+    let map = run_within(
+        rig.scratch.cordisk().arg("map").arg(disk.path()).arg("--json"),
+        std::time::Duration::from_secs(60),
+    );
     assert!(!map.status.success() && map.stderr.contains("base.raw"), "{map:?}");
     drop(file);
     disk.umount();

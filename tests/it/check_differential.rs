@@ -1,10 +1,12 @@
-//! `cordisk check` against `qemu-img check`, on images whose metadata was damaged at random: the same exit status, and where both could do the
-//! check, the same numbers.
+//! `cordisk check` against `qemu-img check`, on images whose metadata was damaged at random: the
+//! exit status is equal, and where both could check, so are the numbers.
 //!
-//! Intended differences, all of them on the side of caution, and each named by [`intended`]:
-//! * A header that all our programs refuse (V2 to V8, V15 to V20) cannot be checked either: status 1, where QEMU may go on.
+//! Intended differences, each of them the cautious choice, and each named by [`intended`]:
+//! * An image whose header all commands refuse (V2 to V8, V15 to V20) cannot be checked: status 1,
+//!   where QEMU may check it.
 //! * Images with internal snapshots or persistent bitmaps cannot be checked: status 1.
-//! * Backing files are not opened: an image whose backing file is missing can be checked, where QEMU cannot open it.
+//! * Backing files are not opened: an image whose backing file is missing can be checked, where
+//!   QEMU cannot open it.
 //!
 //! `CORDISK_CHECK_ROUNDS=N` checks N damaged copies of each image (default 20).
 
@@ -13,14 +15,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use cordisk::chain::Gate;
-use cordisk::check::{CheckOptions, Output, Repair, check};
-use cordisk::disk::{Disk, DiskOptions};
+use engine::chain::Gate;
+use engine::disk::{Disk, DiskOptions};
+use qcow2::check::{CheckOptions, Output, Repair, check};
 use serde_json::Value;
 
 use crate::support::{MIB, Pattern, Rng, Scratch, qemu, run_within};
 
-/// What a checker says: exit status, and its numbers where it has some.
+/// The result of a checker: exit status, and its numbers if it has some.
 #[derive(Clone, Debug, Eq, PartialEq)]
 struct Verdict {
     status: i32,
@@ -31,10 +33,15 @@ struct Verdict {
 type Numbers = [u64; 7];
 
 fn qemus(image: &Path) -> Verdict {
-    let done = run_within(Command::new("qemu-img").args(["check", "-f", "qcow2", "--output=json"]).arg(image), Duration::from_secs(60));
-    let status = done.status.code().unwrap_or_else(|| panic!("qemu-img check was killed: {done:?}"));
+    let done = run_within(
+        Command::new("qemu-img").args(["check", "-f", "qcow2", "--output=json"]).arg(image),
+        Duration::from_secs(60),
+    );
+    let status =
+        done.status.code().unwrap_or_else(|| panic!("qemu-img check was killed: {done:?}"));
     let numbers = (status != 1).then(|| {
-        let json: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|error| panic!("{error}: {done:?}"));
+        let json: Value =
+            serde_json::from_str(&done.stdout).unwrap_or_else(|error| panic!("{error}: {done:?}"));
         let members = [
             "corruptions",
             "leaks",
@@ -49,7 +56,7 @@ fn qemus(image: &Path) -> Verdict {
     Verdict { status, numbers }
 }
 
-/// Ours, and why it could not be done.
+/// Returns cordisk's result, and the reason if it could not check.
 fn ours(image: &Path) -> (Verdict, String) {
     match check(&CheckOptions { image: image.to_owned(), repair: None, output: Output::Human }) {
         Err(error) => (Verdict { status: 1, numbers: None }, error.to_string()),
@@ -70,13 +77,20 @@ fn ours(image: &Path) -> (Verdict, String) {
     }
 }
 
-/// Whether we were right not to check what QEMU checks.
+/// Whether `why` is an intended reason not to check what QEMU checks.
 fn intended(why: &str) -> bool {
-    let header = ["header_length", "backing file name", "backing format", "extension", "compression_type", "virtual size"];
+    let header = [
+        "header_length",
+        "backing file name",
+        "backing format",
+        "extension",
+        "compression_type",
+        "virtual size",
+    ];
     header.iter().any(|field| why.contains(field)) || why.contains("use qemu-img check")
 }
 
-/// Images of every kind, with data, zeros, discarded and shared clusters in them.
+/// Makes images of every kind, with data, zeros, discarded and shared clusters.
 fn templates(scratch: &Scratch) -> Vec<PathBuf> {
     let kinds = [
         "cluster_size=512",
@@ -113,18 +127,27 @@ fn templates(scratch: &Scratch) -> Vec<PathBuf> {
         images.push(image);
     }
     // Compressed clusters that share host clusters.
-    let raw = scratch.write("raw", &Pattern::new(60, 1).bytes(0, 300_000).iter().map(|byte| byte & 3).collect::<Vec<u8>>());
+    let raw = scratch.write(
+        "raw",
+        &Pattern::new(60, 1).bytes(0, 300_000).iter().map(|byte| byte & 3).collect::<Vec<u8>>(),
+    );
     for options in ["cluster_size=4k", "cluster_size=64k,compression_type=zstd"] {
         let image = scratch.join(format!("{}.qcow2", images.len()));
         let (raw, image_name) = (raw.to_str().expect("UTF-8"), image.to_str().expect("UTF-8"));
         qemu::img(&["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, image_name]);
         images.push(image);
     }
-    // One of ours, and one of ours that was left as after a kill.
+    // Two images that cordisk wrote: one closed, one left as by a kill.
     for closed in [true, false] {
         let image = scratch.join(format!("{}.qcow2", images.len()));
         qemu::create(&image, None, "cluster_size=4k", Some(("raw", "raw")));
-        let options = DiskOptions { read_only: false, copy_on_read: true, gate: Gate::default(), full_check: false, reserve: None };
+        let options = DiskOptions {
+            read_only: false,
+            copy_on_read: true,
+            gate: Gate::default(),
+            full_check: false,
+            reserve: None,
+        };
         let disk = Disk::open(&image, &options).expect("open");
         disk.populate(0..200_000, usize::MAX).expect("populate");
         disk.discard(50_000..90_000).expect("discard");
@@ -141,12 +164,14 @@ fn templates(scratch: &Scratch) -> Vec<PathBuf> {
 
 fn be(bytes: &[u8], at: u64, len: usize) -> u64 {
     let at = usize::try_from(at).unwrap_or(usize::MAX);
-    bytes.get(at..at.saturating_add(len)).map_or(0, |bytes| bytes.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
+    bytes
+        .get(at..at.saturating_add(len))
+        .map_or(0, |bytes| bytes.iter().fold(0, |value, byte| value << 8 | u64::from(*byte)))
 }
 
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
-/// An entry of a table, made worse in one of the ways that matter.
+/// Returns an entry of a table, damaged in one of several ways.
 fn worse(entry: u64, others: &[u64], cluster: u64, file: u64, random: &mut Rng) -> u64 {
     let flags = entry & !OFFSET;
     match random.below(14) {
@@ -167,24 +192,35 @@ fn worse(entry: u64, others: &[u64], cluster: u64, file: u64, random: &mut Rng) 
     }
 }
 
-/// Damages one to three places; says which.
+/// Damages one to three places; returns their description.
 fn damage(bytes: &mut Vec<u8>, random: &mut Rng) -> String {
     let mut said = String::new();
     for _ in 0..1 + random.below(3) {
         let file = (bytes.len() as u64).max(512);
         let cluster = 1u64 << be(bytes, 20, 4).clamp(9, 21);
-        let (l1, l1_size, refcounts) = (be(bytes, 40, 8), be(bytes, 36, 4).clamp(1, 64), be(bytes, 48, 8));
+        let (l1, l1_size, refcounts) =
+            (be(bytes, 40, 8), be(bytes, 36, 4).clamp(1, 64), be(bytes, 48, 8));
         let used = |table: u64, entries: u64, bytes: &[u8]| -> Vec<u64> {
-            (0..entries).map(|index| be(bytes, table + index * 8, 8)).filter(|entry| *entry != 0).collect()
+            (0..entries)
+                .map(|index| be(bytes, table + index * 8, 8))
+                .filter(|entry| *entry != 0)
+                .collect()
         };
-        let pick = |list: &[u64], random: &mut Rng| list.get(random.below(list.len().max(1) as u64) as usize).copied().unwrap_or(0);
+        let pick = |list: &[u64], random: &mut Rng| {
+            list.get(random.below(list.len().max(1) as u64) as usize).copied().unwrap_or(0)
+        };
         let l1_entries = used(l1, l1_size, bytes);
         let l2 = pick(&l1_entries, random) & OFFSET;
         let block = pick(&used(refcounts, 64, bytes), random) & OFFSET;
         let in_table = |table: u64, random: &mut Rng, bytes: &[u8]| {
-            // Mostly where something is.
-            let full: Vec<u64> = (0..cluster / 8).filter(|index| be(bytes, table + index * 8, 8) != 0).collect();
-            let index = if full.is_empty() || random.below(4) == 0 { random.below(cluster / 8) } else { pick(&full, random) };
+            // Mostly at entries that are not empty.
+            let full: Vec<u64> =
+                (0..cluster / 8).filter(|index| be(bytes, table + index * 8, 8) != 0).collect();
+            let index = if full.is_empty() || random.below(4) == 0 {
+                random.below(cluster / 8)
+            } else {
+                pick(&full, random)
+            };
             table + index * 8
         };
         let (at, len, value) = match random.below(16) {
@@ -209,10 +245,19 @@ fn damage(bytes: &mut Vec<u8>, random: &mut Rng) -> String {
             ),
             12 => (40, 8, [l1 + cluster, 0, file, refcounts, l1 ^ 512][random.below(5) as usize]),
             13 => match random.below(4) {
-                0 => (48, 8, [refcounts + cluster, 0, file, l1, refcounts ^ 512][random.below(5) as usize]),
+                0 => (
+                    48,
+                    8,
+                    [refcounts + cluster, 0, file, l1, refcounts ^ 512][random.below(5) as usize],
+                ),
                 1 => (56, 4, random.below(4)),
                 2 => (36, 4, be(bytes, 36, 4) + random.below(70)),
-                _ => (24, 8, [0, 512, be(bytes, 24, 8) / 2, be(bytes, 24, 8) + 513][random.below(4) as usize]),
+                _ => (
+                    24,
+                    8,
+                    [0, 512, be(bytes, 24, 8) / 2, be(bytes, 24, 8) + 513]
+                        [random.below(4) as usize],
+                ),
             },
             14 => {
                 let len = match random.below(3) {
@@ -227,8 +272,12 @@ fn damage(bytes: &mut Vec<u8>, random: &mut Rng) -> String {
             _ => (random.below(file / 8) * 8, 8, random.next()),
         };
         let value = value.to_be_bytes();
-        let Some(place) = usize::try_from(at).ok().and_then(|at| bytes.get_mut(at..at + len)) else { continue };
-        // The first cluster beyond the fields named above belongs to the header tests: a random hit there says nothing about tables.
+        let Some(place) = usize::try_from(at).ok().and_then(|at| bytes.get_mut(at..at + len))
+        else {
+            continue;
+        };
+        // The rest of the first cluster, beyond the fields above, belongs to the header tests:
+        // damage there says nothing about tables.
         if at < 24 || (60..cluster).contains(&at) {
             continue;
         }
@@ -242,7 +291,10 @@ fn damage(bytes: &mut Vec<u8>, random: &mut Rng) -> String {
 fn damaged_images_are_judged_as_qemu_judges_them() {
     requires!("qemu-img", "qemu-io");
     let mut seeds = Rng::for_test("damaged images");
-    let rounds: u64 = std::env::var("CORDISK_CHECK_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(20);
+    let rounds: u64 = std::env::var("CORDISK_CHECK_ROUNDS")
+        .ok()
+        .and_then(|rounds| rounds.parse().ok())
+        .unwrap_or(20);
     let scratch = Scratch::new();
     let victim = scratch.join("victim.qcow2");
     let mut seen = [0u64; 4];
@@ -263,17 +315,31 @@ fn damaged_images_are_judged_as_qemu_judges_them() {
                 continue;
             }
             if std::env::var_os("CORDISK_KEEP").is_some() {
-                fs::copy(&victim, std::env::temp_dir().join(format!("check-{index}-{round}.qcow2"))).expect("copy");
+                fs::copy(
+                    &victim,
+                    std::env::temp_dir().join(format!("check-{index}-{round}.qcow2")),
+                )
+                .expect("copy");
             }
-            differences.push(format!("template {index}, round {round},{said}: ours {mine:?} {why}, QEMU's {theirs:?}"));
+            differences.push(format!(
+                "template {index}, round {round},{said}: ours {mine:?} {why}, QEMU's {theirs:?}"
+            ));
         }
     }
     println!("clean {}, not possible {}, corrupt {}, leaks {}", seen[0], seen[1], seen[2], seen[3]);
-    assert!(differences.is_empty(), "{} differences:\n{}", differences.len(), differences.join("\n"));
-    assert!(rounds < 20 || seen.iter().all(|count| *count > 3), "the damage is too weak or too strong: {seen:?}");
+    assert!(
+        differences.is_empty(),
+        "{} differences:\n{}",
+        differences.len(),
+        differences.join("\n")
+    );
+    assert!(
+        rounds < 20 || seen.iter().all(|count| *count > 3),
+        "the damage is too weak or too strong: {seen:?}"
+    );
 }
 
-/// What cannot be checked is said, with status 1; QEMU checks it.
+/// An image that cannot be checked gives status 1 and a reason; QEMU checks it.
 #[test]
 fn what_cannot_be_checked_is_named() {
     requires!("qemu-img");
@@ -293,7 +359,8 @@ fn what_cannot_be_checked_is_named() {
     assert!(why.contains("persistent bitmaps"), "{why}");
 }
 
-/// A repair gives back what is leaked, all of it and nothing else, as QEMU's does; and touches nothing beside a corruption.
+/// A repair frees all leaked clusters and nothing else, like QEMU's; an image with corruption is
+/// left unchanged.
 #[test]
 fn repaired_leaks_are_gone_for_qemu_too() {
     requires!("qemu-img", "qemu-io");
@@ -306,30 +373,51 @@ fn repaired_leaks_are_gone_for_qemu_too() {
         for _ in 0..6 {
             let mut random = Rng::new(seeds.next());
             let mut bytes = healthy.clone();
-            // Refcounts only: too high, too low, and of clusters behind the end.
+            // Damages only refcounts: raises them, also those of clusters beyond the end of the
+            // file. A raised refcount of a cluster with COPIED counts as a corruption.
             let (cluster, refcounts) = (1u64 << be(&bytes, 20, 4), be(&bytes, 48, 8));
             let block = usize::try_from(be(&bytes, refcounts, 8)).expect("small");
             for _ in 0..1 + random.below(4) {
-                let reach = usize::try_from((bytes.len() as u64 / cluster + 4).min(cluster)).expect("small");
+                let reach = usize::try_from((bytes.len() as u64 / cluster + 4).min(cluster))
+                    .expect("small");
                 let at = block + usize::try_from(random.below(reach as u64)).expect("small");
                 bytes[at] |= [1, 2, 0x40][usize::try_from(random.below(3)).expect("small")];
             }
             fs::write(&victim, &bytes).expect("victim");
             let before = qemus(&victim);
-            let result = check(&CheckOptions { image: victim.clone(), repair: Some(Repair::Leaks), output: Output::Human });
+            let result = check(&CheckOptions {
+                image: victim.clone(),
+                repair: Some(Repair::Leaks),
+                output: Output::Human,
+            });
             match before.status {
                 3 => {
                     let checked = result.expect("a repair");
                     let after = qemus(&victim);
-                    assert_eq!(i32::from(checked.status()), after.status, "{before:?} became {after:?}");
-                    assert_eq!(after.numbers.expect("numbers")[0], 0, "no corruption was made: {before:?} became {after:?}");
-                    assert_eq!(checked.leaks_fixed, before.numbers.expect("numbers")[1] - after.numbers.expect("numbers")[1]);
+                    assert_eq!(
+                        i32::from(checked.status()),
+                        after.status,
+                        "{before:?} became {after:?}"
+                    );
+                    assert_eq!(
+                        after.numbers.expect("numbers")[0],
+                        0,
+                        "no corruption was made: {before:?} became {after:?}"
+                    );
+                    assert_eq!(
+                        checked.leaks_fixed,
+                        before.numbers.expect("numbers")[1] - after.numbers.expect("numbers")[1]
+                    );
                     repaired += u64::from(after.status == 0);
                 }
                 2 => {
                     let checked = result.expect("a check");
                     assert_eq!((checked.status(), checked.leaks_fixed), (2, 0));
-                    assert_eq!(fs::read(&victim).expect("victim"), bytes, "nothing is written to a corrupt image");
+                    assert_eq!(
+                        fs::read(&victim).expect("victim"),
+                        bytes,
+                        "nothing is written to a corrupt image"
+                    );
                     refused += 1;
                 }
                 _ => assert_eq!(fs::read(&victim).expect("victim"), bytes),

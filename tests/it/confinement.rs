@@ -1,5 +1,6 @@
-//! Who may do what. Others get at neither disk, socket nor files; images get at no file that the user did not mean; the process that reads images
-//! and clients can do nothing but serve, and says so in /proc; and all of that takes nothing away from whom the disk is for.
+//! Access rights. Other users cannot access the disk, the socket or the files. An image cannot make
+//! the daemon open files that the user did not intend. The process that reads images and talks to
+//! clients can only serve, as /proc shows. None of this restricts the user that the disk is for.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Permissions};
@@ -10,29 +11,34 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::libc;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, test_kill_process};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use serde_json::json;
 
 use crate::after_death::is_marked;
 use crate::bad_input::{attempt, refused};
 use crate::support::header;
+use crate::support::terminal::Terminal;
 use crate::support::{
-    CLUSTER, CORDISK, Daemon, Finished, MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, errno, mounts, qemu, run_within,
-    wait_until,
+    CLUSTER, CORDISK, Daemon, Finished, MIB, Mount, Pattern, QmpClient, RUNTIME_DIR, Rig, Scratch,
+    assert_same, errno, mounts, qemu, read_at, run_within, wait_until,
 };
 
 const LIMIT: Duration = Duration::from_secs(30);
-/// Nobody and nogroup, as numbers that every system has.
+/// The user ids of nobody and nogroup, which every system has.
 const NOBODY: &str = "65534";
-/// How the tests call it on the command line: a user, and a group of another number.
+/// How the tests name that user on the command line, with a group of another number.
 const USER: &str = "65534:65533";
 
-/// Runs a program as another user, without any rights of its own.
+/// Runs a program as another user, without privileges.
 fn as_user(uid: &str, gid: &str, program: &str, args: &[&str]) -> Finished {
     let mut command = Command::new("setpriv");
-    command.args(["--reuid", uid, "--regid", gid, "--clear-groups", program]).args(args).current_dir("/");
+    command
+        .args(["--reuid", uid, "--regid", gid, "--clear-groups", program])
+        .args(args)
+        .current_dir("/");
     run_within(&mut command, LIMIT)
 }
 
@@ -40,31 +46,24 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8 path")
 }
 
-/// Fields of /proc/PID/status.
+/// Reads the fields of /proc/PID/status.
 fn status_of(path: &Path) -> BTreeMap<String, String> {
-    let status = fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    status.lines().filter_map(|line| line.split_once(':')).map(|(name, value)| (name.to_owned(), value.trim().to_owned())).collect()
+    let status =
+        fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    status
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .map(|(name, value)| (name.to_owned(), value.trim().to_owned()))
+        .collect()
 }
 
-/// The status of every thread of a process.
+/// Reads the status of every thread of a process.
 fn threads_of(pid: Pid) -> Vec<BTreeMap<String, String>> {
     let tasks = format!("/proc/{}/task", pid.as_raw_nonzero());
-    let tasks = fs::read_dir(tasks).expect("threads").map(|entry| entry.expect("thread").path().join("status"));
+    let tasks = fs::read_dir(tasks)
+        .expect("threads")
+        .map(|entry| entry.expect("thread").path().join("status"));
     tasks.filter(|path| path.exists()).map(|path| status_of(&path)).collect()
-}
-
-/// The mount keeper of a daemon: its only child.
-fn keeper_of(daemon: Pid) -> Pid {
-    let parent = daemon.as_raw_nonzero().to_string();
-    let processes = fs::read_dir("/proc").expect("/proc").filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
-    let children: Vec<i32> = processes
-        .filter(|pid| {
-            let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-            status.lines().any(|line| line.strip_prefix("PPid:").is_some_and(|id| id.trim() == parent))
-        })
-        .collect();
-    assert_eq!(children.len(), 1, "one child of {parent}: {children:?}");
-    Pid::from_raw(children[0]).expect("a pid")
 }
 
 fn is_alive(pid: Pid) -> bool {
@@ -81,7 +80,7 @@ fn status_of_any(pid: Pid) -> BTreeMap<String, String> {
     }
 }
 
-/// Everything that a guest and a client do, with all of it checked.
+/// Performs every kind of request of a guest and a client, and checks all results.
 fn exercise(rig: &Rig, disk: &mut Daemon) -> Vec<u8> {
     let mut guest = rig.guest(disk);
     let mut rng = crate::support::Rng::new(0xC0F1);
@@ -98,7 +97,7 @@ fn exercise(rig: &Rig, disk: &mut Daemon) -> Vec<u8> {
     client.ok("block-stream", json!({"job-id": "drive0", "device": "drive0", "speed": MIB}));
     client.ok("query-block-jobs", json!({}));
     guest.step(&mut rng, CLUSTER);
-    // A second client: its threads are made now.
+    // A second client makes the server start new threads now.
     disk.client().ok("query-blockstats", json!({}));
     client.finish_job("drive0");
     guest.check_all();
@@ -110,7 +109,8 @@ fn exercise(rig: &Rig, disk: &mut Daemon) -> Vec<u8> {
     want
 }
 
-/// Protects: everything works in the sandbox, when there has to be one: requests of all kinds, flushes, growth, a stream to its end, quit.
+/// Protects: with `--sandbox require` everything works in the sandbox: requests of all kinds,
+/// flushes, growth, a stream to its end, quit.
 #[test]
 fn a_confined_daemon_does_all_its_work() {
     requires!("/dev/fuse", "qemu-img");
@@ -120,7 +120,8 @@ fn a_confined_daemon_does_all_its_work() {
     rig.assert_standalone(&want);
 }
 
-/// Protects: the sandbox is on, in every thread, those included that are made late; and the keeper is not in it, or it could not unmount.
+/// Protects: every thread is in the sandbox, also threads that start late. The keeper is not,
+/// because it could not unmount from there.
 #[test]
 fn every_thread_is_in_the_sandbox() {
     requires!("/dev/fuse", "qemu-img");
@@ -129,34 +130,52 @@ fn every_thread_is_in_the_sandbox() {
     let mut client = disk.client();
     client.ok("query-block-jobs", json!({}));
     assert_same("content", &disk.read_all(), &rig.content);
-    let threads = threads_of(disk.pid());
+    let threads = threads_of(disk.server_pid());
     let names: Vec<&str> = threads.iter().map(|thread| thread["Name"].as_str()).collect();
-    for expected in
-        ["cordisk", "signals", "qmp-accept", "qmp-read", "qmp-write", "fuse-0", "fuse-1", "local-0", "below-0", "flush", "commit"]
-    {
+    for expected in [
+        "cordisk",
+        "signals",
+        "qmp-accept",
+        "qmp-read",
+        "qmp-write",
+        "fuse-0",
+        "fuse-1",
+        "local-0",
+        "below-0",
+        "flush",
+        "commit",
+    ] {
         assert!(names.contains(&expected), "no thread {expected}: {names:?}");
     }
     for thread in &threads {
-        assert_eq!((thread["NoNewPrivs"].as_str(), thread["Seccomp"].as_str()), ("1", "2"), "{thread:?}");
+        assert_eq!(
+            (thread["NoNewPrivs"].as_str(), thread["Seccomp"].as_str()),
+            ("1", "2"),
+            "{thread:?}"
+        );
     }
-    let process = format!("/proc/{}", disk.pid().as_raw_nonzero());
+    let process = format!("/proc/{}", disk.server_pid().as_raw_nonzero());
     assert_eq!(fs::read_link(format!("{process}/cwd")).expect("cwd"), Path::new("/"));
     let limits = fs::read_to_string(format!("{process}/limits")).expect("limits");
     let core = limits.lines().find(|line| line.starts_with("Max core file size")).expect("a line");
     assert_eq!(core.split_whitespace().skip(4).take(2).collect::<Vec<_>>(), ["0", "0"], "{core}");
-    let keeper = status_of_any(keeper_of(disk.pid()));
-    assert_eq!((keeper["Seccomp"].as_str(), keeper["Threads"].as_str()), ("0", "1"));
+    let keeper = status_of_any(disk.pid());
+    assert_eq!((keeper["Seccomp"].as_str(), keeper["Threads"].as_str()), ("0", "3"));
     drop(client);
     disk.umount();
 
     let disk = rig.mount().args(&["--sandbox", "off"]).start();
-    assert!(threads_of(disk.pid()).iter().all(|thread| thread["Seccomp"] == "0"), "off means off");
+    assert!(
+        threads_of(disk.server_pid()).iter().all(|thread| thread["Seccomp"] == "0"),
+        "off means off"
+    );
     disk.umount();
     rig.assert_overlay(&rig.content);
 }
 
-/// Protects: `--user` gives up root in every thread, for good, and the disk, its socket and its mount are that user's. Root can do without the
-/// disk: the kernel lets nobody in but that user, unless told to.
+/// Protects: `--user` gives up root in every thread, permanently, and the disk, its socket and its
+/// mount belong to that user. Root cannot access the disk either: the kernel admits only that user,
+/// unless an option allows others.
 #[test]
 fn another_user_serves_and_owns_the_disk() {
     requires!("/dev/fuse", "qemu-img", "root", "setpriv", "cmp", "sh");
@@ -169,12 +188,16 @@ fn another_user_serves_and_owns_the_disk() {
     assert!(is_marked(&rig.overlay), "while it is mounted");
     let mut client = disk.client();
     client.ok("query-block", json!({}));
-    for thread in threads_of(disk.pid()) {
+    for thread in threads_of(disk.server_pid()) {
         assert_eq!(thread["Uid"], "65534\t65534\t65534\t65534", "{thread:?}");
         assert_eq!(thread["Gid"], "65533\t65533\t65533\t65533", "{thread:?}");
         assert_eq!(thread["Groups"], "", "{thread:?}");
         for capabilities in ["CapEff", "CapPrm", "CapInh", "CapAmb"] {
-            assert_eq!(thread[capabilities].trim_start_matches('0'), "", "{capabilities} of {thread:?}");
+            assert_eq!(
+                thread[capabilities].trim_start_matches('0'),
+                "",
+                "{capabilities} of {thread:?}"
+            );
         }
         assert_eq!((thread["NoNewPrivs"].as_str(), thread["Seccomp"].as_str()), ("1", "2"));
     }
@@ -188,7 +211,12 @@ fn another_user_serves_and_owns_the_disk() {
     assert!(content.status.success(), "{content:?}");
     let shown = as_user(NOBODY, "65533", "stat", &["-c", "%u %g %a", text(disk.path())]);
     assert_eq!(shown.stdout, "65534 65533 600\n", "{shown:?}");
-    let written = as_user(NOBODY, "65533", "sh", &["-c", "printf written | dd of=\"$0\" conv=notrunc,fsync", text(disk.path())]);
+    let written = as_user(
+        NOBODY,
+        "65533",
+        "sh",
+        &["-c", "printf written | dd of=\"$0\" conv=notrunc,fsync", text(disk.path())],
+    );
     assert!(written.status.success(), "{written:?}");
     for (uid, gid) in [("0", "0"), ("65532", "65533")] {
         let other = as_user(uid, gid, "cat", &[text(disk.path())]);
@@ -200,7 +228,7 @@ fn another_user_serves_and_owns_the_disk() {
     for gone in [&path, &socket, &pidfile] {
         assert!(!gone.exists(), "{} must be gone", gone.display());
     }
-    // That user may not even read the overlay, and it is closed all the same.
+    // That user may not even read the overlay, yet the daemon closes it properly.
     assert!(!is_marked(&rig.overlay), "the mark of an open image stays");
     let log = fs::read_to_string(rig.scratch.join("drive0.log")).expect("log");
     assert!(!log.contains("WARN") && !log.contains("ERROR"), "{log}");
@@ -208,17 +236,29 @@ fn another_user_serves_and_owns_the_disk() {
     want[..7].copy_from_slice(b"written");
     rig.assert_overlay(&want);
 
-    // Names are looked up; with --allow-other root gets in by the mode.
-    let mut disk = rig.mount().qmp().args(&["--user", "nobody", "--allow-other", "--sandbox", "require"]).start();
+    // The option accepts user names. With --allow-other, the mode bits admit root.
+    let mut disk = rig
+        .mount()
+        .qmp()
+        .args(&["--user", "nobody", "--allow-other", "--sandbox", "require"])
+        .start();
     let meta = fs::metadata(disk.path()).expect("stat");
-    assert_eq!(threads_of(disk.pid())[0]["Uid"].split('\t').next(), Some(meta.uid().to_string().as_str()));
-    let again = Rig { scratch: Scratch::new(), base: rig.base.clone(), overlay: rig.overlay.clone(), content: want };
+    assert_eq!(
+        threads_of(disk.server_pid())[0]["Uid"].split('\t').next(),
+        Some(meta.uid().to_string().as_str())
+    );
+    let again = Rig {
+        scratch: Scratch::new(),
+        base: rig.base.clone(),
+        overlay: rig.overlay.clone(),
+        content: want,
+    };
     let want = exercise(&again, &mut disk);
     qemu::assert_independent(&rig.overlay);
     again.assert_overlay(&want);
 }
 
-/// Protects: mistakes with `--user` are one line, and nothing is mounted.
+/// Protects: a wrong `--user` gives one line of error, and nothing is mounted.
 #[test]
 fn users_who_cannot_be() {
     requires!("/dev/fuse", "qemu-img", "root", "setpriv");
@@ -238,12 +278,22 @@ fn users_who_cannot_be() {
     scratch.open_to_all();
     let program = program_for_all(&scratch);
     let (image, disk) = (scratch.join("top.qcow2"), scratch.join("disk"));
-    let done = as_user(NOBODY, NOBODY, &program, &["mount", "-f", "--user", "nobody", text(&image), text(&disk)]);
+    let done = as_user(
+        NOBODY,
+        NOBODY,
+        &program,
+        &["mount", "-f", "--user", "nobody", text(&image), text(&disk)],
+    );
     assert_eq!(done.status.code(), Some(1), "{done:?}");
-    assert!(done.stderr.contains("only root can become another user") && done.stderr.lines().count() == 1, "{done:?}");
+    assert!(
+        done.stderr.contains("only root can become another user")
+            && done.stderr.lines().count() == 1,
+        "{done:?}"
+    );
 }
 
-/// The program where everybody can start it: the build directory may be private.
+/// Copies the program to a place where every user can execute it: the build directory may be
+/// private.
 fn program_for_all(scratch: &Scratch) -> String {
     let program = scratch.join("cordisk");
     fs::copy(CORDISK, &program).expect("copy of the program");
@@ -251,8 +301,9 @@ fn program_for_all(scratch: &Scratch) -> String {
     text(&program).to_owned()
 }
 
-/// Protects: who is not root mounts, and unmounts, by fusermount3, which the keeper calls: the serving process, in its sandbox, could not even start it.
-/// In a mount namespace of its own, where everybody may open /dev/fuse, as on most systems.
+/// Protects: a user without root mounts and unmounts through fusermount3, which the keeper runs:
+/// the serving process could not start it from its sandbox. The test has a mount namespace of its
+/// own where every user may open /dev/fuse, as on most systems.
 #[test]
 fn an_ordinary_user_has_the_same_sandbox() {
     requires!("/dev/fuse", "qemu-img", "root", "unshare", "setpriv", "fusermount3", "mknod", "cmp");
@@ -265,14 +316,16 @@ fn an_ordinary_user_has_the_same_sandbox() {
     for path in [dir.clone(), dir.join("base.raw"), dir.join("overlay.qcow2")] {
         std::os::unix::fs::chown(path, Some(65534), Some(65534)).expect("chown");
     }
-    // Mounted in the background; who reads what; unmounted by SIGTERM; and again, by fusermount3 itself.
+    // Mounts in the background, checks which user can read what, and unmounts by SIGTERM; then
+    // again with fusermount3 as the way to unmount.
     let script = "mknod fuse c 10 229; chmod 666 fuse; mount --bind fuse /dev/fuse; cd own
         user='setpriv --reuid=65534 --regid=65534 --clear-groups'
-        trap 'test ! -s pid || kill -KILL $(cat pid)' EXIT
+        trap 'test ! -s pid || kill -KILL $(cat /proc/$(cat pid)/task/*/children) $(cat pid)' EXIT
         ended() { for i in $(seq 300); do test -e pid || return 0; sleep 0.1; done; echo \"$1: it does not end\"; return 1; }
         for how in signal helper; do
             $user \"$1\" mount --sandbox require --pidfile pid --qmp sock overlay.qcow2 disk
-            grep -qx 'Seccomp:	2' /proc/$(cat pid)/status
+            server=$(cat /proc/$(cat pid)/task/$(cat pid)/children)
+            grep -qx 'Seccomp:	2' /proc/${server% }/status
             grep -q 'fuse.cordisk' /proc/self/mountinfo
             $user cmp disk base.raw
             if test $how = signal; then kill -TERM $(cat pid); else $user fusermount3 -u disk; fi
@@ -281,7 +334,9 @@ fn an_ordinary_user_has_the_same_sandbox() {
         done
         echo well";
     let mut command = Command::new("unshare");
-    command.args(["--mount", "--propagation", "private", "sh", "-ec", script, "sh", &program]).current_dir(rig.scratch.path());
+    command
+        .args(["--mount", "--propagation", "private", "sh", "-ec", script, "sh", &program])
+        .current_dir(rig.scratch.path());
     let done = run_within(&mut command, Duration::from_secs(90));
     assert!(done.status.success() && done.stdout == "well\n", "{done:?}");
     rig.assert_overlay(&rig.content);
@@ -289,8 +344,9 @@ fn an_ordinary_user_has_the_same_sandbox() {
     assert_same("the user's overlay", &qemu::read_all(&dir.join("overlay.qcow2")), &rig.content);
 }
 
-/// Protects: whatever an image is called, fusermount3 and the kernel's list of mounts give back the name by which the mount is known as ours: without
-/// that it is neither made nor, at the end, removed.
+/// Protects: for every image name, fusermount3 and the kernel's list of mounts return the source
+/// name by which the program recognizes its mount. Without that name the mount would fail, and
+/// would not be removed at the end.
 #[test]
 fn an_ordinary_user_mounts_images_of_any_name() {
     requires!("/dev/fuse", "qemu-img", "root", "unshare", "setpriv", "fusermount3", "mknod", "cmp");
@@ -298,18 +354,29 @@ fn an_ordinary_user_mounts_images_of_any_name() {
     rig.scratch.open_to_all();
     let program = program_for_all(&rig.scratch);
     let dir = rig.scratch.dir("own");
-    let names =
-        ["a,b, c.qcow2", "number #1.qcow2", "back\\slash\\.qcow2", "\\040\\,#, .qcow2", "tab\tand\nline.qcow2", "-o,ro.qcow2", "ü.qcow2"];
+    let names = [
+        "a,b, c.qcow2",
+        "number #1.qcow2",
+        "back\\slash\\.qcow2",
+        "\\040\\,#, .qcow2",
+        "tab\tand\nline.qcow2",
+        "-o,ro.qcow2",
+        "ü.qcow2",
+    ];
     fs::copy(&rig.base, dir.join("base.raw")).expect("copy");
     for name in names {
         fs::copy(&rig.overlay, dir.join(name)).expect("copy");
     }
-    for path in fs::read_dir(&dir).expect("directory").map(|entry| entry.expect("entry").path()).chain([dir.clone()]) {
+    for path in fs::read_dir(&dir)
+        .expect("directory")
+        .map(|entry| entry.expect("entry").path())
+        .chain([dir.clone()])
+    {
         std::os::unix::fs::chown(path, Some(65534), Some(65534)).expect("chown");
     }
     let script = "mknod fuse c 10 229; chmod 666 fuse; mount --bind fuse /dev/fuse; cd own
         program=\"$1\"; shift
-        trap 'test ! -s pid || kill -KILL $(cat pid)' EXIT
+        trap 'test ! -s pid || kill -KILL $(cat /proc/$(cat pid)/task/*/children) $(cat pid)' EXIT
         for name; do
             setpriv --reuid=65534 --regid=65534 --clear-groups \"$program\" mount --pidfile pid -- \"$PWD/$name\" disk
             setpriv --reuid=65534 --regid=65534 --clear-groups cmp disk base.raw
@@ -319,7 +386,9 @@ fn an_ordinary_user_mounts_images_of_any_name() {
         done
         echo well";
     let mut command = Command::new("unshare");
-    command.args(["--mount", "--propagation", "private", "sh", "-ec", script, "sh", &program]).args(names);
+    command
+        .args(["--mount", "--propagation", "private", "sh", "-ec", script, "sh", &program])
+        .args(names);
     let done = run_within(command.current_dir(rig.scratch.path()), Duration::from_secs(90));
     assert!(done.status.success() && done.stdout == "well\n", "{done:?}");
     for name in names {
@@ -327,7 +396,8 @@ fn an_ordinary_user_mounts_images_of_any_name() {
     }
 }
 
-/// Protects: another user of the machine gets nowhere: not to the disk, nor the socket, nor the pidfile, nor, after a kill, to the placeholder.
+/// Protects: another user of the machine cannot access the disk, the socket, the pidfile, nor,
+/// after a kill, the placeholder.
 #[test]
 fn others_get_at_nothing() {
     requires!("/dev/fuse", "qemu-img", "root", "setpriv", "sh", "/usr/bin/perl");
@@ -337,7 +407,9 @@ fn others_get_at_nothing() {
     let connect = "use Socket; socket(my $s, AF_UNIX, SOCK_STREAM, 0) or die; connect($s, pack_sockaddr_un($ARGV[0])) or die qq($!\\n)";
     for options in [&[][..], &["--allow-other"]] {
         let disk = rig.mount().qmp().args(&["--pidfile", text(&pidfile)]).args(options).start();
-        wait_until("the pidfile is written", || fs::metadata(&pidfile).is_ok_and(|file| file.len() > 0));
+        wait_until("the pidfile is written", || {
+            fs::metadata(&pidfile).is_ok_and(|file| file.len() > 0)
+        });
         let pid = fs::read_to_string(&pidfile).expect("pidfile");
         let path = text(disk.path());
         for script in [
@@ -350,13 +422,21 @@ fn others_get_at_nothing() {
         ] {
             for target in [path, text(&pidfile), text(disk.socket())] {
                 let done = as_user(NOBODY, NOBODY, "sh", &["-c", script, target]);
-                assert!(!done.status.success() && done.stdout.is_empty(), "{options:?} {script} {target}: {done:?}");
+                assert!(
+                    !done.status.success() && done.stdout.is_empty(),
+                    "{options:?} {script} {target}: {done:?}"
+                );
             }
         }
         let done = as_user(NOBODY, NOBODY, "/usr/bin/perl", &["-e", connect, text(disk.socket())]);
         assert!(done.stderr.contains("Permission denied"), "{done:?}");
-        for id in [disk.pid(), keeper_of(disk.pid())] {
-            let done = as_user(NOBODY, NOBODY, "sh", &["-c", "kill -TERM $0", &id.as_raw_nonzero().to_string()]);
+        for id in [disk.pid(), disk.server_pid()] {
+            let done = as_user(
+                NOBODY,
+                NOBODY,
+                "sh",
+                &["-c", "kill -TERM $0", &id.as_raw_nonzero().to_string()],
+            );
             assert!(!done.status.success(), "{done:?}");
         }
         assert_eq!(fs::read_to_string(&pidfile).expect("pidfile"), pid);
@@ -375,7 +455,7 @@ fn others_get_at_nothing() {
     qemu::assert_not_corrupt(&rig.overlay);
 }
 
-/// Protects: what replaced our pidfile or our socket is not ours to remove.
+/// Protects: the daemon does not remove a file that has replaced its pidfile or its socket.
 #[test]
 fn files_that_replaced_ours_stay() {
     requires!("/dev/fuse", "qemu-img");
@@ -395,8 +475,9 @@ fn files_that_replaced_ours_stay() {
     }
 }
 
-/// Protects: root puts a socket and a pidfile into a directory of another user: both are made there as anywhere, the socket is given to the user of
-/// `--user`, and nothing else is left; a link of that user to somewhere else is refused, and so is a file that is not root's alone.
+/// Protects: root can put a socket and a pidfile into a directory of another user. Both are created
+/// as usual, the socket is given to the user of `--user`, and no other file is left. A link that
+/// this user has placed there is refused, and so is a file that does not belong to root alone.
 #[test]
 fn a_directory_of_another_user_is_not_trusted() {
     requires!("/dev/fuse", "qemu-img", "root");
@@ -408,11 +489,18 @@ fn a_directory_of_another_user_is_not_trusted() {
     let options = ["--qmp", text(&socket), "--pidfile", text(&pidfile)];
     for user in [&[][..], &["--user", "65534:65533"]] {
         let mut disk = rig.mount().args(&options).args(user).start();
-        wait_until("the pidfile is written", || fs::metadata(&pidfile).is_ok_and(|file| file.len() > 0));
+        wait_until("the pidfile is written", || {
+            fs::metadata(&pidfile).is_ok_and(|file| file.len() > 0)
+        });
         let there = fs::symlink_metadata(&socket).expect("socket");
         let owner = if user.is_empty() { (0, 0) } else { (65534, 65533) };
         assert_eq!((there.mode() & 0o7777, there.uid(), there.gid()), (0o600, owner.0, owner.1));
-        let names = || fs::read_dir(&theirs).expect("directory").map(|entry| entry.expect("entry").file_name()).collect::<BTreeSet<_>>();
+        let names = || {
+            fs::read_dir(&theirs)
+                .expect("directory")
+                .map(|entry| entry.expect("entry").file_name())
+                .collect::<BTreeSet<_>>()
+        };
         assert_eq!(names(), BTreeSet::from(["pid".into(), "qmp".into()]));
         QmpClient::connect(&socket).ok("query-version", json!({}));
         disk.signal(Signal::TERM);
@@ -435,22 +523,29 @@ fn a_directory_of_another_user_is_not_trusted() {
     assert_eq!(fs::read(&precious).expect("file"), b"4711\n");
 }
 
-/// Protects: a keeper that is stopped hangs neither a stream nor a status; the log says which process to continue; and when it goes on, the note is kept
-/// and the daemon ends as ever.
+/// Protects: a stopped keeper blocks neither a stream nor a status query. The log says which
+/// process to continue. When the keeper continues, it stores the note of the stream, and the daemon
+/// ends as usual.
 #[test]
 fn a_stopped_keeper_hangs_nobody() {
     requires!("/dev/fuse", "qemu-img");
     let rig = Rig::new(4 * MIB);
     let mut disk = rig.mount().qmp().start();
-    let keeper = keeper_of(disk.pid());
+    let keeper = disk.pid();
     kill_process(keeper, Signal::STOP).expect("signal");
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
     client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 2}));
     client.ok("query-block-jobs", json!({}));
-    let advice = format!("the mount keeper does not answer; if it is stopped, continue it: kill -CONT {}", keeper.as_raw_nonzero());
+    let advice = format!(
+        "the mount keeper does not answer; if it is stopped, continue it: kill -CONT {}",
+        keeper.as_raw_nonzero()
+    );
     wait_until("the log says so", || disk.log().contains(&advice));
-    let status = run_within(rig.scratch.cordisk().arg("status").arg(disk.path()).env_remove("RUST_LOG"), LIMIT);
+    let status = run_within(
+        rig.scratch.cordisk().arg("status").arg(disk.path()).env_remove("RUST_LOG"),
+        LIMIT,
+    );
     assert!(status.status.success() && status.stdout.contains("running"), "{status:?}");
     kill_process(keeper, Signal::CONT).expect("signal");
     client.ok("block-job-cancel", json!({"device": "drive0"}));
@@ -461,8 +556,8 @@ fn a_stopped_keeper_hangs_nobody() {
     rig.assert_overlay(&rig.content);
 }
 
-/// Protects: the file of the socket goes while the socket still listens, so that nothing else can have its inode number by then and be removed in
-/// its place. Whoever asked to quit is answered after that.
+/// Protects: the socket file is removed while the socket still listens. So no other file can have
+/// its inode number by then and be removed in its place. The reply to `quit` is sent after that.
 #[test]
 fn the_socket_is_removed_before_it_is_closed() {
     requires!("/dev/fuse", "qemu-img");
@@ -475,83 +570,195 @@ fn the_socket_is_removed_before_it_is_closed() {
     }
 }
 
-/// Protects: the keeper is out of the terminal's reach, holds nothing open (least of all the connection), and cannot be talked out of its duty.
+/// Protects: the keeper, which the user has started, holds no file open that it does not need: what
+/// a successor of the serving process gets, and no backing file. The serving process has a session
+/// of its own, so that the terminal signals the keeper alone.
 #[test]
 fn the_keeper_stands_apart() {
     requires!("/dev/fuse", "qemu-img");
     let rig = Rig::new(MIB);
     let mut disk = rig.mount().qmp().start();
-    let keeper = keeper_of(disk.pid());
+    let (keeper, server) = (disk.pid(), disk.server_pid());
     let process = format!("/proc/{}", keeper.as_raw_nonzero());
-    assert_eq!(rustix::process::getsid(Some(keeper)).expect("session"), keeper, "a session of its own");
+    // Not getsid(2): the leader of our session may be outside of this namespace of process ids, and
+    // its id is then 0, which `Pid` cannot hold.
+    let session = |process: &str| {
+        let stat = fs::read_to_string(format!("/proc/{process}/stat")).expect("process");
+        let (_, fields) = stat.rsplit_once(')').expect("name");
+        fields.split_whitespace().nth(3).expect("session").parse::<i32>().expect("session")
+    };
+    let server_id = server.as_raw_nonzero().get();
+    assert_eq!(session(&server_id.to_string()), server_id, "a session of its own");
+    assert_eq!(session(&keeper.as_raw_nonzero().to_string()), session("self"), "that of the user");
     assert_eq!(fs::read_link(format!("{process}/cwd")).expect("cwd"), Path::new("/"));
-    let open: Vec<_> =
-        fs::read_dir(format!("{process}/fd")).expect("descriptors").filter_map(|entry| fs::read_link(entry.ok()?.path()).ok()).collect();
-    assert!(!open.iter().any(|file| file == Path::new("/dev/fuse")), "{open:?}");
+    let open: Vec<_> = fs::read_dir(format!("{process}/fd"))
+        .expect("descriptors")
+        .filter_map(|entry| fs::read_link(entry.ok()?.path()).ok())
+        .collect();
     assert!(!open.iter().any(|file| file == &rig.base), "{open:?}");
-    // The image, for its attributes: reading, and no locks.
-    let held = open.iter().filter(|file| *file == &rig.overlay).count();
-    assert_eq!(held, 1, "{open:?}");
-    for signal in [Signal::INT, Signal::TERM, Signal::HUP, Signal::QUIT] {
-        kill_process(keeper, signal).expect("signal");
-    }
-    assert_same("content", &disk.read_all(), &rig.content);
+    let held = |path: &Path| open.iter().filter(|file| *file == path).count();
+    // The image for its extended attributes, open for reading and without locks. If a successor can
+    // take the disk over, also the image with its locks, once more for a failed write-back, and one
+    // descriptor of the connection for each thread that reads it.
+    let can_survive = !disk.log().contains("no other one takes the disk over");
+    let expected = if can_survive { (3, 2) } else { (1, 0) };
+    assert_eq!((held(&rig.overlay), held(Path::new("/dev/fuse"))), expected, "{open:?}");
     disk.signal(Signal::INT);
     disk.assert_clean_end();
-    wait_until("the keeper goes with the daemon", || !is_alive(keeper));
+    wait_until("the serving process has ended", || !is_alive(server));
     rig.assert_overlay(&rig.content);
 }
 
-/// Protects: when the serving process is killed, the keeper goes too and leaves the mount dead: ENOTCONN, not an empty placeholder.
+/// Protects: a signal reaches the disk whether it is sent to the main process or to the serving
+/// process. One that is sent to both counts once: it does not detach a disk in use, as a second
+/// signal does.
 #[test]
-fn the_keeper_leaves_a_dead_mount_alone() {
+fn a_signal_may_go_to_either_process() {
     requires!("/dev/fuse", "qemu-img");
     let rig = Rig::new(MIB);
+    for signal in [Signal::TERM, Signal::INT] {
+        for directly in [false, true] {
+            let mut disk = rig.mount().start();
+            if directly {
+                disk.signal_server(signal);
+            } else {
+                disk.signal(signal);
+            }
+            disk.assert_clean_end();
+        }
+    }
     let mut disk = rig.mount().start();
-    let (keeper, file) = (keeper_of(disk.pid()), disk.open());
-    disk.signal(Signal::KILL);
-    let status = disk.ended_within(LIMIT).expect("killed");
-    assert_eq!(status.signal(), Some(libc::SIGKILL));
-    wait_until("the keeper goes with the daemon", || !is_alive(keeper));
-    assert_eq!(errno(fs::File::open(disk.path())), Errno::NOTCONN);
-    assert_eq!(errno(file.read_at(&mut [0], 0)), Errno::NOTCONN, "the connection has ended with the daemon");
+    let file = disk.open();
+    disk.signal_server(Signal::TERM);
+    disk.signal(Signal::TERM);
+    wait_until("it is busy", || disk.log().contains("is in use: all is written back"));
+    // This event comes after the other signal, because one thread sends both.
+    disk.signal(Signal::HUP);
+    assert_same("served on", &read_at(&file, 0, rig.content.len()), &rig.content);
+    assert!(disk.is_mounted(), "{}", disk.log());
     drop(file);
-    mounts::detach(disk.path());
-    drop(disk);
-    qemu::assert_not_corrupt(&rig.overlay);
-    rig.mount().start().umount();
-    rig.assert_overlay(&rig.content);
+    mounts::umount(disk.path());
+    disk.assert_clean_end();
 }
 
-/// Protects: without its keeper a daemon serves on and loses nothing; it cannot unmount, says so, and ends with an error that tells what to clean up.
+/// Protects: the exit status of the main process is that of the serving process, and its last words
+/// are there once.
+#[test]
+fn the_exit_status_is_passed_on() {
+    requires!("/dev/fuse", "qemu-img");
+    let rig = Rig::new(MIB);
+    let broken = rig.scratch.write("broken.qcow2", b"no image");
+    let mut disk = Mount::new(&rig.scratch, &broken).spawn();
+    let status = disk.ended_within(LIMIT).expect("it ends");
+    let log = disk.log();
+    assert_eq!(status.code(), Some(1), "{log}");
+    assert_eq!(log.lines().filter(|line| line.starts_with("cordisk: ")).count(), 1, "{log}");
+    // A caller that ignores the ends of its children makes the kernel forget their status.
+    let mut careless = Command::new("sh");
+    careless.args(["-c", "trap '' CHLD; exec \"$@\"", "sh", CORDISK, "mount", "-f"]);
+    careless.arg(&broken).arg(rig.scratch.join("disk")).env(RUNTIME_DIR, rig.scratch.runtime_dir());
+    let done = run_within(&mut careless, LIMIT);
+    assert_eq!((done.status.code(), done.stderr.lines().count()), (Some(1), 1), "{done:?}");
+    let usage = run_within(rig.scratch.cordisk().args(["mount", "-f", "--no-such"]), LIMIT);
+    assert_eq!(usage.status.code(), Some(2), "{usage:?}");
+}
+
+/// Protects: without its keeper a daemon keeps serving and loses no data. It says so at once, and
+/// once. It cannot unmount, and its last line says what to clean up.
 #[test]
 fn a_daemon_without_its_keeper_serves_on() {
     requires!("/dev/fuse", "qemu-img");
     let rig = Rig::new(MIB);
     let mut disk = rig.mount().qmp().start();
-    let keeper = keeper_of(disk.pid());
-    kill_process(keeper, Signal::KILL).expect("kill");
-    wait_until("the keeper is dead", || !is_alive(keeper));
+    let server = disk.server_pid();
+    let end = pidfd_open(server, PidfdFlags::empty()).expect("the serving process");
+    disk.signal(Signal::KILL);
+    assert!(disk.ended_within(LIMIT).is_some_and(|status| status.signal() == Some(libc::SIGKILL)));
+    let noticed = format!(
+        "the mount keeper (process {}) has died; the disk is served on",
+        disk.pid().as_raw_nonzero()
+    );
+    wait_until("it says so", || disk.log().contains(&noticed));
     let mut guest = rig.guest(&disk);
     guest.check_all();
     guest.write(5000..300_000);
-    disk.signal(Signal::TERM);
-    wait_until("it says that it cannot unmount", || disk.log().contains("the mount keeper has died"));
+    disk.signal_server(Signal::TERM);
+    wait_until("it says that it cannot unmount", || {
+        disk.log().contains("the mount keeper has died")
+    });
     guest.write(400_000..500_000);
     guest.check_all();
     let want = std::mem::take(&mut guest.shadow);
     drop(guest);
     mounts::umount(disk.path());
-    let status = disk.ended_within(LIMIT);
-    assert_eq!(status.and_then(|status| status.code()), Some(1), "{}", disk.log());
+    let mut polled = [PollFd::new(&end, PollFlags::IN)];
+    let limit = Timespec { tv_sec: 30, tv_nsec: 0 };
+    assert_eq!(rustix::event::poll(&mut polled, Some(&limit)), Ok(1), "{}", disk.log());
     let log = disk.log();
+    assert_eq!(log.matches(&noticed).count(), 1, "{log}");
     let last = log.lines().last().expect("a line");
-    assert!(last.starts_with("cordisk: the mount keeper has died: unmount with umount(8)"), "{log}");
+    assert!(
+        last.starts_with("cordisk: the mount keeper has died: unmount with umount(8)"),
+        "{log}"
+    );
     assert!(disk.path().exists(), "the placeholder is left");
     rig.assert_overlay(&want);
 }
 
-/// A daemon whose disk is busy is detached by the second signal, keeper, sandbox and all.
+/// Protects: Ctrl-C in a terminal ends a disk in the foreground once and cleanly. It reaches the
+/// main process; the serving process is not in the session of the terminal.
+#[test]
+fn ctrl_c_ends_a_disk_in_the_foreground() {
+    requires!("/dev/fuse", "qemu-img", "terminal");
+    let rig = Rig::new(MIB);
+    let path = rig.scratch.join("drive0.disk");
+    let words = ["mount", "-f", text(&rig.overlay), text(&path)];
+    let mut terminal =
+        Terminal::cordisk(&rig.scratch, &words, &[("RUST_LOG", "info".as_ref())], 40, 200);
+    terminal.wait_for_text("mounted ");
+    assert_same("the disk", &fs::read(&path).expect("read"), &rig.content);
+    terminal.send(b"\x03");
+    terminal.assert_status(0);
+    let said = String::from_utf8_lossy(&terminal.raw()).into_owned();
+    assert_eq!(said.matches("signal 2").count(), 1, "{said}");
+    assert!(mounts::at(&path).is_none() && !path.exists(), "{said}");
+    rig.assert_overlay(&rig.content);
+}
+
+/// Protects: Ctrl-Z stops the main process, and the disk is served on. An unmount is complete when
+/// the main process has been continued.
+#[test]
+fn ctrl_z_stops_no_disk() {
+    requires!("/dev/fuse", "qemu-img", "terminal");
+    let rig = Rig::new(MIB);
+    let path = rig.scratch.join("drive0.disk");
+    let pidfile = rig.scratch.join("pid");
+    // Under job control the disk has a process group whose parent is in the same session. Another
+    // one would not be stopped. A shell also returns from `wait` when the process is stopped.
+    let script = "set -m; \"$@\" & p=$!
+        while kill -0 $p 2>/dev/null; do wait $p; sleep 0.1; done
+        wait $p; echo status $?; cat";
+    let words = ["-c", script, "sh", CORDISK, "mount", "-f", "--pidfile", text(&pidfile)];
+    let words = [&words[..], &[text(&rig.overlay), text(&path)]].concat();
+    let runtime = rig.scratch.runtime_dir();
+    let environment = [("RUST_LOG", "info".as_ref()), (RUNTIME_DIR, runtime.as_os_str())];
+    let terminal = Terminal::spawn("sh", &words, &environment, 40, 200);
+    terminal.wait_for_text("mounted ");
+    let main = fs::read_to_string(&pidfile).expect("pidfile").trim().parse().expect("a number");
+    let main = Pid::from_raw(main).expect("a pid");
+    kill_process(main, Signal::TSTP).expect("what Ctrl-Z sends");
+    wait_until("it is stopped", || {
+        status_of_any(main).get("State").is_some_and(|state| state.starts_with('T'))
+    });
+    assert_same("the disk", &fs::read(&path).expect("read"), &rig.content);
+    kill_process(main, Signal::TERM).expect("signal");
+    mounts::umount(&path);
+    kill_process(main, Signal::CONT).expect("continue");
+    terminal.wait_for_text("status 0");
+    assert!(mounts::at(&path).is_none() && !path.exists());
+}
+
+/// The second signal detaches a daemon whose disk is busy, with keeper and sandbox.
 #[test]
 fn the_second_signal_detaches_from_inside_the_sandbox() {
     requires!("/dev/fuse", "qemu-img");
@@ -571,7 +778,8 @@ fn the_second_signal_detaches_from_inside_the_sandbox() {
     rig.assert_overlay(&guest.shadow);
 }
 
-/// Protects: with `--backing-root` an image gets at nothing else, whatever it calls it, and what lies below works as ever.
+/// Protects: with `--backing-root` an image can open no file outside, by whatever name, and backing
+/// files below that directory work as usual.
 #[test]
 fn backing_files_stay_below_their_roots() {
     requires!("/dev/fuse", "qemu-img");
@@ -609,20 +817,26 @@ fn backing_files_stay_below_their_roots() {
         name(bad);
         refused(&scratch, &option, &["--backing-root", "not a regular file"]);
     }
-    // In any case, with a root and without.
+    // These names are refused with and without a root.
     for bad in ["/proc/self/environ", "/proc/self/exe", "/proc/version", "magic/0"] {
         name(bad);
         refused(&scratch, &["root/top.qcow2", "disk"], &["/proc or /sys is no backing file"]);
     }
-    for good in ["base.raw", "./sub/../base.raw", "inside", "../root/base.raw", &absolute("root/sub/base.raw")] {
+    for good in [
+        "base.raw",
+        "./sub/../base.raw",
+        "inside",
+        "../root/base.raw",
+        &absolute("root/sub/base.raw"),
+    ] {
         name(good);
         let disk = Mount::new(&scratch, &top).args(&["--backing-root", text(&root)]).start();
         assert_same(good, &disk.read_all(), &content.bytes(0, MIB));
         disk.umount();
-        // Untouched clusters for the next name.
+        // New unallocated clusters, so that the next name is used.
         qemu::create(&top, None, "", Some((text(&root.join("base.raw")), "raw")));
     }
-    // Every layer, not only the first.
+    // The rule applies to every layer, not only to the first.
     let middle = root.join("middle.qcow2");
     qemu::create(&middle, None, "", Some((&absolute("elsewhere/secret.raw"), "raw")));
     qemu::create(&top, None, "", Some(("middle.qcow2", "qcow2")));
@@ -631,11 +845,19 @@ fn backing_files_stay_below_their_roots() {
     let disk = Mount::new(&scratch, &top).args(&both).start();
     assert_same("two roots", &disk.read_all(), &content.bytes(0, MIB));
     disk.umount();
-    refused(&scratch, &["--backing-root", "root/base.raw", "root/top.qcow2", "disk"], &["--backing-root", "not a directory"]);
-    refused(&scratch, &["--backing-root", "missing", "root/top.qcow2", "disk"], &["--backing-root", "no such file"]);
+    refused(
+        &scratch,
+        &["--backing-root", "root/base.raw", "root/top.qcow2", "disk"],
+        &["--backing-root", "not a directory"],
+    );
+    refused(
+        &scratch,
+        &["--backing-root", "missing", "root/top.qcow2", "disk"],
+        &["--backing-root", "no such file"],
+    );
 }
 
-/// Protects: no text from an image or a path reaches a terminal as anything but text on one line.
+/// Protects: text from an image or a path reaches a terminal as printable text on one line only.
 #[test]
 fn nothing_from_an_image_escapes_into_the_log() {
     requires!("/dev/fuse", "qemu-img");
@@ -645,14 +867,15 @@ fn nothing_from_an_image_escapes_into_the_log() {
     let evil = "a\n[2026-01-01T00:00:00Z INFO  cordisk] forged\r\u{1b}[2J\u{202e}b";
     qemu::create(&top, None, "", Some(("base.raw", "raw")));
     let whole = header::Header::load(&top);
-    let says = |bytes: &[u8]| !bytes.iter().any(|&byte| (byte < 0x20 && byte != b'\n') || byte == 0x7f);
+    let says =
+        |bytes: &[u8]| !bytes.iter().any(|&byte| (byte < 0x20 && byte != b'\n') || byte == 0x7f);
     let attempts = |words: &str| {
         let done = attempt(&scratch, None, &["mount", "-f", "top.qcow2", "disk"]);
         assert_eq!((done.status.code(), done.stderr.lines().count()), (Some(1), 1), "{done:?}");
         assert!(says(done.stderr.as_bytes()) && !done.stderr.contains('\u{202e}'), "{done:?}");
         assert!(done.stderr.contains(words), "{words} in {done:?}");
     };
-    // The name of a feature that we do not know: bit 60, incompatible.
+    // Adds the name of an unknown feature: bit 60, incompatible.
     header::edit(&top, |h| {
         let mut entry = vec![0, 60];
         entry.extend("a\n[2J\u{1b}[2J\u{202e}b".as_bytes());
@@ -665,11 +888,12 @@ fn nothing_from_an_image_escapes_into_the_log() {
     whole.store(&top);
     header::edit(&top, |h| h.backing = Some(evil.as_bytes().to_vec()));
     attempts("\\u{1b}[2J");
-    // Not a control character, and so a name like any other; but not in our log.
+    // U+202E is not a control character, so the name is allowed; but the log escapes it.
     header::edit(&top, |h| h.backing = Some("right\u{202e}tfel".as_bytes().to_vec()));
     attempts("\\u{202e}");
 
-    // Whoever may choose directories: the path stands in the log line of the mount.
+    // The path of the image is in the log line of the mount, and other users may choose directory
+    // names.
     qemu::create(&top, None, "", Some((text(&scratch.join("base.raw")), "raw")));
     let dir = scratch.dir(&evil.replace('/', "-"));
     fs::rename(&top, dir.join("top.qcow2")).expect("move");
@@ -679,17 +903,26 @@ fn nothing_from_an_image_escapes_into_the_log() {
     let (_, log) = log.split_once('\n').expect("after the head line");
     assert!(says(log.as_bytes()) && !log.contains('\u{202e}'), "{log:?}");
     assert!(log.contains("a\\n[2026-01-01T00:00:00Z INFO  cordisk] forged\\r\\u{1b}[2J"), "{log}");
-    assert!(!log.lines().any(|line| line.contains("] forged") && !line.contains("mounted ")), "{log}");
+    assert!(
+        !log.lines().any(|line| line.contains("] forged") && !line.contains("mounted ")),
+        "{log}"
+    );
     disk.umount();
 }
 
-/// Starts `run` where the kernel answers ENOSYS to these calls.
+/// Runs `run` on a thread where the kernel returns ENOSYS for these system calls.
 fn without<T: Send>(calls: &[i64], run: impl FnOnce() -> T + Send) -> T {
     let rules = calls.iter().map(|&call| (call, Vec::new())).collect();
     let processor = TargetArch::try_from(std::env::consts::ARCH).expect("a known processor");
-    let filter = SeccompFilter::new(rules, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32), processor).expect("filter");
+    let filter = SeccompFilter::new(
+        rules,
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+        processor,
+    )
+    .expect("filter");
     let program = BpfProgram::try_from(filter).expect("program");
-    // A filter stays with its thread and with what that starts.
+    // A seccomp filter applies to its thread and to the processes that the thread starts.
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             seccompiler::apply_filter(&program).expect("seccomp");
@@ -699,18 +932,24 @@ fn without<T: Send>(calls: &[i64], run: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// Protects: `--sandbox require` means it, before anything is opened; the default does what it can and says what it could not.
+/// Protects: with `--sandbox require` the command fails before it opens anything if the kernel has
+/// no sandbox. The default uses what the kernel has and logs what is missing.
 #[test]
 fn a_kernel_without_sandboxes() {
     requires!("/dev/fuse", "qemu-img", "root");
     let rig = Rig::new(MIB);
-    for (calls, name) in [(&[libc::SYS_landlock_create_ruleset][..], "Landlock"), (&[libc::SYS_seccomp], "seccomp")] {
+    for (calls, name) in
+        [(&[libc::SYS_landlock_create_ruleset][..], "Landlock"), (&[libc::SYS_seccomp], "seccomp")]
+    {
         without(calls, || {
             let pidfile = rig.scratch.join("pid");
-            let args = ["--sandbox", "require", "--pidfile", text(&pidfile), text(&rig.overlay), "disk"];
+            let args =
+                ["--sandbox", "require", "--pidfile", text(&pidfile), text(&rig.overlay), "disk"];
             refused(&rig.scratch, &args, &[&format!("this kernel offers no {name}")]);
             let disk = rig.mount().start();
-            wait_until("it says what is missing", || disk.log().contains(&format!("{name} not offered by this kernel")));
+            wait_until("it says what is missing", || {
+                disk.log().contains(&format!("{name} not offered by this kernel"))
+            });
             assert_same("content", &disk.read_all(), &rig.content);
             disk.umount();
         });

@@ -1,4 +1,5 @@
-//! Images of other users: what root opens for them, and what is said about what they name.
+//! Images of other users: which backing files root opens for them, and the errors about those
+//! files.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -7,9 +8,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::bad_input::refused;
+use crate::support::header;
 use crate::support::{Finished, KIB, MIB, Mount, Pattern, Scratch, assert_same, qemu, run_within};
 
-/// A user without a name or group anywhere, and a group that only the files have.
+/// A user and a group that have no names; the user is not in the group.
 const ALICE: u32 = 61_234;
 const GROUP: u32 = 61_999;
 
@@ -22,28 +24,43 @@ fn give(path: &Path, mode: u32, owner: u32) {
     chown(path, Some(owner), Some(owner)).expect("chown");
 }
 
-/// `public`, `secret` (0600, root's), `alices` (0600) and `groups` (0640, of a group that Alice is
-/// not in).
+/// Makes `public`, `secret` (0600, of root), `alices` (0600) and `groups` (0640, of a group that
+/// Alice is not in).
 fn bases() -> Scratch {
     let scratch = Scratch::new();
     scratch.open_to_all();
-    for (name, mode, owner) in [("public", 0o644, 0), ("secret", 0o600, 0), ("alices", 0o600, ALICE), ("groups", 0o640, 0)] {
+    for (name, mode, owner) in
+        [("public", 0o644, 0), ("secret", 0o600, 0), ("alices", 0o600, ALICE), ("groups", 0o640, 0)]
+    {
         give(&scratch.raw(name, 64 * KIB, Pattern::new(95, 1)), mode, owner);
     }
     chown(scratch.join("groups"), None, Some(GROUP)).expect("chgrp");
     scratch
 }
 
-/// An image of this user above this file. The group of the image is that of `groups`: it has no
-/// say.
+/// Makes an image of this user above this file. The group of the image is that of `groups`, and
+/// must not matter.
 fn image(scratch: &Scratch, name: &str, owner: u32, base: (&str, &str)) {
-    qemu::img(&["create", "-q", "-u", "-f", "qcow2", "-b", base.0, "-F", base.1, scratch.join(name).to_str().expect("UTF-8"), "64k"]);
+    qemu::img(&[
+        "create",
+        "-q",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        base.0,
+        "-F",
+        base.1,
+        scratch.join(name).to_str().expect("UTF-8"),
+        "64k",
+    ]);
     give(&scratch.join(name), 0o644, owner);
     chown(scratch.join(name), None, Some(GROUP)).expect("chgrp");
 }
 
-/// Protects: no image makes root read for its owner what the owner may not read, at any depth of
-/// the chain; what the owner may read is read, and root's own images have root's files below them.
+/// Protects: an image cannot make root read a file that the image's owner may not read, at any
+/// depth of the chain. A file that the owner may read is opened, and root's own images may have
+/// root's files below them.
 #[test]
 fn root_opens_what_the_owner_of_the_image_may_read() {
     requires!("/dev/fuse", "qemu-img", "root");
@@ -78,7 +95,7 @@ fn root_opens_what_the_owner_of_the_image_may_read() {
             let done = run(&scratch, command);
             assert_eq!(done.status.success(), works, "{command:?}, {what}: {done:?}");
         }
-        // Nothing below is opened.
+        // These commands open no backing file.
         for command in [&["check", "top"][..], &["info", "top"]] {
             assert!(run(&scratch, command).status.success(), "{command:?}, {what}");
         }
@@ -89,35 +106,54 @@ fn root_opens_what_the_owner_of_the_image_may_read() {
     assert!(!done.status.success() && !scratch.join("newer").exists(), "and not Alice's: {done:?}");
 }
 
-/// Protects: with `--user` that user's rights count, whoever owns the image.
+/// Protects: with `--user`, the rights of that user count, not those of the image's owner.
 #[test]
 fn with_user_that_user_has_to_be_able_to_read_it() {
     requires!("/dev/fuse", "qemu-img", "root");
     let user = format!("{ALICE}:{ALICE}");
-    for (owner, base, works) in
-        [(0, "public", true), (0, "alices", true), (0, "secret", false), (ALICE, "secret", false), (61_235, "alices", true)]
-    {
-        // Each with a log of its own: that the disk is served is read there.
+    for (owner, base, works) in [
+        (0, "public", true),
+        (0, "alices", true),
+        (0, "secret", false),
+        (ALICE, "secret", false),
+        (61_235, "alices", true),
+    ] {
+        // Each case has its own log, because the test reads there that the disk is served.
         let scratch = bases();
         image(&scratch, "top", owner, (base, "raw"));
         if works {
-            Mount::new(&scratch, &scratch.join("top")).args(&["--user", &user]).start_settled().umount();
+            Mount::new(&scratch, &scratch.join("top"))
+                .args(&["--user", &user])
+                .start_settled()
+                .umount();
         } else {
-            refused(&scratch, &["--user", &user, "top", "disk"], &[&format!("with the rights of user {ALICE}")]);
+            refused(
+                &scratch,
+                &["--user", &user, "top", "disk"],
+                &[&format!("with the rights of user {ALICE}")],
+            );
         }
-        // A root of backing files takes nothing away from that.
+        // `--backing-root` does not replace these rights.
         let root = scratch.path().to_str().expect("UTF-8").to_owned();
         if !works {
-            refused(&scratch, &["--user", &user, "--backing-root", &root, "top", "disk"], &[&format!("with the rights of user {ALICE}")]);
+            refused(
+                &scratch,
+                &["--user", &user, "--backing-root", &root, "top", "disk"],
+                &[&format!("with the rights of user {ALICE}")],
+            );
         }
     }
     let scratch = bases();
     image(&scratch, "top", 61_235, ("alices", "raw"));
-    refused(&scratch, &["--user", &user, "--backing-root", "/usr", "top", "disk"], &["does not lie below --backing-root"]);
+    refused(
+        &scratch,
+        &["--user", &user, "--backing-root", "/usr", "top", "disk"],
+        &["does not lie below --backing-root"],
+    );
 }
 
-/// Protects: a backing file that is missing is called that, with the image that names it, wherever
-/// in the chain, and the command that mends it.
+/// Protects: the error of a missing backing file names the file, the image that names it, at any
+/// depth of the chain, and the command that repairs it.
 #[test]
 fn a_missing_backing_file_is_called_that() {
     requires!("/dev/fuse", "qemu-img");
@@ -137,12 +173,20 @@ fn a_missing_backing_file_is_called_that() {
     fs::rename(scratch.join("golden"), scratch.join("gold")).expect("rename");
     refused(&scratch, &["vm", "disk"], &[&words("")]);
     refused(&scratch, &["top", "disk"], &[&words("")]);
-    // The advice is good.
-    qemu::img(&["rebase", "-u", "-F", "raw", "-b", "gold", scratch.join("vm").to_str().expect("UTF-8")]);
+    // The command in the error message works.
+    qemu::img(&[
+        "rebase",
+        "-u",
+        "-F",
+        "raw",
+        "-b",
+        "gold",
+        scratch.join("vm").to_str().expect("UTF-8"),
+    ]);
     Mount::new(&scratch, &scratch.join("top")).start().umount();
 }
 
-/// Protects: an image that is in use is said to be, by whom, and for which disk.
+/// Protects: the error for an image in use names the process that uses it, and the disk.
 #[test]
 fn the_user_of_a_busy_file_is_named() {
     requires!("/dev/fuse", "qemu-img", "root");
@@ -152,7 +196,7 @@ fn the_user_of_a_busy_file_is_named() {
     qemu::create(&scratch.join("top.qcow2"), None, "", Some(("middle.qcow2", "qcow2")));
     let disk = Mount::new(&scratch, &scratch.join("top.qcow2")).start();
     let done = run(&scratch, &["mount", "middle.qcow2", "other"]);
-    let pid = disk.pid().as_raw_nonzero();
+    let pid = disk.server_pid().as_raw_nonzero();
     assert!(!done.status.success() && done.stderr.lines().count() == 1, "{done:?}");
     for words in [
         format!("middle.qcow2: in use by another process, {pid} cordisk"),
@@ -167,7 +211,7 @@ fn the_user_of_a_busy_file_is_named() {
     disk.umount();
 }
 
-/// Protects: what `-F` and `--backing-format` say is not taken for what the file is.
+/// Protects: `-F` and `--backing-format` do not override the format of the file.
 #[test]
 fn formats_that_contradict_are_refused_or_warned_of() {
     requires!("/dev/fuse", "qemu-img");
@@ -184,9 +228,17 @@ fn formats_that_contradict_are_refused_or_warned_of() {
     assert_eq!(created(&["-b", "base.qcow2", "-F", "qcow2"]), "");
     assert_eq!(created(&["-b", "base.raw", "-F", "raw", "2M"]), "");
     let warning = created(&["-b", "base.qcow2", "-F", "raw"]);
-    assert!(warning.contains("begins like a qcow2 image, but -F raw shows the bytes of the file as they are"), "{warning}");
+    assert!(
+        warning.contains(
+            "begins like a qcow2 image, but -F raw shows the bytes of the file as they are"
+        ),
+        "{warning}"
+    );
     let warning = created(&["-b", "base.raw", "-F", "raw", "512K"]);
-    assert!(warning.contains("new has 524288 bytes, fewer than its base with 1048576"), "{warning}");
+    assert!(
+        warning.contains("new has 524288 bytes, fewer than its base with 1048576"),
+        "{warning}"
+    );
     let warning = created(&["-b", "base.raw", "-F", "raw", "4K"]);
     assert!(warning.contains("less than one cluster of 65536"), "{warning}");
 
@@ -194,51 +246,110 @@ fn formats_that_contradict_are_refused_or_warned_of() {
     refused(
         &scratch,
         &["--backing-format", "qcow2", "top", "disk"],
-        &["--backing-format qcow2 contradicts the image, which says that its backing file \"base.raw\" is raw"],
+        &[
+            "--backing-format qcow2 contradicts the image, which says that its backing file \"base.raw\" is raw",
+        ],
     );
     Mount::new(&scratch, &scratch.join("top")).args(&["--backing-format", "raw"]).start().umount();
 }
 
-/// Protects: formats that are not known here are no obstacle for what does not need them, and are
-/// called what they are.
+/// Adds a cluster to an image with clusters of 64 KiB that only a refcount block counts.
+fn leak_a_cluster(image: &Path) {
+    let bytes = fs::read(image).expect("image");
+    let word = |at: u64| {
+        u64::from_be_bytes(
+            bytes[usize::try_from(at).expect("small")..][..8].try_into().expect("eight bytes"),
+        )
+    };
+    let clusters = bytes.len().div_ceil(65536) as u64;
+    let file = fs::File::options().write(true).open(image).expect("image");
+    file.set_len((clusters + 1) * 65536).expect("one more");
+    header::poke(image, word(word(48)) + 2 * clusters, &[0, 1]);
+}
+
+/// Protects: unknown formats do not prevent commands that do not need them, and errors name the
+/// format.
 #[test]
 fn foreign_formats_are_named() {
     requires!("/dev/fuse", "qemu-img");
     let scratch = Scratch::new();
     let raw = scratch.raw("base.raw", MIB, Pattern::new(99, 1));
     let raw = raw.to_str().expect("UTF-8");
-    for (format, name) in [("vmdk", "VMDK"), ("vdi", "VDI"), ("vhdx", "VHDX"), ("vpc", "VHD"), ("qed", "QED")] {
+    for (format, name) in
+        [("vmdk", "VMDK"), ("vdi", "VDI"), ("vhdx", "VHDX"), ("vpc", "VHD"), ("qed", "QED")]
+    {
         let (file, top) = (format!("base.{format}"), format!("above-{format}"));
         let at = |name: &str| scratch.join(name).to_str().expect("UTF-8").to_owned();
         qemu::img(&["convert", "-O", format, raw, &at(&file)]);
         for command in ["info", "check", "map"] {
             let done = run(&scratch, &[command, &file]);
-            assert!(!done.status.success() && done.stderr.contains(&format!("a {name} image")), "{command}: {done:?}");
+            assert!(
+                !done.status.success() && done.stderr.contains(&format!("a {name} image")),
+                "{command}: {done:?}"
+            );
         }
         refused(
             &scratch,
             &[&file, "disk"],
-            &[&format!("a {name} image, not qcow2; make one of it: qemu-img convert -f {format} -O qcow2")],
+            &[&format!(
+                "a {name} image, not qcow2; make one of it: qemu-img convert -f {format} -O qcow2"
+            )],
         );
         qemu::img(&["create", "-q", "-f", "qcow2", "-b", &file, "-F", format, &at(&top)]);
         let info = run(&scratch, &["info", &top]);
-        assert!(info.status.success() && info.stdout.contains(&format!("backing file format: {format}\n")), "{info:?}");
+        assert!(
+            info.status.success()
+                && info.stdout.contains(&format!("backing file format: {format}\n")),
+            "{info:?}"
+        );
         let check = run(&scratch, &["check", &top]);
-        assert!(check.status.success() && check.stdout.contains("No errors were found"), "{check:?}");
+        assert!(
+            check.status.success() && check.stdout.contains("No errors were found"),
+            "{check:?}"
+        );
+        // A repair works too, because it writes only to the overlay.
+        let (overlay, below) = (at(&top), fs::read(scratch.join(&file)).expect("base"));
+        qemu::io(Path::new(&overlay), &["write -P 7 0 64k"]);
+        let sound = fs::read(&overlay).expect("overlay");
+        leak_a_cluster(Path::new(&overlay));
+        let repaired = run(&scratch, &["check", "--repair", "leaks", &top]);
+        assert!(
+            repaired.status.success()
+                && repaired.stdout.contains("repaired:\n\n    1 leaked clusters\n"),
+            "{repaired:?}"
+        );
+        qemu::assert_clean(Path::new(&overlay));
+        assert_eq!(
+            fs::read(&overlay).expect("overlay")[..sound.len()],
+            sound,
+            "{format}: nothing else has changed"
+        );
+        assert!(fs::read(scratch.join(&file)).expect("base") == below, "{file} is not written");
         let chain = run(&scratch, &["info", "--backing-chain", &top]);
-        assert!(!chain.status.success() && chain.stderr.contains(&format!("is of format {format}, which is not known here")), "{chain:?}");
-        refused(&scratch, &[&top, "disk"], &[&format!("backing format \"{format}\" is not supported")]);
+        assert!(
+            !chain.status.success()
+                && chain
+                    .stderr
+                    .contains(&format!("is of format {format}, which is not known here")),
+            "{chain:?}"
+        );
+        refused(
+            &scratch,
+            &[&top, "disk"],
+            &[&format!("backing format \"{format}\" is not supported")],
+        );
     }
 }
 
-/// Protects: root of a user namespace of an ordinary user finds and controls what it has mounted.
+/// Protects: root of a user namespace of an ordinary user finds and controls the disks that it has
+/// mounted.
 #[test]
 fn root_of_a_user_namespace_controls_its_disks() {
     requires!("/dev/fuse", "qemu-img", "root", "unshare", "setpriv", "mknod", "sh", "mount");
     let scratch = Scratch::new();
     scratch.open_to_all();
     give(&scratch.raw("base.raw", MIB, Pattern::new(90, 1)), 0o644, 0);
-    // Of an owner that the namespace has no number for.
+    // The owner has no number in the namespace.
     qemu::create(&scratch.join("middle"), None, "", Some(("base.raw", "raw")));
     give(&scratch.join("middle"), 0o644, 0);
     qemu::create(&scratch.join("top"), None, "", Some(("middle", "qcow2")));
@@ -247,14 +358,17 @@ fn root_of_a_user_namespace_controls_its_disks() {
     let program = scratch.join("cordisk");
     fs::copy(crate::support::CORDISK, &program).expect("copy of the program");
     give(&program, 0o755, 0);
-    // Everybody may use this one, as on most systems.
+    // Every user may open this /dev/fuse, as on most systems.
     let script = "mknod \"$0/fuse\" c 10 229 && chmod 666 \"$0/fuse\" && mount --bind \"$0/fuse\" /dev/fuse || exit 77
         exec setpriv --reuid 61234 --regid 61234 --clear-groups env -u CORDISK_RUNTIME_DIR -u XDG_RUNTIME_DIR unshare -Urm sh -c '
             cd \"$0/home\" && \"$0/cordisk\" mount ../top disk && \"$0/cordisk\" status disk && \"$0/cordisk\" stream --wait disk
             result=$?
             \"$0/cordisk\" umount disk || umount disk
             exit $result' \"$0\"";
-    let done = run_within(Command::new("unshare").args(["-m", "sh", "-c", script]).arg(scratch.path()), Duration::from_secs(60));
+    let done = run_within(
+        Command::new("unshare").args(["-m", "sh", "-c", script]).arg(scratch.path()),
+        Duration::from_secs(60),
+    );
     let _ = fs::remove_dir(format!("/tmp/cordisk-{ALICE}"));
     if done.status.code() == Some(77) || done.stderr.contains("unshare failed") {
         eprintln!("skipped: this machine gives users no namespace: {}", done.stderr);

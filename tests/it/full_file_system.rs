@@ -1,6 +1,6 @@
-//! The file system that holds the overlay is really full, at every stage (P5; data-safety 5.6): what cannot be stored fails alone, with the
-//! right error, nothing that was there is lost, and with space again everything goes on without a new mount. And copy-on-read by itself does
-//! not let it come to that.
+//! The overlay's file system is full, at every stage (P5): a request that needs space fails alone,
+//! with the right error. No existing data is lost, and when there is space again, everything
+//! continues without a new mount. Copy-on-read by itself never fills the file system.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
@@ -11,7 +11,9 @@ use rustix::io::Errno;
 use serde_json::json;
 
 use crate::support::mounts::{LoopMount, MountGuard, make_fs};
-use crate::support::{CLUSTER, Daemon, KIB, MIB, Mount, Pattern, Scratch, assert_same, qemu, read_at, wait_until};
+use crate::support::{
+    CLUSTER, Daemon, KIB, MIB, Mount, Pattern, Scratch, assert_same, qemu, read_at, wait_until,
+};
 
 const SIZE: u64 = 16 * MIB;
 
@@ -19,7 +21,7 @@ fn at(offset: u64) -> usize {
     usize::try_from(offset).expect("small")
 }
 
-/// A mounted file system with an end that can be reached.
+/// A mounted file system that is small enough to be filled.
 enum SmallFs {
     Loop(LoopMount),
     Tmpfs(MountGuard),
@@ -34,9 +36,10 @@ impl SmallFs {
     }
 }
 
-/// A base outside, an overlay on the small file system, and what the guest has to see.
+/// A base on another file system, an overlay on the small one, and the content that the guest must
+/// read.
 struct Rig {
-    // Dropped in this order.
+    // Fields are dropped in this order.
     fs: SmallFs,
     dir: PathBuf,
     base: PathBuf,
@@ -63,15 +66,22 @@ impl Rig {
         Rig { fs, dir, base, overlay, want, mounts: 0, scratch }
     }
 
-    /// Under a name of its own, so that its log is its own.
+    /// Mounts under a new name, so that each mount has its own log.
     fn mount(&mut self, args: &[&str]) -> Daemon {
         self.mounts += 1;
-        Mount::named(&self.scratch, &self.overlay, &format!("mount{}", self.mounts)).args(args).qmp().start()
+        Mount::named(&self.scratch, &self.overlay, &format!("mount{}", self.mounts))
+            .args(args)
+            .qmp()
+            .start()
     }
 
-    /// Leaves so many bytes, and takes all the others.
+    /// Fills the file system except for `leave` bytes.
     fn fill(&self, leave: u64) {
-        let ballast = OpenOptions::new().create(true).append(true).open(self.dir.join("ballast")).expect("ballast");
+        let ballast = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.dir.join("ballast"))
+            .expect("ballast");
         let mut end = ballast.metadata().expect("stat").len();
         let mut step = free(&self.dir);
         while step >= 4 * KIB {
@@ -88,7 +98,7 @@ impl Rig {
 
     fn make_room(&self) {
         fs::remove_file(self.dir.join("ballast")).expect("ballast");
-        // Space of a removed file may come back a little later (XFS).
+        // Space of a removed file may become free a little later (XFS).
         wait_until("there is room again", || free(&self.dir) > 2 * SIZE);
     }
 
@@ -96,7 +106,8 @@ impl Rig {
         assert_same(what, &disk.read_all(), &self.want);
     }
 
-    /// Writes one cluster of this version. What cannot be stored is "no space", and leaves what was there.
+    /// Writes one cluster of this version. A write that finds no space returns ENOSPC and keeps the
+    /// old content.
     fn write(&mut self, file: &File, offset: u64, version: u32) -> bool {
         let data = Pattern::new(81, version).bytes(offset, CLUSTER);
         let place = at(offset)..at(offset + CLUSTER);
@@ -106,11 +117,19 @@ impl Rig {
                 true
             }
             Err(error) => {
-                assert_eq!(error.raw_os_error(), Some(Errno::NOSPC.raw_os_error()), "write at {offset}");
+                assert_eq!(
+                    error.raw_os_error(),
+                    Some(Errno::NOSPC.raw_os_error()),
+                    "write at {offset}"
+                );
                 false
             }
         };
-        assert_same("directly after the write", &read_at(file, offset, data.len()), &self.want[place]);
+        assert_same(
+            "directly after the write",
+            &read_at(file, offset, data.len()),
+            &self.want[place],
+        );
         written
     }
 
@@ -128,7 +147,7 @@ impl Rig {
     }
 }
 
-/// As df shows it.
+/// Returns the free space as df shows it, in bytes.
 fn free(dir: &Path) -> u64 {
     let host = statvfs(dir).expect("statvfs");
     host.f_bavail * host.f_frsize
@@ -183,15 +202,21 @@ fn full_at_every_stage(fstype: &str, fs_size: u64) {
     let disk = rig.mount(&["--reserve", "0"]);
     let file = disk.open();
     let places: Vec<u64> = (SIZE / 2..SIZE - CLUSTER).step_by(at(CLUSTER)).collect();
-    let (stored, refused): (Vec<u64>, Vec<u64>) = places.iter().partition(|&&offset| rig.write(&file, offset, 4));
-    assert!(!stored.is_empty() && !refused.is_empty(), "{} were stored, {} refused", stored.len(), refused.len());
+    let (stored, refused): (Vec<u64>, Vec<u64>) =
+        places.iter().partition(|&&offset| rig.write(&file, offset, 4));
+    assert!(
+        !stored.is_empty() && !refused.is_empty(),
+        "{} were stored, {} refused",
+        stored.len(),
+        refused.len()
+    );
     assert!(rig.write(&file, stored[0], 5), "what it has already is overwritten in place");
     assert_flush_is_honest(&file);
     rig.check("after writes of which some failed", &disk);
     rig.make_room();
     assert!(refused.iter().all(|&offset| rig.write(&file, offset, 6)), "there is room");
     file.sync_all().expect("and a flush succeeds");
-    // Killed, it keeps all that: nothing waited for a clean end.
+    // A kill keeps all of that without a clean end.
     disk.kill9();
     drop(file);
     qemu::assert_not_corrupt(&rig.overlay);
@@ -206,7 +231,7 @@ fn full_at_every_stage(fstype: &str, fs_size: u64) {
     assert_eq!(client.wait_event("BLOCK_JOB_ERROR")["data"]["action"], "stop");
     client.wait_status("paused");
     rig.check("while the job waits for room", &disk);
-    // Small pieces of room may be left: the job needs more for a step of its own.
+    // Small pieces of space may be left; the job needs more for one of its steps.
     let cold: Vec<u64> = (CLUSTER..SIZE / 2).step_by(at(CLUSTER)).collect();
     assert!(cold.iter().any(|&offset| !rig.write(&file, offset, 7)), "the guest finds it full too");
     assert!(rig.write(&file, stored[0], 8), "in place");
@@ -228,23 +253,24 @@ fn full_ext4_at_every_stage() {
     full_at_every_stage("ext4", 64 * MIB);
 }
 
-/// Protects: P5 on a full XFS, which promises space in advance and may find that it has none. (300 MiB are its minimum.)
+/// Protects: P5 on a full XFS, which reserves space in advance and may fail later. (300 MiB is its
+/// minimum size.)
 #[test]
 fn full_xfs_at_every_stage() {
     requires!("/dev/fuse", "root", "qemu-img", "losetup", "mkfs.xfs", "fs:xfs");
     full_at_every_stage("xfs", 300 * MIB);
 }
 
-/// Protects: P5 on a full tmpfs, to the page.
+/// Protects: P5 on a full tmpfs, which is full to the page.
 #[test]
 fn full_tmpfs_at_every_stage() {
     requires!("/dev/fuse", "root", "qemu-img");
     full_at_every_stage("tmpfs", 64 * MIB);
 }
 
-/// Protects: P5 for one write over several clusters of which only the first can be stored: it gets
-/// the error, each of its sectors is old or new, nothing beside it changes, and with room the same
-/// write succeeds.
+/// Protects: P5 for one write over several clusters of which only the first can be stored. The
+/// write returns the error, each of its sectors is old or new, and no other byte changes. With
+/// space the same write succeeds.
 #[test]
 fn a_write_that_runs_out_of_space_half_way() {
     requires!("/dev/fuse", "root", "qemu-img");
@@ -256,17 +282,25 @@ fn a_write_that_runs_out_of_space_half_way() {
     rig.fill(0);
     let range = at(MIB + 512)..at(MIB + 5 * CLUSTER);
     let new = Pattern::new(82, 1).bytes(range.start as u64, range.len() as u64);
-    let error = file.write_all_at(&new, range.start as u64).expect_err("there is no room for the other clusters");
+    let error = file
+        .write_all_at(&new, range.start as u64)
+        .expect_err("there is no room for the other clusters");
     assert_eq!(error.raw_os_error(), Some(Errno::NOSPC.raw_os_error()));
     let got = disk.read_all();
     let mut written = 0;
     for (sector, bytes) in got[range.clone()].chunks(512).enumerate() {
         let place = sector * 512..(sector + 1) * 512;
         let is_new = bytes == &new[place.clone()];
-        assert!(is_new || bytes == &rig.want[range.clone()][place], "sector {sector} is neither old nor new");
+        assert!(
+            is_new || bytes == &rig.want[range.clone()][place],
+            "sector {sector} is neither old nor new"
+        );
         written += usize::from(is_new);
     }
-    assert!((1..range.len() / 512).contains(&written), "{written} sectors were written: it did not run out half way");
+    assert!(
+        (1..range.len() / 512).contains(&written),
+        "{written} sectors were written: it did not run out half way"
+    );
     assert_same("before it", &got[..range.start], &rig.want[..range.start]);
     assert_same("behind it", &got[range.end..], &rig.want[range.end..]);
     rig.make_room();
@@ -280,8 +314,9 @@ fn a_write_that_runs_out_of_space_half_way() {
     rig.fs.umount();
 }
 
-/// Protects: P1 and P5 where the space ends between a write and its flush: the tables find no room, the flush says so, and does not forget
-/// what it could not write: the next one with room makes it durable, and a kill after that loses nothing.
+/// Protects: P1 and P5 if the space ends between a write and its flush. There is no space for the
+/// tables, the flush returns an error, and the unwritten tables stay in memory. The next flush with
+/// space makes them durable, and a kill after that loses nothing.
 #[test]
 fn full_when_the_tables_are_flushed() {
     requires!("/dev/fuse", "root", "qemu-img", "losetup", "mkfs.ext4");
@@ -295,12 +330,16 @@ fn full_when_the_tables_are_flushed() {
             rig.fill(256 * KIB);
             assert!(rig.write(&file, offset, version), "there is room for a few clusters");
             rig.fill(0);
-            refused += u32::from(file.sync_all().is_err_and(|error| error.raw_os_error() == Some(Errno::NOSPC.raw_os_error())));
+            refused += u32::from(
+                file.sync_all()
+                    .is_err_and(|error| error.raw_os_error() == Some(Errno::NOSPC.raw_os_error())),
+            );
             rig.check("while the host is full", &disk);
             rig.make_room();
             file.sync_all().expect("a flush with room");
         }
-        // The timer may have written one or the other table before the space ended, but not all of them.
+        // The commit timer may have written some tables before the space ended, but not all of
+        // them.
         eprintln!("{fstype}: {refused} flushes refused");
         assert!(refused > 0, "no flush ever met a full host");
         disk.kill9();
@@ -308,16 +347,19 @@ fn full_when_the_tables_are_flushed() {
         qemu::assert_not_corrupt(&rig.overlay);
         assert_same("after a kill", &qemu::read_all(&rig.overlay), &rig.want);
         let disk = rig.mount(&["--stream"]);
-        disk.client(); // it answers
-        wait_until("the stream has ended", || disk.client().ok("query-block-jobs", json!({})) == json!([]));
+        disk.client(); // the daemon still responds
+        wait_until("the stream has ended", || {
+            disk.client().ok("query-block-jobs", json!({})) == json!([])
+        });
         rig.check("after the stream", &disk);
         disk.umount();
         rig.finish();
     }
 }
 
-/// Protects: who only reads cannot fill the host (`--reserve`): copy-on-read stops while the file system has less left than the reserve, which is
-/// 5 % of a small one, and the reads are right all the same; writes and the stream use the rest; with room again copying goes on.
+/// Protects: reads alone cannot fill the host (`--reserve`). Copy-on-read stops while the file
+/// system has less free space than the reserve, which is 5 % of a small one, and reads still return
+/// the right data. Writes and the stream use the rest; with enough space copying starts again.
 #[test]
 fn readers_leave_a_reserve() {
     requires!("/dev/fuse", "root", "qemu-img", "losetup", "mkfs.ext4");
@@ -339,7 +381,8 @@ fn readers_leave_a_reserve() {
     let after = free(&rig.dir);
     eprintln!("free: {before} before, {after} after; {reserve} in reserve");
     assert!(before - after > 4 * MIB, "as long as there was room reads copied up");
-    // The copy that reaches the reserve may end in it, with its tables and what the file system puts around them.
+    // The copy that reaches the reserve may end inside it, with its tables and the metadata of the
+    // file system.
     assert!(after + 512 * KIB > reserve, "{after} bytes are left of a reserve of {reserve}");
     let log = disk.log();
     assert_eq!(log.matches("copy-on-read stops").count(), 1, "{log}");
@@ -366,30 +409,36 @@ fn readers_leave_a_reserve() {
     let local = qemu::local_ranges(&rig.overlay);
     assert!(local.iter().any(|range| range.contains(&cold)), "{local:?}");
 
-    // A reserve that cannot be had: nothing more is copied up.
+    // A reserve larger than the file system: nothing more is copied up.
     let disk = rig.mount(&["--reserve", "1T"]);
     rig.check("with a reserve of 1T", &disk);
     disk.umount();
     assert_eq!(qemu::local_ranges(&rig.overlay), local);
-    // And none: everything is.
+    // No reserve: everything is copied up.
     let disk = rig.mount(&["--reserve", "0"]);
     rig.check("without a reserve", &disk);
     disk.umount();
     assert_eq!(qemu::local_ranges(&rig.overlay), [0..size]);
     let disk = rig.mount(&["--stream"]);
-    wait_until("the stream has ended", || disk.client().ok("query-block-jobs", json!({})) == json!([]));
+    wait_until("the stream has ended", || {
+        disk.client().ok("query-block-jobs", json!({})) == json!([])
+    });
     disk.umount();
     rig.finish();
 }
 
-/// Protects: a want of space that is none of the file system's (RLIMIT_FSIZE, EFBIG) is one for the policies of a stream as well: it waits.
+/// Protects: the policies of a stream treat a limit on the file size (RLIMIT_FSIZE, EFBIG) like
+/// missing space: the stream waits.
 #[test]
 fn a_limit_on_the_file_size_pauses_a_stream() {
     use rustix::process::{Resource, Rlimit, prlimit};
     requires!("/dev/fuse", "qemu-img");
     let rig = crate::support::Rig::new(4 * MIB);
     let disk = rig.mount().qmp().start();
-    let limit = |bytes| prlimit(Some(disk.pid()), Resource::Fsize, Rlimit { current: bytes, maximum: None }).expect("prlimit");
+    let limit = |bytes| {
+        prlimit(Some(disk.server_pid()), Resource::Fsize, Rlimit { current: bytes, maximum: None })
+            .expect("prlimit")
+    };
     limit(Some(fs::metadata(&rig.overlay).expect("overlay").len() + MIB));
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "on-error": "enospc"}));
@@ -405,7 +454,11 @@ fn a_limit_on_the_file_size_pauses_a_stream() {
         match file.write_all_at(&[1; 512], offset) {
             Ok(()) => want[at(offset)..at(offset) + 512].fill(1),
             Err(error) => {
-                assert_eq!(error.raw_os_error(), Some(Errno::FBIG.raw_os_error()), "the guest learns what it is");
+                assert_eq!(
+                    error.raw_os_error(),
+                    Some(Errno::FBIG.raw_os_error()),
+                    "the guest learns what it is"
+                );
                 refused += 1;
             }
         }

@@ -1,5 +1,6 @@
-//! The host has no room for the overlay any more. A limit on the file size of the running daemon stands for that: it takes no file system
-//! of its own and no root, and can be lifted again. (The error is EFBIG, which counts as "no space".)
+//! The host has no space for the overlay any more. A limit on the file size of the running daemon
+//! simulates that: it needs neither a file system of its own nor root, and can be lifted again.
+//! (The error is EFBIG, which counts as "no space".)
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -9,16 +10,20 @@ use serde_json::json;
 
 use crate::support::{CLUSTER, Daemon, MIB, Pattern, Rig, assert_same, read_at};
 
-/// More than the tables need, far less than the disk, and never reached by the log.
+/// More bytes than the tables need, far fewer than the disk has, and never reached by the log.
 const ROOM: u64 = MIB;
 
 fn limit(disk: &Daemon, bytes: Option<u64>) {
-    let maximum = prlimit(Some(disk.pid()), Resource::Fsize, Rlimit { current: bytes, maximum: None }).expect("prlimit").maximum;
+    let maximum =
+        prlimit(Some(disk.server_pid()), Resource::Fsize, Rlimit { current: bytes, maximum: None })
+            .expect("prlimit")
+            .maximum;
     assert_eq!(maximum, None, "this machine limits file sizes itself");
 }
 
-/// Protects: P5. Copies that cannot be stored fail no read; a write that cannot be stored fails alone and loses nothing that was there; the job
-/// fails with the backing file kept; and when there is room again everything goes on without a new mount.
+/// Protects: P5. Copies that cannot be stored fail no read. A write that cannot be stored fails
+/// alone and loses no existing data. The job fails and keeps the backing file. With space
+/// everything continues without a new mount.
 #[test]
 fn without_room_reads_go_on_and_nothing_is_lost() {
     requires!("/dev/fuse", "qemu-img");
@@ -31,16 +36,29 @@ fn without_room_reads_go_on_and_nothing_is_lost() {
     let mut want = rig.content.clone();
     let file = disk.open();
     for at in (0..8 * MIB).step_by(1 << 16) {
-        let part = usize::try_from(at).expect("small")..usize::try_from(at + CLUSTER).expect("small");
-        assert_same("cold, with room for a part of it", &read_at(&file, at, part.len()), &want[part]);
+        let part =
+            usize::try_from(at).expect("small")..usize::try_from(at + CLUSTER).expect("small");
+        assert_same(
+            "cold, with room for a part of it",
+            &read_at(&file, at, part.len()),
+            &want[part],
+        );
     }
-    assert!(disk.log().contains("copy-on-read failed"), "the limit was never reached\n{}", disk.log());
+    assert!(
+        disk.log().contains("copy-on-read failed"),
+        "the limit was never reached\n{}",
+        disk.log()
+    );
     assert_same("again", &disk.read_all(), &want);
     let last = 8 * MIB - CLUSTER;
     let data = Pattern::new(77, 2).bytes(last, CLUSTER);
     file.write_all_at(&data, last).expect_err("there is no room for another cluster");
-    assert_same("what could not be overwritten", &read_at(&file, last, data.len()), &want[usize::try_from(last).expect("small")..]);
-    // What the overlay has already is overwritten in place.
+    assert_same(
+        "what could not be overwritten",
+        &read_at(&file, last, data.len()),
+        &want[usize::try_from(last).expect("small")..],
+    );
+    // Clusters that the overlay has are overwritten in place.
     file.write_all_at(&data, 0).expect("no room is needed");
     want[..data.len()].copy_from_slice(&data);
 

@@ -1,4 +1,5 @@
-//! The mounted file as programs see it: every operation of the table in the design (6.2), the ways in and the ways out.
+//! The mounted file as programs see it: every file operation, every way to mount and every way to
+//! unmount.
 
 use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -14,18 +15,24 @@ use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 
 use crate::support::guest::{PUNCH, ZERO};
 use crate::support::{
-    CLUSTER, CORDISK, Guest, KIB, MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, errno, mounts, poll, qemu, read_at, run_ok,
-    run_within, wait_until, within,
+    CLUSTER, CORDISK, Guest, KIB, MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, errno,
+    mounts, poll, qemu, read_at, run_ok, run_within, wait_until, within,
 };
 
-const SIZE: u64 = 2 * MIB + 24 * KIB; // the last cluster is cut
+const SIZE: u64 = 2 * MIB + 24 * KIB; // the last cluster is partial
 
 fn open_flags(path: &Path, flags: OFlags) -> File {
     let flags = i32::try_from(flags.bits()).expect("open flags fit");
-    OpenOptions::new().read(true).write(true).custom_flags(flags).open(path).expect("open the disk with flags")
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(flags)
+        .open(path)
+        .expect("open the disk with flags")
 }
 
-/// Protects: the disk is one regular file of the virtual size, for its owner only, and the mount table says what it is and where it comes from.
+/// Protects: the disk is one regular file of the virtual size, accessible to its owner only, and
+/// the mount table names its type and its source.
 #[test]
 fn the_disk_is_one_regular_file() {
     requires!("/dev/fuse", "qemu-img");
@@ -38,20 +45,33 @@ fn the_disk_is_one_regular_file() {
     assert_eq!(meta.nlink(), 1);
     assert_eq!(meta.uid(), rustix::process::geteuid().as_raw());
     assert!(meta.blksize() >= 4096, "st_blksize {} makes cp and dd guess badly", meta.blksize());
-    assert!(meta.blocks() * 512 < SIZE, "du shows what the overlay occupies, which is little as yet: {}", meta.blocks());
+    assert!(
+        meta.blocks() * 512 < SIZE,
+        "du shows what the overlay occupies, which is little as yet: {}",
+        meta.blocks()
+    );
     let entry = mounts::at(disk.path()).expect("mount table entry");
     assert_eq!(entry.fstype, "fuse.cordisk");
     assert_eq!(Path::new(&entry.source), rig.overlay);
     for option in ["rw", "nosuid", "nodev"] {
-        assert!(entry.options.split(',').any(|word| word == option), "{option} in {}", entry.options);
+        assert!(
+            entry.options.split(',').any(|word| word == option),
+            "{option} in {}",
+            entry.options
+        );
     }
     assert!(!entry.super_options.contains("allow_other"), "{}", entry.super_options);
-    assert!(rustix::fs::statfs(disk.path()).expect("statfs").f_blocks > 0, "statfs must not report a full disk");
+    assert!(
+        rustix::fs::statfs(disk.path()).expect("statfs").f_blocks > 0,
+        "statfs must not report a full disk"
+    );
     let file = disk.open();
     let before = file.metadata().expect("stat").blocks();
     file.write_all_at(&Pattern::new(1, 2).bytes(0, MIB), 0).expect("write");
     file.sync_all().expect("fsync");
-    wait_until("du shows the growth", || fs::metadata(disk.path()).expect("stat").blocks() >= before + MIB / 512 / 2);
+    wait_until("du shows the growth", || {
+        fs::metadata(disk.path()).expect("stat").blocks() >= before + MIB / 512 / 2
+    });
     assert_eq!(file.metadata().expect("stat").len(), SIZE);
     let mut want = rig.content.clone();
     Pattern::new(1, 2).fill(0, &mut want[..usize::try_from(MIB).expect("small")]);
@@ -60,7 +80,8 @@ fn the_disk_is_one_regular_file() {
     rig.assert_overlay(&want);
 }
 
-/// Protects: a missing mountpoint is made and removed again; one that was there stays, and keeps what it had.
+/// Protects: a missing mountpoint is created and removed again; an existing one stays, with its
+/// content.
 #[test]
 fn the_placeholder_comes_and_goes() {
     requires!("/dev/fuse", "qemu-img");
@@ -80,7 +101,7 @@ fn the_placeholder_comes_and_goes() {
     assert_eq!((meta.len(), meta.mode() & 0o777), (0, 0o640));
 }
 
-/// Protects: O_DIRECT works, for reads and writes, and sees what others wrote.
+/// Protects: O_DIRECT works for reads and writes, and sees the writes of other openers.
 #[test]
 fn direct_io() {
     requires!("/dev/fuse", "qemu-img");
@@ -125,12 +146,17 @@ assert os.pread(fd, 7, 0) != b'private', 'a private change must not reach the di
 private.close(); shared.close(); os.close(fd)
 ";
 
-/// Protects: the disk can be mapped, shared and private, although it is direct I/O otherwise (FUSE_DIRECT_IO_ALLOW_MMAP, Linux 6.6).
+/// Protects: the disk can be mapped, shared and private, although it uses direct I/O otherwise
+/// (FUSE_DIRECT_IO_ALLOW_MMAP, Linux 6.6).
 #[test]
 fn memory_maps_shared_and_private() {
     requires!("/dev/fuse", "qemu-img", "python3");
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("kernel release");
-    let numbers: Vec<u32> = release.split(|c: char| !c.is_ascii_digit()).filter_map(|text| text.parse().ok()).take(2).collect();
+    let numbers: Vec<u32> = release
+        .split(|c: char| !c.is_ascii_digit())
+        .filter_map(|text| text.parse().ok())
+        .take(2)
+        .collect();
     if numbers < vec![6, 6] {
         eprintln!("skipped: Linux {release} has no FUSE_DIRECT_IO_ALLOW_MMAP");
         return;
@@ -147,7 +173,8 @@ fn memory_maps_shared_and_private() {
     rig.assert_overlay(&want);
 }
 
-/// Protects: no opener ever sees stale bytes of another: there is one truth, and the kernel caches none of it.
+/// Protects: an opener never reads stale bytes after another opener's write, because the kernel
+/// caches no data of the disk.
 #[test]
 fn two_openers_see_each_other_at_once() {
     requires!("/dev/fuse", "qemu-img");
@@ -166,7 +193,8 @@ fn two_openers_see_each_other_at_once() {
     qemu::assert_clean(&rig.overlay);
 }
 
-/// Protects: a read stops at the end of the disk; beyond it there is nothing, and no error (QEMU had an underflow there).
+/// Protects: a read stops at the end of the disk; a read beyond the end returns 0 bytes and no
+/// error (QEMU had an underflow there).
 #[test]
 fn reads_at_and_across_the_end() {
     requires!("/dev/fuse", "qemu-img");
@@ -186,7 +214,8 @@ fn reads_at_and_across_the_end() {
     disk.umount();
 }
 
-/// Protects: a write never grows the disk and never pretends to: ENOSPC at and after the end, a short write across it.
+/// Protects: a write never grows the disk and never reports bytes that it did not write: ENOSPC at
+/// and after the end, a short write across it.
 #[test]
 fn writes_at_and_across_the_end() {
     requires!("/dev/fuse", "qemu-img");
@@ -211,16 +240,16 @@ fn writes_at_and_across_the_end() {
     rig.assert_overlay(&want);
 }
 
-/// Protects: a truncation is never answered with success and not done: `cp`, `tar` and `zstd -o`
-/// truncate and then skip the holes of what they write, where the old bytes would stay. Each of
-/// them fails, with nothing changed; what writes every byte without truncating works.
+/// Protects: a truncation never reports success without effect. `cp`, `tar` and `zstd -o` truncate
+/// and then skip the holes of what they write, so old bytes would stay there. Each of them fails
+/// and changes nothing; a program that writes every byte without truncating works.
 #[test]
 fn open_with_o_trunc_is_refused() {
     requires!("/dev/fuse", "qemu-img", "dd");
     let rig = Rig::new(SIZE);
     let disk = rig.mount().start();
     assert_eq!(errno(OpenOptions::new().write(true).truncate(true).open(disk.path())), Errno::PERM);
-    // Some data, a hole, and data at the end: what a sparse image looks like.
+    // A sparse image: data, a hole, and data at the end.
     let sparse = rig.scratch.join("sparse");
     let image = File::create(&sparse).expect("sparse image");
     image.set_len(SIZE).expect("hole");
@@ -228,7 +257,12 @@ fn open_with_o_trunc_is_refused() {
     image.write_all_at(&[7], SIZE - 1).expect("end");
     let new = fs::read(&sparse).expect("new content");
     let shell = |script: &str| {
-        let status = Command::new("sh").args(["-c", script]).arg(&sparse).arg(disk.path()).stderr(Stdio::null()).status();
+        let status = Command::new("sh")
+            .args(["-c", script])
+            .arg(&sparse)
+            .arg(disk.path())
+            .stderr(Stdio::null())
+            .status();
         status.expect("sh").success()
     };
     for script in [
@@ -245,7 +279,12 @@ fn open_with_o_trunc_is_refused() {
     }
     assert!(!shell(r#"cat "$0" >> "$1""#), "there is no room behind the end");
     assert_same("after >>", &disk.read_all(), &rig.content);
-    assert_eq!(disk.log().matches("tried to truncate the disk").count(), 1, "said once\n{}", disk.log());
+    assert_eq!(
+        disk.log().matches("tried to truncate the disk").count(),
+        1,
+        "said once\n{}",
+        disk.log()
+    );
 
     assert!(shell(r#"dd if="$0" of="$1" bs=64K conv=notrunc status=none"#));
     assert_same("after dd conv=notrunc", &disk.read_all(), &new);
@@ -256,14 +295,14 @@ fn open_with_o_trunc_is_refused() {
     rig.assert_overlay(&new);
 }
 
-/// Protects: the size of the disk cannot be changed from the guest's side; nothing is lost by trying.
+/// Protects: the guest cannot change the size of the disk, and an attempt loses no data.
 #[test]
 fn truncate_is_refused() {
     requires!("/dev/fuse", "qemu-img");
     let rig = Rig::new(SIZE);
     let disk = rig.mount().start();
     let file = disk.open();
-    // What no disk can have is EINVAL, as with QEMU (6.2).
+    // A size that no disk can have gives EINVAL, as in QEMU.
     for (size, want) in [
         (0, Errno::PERM),
         (1, Errno::INVAL),
@@ -282,8 +321,8 @@ fn truncate_is_refused() {
     rig.assert_overlay(&rig.content);
 }
 
-/// Protects: every fallocate mode does what it says or refuses (6.2): punch and zero work at any byte, also across and past the end,
-/// everything else is refused.
+/// Protects: each fallocate mode has its documented effect or is refused. Punching and zeroing work
+/// at any byte, also across and past the end; every other mode is refused.
 #[test]
 fn fallocate_modes() {
     requires!("/dev/fuse", "qemu-img");
@@ -298,32 +337,38 @@ fn fallocate_modes() {
     refused(FallocateFlags::COLLAPSE_RANGE, 0..CLUSTER);
     refused(FallocateFlags::INSERT_RANGE, 0..CLUSTER);
     refused(FallocateFlags::UNSHARE_RANGE, 0..CLUSTER);
-    // Success would promise space that is not reserved.
+    // Success would promise that space is reserved, which it is not.
     refused(FallocateFlags::empty(), 0..SIZE);
     guest.check_all();
     for flags in [FallocateFlags::empty(), FallocateFlags::ZERO_RANGE] {
-        assert!(fallocate(&guest.file, flags, SIZE - 512, 1024).is_err(), "{flags:?} must not grow the disk");
+        assert!(
+            fallocate(&guest.file, flags, SIZE - 512, 1024).is_err(),
+            "{flags:?} must not grow the disk"
+        );
         assert_eq!(guest.file.metadata().expect("stat").len(), SIZE);
     }
-    guest.zero(SIZE - 512..SIZE); // what the refused one may have done before it refused
+    guest.zero(SIZE - 512..SIZE); // the refused call may have zeroed these bytes before
     guest.check_all();
 
     guest.punch(CLUSTER..2 * CLUSTER);
     guest.punch(3 * CLUSTER + 1..3 * CLUSTER + 2); // one byte
-    guest.punch(4 * CLUSTER - 700..6 * CLUSTER + 300); // edges of cold clusters, whole ones between
+    guest.punch(4 * CLUSTER - 700..6 * CLUSTER + 300); // edges of clusters, whole ones between
     guest.zero(8 * CLUSTER..9 * CLUSTER);
     guest.zero(10 * CLUSTER + 5..12 * CLUSTER + 77);
     guest.write(14 * CLUSTER..16 * CLUSTER);
-    guest.punch(14 * CLUSTER + 4096..15 * CLUSTER + 4096); // warm clusters
+    guest.punch(14 * CLUSTER + 4096..15 * CLUSTER + 4096); // clusters of the overlay
     guest.check_all();
-    // Without KEEP_SIZE, inside the disk, nothing would grow.
-    fallocate(&guest.file, FallocateFlags::ZERO_RANGE, 20 * CLUSTER, 100).expect("zero range inside the disk");
+    // A zero range without KEEP_SIZE inside the disk does not grow it.
+    fallocate(&guest.file, FallocateFlags::ZERO_RANGE, 20 * CLUSTER, 100)
+        .expect("zero range inside the disk");
     let at = usize::try_from(20 * CLUSTER).expect("small");
     guest.shadow[at..at + 100].fill(0);
 
     for flags in [PUNCH, ZERO] {
-        fallocate(&guest.file, flags, SIZE, CLUSTER).unwrap_or_else(|error| panic!("{flags:?} wholly past the end: {error}"));
-        fallocate(&guest.file, flags, SIZE + MIB, CLUSTER).unwrap_or_else(|error| panic!("{flags:?} far past the end: {error}"));
+        fallocate(&guest.file, flags, SIZE, CLUSTER)
+            .unwrap_or_else(|error| panic!("{flags:?} wholly past the end: {error}"));
+        fallocate(&guest.file, flags, SIZE + MIB, CLUSTER)
+            .unwrap_or_else(|error| panic!("{flags:?} far past the end: {error}"));
     }
     fallocate(&guest.file, PUNCH, SIZE - 1000, MIB).expect("punch across the end");
     let at = guest.shadow.len() - 1000;
@@ -339,7 +384,7 @@ fn fallocate_modes() {
     disk.umount();
 }
 
-/// Runs of data, as SEEK_DATA and SEEK_HOLE tell them.
+/// Returns the runs of data that SEEK_DATA and SEEK_HOLE report.
 fn data_runs(file: &File) -> Vec<Range<u64>> {
     let (mut runs, mut at) = (Vec::new(), 0);
     loop {
@@ -355,8 +400,8 @@ fn data_runs(file: &File) -> Vec<Range<u64>> {
     }
 }
 
-/// Protects: SEEK_DATA and SEEK_HOLE tell the block status of overlay and base together: `cp --sparse` and `qemu-img convert` copy
-/// no hole and miss no data.
+/// Protects: SEEK_DATA and SEEK_HOLE report the block status of overlay and base together, so that
+/// `cp --sparse` and `qemu-img convert` copy no hole and miss no data.
 #[test]
 fn seek_data_and_hole_see_the_whole_chain() {
     requires!("/dev/fuse", "qemu-img", "fallocate", "cp");
@@ -365,7 +410,8 @@ fn seek_data_and_hole_see_the_whole_chain() {
     let mut content = vec![0; usize::try_from(32 * CLUSTER).expect("small")];
     for run in [0..4, 8..12, 20..31] {
         let run = clusters(run);
-        let slice = &mut content[usize::try_from(run.start).expect("small")..usize::try_from(run.end).expect("small")];
+        let slice = &mut content
+            [usize::try_from(run.start).expect("small")..usize::try_from(run.end).expect("small")];
         Pattern::new(6, 1).fill(run.start, slice);
     }
     let base = scratch.write("base.raw", &content);
@@ -378,20 +424,40 @@ fn seek_data_and_hole_see_the_whole_chain() {
     qemu::create(&overlay, None, "", Some(("base.raw", "raw")));
     let disk = Mount::new(&scratch, &overlay).start();
     let file = disk.open();
-    assert_eq!(data_runs(&file), [clusters(0..4), clusters(8..12), clusters(20..31)], "nothing but the base");
+    assert_eq!(
+        data_runs(&file),
+        [clusters(0..4), clusters(8..12), clusters(20..31)],
+        "nothing but the base"
+    );
     let mut guest = Guest::new(file, content, 7);
     guest.write(6 * CLUSTER + 10..6 * CLUSTER + 20); // data in a hole of the base
     guest.punch(clusters(9..10)); // a hole in its data
-    guest.check_all(); // copy-on-read of all the rest changes nothing
-    let want_runs = [clusters(0..4), clusters(6..7), clusters(8..9), clusters(10..12), clusters(20..31)];
+    guest.check_all(); // copy-on-read of all other clusters changes nothing
+    let want_runs =
+        [clusters(0..4), clusters(6..7), clusters(8..9), clusters(10..12), clusters(20..31)];
     assert_eq!(data_runs(&guest.file), want_runs, "overlay and base");
     let end = clusters(0..32).end;
     assert_eq!(rustix::fs::seek(&guest.file, rustix::fs::SeekFrom::Data(end)), Err(Errno::NXIO));
     assert_eq!(rustix::fs::seek(&guest.file, rustix::fs::SeekFrom::Hole(end)), Err(Errno::NXIO));
-    assert_eq!(rustix::fs::seek(&guest.file, rustix::fs::SeekFrom::Data(end + 12345)), Err(Errno::NXIO));
-    assert_eq!(rustix::fs::seek(&guest.file, rustix::fs::SeekFrom::Data(31 * CLUSTER)), Err(Errno::NXIO), "only a hole up to the end");
-    assert_eq!(rustix::fs::seek(&guest.file, rustix::fs::SeekFrom::Data(1234)), Ok(1234), "inside data");
-    assert_eq!(rustix::fs::seek(&guest.file, rustix::fs::SeekFrom::Hole(5 * CLUSTER + 7)), Ok(5 * CLUSTER + 7), "inside a hole");
+    assert_eq!(
+        rustix::fs::seek(&guest.file, rustix::fs::SeekFrom::Data(end + 12345)),
+        Err(Errno::NXIO)
+    );
+    assert_eq!(
+        rustix::fs::seek(&guest.file, rustix::fs::SeekFrom::Data(31 * CLUSTER)),
+        Err(Errno::NXIO),
+        "only a hole up to the end"
+    );
+    assert_eq!(
+        rustix::fs::seek(&guest.file, rustix::fs::SeekFrom::Data(1234)),
+        Ok(1234),
+        "inside data"
+    );
+    assert_eq!(
+        rustix::fs::seek(&guest.file, rustix::fs::SeekFrom::Hole(5 * CLUSTER + 7)),
+        Ok(5 * CLUSTER + 7),
+        "inside a hole"
+    );
     assert_eq!(guest.file.seek(SeekFrom::End(0)).expect("seek"), end);
 
     let copy = scratch.join("copy");
@@ -405,7 +471,8 @@ fn seek_data_and_hole_see_the_whole_chain() {
     assert_same("overlay", &qemu::read_all(&overlay), &want);
 }
 
-/// Protects: touch, cp -p, rsync and the like do not fail: times are kept, in memory; a write moves the modification time, a read does not.
+/// Protects: touch, cp -p and rsync do not fail. Times are kept in memory; a write updates the
+/// modification time, a read does not.
 #[test]
 fn times_are_kept() {
     requires!("/dev/fuse", "qemu-img", "touch");
@@ -424,7 +491,8 @@ fn times_are_kept() {
     disk.umount();
 }
 
-/// Protects: nobody can open the disk to others by chmod or chown while the mount is the owner's alone; the owner's own bits may change.
+/// Protects: chmod and chown cannot open the disk to other users while only the owner may access
+/// the mount; the owner's own bits may change.
 #[test]
 fn chmod_and_chown_rules() {
     requires!("/dev/fuse", "qemu-img");
@@ -440,13 +508,16 @@ fn chmod_and_chown_rules() {
     assert_eq!(mode(), 0o400);
     chmod(0o600).expect("and come back");
     assert_eq!(mode(), 0o600);
-    assert!(std::os::unix::fs::chown(disk.path(), Some(65534), None).is_err(), "the disk cannot be given away");
+    assert!(
+        std::os::unix::fs::chown(disk.path(), Some(65534), None).is_err(),
+        "the disk cannot be given away"
+    );
     assert_eq!(fs::metadata(disk.path()).expect("stat").uid(), rustix::process::geteuid().as_raw());
     assert_same("content", &disk.read_all(), &rig.content);
     disk.umount();
 }
 
-/// Protects: programs that lock the disk against each other can.
+/// Protects: programs can lock the disk against each other.
 #[test]
 fn flock_between_openers() {
     requires!("/dev/fuse", "qemu-img");
@@ -461,8 +532,9 @@ fn flock_between_openers() {
     disk.umount();
 }
 
-/// Protects: fsync, fdatasync, close and synchronous writes always get an answer, also the second time
-/// (an ENOSYS once, and the kernel never asks again: finding 6). That they make things durable is proved in `kill_restart`.
+/// Protects: fsync, fdatasync, close and synchronous writes always return success, also the second
+/// time (after one ENOSYS the kernel would never ask again). `kill_restart` proves that they make
+/// data durable.
 #[test]
 fn every_way_to_sync_succeeds() {
     requires!("/dev/fuse", "qemu-img");
@@ -470,7 +542,8 @@ fn every_way_to_sync_succeeds() {
     let disk = rig.mount().start();
     let mut want = rig.content.clone();
     for round in 0..3u32 {
-        for (index, flags) in [OFlags::empty(), OFlags::DSYNC, OFlags::SYNC].into_iter().enumerate() {
+        for (index, flags) in [OFlags::empty(), OFlags::DSYNC, OFlags::SYNC].into_iter().enumerate()
+        {
             let file = open_flags(disk.path(), flags);
             let offset = (u64::from(round) * 3 + index as u64) * 100_003;
             let data = Pattern::new(8, round).bytes(offset, 5000);
@@ -488,7 +561,8 @@ fn every_way_to_sync_succeeds() {
     rig.assert_overlay(&want);
 }
 
-/// Protects: `--read-only` changes nothing at all: EROFS for writers, and the overlay stays the same byte for byte, reads included.
+/// Protects: `--read-only` changes nothing: EROFS for writers, and the overlay keeps every byte,
+/// even when it is read.
 #[test]
 fn a_read_only_mount_changes_nothing() {
     requires!("/dev/fuse", "qemu-img");
@@ -505,7 +579,7 @@ fn a_read_only_mount_changes_nothing() {
     assert_same("the base", &fs::read(&rig.base).expect("base"), &rig.content);
 }
 
-/// Protects: without copy-on-read, reading leaves the overlay as empty as it was; writing still works.
+/// Protects: without copy-on-read, a read copies nothing into the overlay; writes still work.
 #[test]
 fn without_copy_on_read_nothing_is_copied() {
     requires!("/dev/fuse", "qemu-img");
@@ -521,17 +595,23 @@ fn without_copy_on_read_nothing_is_copied() {
     let want = guest.shadow;
     drop(guest.file);
     disk.umount();
-    assert_eq!(qemu::local_ranges(&rig.overlay), [CLUSTER..2 * CLUSTER], "only the cluster that was written");
+    assert_eq!(
+        qemu::local_ranges(&rig.overlay),
+        [CLUSTER..2 * CLUSTER],
+        "only the cluster that was written"
+    );
     rig.assert_overlay(&want);
 }
 
-/// Protects: copy-on-read copies the clusters that were read, whole, and no others; clusters that are all zero become zero clusters
-/// and take no space; afterwards the base is not needed for them.
+/// Protects: copy-on-read copies exactly the clusters that were read, each as a whole. Clusters
+/// that are all zero become zero clusters and take no space. Afterwards these clusters do not need
+/// the base.
 #[test]
 fn copy_on_read_copies_exactly_what_was_read() {
     requires!("/dev/fuse", "qemu-img");
     let mut content = Pattern::new(9, 1).bytes(0, SIZE);
-    let zero = usize::try_from(8 * CLUSTER).expect("small")..usize::try_from(10 * CLUSTER).expect("small");
+    let zero =
+        usize::try_from(8 * CLUSTER).expect("small")..usize::try_from(10 * CLUSTER).expect("small");
     content[zero].fill(0);
     let rig = Rig::with(content, "");
     let disk = rig.mount().start();
@@ -553,16 +633,19 @@ fn copy_on_read_copies_exactly_what_was_read() {
         [3 * CLUSTER..4 * CLUSTER, 5 * CLUSTER..7 * CLUSTER, 8 * CLUSTER..9 * CLUSTER, last..SIZE]
     );
     let runs = qemu::map(&rig.overlay);
-    let run = runs.iter().find(|run| run.range.start == 8 * CLUSTER).expect("run of the zero cluster");
+    let run =
+        runs.iter().find(|run| run.range.start == 8 * CLUSTER).expect("run of the zero cluster");
     assert!(run.zero && !run.data, "a copy of zeros takes no space: {run:?}");
     rig.assert_overlay(&rig.content);
-    // The copies stand on their own: with another base below, they still say what the first one said.
+    // The copies do not depend on the base: above another base they still have the bytes of the
+    // first one.
     fs::write(&rig.base, vec![0x55; rig.content.len()]).expect("another base");
-    let at = usize::try_from(5 * CLUSTER).expect("small")..usize::try_from(7 * CLUSTER).expect("small");
+    let at =
+        usize::try_from(5 * CLUSTER).expect("small")..usize::try_from(7 * CLUSTER).expect("small");
     assert_same("copied clusters", &qemu::read_all(&rig.overlay)[at.clone()], &rig.content[at]);
 }
 
-/// Protects: `fusermount3 -u` ends the daemon as cleanly as umount(8) does.
+/// Protects: `fusermount3 -u` ends the daemon cleanly, like umount(8).
 #[test]
 fn fusermount_ends_it_cleanly() {
     requires!("/dev/fuse", "qemu-img", "fusermount3");
@@ -573,7 +656,8 @@ fn fusermount_ends_it_cleanly() {
     let (path, want) = (disk.path().to_owned(), guest.shadow);
     drop(guest.file);
     let done = poll(Duration::from_secs(10), || {
-        let done = run_within(Command::new("fusermount3").arg("-u").arg(&path), Duration::from_secs(30));
+        let done =
+            run_within(Command::new("fusermount3").arg("-u").arg(&path), Duration::from_secs(30));
         (!done.stderr.contains("busy")).then_some(done)
     });
     assert!(done.as_ref().is_some_and(|done| done.status.success()), "{done:?}");
@@ -582,7 +666,8 @@ fn fusermount_ends_it_cleanly() {
     rig.assert_overlay(&want);
 }
 
-/// Protects: SIGTERM to an idle disk is a clean end: everything flushed, nothing mounted, status 0 (P15).
+/// Protects: SIGTERM to an idle disk is a clean end: everything is flushed, nothing is mounted, the
+/// exit status is 0 (P15).
 #[test]
 fn sigterm_when_idle_is_a_clean_end() {
     requires!("/dev/fuse", "qemu-img");
@@ -600,8 +685,9 @@ fn sigterm_when_idle_is_a_clean_end() {
     }
 }
 
-/// Protects: a mount namespace that was made while the disk was mounted has a mount of its own, and keeps the daemon after SIGTERM: the log says so, and
-/// the daemon ends when that namespace does.
+/// Protects: a mount namespace that was created while the disk was mounted has its own copy of the
+/// mount, and keeps the daemon running after SIGTERM. The log says so, and the daemon ends with
+/// that namespace.
 #[test]
 fn a_namespace_that_keeps_the_disk_is_named() {
     requires!("/dev/fuse", "qemu-img", "root", "unshare");
@@ -623,7 +709,8 @@ fn a_namespace_that_keeps_the_disk_is_named() {
     disk.assert_clean_end();
 }
 
-/// Protects: SIGTERM while somebody has the disk open does not pull it away (P15): it goes on serving, and ends when the last one has gone.
+/// Protects: SIGTERM while a program has the disk open does not interrupt it (P15): the daemon
+/// keeps serving, and ends when the last opener has closed the disk.
 #[test]
 fn sigterm_when_busy_goes_on_serving() {
     requires!("/dev/fuse", "qemu-img");
@@ -633,14 +720,19 @@ fn sigterm_when_busy_goes_on_serving() {
     guest.write(1000..2000);
     disk.signal(Signal::TERM);
     std::thread::sleep(Duration::from_millis(700));
-    assert!(disk.ended_within(Duration::ZERO).is_none(), "it must not end while the disk is open\n{}", disk.log());
+    assert!(
+        disk.ended_within(Duration::ZERO).is_none(),
+        "it must not end while the disk is open\n{}",
+        disk.log()
+    );
     guest.check_all();
     guest.write(CLUSTER * 5 + 1..CLUSTER * 9);
     guest.file.sync_all().expect("fsync after SIGTERM");
     guest.check_all();
     let (path, want) = (disk.path().to_owned(), guest.shadow);
     drop(guest.file);
-    // It may notice by itself that it is free now, or wait to be unmounted; both are a clean end.
+    // The daemon may notice by itself that the disk is free, or wait for the unmount; both are a
+    // clean end.
     if disk.ended_within(Duration::from_secs(5)).is_none() {
         mounts::umount(&path);
     }
@@ -648,7 +740,7 @@ fn sigterm_when_busy_goes_on_serving() {
     rig.assert_overlay(&want);
 }
 
-/// A daemon in the background: not our child, so its end is watched by its process id.
+/// A daemon in the background. It is not a child of the test, so the test watches its process id.
 struct Background {
     mountpoint: PathBuf,
     pid: Option<Pid>,
@@ -665,28 +757,49 @@ impl Drop for Background {
     }
 }
 
-/// Protects: without -f the command returns 0 exactly when disk and socket are usable, lets go of its caller's terminal and pipes,
-/// writes the process id, and ends with the unmount.
+/// Protects: without -f the command returns 0 exactly when disk and socket are usable. It closes
+/// its caller's terminal and pipes, writes the process id, and the daemon ends with the unmount.
 #[test]
 fn background_mode_returns_when_it_is_mounted() {
     requires!("/dev/fuse", "qemu-img");
     let rig = Rig::new(MIB);
-    let (disk, socket, pidfile) = (rig.scratch.join("disk"), rig.scratch.join("qmp.sock"), rig.scratch.join("pid"));
+    let (disk, socket, pidfile) =
+        (rig.scratch.join("disk"), rig.scratch.join("qmp.sock"), rig.scratch.join("pid"));
     let mut background = Background { mountpoint: disk.clone(), pid: None };
-    // With one more descriptor of the caller's: a daemon that keeps it would hold pipes open and locks taken for as long as it lives.
+    // The caller has one more descriptor open. A daemon that kept it would hold pipes open and
+    // locks taken during its whole life.
     let mut command = Command::new("sh");
     command.args(["-c", "exec 3>&1; exec \"$@\"", "sh", CORDISK]);
-    // A machine without a log of its own is worth a note.
-    command.args(["mount", "--log", "log"]).arg("--qmp").arg(&socket).arg("--pidfile").arg(&pidfile).arg("overlay.qcow2").arg("disk");
+    // Without `--log`, the command prints a note on a machine that has no system log; the test
+    // expects no output.
+    command
+        .args(["mount", "--log", "log"])
+        .arg("--qmp")
+        .arg(&socket)
+        .arg("--pidfile")
+        .arg(&pidfile)
+        .arg("overlay.qcow2")
+        .arg("disk");
     command.current_dir(rig.scratch.path()).env_remove("RUST_LOG");
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    // output() reads the pipes to their end: a daemon that keeps them open would hang every `x=$(cordisk mount ...)`.
+    // output() reads the pipes to their end: a daemon that kept them open would hang every
+    // `x=$(cordisk mount ...)`.
     let output = within(Duration::from_secs(30), move || command.output().expect("run"));
-    background.pid = fs::read_to_string(&pidfile).ok().and_then(|text| text.trim().parse().ok()).and_then(Pid::from_raw);
+    background.pid = fs::read_to_string(&pidfile)
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .and_then(Pid::from_raw);
     let output = output.expect("the command must return and close its pipes");
     assert!(output.status.success(), "{output:?}");
-    assert_eq!((output.stdout.as_slice(), output.stderr.as_slice()), (&b""[..], &b""[..]), "nothing to say when all is well");
-    assert!(mounts::at(&disk).is_some_and(|entry| entry.fstype == "fuse.cordisk"), "mounted when it returns");
+    assert_eq!(
+        (output.stdout.as_slice(), output.stderr.as_slice()),
+        (&b""[..], &b""[..]),
+        "nothing to say when all is well"
+    );
+    assert!(
+        mounts::at(&disk).is_some_and(|entry| entry.fstype == "fuse.cordisk"),
+        "mounted when it returns"
+    );
     let mut client = QmpClient::connect(&socket);
     assert_eq!(client.ok("query-block-jobs", serde_json::json!({})), serde_json::json!([]));
     let pid = background.pid.expect("the pidfile holds a process id");
@@ -706,21 +819,25 @@ fn background_mode_returns_when_it_is_mounted() {
     rig.assert_overlay(&want);
 }
 
-/// Runs a program as nobody.
+/// Runs a program as the user nobody.
 fn as_nobody(program: &str, args: &[&Path]) -> bool {
     let mut command = Command::new("setpriv");
     command.args(["--reuid=65534", "--regid=65534", "--clear-groups", program]).args(args);
     run_within(&mut command, Duration::from_secs(30)).status.success()
 }
 
-/// Protects: the disk is its owner's alone (finding 9): others cannot even look at it without --allow-other, and with it the mode bits decide.
+/// Protects: only the owner can access the disk. Without --allow-other, other users cannot even
+/// stat it; with that option, the mode bits decide.
 #[test]
 fn other_users_see_what_the_mode_allows_and_no_more() {
     requires!("/dev/fuse", "qemu-img", "root", "setpriv", "cmp");
     let rig = Rig::new(MIB);
     rig.scratch.open_to_all();
     fs::set_permissions(&rig.base, Permissions::from_mode(0o644)).expect("chmod");
-    assert!(as_nobody("cat", &[&rig.base]), "the scratch directory must let others through, or this test proves nothing");
+    assert!(
+        as_nobody("cat", &[&rig.base]),
+        "the scratch directory must let others through, or this test proves nothing"
+    );
     let disk = rig.mount().start();
     assert!(!as_nobody("cat", &[disk.path()]), "not without --allow-other");
     assert!(!as_nobody("stat", &[disk.path()]), "not even stat");
@@ -732,9 +849,13 @@ fn other_users_see_what_the_mode_allows_and_no_more() {
         assert!(options.split(',').any(|word| word == option), "{option} in {options}");
     }
     assert!(!as_nobody("cat", &[disk.path()]), "mode 0600 holds");
-    fs::set_permissions(disk.path(), Permissions::from_mode(0o644)).expect("with --allow-other the owner may open it");
+    fs::set_permissions(disk.path(), Permissions::from_mode(0o644))
+        .expect("with --allow-other the owner may open it");
     assert!(as_nobody("cmp", &[disk.path(), &rig.base]), "mode 0644 lets others read");
-    assert!(!as_nobody("sh", &[Path::new("-c"), Path::new("echo > \"$0\""), disk.path()]), "and not write");
+    assert!(
+        !as_nobody("sh", &[Path::new("-c"), Path::new("echo > \"$0\""), disk.path()]),
+        "and not write"
+    );
     fs::set_permissions(disk.path(), Permissions::from_mode(0o600)).expect("and close it");
     assert!(!as_nobody("cat", &[disk.path()]), "mode 0600 again");
     assert_same("content", &disk.read_all(), &rig.content);
@@ -742,7 +863,8 @@ fn other_users_see_what_the_mode_allows_and_no_more() {
     rig.assert_overlay(&rig.content);
 }
 
-/// Protects: requests of every size and alignment, from several threads at once, each to its own part of the disk.
+/// Protects: requests of every size and alignment, from several threads at the same time, each to
+/// its own part of the disk.
 #[test]
 fn many_threads_write_their_own_parts() {
     requires!("/dev/fuse", "qemu-img");
@@ -750,15 +872,18 @@ fn many_threads_write_their_own_parts() {
     let disk = rig.mount().start();
     let mut want = rig.content.clone();
     std::thread::scope(|scope| {
-        // Parts border inside clusters, so neighbours meet in allocating writes of the same cluster.
+        // The parts meet inside clusters, so that two threads make allocating writes to the same
+        // cluster.
         let part = MIB + 1000;
         for (index, slice) in want.chunks_mut(usize::try_from(part).expect("small")).enumerate() {
             let file = disk.open();
             scope.spawn(move || {
-                let (mut rng, base) = (crate::support::Rng::new(index as u64 + 1), index as u64 * part);
+                let (mut rng, base) =
+                    (crate::support::Rng::new(index as u64 + 1), index as u64 * part);
                 for version in 0..60u32 {
                     let range = rng.range(slice.len() as u64, 300 * KIB);
-                    let data = Pattern::new(10, version).bytes(base + range.start, range.end - range.start);
+                    let data = Pattern::new(10, version)
+                        .bytes(base + range.start, range.end - range.start);
                     file.write_all_at(&data, base + range.start).expect("write");
                     let at = usize::try_from(range.start).expect("small");
                     slice[at..at + data.len()].copy_from_slice(&data);

@@ -1,4 +1,5 @@
-//! Races of the process with its surroundings: the hazards of the table in `src/simulation/hazards.rs` that need a kernel and a mount.
+//! Races of the process with its environment: the hazards of the table in `src/trials/hazards.rs`
+//! that need a kernel and a mount.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -10,30 +11,37 @@ use serde_json::json;
 
 use crate::support::{CLUSTER, MIB, Pattern, Rig, mounts, poll, read_at, wait_until};
 
-/// Protects: nothing in the daemon leads through its own mountpoint, where it would wait for itself: neither its current directory nor any file it
-/// has open, before and after it was asked for everything that it knows (H29).
+/// Protects: the daemon uses no path through its own mountpoint, where it would wait for itself:
+/// neither its current directory nor any open file is there, before and after every query (H29).
 #[test]
 fn h29_the_daemon_keeps_away_from_its_own_mountpoint() {
     requires!("/dev/fuse", "qemu-img");
     let rig = Rig::new(4 * MIB);
     let disk = rig.mount().qmp().start();
-    let process = PathBuf::from(format!("/proc/{}", disk.pid().as_raw_nonzero()));
+    let process = PathBuf::from(format!("/proc/{}", disk.server_pid().as_raw_nonzero()));
     let check = || {
         assert_eq!(fs::read_link(process.join("cwd")).expect("cwd"), PathBuf::from("/"));
-        // By device: the placeholder below the mount has the same name, and is another file.
+        // Compared by device, because the placeholder below the mount has the same name and is
+        // another file.
         let of_disk = fs::metadata(disk.path()).expect("stat of the disk").dev();
         let mut fuse_is_open = false;
         for entry in fs::read_dir(process.join("fd")).expect("fd").flatten() {
             let Ok(path) = fs::read_link(entry.path()) else { continue }; // closed meanwhile
             fuse_is_open |= path == Path::new("/dev/fuse");
             let of_file = fs::metadata(entry.path()).map(|file| file.dev());
-            assert!(of_file.is_err() || of_file.is_ok_and(|device| device != of_disk), "it has its own disk open as {}", path.display());
+            assert!(
+                of_file.is_err() || of_file.is_ok_and(|device| device != of_disk),
+                "it has its own disk open as {}",
+                path.display()
+            );
         }
         assert!(fuse_is_open);
     };
     check();
     let mut client = disk.client();
-    for query in ["query-named-block-nodes", "query-block-exports", "query-block-jobs", "query-blockstats"] {
+    for query in
+        ["query-named-block-nodes", "query-block-exports", "query-block-jobs", "query-blockstats"]
+    {
         client.execute(query, json!({})).ok();
     }
     client.ok("block-stream", json!({"device": "drive0"}));
@@ -44,8 +52,9 @@ fn h29_the_daemon_keeps_away_from_its_own_mountpoint() {
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: all ways to end come at once, in the middle of a stream: one of them wins, the others change nothing, the image is closed once, with
-/// all that was acknowledged (H31).
+/// Protects: `quit`, a signal and an unmount at the same time, during a stream: one of them takes
+/// effect, the others change nothing, and the image is closed once, with everything that was
+/// acknowledged (H31).
 #[test]
 fn h31_quit_signal_and_unmount_at_once() {
     requires!("/dev/fuse", "qemu-img");
@@ -61,10 +70,13 @@ fn h31_quit_signal_and_unmount_at_once() {
         quitter.ok("block-stream", json!({"device": "drive0", "speed": 16 * MIB}));
         wait_until("it copies", || quitter.job()["offset"].as_u64().expect("offset") > 2 * MIB);
         std::thread::scope(|scope| {
-            scope.spawn(|| canceller.send_raw(r#"{"execute":"block-job-cancel","arguments":{"device":"drive0"}}"#));
+            scope.spawn(|| {
+                canceller
+                    .send_raw(r#"{"execute":"block-job-cancel","arguments":{"device":"drive0"}}"#)
+            });
             scope.spawn(|| quitter.send_raw(r#"{"execute":"quit"}"#));
             scope.spawn(|| {
-                // It may have ended by itself before the signal or the unmount comes.
+                // The daemon may have ended before the signal or the unmount arrives.
                 let _ = rustix::process::kill_process(disk.pid(), Signal::TERM);
             });
             scope.spawn(|| Command::new("umount").arg(disk.path()).stderr(Stdio::null()).status());
@@ -75,8 +87,8 @@ fn h31_quit_signal_and_unmount_at_once() {
     }
 }
 
-/// Protects: a client that is killed while its write is under way leaves every cluster old or new, and the disk goes on; FUSE_INTERRUPT stops
-/// nothing half-way (H32).
+/// Protects: a client that is killed during its write leaves every cluster old or new, and the disk
+/// continues; FUSE_INTERRUPT stops no request in the middle (H32).
 #[test]
 fn h32_clients_killed_in_the_middle_of_a_write() {
     requires!("/dev/fuse", "qemu-img", "dd");
@@ -96,13 +108,18 @@ fn h32_clients_killed_in_the_middle_of_a_write() {
             .spawn()
             .expect("dd");
         let file = File::open(disk.path()).expect("open");
-        let begun = poll(std::time::Duration::from_secs(30), || (read_at(&file, 0, 512) == next[..512]).then_some(()));
+        let begun = poll(std::time::Duration::from_secs(30), || {
+            (read_at(&file, 0, 512) == next[..512]).then_some(())
+        });
         let _ = writer.kill();
         let status = writer.wait().expect("wait");
         assert!(begun.is_some(), "dd wrote nothing");
         cut += u32::from(!status.success());
         let found = disk.read_all();
-        let clusters = found.chunks(CLUSTER as usize).zip(now.chunks(CLUSTER as usize)).zip(next.chunks(CLUSTER as usize));
+        let clusters = found
+            .chunks(CLUSTER as usize)
+            .zip(now.chunks(CLUSTER as usize))
+            .zip(next.chunks(CLUSTER as usize));
         let written: Vec<bool> = clusters
             .enumerate()
             .map(|(index, ((found, old), new))| {
@@ -110,7 +127,10 @@ fn h32_clients_killed_in_the_middle_of_a_write() {
                 found == new
             })
             .collect();
-        assert!(written.is_sorted_by(|before, after| before >= after), "dd writes in order: {written:?}");
+        assert!(
+            written.is_sorted_by(|before, after| before >= after),
+            "dd writes in order: {written:?}"
+        );
         now = found;
         if cut == 5 {
             break;

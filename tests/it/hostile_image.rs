@@ -1,30 +1,37 @@
 //! A hostile image gives an error, never a panic, a hang or a huge allocation (V1 to V27).
 //!
-//! Images that QEMU made are damaged in the places that matter (header, tables, refcounts, compressed data), opened, and worked with through
-//! the disk. Whatever the disk does accept must go on without a panic, and stay within bounds of the damage: the file does not explode.
+//! Images that QEMU made are damaged in critical places (header, tables, refcounts, compressed
+//! data), opened, and used through the disk. If the disk accepts an image, it must work without a
+//! panic, and the size of the file must stay bounded.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use cordisk::chain::Gate;
-use cordisk::disk::{Disk, DiskOptions};
+use engine::chain::Gate;
+use engine::disk::{Disk, DiskOptions};
 
 use crate::support::Rng;
 
 const SIZE: u64 = 4 << 20;
-/// No image of 4 MiB needs more, whatever is done to it.
+/// Maximum size of an image of 4 MiB after any requests, in bytes.
 const LARGEST: u64 = 64 << 20;
 
 fn qemu_img(args: &[&str]) {
     let output = Command::new("qemu-img").args(args).output().expect("qemu-img is needed");
-    assert!(output.status.success(), "qemu-img {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "qemu-img {args:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
-/// One image of each kind, with data in it.
+/// Makes one image of each kind, with data.
 fn templates(dir: &Path) -> Vec<PathBuf> {
     let raw = dir.join("in.raw");
-    let bytes: Vec<u8> = (0..SIZE).map(|index| if index / 50_000 % 3 == 0 { 0 } else { (index / 100) as u8 }).collect();
+    let bytes: Vec<u8> = (0..SIZE)
+        .map(|index| if index / 50_000 % 3 == 0 { 0 } else { (index / 100) as u8 })
+        .collect();
     std::fs::write(&raw, bytes).unwrap();
     let kinds: [(&[&str], &str); 7] = [
         (&[], ""),
@@ -48,7 +55,17 @@ fn templates(dir: &Path) -> Vec<PathBuf> {
         images.push(image);
     }
     let backed = dir.join("backed.qcow2");
-    qemu_img(&["create", "-q", "-f", "qcow2", "-b", raw.to_str().unwrap(), "-F", "raw", backed.to_str().unwrap()]);
+    qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-b",
+        raw.to_str().unwrap(),
+        "-F",
+        "raw",
+        backed.to_str().unwrap(),
+    ]);
     images.push(backed);
     images
 }
@@ -57,7 +74,7 @@ fn be(bytes: &[u8], at: usize, len: usize) -> u64 {
     bytes[at..at + len].iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
 }
 
-/// Numbers that break arithmetic, and ones that point somewhere.
+/// Returns a number that may break arithmetic, or one that points into the file.
 fn interesting(random: &mut Rng, file: u64) -> u64 {
     match random.below(10) {
         0 => 0,
@@ -73,7 +90,8 @@ fn interesting(random: &mut Rng, file: u64) -> u64 {
     }
 }
 
-/// Damages a few places: fields of the header, entries of the tables it names, or any bytes.
+/// Damages a few places: fields of the header, entries of the tables that it names, or arbitrary
+/// bytes.
 fn damage(bytes: &mut [u8], random: &mut Rng) {
     let file = bytes.len() as u64;
     for _ in 0..1 + random.below(3) {
@@ -89,14 +107,18 @@ fn damage(bytes: &mut [u8], random: &mut Rng) {
             4 => first_of(l1, bytes).saturating_add(random.below(64) * 8),
             _ => first_of(refcounts, bytes).saturating_add(random.below(64)),
         };
-        let at = if near.checked_add(8).is_some_and(|end| end <= file) { near as usize } else { random.below(file - 8) as usize };
+        let at = if near.checked_add(8).is_some_and(|end| end <= file) {
+            near as usize
+        } else {
+            random.below(file - 8) as usize
+        };
         let len = [1, 4, 8][random.below(3) as usize];
         let value = interesting(random, file).to_be_bytes();
         bytes[at..at + len].copy_from_slice(&value[8 - len..]);
     }
 }
 
-/// Works with whatever opened; errors are fine.
+/// Uses a disk that could be opened; its requests may return errors.
 fn exercise(disk: &Disk, random: &mut Rng) {
     let size = disk.size();
     if size == 0 {
@@ -121,8 +143,12 @@ fn exercise(disk: &Disk, random: &mut Rng) {
 #[test]
 fn damaged_images_never_panic_or_explode() {
     requires!("qemu-img");
-    let seed: u64 = std::env::var("CORDISK_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(0x5eed);
-    let rounds: u64 = std::env::var("CORDISK_HOSTILE_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(150);
+    let seed: u64 =
+        std::env::var("CORDISK_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(0x5eed);
+    let rounds: u64 = std::env::var("CORDISK_HOSTILE_ROUNDS")
+        .ok()
+        .and_then(|rounds| rounds.parse().ok())
+        .unwrap_or(150);
     println!("CORDISK_SEED={seed} CORDISK_HOSTILE_ROUNDS={rounds}");
     let dir = tempfile::tempdir().unwrap();
     let templates = templates(dir.path());
@@ -141,7 +167,13 @@ fn damaged_images_never_panic_or_explode() {
             let begun = Instant::now();
             let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 let read_only = random.below(4) == 0;
-                let options = DiskOptions { read_only, copy_on_read: true, gate: Gate::default(), full_check: false, reserve: None };
+                let options = DiskOptions {
+                    read_only,
+                    copy_on_read: true,
+                    gate: Gate::default(),
+                    full_check: false,
+                    reserve: None,
+                };
                 match Disk::open(&victim, &options) {
                     Ok(disk) => {
                         exercise(&disk, &mut random);
@@ -161,9 +193,15 @@ fn damaged_images_never_panic_or_explode() {
             }
             assert!(begun.elapsed().as_secs() < 60, "hang at {place}");
             let after = std::fs::metadata(&victim).unwrap().len();
-            assert!(after <= LARGEST.max(bytes.len() as u64), "the file grew to {after} bytes at {place}");
+            assert!(
+                after <= LARGEST.max(bytes.len() as u64),
+                "the file grew to {after} bytes at {place}"
+            );
         }
     }
     println!("{opened} opened, {refused} refused");
-    assert!(opened > 100 && refused > 100, "{opened} opened, {refused} refused: the damage is too weak or too strong");
+    assert!(
+        opened > 100 && refused > 100,
+        "{opened} opened, {refused} refused: the damage is too weak or too strong"
+    );
 }

@@ -1,7 +1,9 @@
-//! Images that QEMU wrote, read and changed by us; images that we wrote, judged by QEMU.
+//! Images that QEMU wrote, read and changed through cordisk; images that cordisk wrote, checked by
+//! QEMU.
 //!
-//! The matrix takes every pair of: cluster size, version and refcount width, compression, backing chain, length of the backing file,
-//! disk size, copy-on-read. A pair of properties is where format bugs live; all combinations would take an hour.
+//! The matrix has every pair of values of: cluster size, version and refcount width, compression,
+//! backing chain, length of the backing file, disk size, copy-on-read. Most format bugs depend on a
+//! pair of properties; all combinations would take an hour.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +12,10 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::support::{CORDISK, Guest, KIB, MIB, Mount, Pattern, Rng, Scratch, Snapshot, assert_same, header, qemu, run_ok, run_within};
+use crate::support::{
+    CORDISK, Guest, KIB, MIB, Mount, Pattern, Rng, Scratch, Snapshot, assert_same, header, qemu,
+    run_ok, run_within,
+};
 
 const CLUSTERS: [u64; 4] = [512, 4 * KIB, 64 * KIB, 2 * MIB];
 const FORMATS: [&str; 8] = [
@@ -57,7 +62,7 @@ const FACTORS: [usize; 7] = [4, 8, 3, 5, 3, 2, 2];
 
 impl Case {
     fn of(index: [usize; 7]) -> Case {
-        // Eight of the largest clusters: some are the overlay's, some lie below.
+        // Eight of the largest clusters, so that some are in the overlay and some below it.
         let whole = if CLUSTERS[index[0]] == 2 * MIB { 16 * MIB } else { 4 * MIB };
         Case {
             cluster: CLUSTERS[index[0]],
@@ -71,31 +76,42 @@ impl Case {
     }
 }
 
-/// Version 2 knows no zstd, and without a backing file its length means nothing.
+/// Version 2 has no zstd; without a backing file, the length of one has no meaning.
 fn possible(a: (usize, usize), b: (usize, usize)) -> bool {
-    let both = |x: fn((usize, usize)) -> bool, y: fn((usize, usize)) -> bool| (x(a) && y(b)) || (x(b) && y(a));
+    let both = |x: fn((usize, usize)) -> bool, y: fn((usize, usize)) -> bool| {
+        (x(a) && y(b)) || (x(b) && y(a))
+    };
     !both(|p| p == (1, 0), |p| p == (2, 2)) && !both(|p| p == (3, 0), |p| p.0 == 4 && p.1 != 0)
 }
 
-/// Greedy all-pairs: deterministic, a few cases more than the minimum of 40.
+/// Greedy all-pairs selection: deterministic, with a few cases more than the minimum of 40.
 fn pairwise() -> Vec<[usize; 7]> {
-    let values = || (0..7).flat_map(|factor| (0..FACTORS[factor]).map(move |value| (factor, value)));
-    let mut open: Vec<((usize, usize), (usize, usize))> =
-        values().flat_map(|a| values().map(move |b| (a, b))).filter(|(a, b)| a.0 < b.0 && possible(*a, *b)).collect();
+    let values =
+        || (0..7).flat_map(|factor| (0..FACTORS[factor]).map(move |value| (factor, value)));
+    let mut open: Vec<((usize, usize), (usize, usize))> = values()
+        .flat_map(|a| values().map(move |b| (a, b)))
+        .filter(|(a, b)| a.0 < b.0 && possible(*a, *b))
+        .collect();
     let mut rows = Vec::new();
     while let Some((a, b)) = open.first().copied() {
         let mut row = vec![a, b];
         for factor in (0..7).filter(|factor| *factor != a.0 && *factor != b.0) {
             let gain = |value: usize| {
                 let new = |pair: &((usize, usize), (usize, usize))| {
-                    row.iter().any(|old| *pair == (*old, (factor, value)) || *pair == ((factor, value), *old))
+                    row.iter().any(|old| {
+                        *pair == (*old, (factor, value)) || *pair == ((factor, value), *old)
+                    })
                 };
                 open.iter().filter(|pair| new(pair)).count()
             };
             let fits = |value: &usize| row.iter().all(|old| possible(*old, (factor, *value)));
-            // Among equals another one each time, so that rows with few open pairs do not all look alike.
+            // Among equal values a different one each time, so that rows with few open pairs differ
+            // from each other.
             let turn = |value: usize| (value + rows.len()) % FACTORS[factor];
-            let best = (0..FACTORS[factor]).filter(fits).max_by_key(|value| (gain(*value), turn(*value))).expect("some value is possible");
+            let best = (0..FACTORS[factor])
+                .filter(fits)
+                .max_by_key(|value| (gain(*value), turn(*value)))
+                .expect("some value is possible");
             row.push((factor, best));
         }
         row.sort_unstable();
@@ -107,7 +123,8 @@ fn pairwise() -> Vec<[usize; 7]> {
     rows
 }
 
-/// Makes the chain in `scratch` and returns the overlay's name there. Every layer holds data, zero clusters and nothing, so that each shows through.
+/// Makes the chain in `scratch` and returns the overlay's name there. Every layer has data, zero
+/// clusters and unallocated clusters, so that each lower layer is visible somewhere.
 fn build(scratch: &Scratch, case: &Case) -> &'static str {
     let first_len = match case.backing {
         Length::Same => case.size,
@@ -130,25 +147,42 @@ fn build(scratch: &Scratch, case: &Case) -> &'static str {
         }
         let below = (depth + 1 < case.chain.len()).then(|| name_of(depth + 1));
         let below = below.as_deref().map(|name| (name, case.chain[depth + 1]));
-        // Another cluster size than the overlay's: runs do not end together.
+        // A cluster size different from the overlay's, so that their runs do not end together.
         let options = if case.cluster == 64 * KIB { "cluster_size=4k" } else { "cluster_size=64k" };
         qemu::create(&path, Some(len), options, below);
         let eighth = len / 8 / 512 * 512;
         qemu::write_pattern(&path, pattern, &[0..eighth, 3 * eighth..5 * eighth, len - 512..len]);
-        qemu::io(&path, &[format!("write -q -z {} {}", 2 * eighth, eighth / 2), format!("write -q -z -u {} 64k", 5 * eighth)]);
+        qemu::io(
+            &path,
+            &[
+                format!("write -q -z {} {}", 2 * eighth, eighth / 2),
+                format!("write -q -z -u {} 64k", 5 * eighth),
+            ],
+        );
     }
     let backing = (!case.chain.is_empty()).then(|| name_of(0));
     let backing = backing.as_deref().map(|name| (name, case.chain[0]));
     let options = format!("{},cluster_size={}", case.format, case.cluster);
     let top = scratch.join("top.qcow2");
-    let source = if case.compression == Compression::None { top.clone() } else { scratch.join("source.qcow2") };
+    let source = if case.compression == Compression::None {
+        top.clone()
+    } else {
+        scratch.join("source.qcow2")
+    };
     qemu::create(&source, Some(case.size), &options, backing);
     let sixteenth = case.size / 16 / 512 * 512;
     let pattern = Pattern::new(0x70F, 9);
-    qemu::write_pattern(&source, pattern, &[sixteenth..3 * sixteenth, 9 * sixteenth..11 * sixteenth]);
+    qemu::write_pattern(
+        &source,
+        pattern,
+        &[sixteenth..3 * sixteenth, 9 * sixteenth..11 * sixteenth],
+    );
     qemu::io(
         &source,
-        &[format!("write -q -z {} {}", 4 * sixteenth, sixteenth), format!("write -q -z -u {} {}", 12 * sixteenth, sixteenth)],
+        &[
+            format!("write -q -z {} {}", 4 * sixteenth, sixteenth),
+            format!("write -q -z -u {} {}", 12 * sixteenth, sixteenth),
+        ],
     );
     if case.compression != Compression::None {
         let mut command = Command::new("qemu-img");
@@ -156,22 +190,27 @@ fn build(scratch: &Scratch, case: &Case) -> &'static str {
         if let Some((name, format)) = backing {
             command.args(["-B", name, "-F", format]);
         }
-        let kind = if case.compression == Compression::Zstd { ",compression_type=zstd" } else { "" };
+        let kind =
+            if case.compression == Compression::Zstd { ",compression_type=zstd" } else { "" };
         run_ok(command.args(["-o", &format!("{options}{kind}")]).arg(&source).arg(&top));
         fs::remove_file(source).expect("source is not needed any more");
-        // Plain clusters among the compressed ones.
+        // Uncompressed clusters among the compressed ones.
         qemu::write_pattern(&top, Pattern::new(0x70F, 10), &[6 * sixteenth..6 * sixteenth + 1024]);
     }
     "top.qcow2"
 }
 
-/// Layers in the scratch directory, without the overlay.
+/// Returns the layers in the scratch directory, without the overlay.
 fn layers(scratch: &Scratch) -> Vec<(String, Vec<u8>)> {
-    let names = (0..3).flat_map(|depth| [format!("layer{depth}.raw"), format!("layer{depth}.qcow2")]);
-    names.filter_map(|name| fs::read(scratch.join(&name)).ok().map(|content| (name, content))).collect()
+    let names =
+        (0..3).flat_map(|depth| [format!("layer{depth}.raw"), format!("layer{depth}.qcow2")]);
+    names
+        .filter_map(|name| fs::read(scratch.join(&name)).ok().map(|content| (name, content)))
+        .collect()
 }
 
-/// Writes and zeroes that begin and end one byte before, at, and one byte behind the edges of a cluster.
+/// Writes and zeroes ranges that begin and end one byte before, at, and one byte behind the edges
+/// of a cluster.
 fn at_the_edges(guest: &mut Guest, case: &Case) {
     let cluster = case.cluster;
     let edges = [
@@ -187,7 +226,8 @@ fn at_the_edges(guest: &mut Guest, case: &Case) {
     let places = 3 * edges.len() as u64;
     for (index, edge) in edges.iter().enumerate() {
         for (turn, change) in [Guest::write, Guest::punch, Guest::zero].iter().enumerate() {
-            // Spread over the disk: each kind of cluster below and above gets some. With few clusters they share them.
+            // The places are spread over the disk, so that each kind of cluster of every layer gets
+            // some. With few clusters, places share clusters.
             let place = 3 * index as u64 + turn as u64;
             let start = place * case.size / places / cluster * cluster;
             let range = start + edge.start..(start + edge.end).min(case.size);
@@ -208,12 +248,17 @@ fn run_case(case: &Case, rng: &mut Rng) {
     qemu::assert_clean(&top);
     let want = qemu::read_all(&top);
     let below = layers(&scratch);
-    let mount = || Mount::new(&scratch, &top).args(if case.copy_on_read { &[] } else { &["--no-copy-on-read"] }).start();
+    let mount = || {
+        Mount::new(&scratch, &top)
+            .args(if case.copy_on_read { &[] } else { &["--no-copy-on-read"] })
+            .start()
+    };
     let disk = Mount::new(&scratch, &top).args(&["--read-only"]).start();
     assert_same("what qemu-img wrote, read through a read-only mount", &disk.read_all(), &want);
     disk.umount();
 
-    // First on a cold overlay what random ranges seldom hit: both sides of every kind of edge.
+    // Edges come first, on an overlay without data: random ranges seldom hit both sides of every
+    // kind of edge.
     let disk = mount();
     let mut guest = Guest::new(disk.open(), want, 0xED6E);
     at_the_edges(&mut guest, case);
@@ -251,39 +296,43 @@ fn run_case(case: &Case, rng: &mut Rng) {
 fn run_matrix(cluster: u64) {
     requires!("/dev/fuse", "qemu-img", "qemu-io", "fallocate");
     let mut rng = Rng::for_test(&format!("interop matrix, clusters of {cluster}"));
-    let cases: Vec<Case> = pairwise().into_iter().map(Case::of).filter(|case| case.cluster == cluster).collect();
+    let cases: Vec<Case> =
+        pairwise().into_iter().map(Case::of).filter(|case| case.cluster == cluster).collect();
     assert!(cases.len() >= 8, "every format appears with every cluster size");
     for case in &cases {
         run_case(case, &mut rng);
     }
 }
 
-/// Protects: V3, V8, the two-way contract with QEMU at the smallest cluster size, where tables are many and tiny.
+/// Protects: V3, V8: QEMU and cordisk read each other's images at the smallest cluster size, where
+/// tables are many and tiny.
 #[test]
 fn matrix_with_512_byte_clusters() {
     run_matrix(512);
 }
 
-/// Protects: the contract with QEMU at the page size.
+/// Protects: the same at the page size.
 #[test]
 fn matrix_with_4k_clusters() {
     run_matrix(4 * KIB);
 }
 
-/// Protects: the contract with QEMU at the default cluster size.
+/// Protects: the same at the default cluster size.
 #[test]
 fn matrix_with_64k_clusters() {
     run_matrix(64 * KIB);
 }
 
-/// Protects: the contract with QEMU at the largest cluster size, where a copy is long and the last cluster mostly lies beyond the end.
+/// Protects: the same at the largest cluster size, where a copy takes long and the last cluster is
+/// mostly beyond the end of the disk.
 #[test]
 fn matrix_with_2m_clusters() {
     run_matrix(2 * MIB);
 }
 
-/// Protects: what `qemu-img create -o preallocation` makes (data clusters and allocated zero clusters with nothing in them) is read and overwritten
-/// in place correctly; an allocated zero cluster that is partly written must not show what lay on the host before (2.6).
+/// Protects: images of `qemu-img create -o preallocation` (data clusters and allocated zero
+/// clusters without data) are read correctly and overwritten in place. A partial write to an
+/// allocated zero cluster must not show what the host cluster held before.
 #[test]
 fn preallocated_images_are_read_and_overwritten() {
     requires!("/dev/fuse", "qemu-img");
@@ -291,8 +340,13 @@ fn preallocated_images_are_read_and_overwritten() {
         eprintln!("preallocation={mode}");
         let scratch = Scratch::new();
         let image = scratch.join("image.qcow2");
-        qemu::create(&image, Some(2 * MIB), &format!("preallocation={mode},cluster_size=64k"), None);
-        // Allocated zero clusters that hold old data on the host.
+        qemu::create(
+            &image,
+            Some(2 * MIB),
+            &format!("preallocation={mode},cluster_size=64k"),
+            None,
+        );
+        // Allocated zero clusters whose host clusters hold old data.
         qemu::write_pattern(&image, Pattern::new(1, 1), &[0..512 * KIB]);
         qemu::io(&image, &["write -q -z 64k 256k"]);
         let want = qemu::read_all(&image);
@@ -313,7 +367,8 @@ fn preallocated_images_are_read_and_overwritten() {
     }
 }
 
-/// Protects: `cordisk create` makes overlays that QEMU accepts: sizes, names as given, formats, every cluster size, no leak.
+/// Protects: QEMU accepts the overlays of `cordisk create`: sizes, names as given, formats, every
+/// cluster size, no leak.
 #[test]
 fn what_create_makes_is_what_qemu_understands() {
     requires!("qemu-img");
@@ -321,13 +376,21 @@ fn what_create_makes_is_what_qemu_understands() {
     let base = scratch.raw("base.raw", 3 * MIB + 512, Pattern::new(3, 1));
     let lower = scratch.join("lower.qcow2");
     qemu::create_full(&lower, 2 * MIB, "", Pattern::new(3, 2));
-    for (name, format, base_size) in [("base.raw", "raw", 3 * MIB + 512), ("lower.qcow2", "qcow2", 2 * MIB)] {
-        for (size, want_size) in [(None, base_size), (Some("5M"), 5 * MIB), (Some("1M"), MIB), (Some("1536K"), 1536 * KIB)] {
+    for (name, format, base_size) in
+        [("base.raw", "raw", 3 * MIB + 512), ("lower.qcow2", "qcow2", 2 * MIB)]
+    {
+        for (size, want_size) in [
+            (None, base_size),
+            (Some("5M"), 5 * MIB),
+            (Some("1M"), MIB),
+            (Some("1536K"), 1536 * KIB),
+        ] {
             for cluster in [512, 4 * KIB, 64 * KIB, 2 * MIB] {
                 let overlay = scratch.join("overlay.qcow2");
                 let mut command = Command::new(CORDISK);
                 command.arg("create").arg(&overlay).args(["-b", name, "-F", format]).args(size);
-                // A relative name is relative to the overlay, not to where the program happens to run.
+                // A relative name is relative to the overlay, not to the current directory of the
+                // program.
                 run_ok(command.args(["--cluster-size", &cluster.to_string()]).current_dir("/"));
                 let info = qemu::info(&overlay);
                 assert_eq!(info["virtual-size"], json!(want_size), "{info}");
@@ -335,22 +398,32 @@ fn what_create_makes_is_what_qemu_understands() {
                 assert_eq!(info["backing-filename"], json!(name), "{info}");
                 assert_eq!(info["backing-filename-format"], json!(format), "{info}");
                 qemu::assert_clean(&overlay);
-                let mut want = if format == "raw" { fs::read(&base).expect("base") } else { qemu::read_all(&lower) };
+                let mut want = if format == "raw" {
+                    fs::read(&base).expect("base")
+                } else {
+                    qemu::read_all(&lower)
+                };
                 want.resize(usize::try_from(want_size).expect("small"), 0);
                 assert_same("new overlay", &qemu::read_all(&overlay), &want);
                 fs::remove_file(&overlay).expect("overlay");
             }
         }
     }
-    // The default cluster size, an absolute name, and a suffix on the cluster size.
+    // The default cluster size, an absolute name, and a cluster size with a suffix.
     let overlay = scratch.join("overlay.qcow2");
-    run_ok(Command::new(CORDISK).arg("create").arg(&overlay).arg("-b").arg(&base).args(["-F", "raw", "--cluster-size", "64K"]));
+    run_ok(Command::new(CORDISK).arg("create").arg(&overlay).arg("-b").arg(&base).args([
+        "-F",
+        "raw",
+        "--cluster-size",
+        "64K",
+    ]));
     let info = qemu::info(&overlay);
     assert_eq!(info["backing-filename"].as_str(), base.to_str());
     assert_eq!(info["cluster-size"], json!(64 * KIB));
 }
 
-/// Protects: no byte of a base whose size is no multiple of a sector is cut off: the overlay is rounded up, as QEMU does, and reads zeros there.
+/// Protects: a base whose size is not a multiple of a sector is not truncated: the overlay is
+/// rounded up, like QEMU's, and reads zeros behind the end of the base.
 #[test]
 fn an_odd_base_is_rounded_up_never_cut() {
     requires!("/dev/fuse", "qemu-img");
@@ -368,7 +441,8 @@ fn an_odd_base_is_rounded_up_never_cut() {
     assert_same("odd base through QEMU", &qemu::read_all(&overlay), &want);
 }
 
-/// Protects: `create` refuses in one line and leaves nothing behind: existing overlay, missing base, protocol as base.
+/// Protects: `create` refuses with one line and leaves no file: existing overlay, missing base, a
+/// protocol name as base.
 #[test]
 fn create_refuses_cleanly() {
     let scratch = Scratch::new();
@@ -383,12 +457,20 @@ fn create_refuses_cleanly() {
         ("base.raw", "base.raw"),
     ] {
         let mut command = Command::new(CORDISK);
-        command.arg("create").arg(scratch.join(overlay)).args(["-b", base, "-F", "raw"]).env_remove("RUST_LOG");
+        command
+            .arg("create")
+            .arg(scratch.join(overlay))
+            .args(["-b", base, "-F", "raw"])
+            .env_remove("RUST_LOG");
         let done = run_within(&mut command, Duration::from_secs(20));
         assert_eq!(done.status.code(), Some(1), "{overlay} over {base}: {done:?}");
         assert_eq!(done.stderr.lines().count(), 1, "{overlay} over {base}: {done:?}");
         assert!(done.stderr.starts_with("cordisk: "), "{overlay} over {base}: {done:?}");
-        assert_eq!(before.changes(&Snapshot::of(scratch.path())), Vec::<String>::new(), "{overlay} over {base}");
+        assert_eq!(
+            before.changes(&Snapshot::of(scratch.path())),
+            Vec::<String>::new(),
+            "{overlay} over {base}"
+        );
     }
 }
 
@@ -398,18 +480,32 @@ const UNKNOWN_AUTOCLEAR: u64 = 1 << 41;
 
 fn assert_header_kept(path: &Path) {
     let now = header::Header::load(path);
-    assert!(now.extensions.contains(&(UNKNOWN_EXTENSION.0, UNKNOWN_EXTENSION.1.to_vec())), "unknown extension lost: {:x?}", now.extensions);
-    assert_ne!(now.u64(header::AT_COMPATIBLE) & UNKNOWN_COMPATIBLE, 0, "unknown compatible bit lost");
-    assert_eq!(now.u64(header::AT_AUTOCLEAR) & UNKNOWN_AUTOCLEAR, 0, "an unknown autoclear bit must go before the first write");
+    assert!(
+        now.extensions.contains(&(UNKNOWN_EXTENSION.0, UNKNOWN_EXTENSION.1.to_vec())),
+        "unknown extension lost: {:x?}",
+        now.extensions
+    );
+    assert_ne!(
+        now.u64(header::AT_COMPATIBLE) & UNKNOWN_COMPATIBLE,
+        0,
+        "unknown compatible bit lost"
+    );
+    assert_eq!(
+        now.u64(header::AT_AUTOCLEAR) & UNKNOWN_AUTOCLEAR,
+        0,
+        "an unknown autoclear bit must go before the first write"
+    );
 }
 
-/// Protects: what later versions of the format put into the header survives us, also the rewrite at the end of a stream (4.4);
-/// unknown autoclear bits are cleared before we write, because what they vouch for is stale then (2.7).
+/// Protects: header content of later versions of the format is kept, also when a stream rewrites
+/// the header at its end. Unknown autoclear bits are cleared before the first write, because what
+/// they describe is stale then (R11).
 #[test]
 fn header_fields_we_do_not_know_survive() {
     requires!("/dev/fuse", "qemu-img");
-    // With clusters of 4 KiB QEMU leaves out its table of feature names: extensions fit the one sector that is rewritten whole.
-    // With 64 KiB they do not; then the format of the dropped backing file may stay, which means nothing without a name.
+    // With clusters of 4 KiB QEMU omits its table of feature names, so the extensions fit the one
+    // sector that is rewritten whole. With 64 KiB they do not fit. Then the format of the dropped
+    // backing file may stay, which has no meaning without a name.
     for (options, in_one_sector) in [("cluster_size=4k", true), ("cluster_size=64k", false)] {
         eprintln!("{options}");
         let scratch = Scratch::new();
@@ -422,7 +518,8 @@ fn header_fields_we_do_not_know_survive() {
             h.set_u64(header::AT_AUTOCLEAR, UNKNOWN_AUTOCLEAR);
         });
         qemu::assert_clean(&top);
-        header::edit(&top, |h| h.set_u64(header::AT_AUTOCLEAR, UNKNOWN_AUTOCLEAR)); // should the check have cleared it
+        // In case the check has cleared the bits.
+        header::edit(&top, |h| h.set_u64(header::AT_AUTOCLEAR, UNKNOWN_AUTOCLEAR));
 
         let disk = Mount::new(&scratch, &top).qmp().start();
         let mut guest = Guest::new(disk.open(), fs::read(base).expect("base"), 8);
@@ -448,7 +545,8 @@ fn header_fields_we_do_not_know_survive() {
     }
 }
 
-/// Protects: an overlay without any backing file is a plain disk: no miss, nothing below, zeros where nothing was written.
+/// Protects: an overlay without a backing file is an ordinary disk: no miss, no lower layer, zeros
+/// where nothing was written.
 #[test]
 fn an_image_without_backing_file_is_a_plain_disk() {
     requires!("/dev/fuse", "qemu-img");

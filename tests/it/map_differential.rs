@@ -1,4 +1,5 @@
-//! Our list of extents against `qemu-img map`, on chains made at random: they are equal, member for member.
+//! The list of extents against `qemu-img map`, on random chains: the lists are equal, member by
+//! member.
 //!
 //! `CORDISK_MAP_ROUNDS=N` makes N chains (default 40).
 
@@ -10,44 +11,65 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use cordisk::chain::Gate;
-use cordisk::disk::{Disk, DiskOptions};
-use cordisk::map::{Extent, Page, all, extents, join};
+use engine::chain::Gate;
+use engine::disk::{Disk, DiskOptions};
+use engine::map::{MapEntry, Page, all, extents, join};
 use serde_json::{Value, json};
 
 use crate::support::{CLUSTER, KIB, MIB, Rig, Rng, Scratch, run_ok, run_within};
 
 fn open(path: &Path) -> Disk {
-    let options = DiskOptions { read_only: true, copy_on_read: false, gate: Gate::default(), full_check: false, reserve: None };
+    let options = DiskOptions {
+        read_only: true,
+        copy_on_read: false,
+        gate: Gate::default(),
+        full_check: false,
+        reserve: None,
+    };
     Disk::open(path, &options).expect("open")
 }
 
-/// What `qemu-img map` says of an image.
+/// The output of `qemu-img map` for an image.
 struct OfQemu {
-    extents: Vec<Extent>,
-    /// It says what is compressed: QEMU 8.2 and later. Debian 12 has 7.2.
+    extents: Vec<MapEntry>,
+    /// Whether it reports which clusters are compressed: QEMU 8.2 and later. Debian 12 has 7.2.
     tells_compressed: bool,
 }
 
 impl OfQemu {
     fn of(path: &Path, options: &[&str]) -> OfQemu {
-        let list = run_ok(Command::new("qemu-img").args(["map", "-f", "qcow2", "--output=json"]).args(options).arg(path));
+        let list = run_ok(
+            Command::new("qemu-img")
+                .args(["map", "-f", "qcow2", "--output=json"])
+                .args(options)
+                .arg(path),
+        );
         let mut list: Vec<Value> = serde_json::from_str(&list).expect("qemu-img map prints a list");
         let tells_compressed = list.iter().all(|extent| extent.get("compressed").is_some());
         if !tells_compressed {
-            eprintln!("not compared: what is compressed, which this qemu-img does not tell (QEMU 8.2 does)");
+            eprintln!(
+                "not compared: what is compressed, which this qemu-img does not tell (QEMU 8.2 does)"
+            );
             list.iter_mut().for_each(|extent| extent["compressed"] = json!(false));
         }
-        OfQemu { extents: serde_json::from_value(Value::Array(list)).expect("extents"), tells_compressed }
+        OfQemu {
+            extents: serde_json::from_value(Value::Array(list)).expect("extents"),
+            tells_compressed,
+        }
     }
 
-    /// `ours` without what this QEMU does not tell.
-    fn comparable(&self, ours: &[Extent]) -> Vec<Extent> {
-        ours.iter().map(|&extent| Extent { compressed: extent.compressed && self.tells_compressed, ..extent }).collect()
+    /// Returns `ours` without what this QEMU does not report.
+    fn comparable(&self, ours: &[MapEntry]) -> Vec<MapEntry> {
+        ours.iter()
+            .map(|&extent| MapEntry {
+                compressed: extent.compressed && self.tells_compressed,
+                ..extent
+            })
+            .collect()
     }
 }
 
-/// A raw file with holes, whose length is no multiple of anything at times.
+/// Makes a raw file with holes; in one of three cases its length is arbitrary.
 fn raw_base(path: &Path, random: &mut Rng) {
     let size = 1 + random.below(3 * MIB);
     let size = if random.below(3) == 0 { size } else { size.next_multiple_of(512) };
@@ -61,18 +83,19 @@ fn raw_base(path: &Path, random: &mut Rng) {
     settle(path);
 }
 
-/// What the host says of a file is not to change between the two looks: how many blocks it has, and which of those that were never written count as
-/// data, which they do while they are in memory.
+/// Makes the host's answers about a file stable between two queries: the number of its blocks, and
+/// which unwritten blocks count as data, which they do while they are in memory.
 fn settle(path: &Path) {
     File::open(path).and_then(|file| file.sync_all()).expect("fsync");
     std::fs::read(path).expect("read");
 }
 
-/// A qcow2 image of any kind that we read, with whatever qemu-io makes of it.
+/// Makes a qcow2 image of any supported kind, with random changes by qemu-io.
 fn image(path: &Path, below: Option<&(PathBuf, &str)>, preallocation: &str, random: &mut Rng) {
     let version_2 = random.below(4) == 0;
     let cluster = 512 << random.below(9);
-    let mut options = format!("cluster_size={cluster},compat={}", if version_2 { "0.10" } else { "1.1" });
+    let mut options =
+        format!("cluster_size={cluster},compat={}", if version_2 { "0.10" } else { "1.1" });
     if below.is_none() {
         options += &format!(",preallocation={preallocation}");
     }
@@ -94,13 +117,15 @@ fn image(path: &Path, below: Option<&(PathBuf, &str)>, preallocation: &str, rand
             1 if !version_2 => commands.push(format!("write -q -z -u {at} {len}")),
             2 if whole + cluster <= size => {
                 let clusters = (len / cluster).clamp(1, 6).min((size - whole) / cluster);
-                commands.extend((0..clusters).map(|number| format!("write -q -c -P {pattern} {} {cluster}", whole + number * cluster)));
+                commands.extend((0..clusters).map(|number| {
+                    format!("write -q -c -P {pattern} {} {cluster}", whole + number * cluster)
+                }));
             }
             3 => commands.push(format!("discard -q {at} {len}")),
             _ => commands.push(format!("write -q -P {pattern} {at} {len}")),
         }
     }
-    // Some are refused: what is allocated is not written packed.
+    // Some commands fail: an allocated cluster cannot be written compressed.
     let mut io = Command::new("qemu-io");
     io.args(["-f", "qcow2", "-t", "unsafe"]);
     for command in &commands {
@@ -110,18 +135,23 @@ fn image(path: &Path, below: Option<&(PathBuf, &str)>, preallocation: &str, rand
     settle(path);
 }
 
-/// Protects: the list is the one of `qemu-img map`, extent for extent, for raw and qcow2 bases, short and long ones, holes, compressed and zero
-/// clusters, both versions, all cluster sizes, preallocated ones; and pages of it make up the whole.
+/// Protects: the list equals that of `qemu-img map`, extent by extent, for raw and qcow2 bases,
+/// short and long ones, holes, compressed and zero clusters, both versions, all cluster sizes,
+/// preallocated images; and its pages together make the whole list.
 #[test]
 fn the_list_is_the_one_of_qemu_img() {
     requires!("qemu-img", "qemu-io");
     let mut random = Rng::for_test("map_differential");
-    let rounds = std::env::var("CORDISK_MAP_ROUNDS").ok().and_then(|rounds| rounds.parse().ok()).unwrap_or(40);
+    let rounds = std::env::var("CORDISK_MAP_ROUNDS")
+        .ok()
+        .and_then(|rounds| rounds.parse().ok())
+        .unwrap_or(40);
     let mut kinds = BTreeSet::new();
     for round in 0..rounds {
         let scratch = Scratch::new();
         let mut below: Option<(PathBuf, &str)> = None;
-        // The lowest image: above a raw file, above nothing, or with places for all of its clusters, most of them holes of its file.
+        // The lowest image is above a raw file, or has no base, or is preallocated with most of its
+        // clusters as holes of the file.
         let preallocation = ["off", "off", "off", "metadata", "falloc"][round % 5];
         if preallocation == "off" && random.below(3) > 0 {
             let path = scratch.join("base.raw");
@@ -137,7 +167,11 @@ fn the_list_is_the_one_of_qemu_img() {
         let (qemus, disk) = (OfQemu::of(&top, &[]), open(&top));
         let ours = all(&disk).expect("map");
         let (found, expected) = (qemus.comparable(&ours), &qemus.extents);
-        let different = found.iter().zip(expected).position(|(ours, qemus)| ours != qemus).unwrap_or(found.len().min(expected.len()));
+        let different = found
+            .iter()
+            .zip(expected)
+            .position(|(ours, qemus)| ours != qemus)
+            .unwrap_or(found.len().min(expected.len()));
         assert!(
             found == *expected,
             "round {round}: ours: {:?}\nqemu-img's: {:?}\n{}",
@@ -146,7 +180,14 @@ fn the_list_is_the_one_of_qemu_img() {
             run_ok(Command::new("qemu-img").args(["info", "--backing-chain"]).arg(&top))
         );
         for extent in &ours {
-            kinds.insert((extent.present, extent.zero, extent.data, extent.compressed, extent.offset.is_some(), extent.depth.min(1)));
+            kinds.insert((
+                extent.present,
+                extent.zero,
+                extent.data,
+                extent.compressed,
+                extent.offset.is_some(),
+                extent.depth.min(1),
+            ));
         }
         in_pages(&disk, &qemus, &mut random);
     }
@@ -154,14 +195,17 @@ fn the_list_is_the_one_of_qemu_img() {
     assert!(kinds.len() >= 9 && has_holes, "too few kinds of extents to mean anything: {kinds:?}");
 }
 
-/// In pages, of any length, and begun anywhere.
+/// Checks pages of any length, from any start.
 fn in_pages(disk: &Disk, qemus: &OfQemu, random: &mut Rng) {
     let expected = &qemus.extents[..];
     let limit = usize::try_from(1 + random.below(5)).expect("small");
     let (mut at, mut pages) = (Some(0), Vec::new());
     while let Some(from) = at {
         let page = extents(disk, from, limit).expect("map");
-        assert!(page.extents.len() <= limit && page.next.is_none_or(|next| next > from), "{page:?}");
+        assert!(
+            page.extents.len() <= limit && page.next.is_none_or(|next| next > from),
+            "{page:?}"
+        );
         pages.extend(page.extents);
         at = page.next;
     }
@@ -173,8 +217,9 @@ fn in_pages(disk: &Disk, qemus: &OfQemu, random: &mut Rng) {
     assert_eq!(qemus.comparable(&extents[1..]), expected[expected.len() + 1 - extents.len()..]);
 }
 
-/// Protects: a client of a mounted disk is told the same, in pages, as `qemu-img map` tells of what a flush has left behind; and the cells, which are
-/// counted from the tables of the overlay alone, are what the list says of the overlay.
+/// Protects: the pages that a client of a mounted disk receives equal the output of `qemu-img map`
+/// after a flush. The cells, which are counted from the tables of the overlay alone, agree with the
+/// list.
 #[test]
 fn a_mounted_disk_is_told_as_qemu_img_tells_it() {
     requires!("/dev/fuse", "qemu-img");
@@ -186,14 +231,21 @@ fn a_mounted_disk_is_told_as_qemu_img_tells_it() {
         let range = random.range(8 * MIB, 3 * CLUSTER);
         let (at, len) = (range.start, range.end - range.start);
         match random.below(4) {
-            0 => file.write_all_at(&vec![9; usize::try_from(len).expect("small")], at).expect("write"),
+            0 => file
+                .write_all_at(&vec![9; usize::try_from(len).expect("small")], at)
+                .expect("write"),
             1 => {
-                let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+                let punch =
+                    rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
                 rustix::fs::fallocate(&file, punch, at, len).expect("punch");
             }
-            2 => rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::ZERO_RANGE, at, len).expect("zero"),
-            // Twice: the answer does not wait for the copy, but the next request for the same clusters does.
-            _ => (0..2).for_each(|_| drop(crate::support::read_at(&file, at, usize::try_from(len).expect("small")))),
+            2 => rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::ZERO_RANGE, at, len)
+                .expect("zero"),
+            // Twice: a read returns before its copy is stored, but the next request for the same
+            // clusters waits for it.
+            _ => (0..2).for_each(|_| {
+                drop(crate::support::read_at(&file, at, usize::try_from(len).expect("small")))
+            }),
         }
     }
     file.sync_all().expect("fsync");
@@ -203,7 +255,8 @@ fn a_mounted_disk_is_told_as_qemu_img_tells_it() {
     let (mut found, mut next) = (Vec::new(), json!(0));
     while !next.is_null() {
         let mut page = client.ok("x-query-map", json!({"offset": next, "limit": 3}));
-        let extents: Vec<Extent> = serde_json::from_value(page["extents"].take()).expect("extents");
+        let extents: Vec<MapEntry> =
+            serde_json::from_value(page["extents"].take()).expect("extents");
         assert!((1..=3).contains(&extents.len()), "{extents:?}");
         extents.into_iter().for_each(|extent| join(&mut found, extent));
         next = page["next"].take();
@@ -212,10 +265,20 @@ fn a_mounted_disk_is_told_as_qemu_img_tells_it() {
 
     let cells = client.ok("x-query-cells", json!({"cells": 128}));
     assert_eq!(cells["cell-size"], json!(CLUSTER));
-    for (cell, (local, zero)) in cells["local"].as_array().expect("list").iter().zip(cells["zero"].as_array().expect("list")).enumerate() {
+    for (cell, (local, zero)) in cells["local"]
+        .as_array()
+        .expect("list")
+        .iter()
+        .zip(cells["zero"].as_array().expect("list"))
+        .enumerate()
+    {
         let at = cell as u64 * CLUSTER;
-        let extent = found.iter().find(|extent| extent.start <= at && at < extent.start + extent.length).expect("all is told");
-        let (is_local, is_zero) = (extent.depth == 0 && extent.data, extent.depth == 0 && extent.zero && !extent.data);
+        let extent = found
+            .iter()
+            .find(|extent| extent.start <= at && at < extent.start + extent.length)
+            .expect("all is told");
+        let (is_local, is_zero) =
+            (extent.depth == 0 && extent.data, extent.depth == 0 && extent.zero && !extent.data);
         let bytes = |is: bool| json!(if is { CLUSTER } else { 0 });
         assert_eq!((local, zero), (&bytes(is_local), &bytes(is_zero)), "cell {cell} of {extent:?}");
     }

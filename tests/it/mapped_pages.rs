@@ -1,6 +1,6 @@
-//! What a program has written to a shared mapping of the disk and the kernel has not sent yet is
-//! covered by every promise that all is written back (P15): the daemon asks the kernel for it
-//! before it flushes, for each reason to end and for every way to be told.
+//! Every promise that all is written back (P15) includes data that a program has written to a
+//! shared mapping of the disk and that the kernel has not sent yet. The daemon asks the kernel for
+//! that data before it flushes, for every way to end.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -12,12 +12,14 @@ use rustix::process::Signal;
 use serde_json::json;
 
 use crate::hung_backing::Stopped;
-use crate::support::{Daemon, MIB, Mount, Pattern, Rig, Scratch, assert_same, qemu, run_within, wait_until};
+use crate::support::{
+    Daemon, MIB, Mount, Pattern, Rig, Scratch, assert_same, qemu, run_within, wait_until,
+};
 
-/// Long enough for a bounded wait to be over several times.
+/// Long enough for several expiries of a bounded wait.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Maps the disk, and for each line "OFFSET TEXT" writes TEXT there and says so.
+/// Maps the disk, writes TEXT at OFFSET for each line "OFFSET TEXT", and confirms it.
 const PROGRAM: &str = r"
 import mmap, os, sys
 fd = os.open(sys.argv[1], os.O_RDWR)
@@ -40,17 +42,30 @@ struct Mapper {
 
 impl Mapper {
     /// Returns when it has mapped the disk and read the pages at `touched`. `None`, with a reason
-    /// on standard error, where disks cannot be mapped.
+    /// on standard error, if the disk cannot be mapped.
     fn start(disk: &Path, touched: &[u64]) -> Option<Mapper> {
         let mut command = Command::new("python3");
         command.args(["-c", PROGRAM]).arg(disk).args(touched.iter().map(u64::to_string));
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("python3");
-        let (orders, output) = (child.stdin.take().expect("stdin"), child.stdout.take().expect("stdout"));
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("python3");
+        let (orders, output) =
+            (child.stdin.take().expect("stdin"), child.stdout.take().expect("stdout"));
         let (sender, said) = channel();
-        std::thread::spawn(move || BufReader::new(output).lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        std::thread::spawn(move || {
+            BufReader::new(output)
+                .lines()
+                .map_while(Result::ok)
+                .try_for_each(|line| sender.send(line))
+        });
         let mapper = Mapper { child, orders, said };
         if mapper.said.recv_timeout(PATIENCE).is_err() {
-            eprintln!("skipped: this kernel does not map a FUSE file that is open for direct I/O (Linux 6.6 does)");
+            eprintln!(
+                "skipped: this kernel does not map a FUSE file that is open for direct I/O (Linux 6.6 does)"
+            );
             return None;
         }
         Some(mapper)
@@ -75,8 +90,8 @@ fn terminate_and_wait_for(disk: &Daemon, what: &str) {
 }
 
 /// Protects: P15 for dirty pages of shared mappings. After the first SIGTERM ("all is written back,
-/// serving on") what was written before it survives even a kill; a second one, QMP `quit` and
-/// `umount --lazy` take the disk away and lose nothing that was written before them.
+/// serving on") earlier writes survive even a kill. A second SIGTERM, QMP `quit` and `umount
+/// --lazy` detach the disk and lose no earlier write.
 #[test]
 fn nothing_that_was_written_to_a_mapping_is_lost() {
     requires!("/dev/fuse", "qemu-img", "python3");
@@ -107,16 +122,18 @@ fn nothing_that_was_written_to_a_mapping_is_lost() {
                 assert!(done.status.success(), "{done:?}");
             }
         }
-        let status = disk.ended_within(PATIENCE).unwrap_or_else(|| panic!("{ending}: it does not end\n{}", disk.log()));
+        let status = disk
+            .ended_within(PATIENCE)
+            .unwrap_or_else(|| panic!("{ending}: it does not end\n{}", disk.log()));
         assert!(status.success(), "{ending}: {status}\n{}", disk.log());
         drop(mapper);
         rig.assert_overlay(&want);
     }
 }
 
-/// Protects: a page that cannot be written back, since its cluster has to be completed from a
-/// backing file that hangs, keeps no daemon from ending; the log does not claim that all is written
-/// back.
+/// Protects: a page that cannot be written back, because its cluster must be completed from a
+/// hanging backing file, does not prevent the end of the daemon; the log does not claim that all is
+/// written back.
 #[test]
 fn a_page_that_hangs_does_not_keep_the_daemon() {
     requires!("/dev/fuse", "qemu-img", "python3");
@@ -130,9 +147,9 @@ fn a_page_that_hangs_does_not_keep_the_daemon() {
     let mut upper = Mount::named(&scratch, &overlay, "upper").args(&["--no-copy-on-read"]).start();
     let Some(mut mapper) = Mapper::start(upper.path(), &[MIB]) else { return };
     mapper.write(MIB, "page");
-    let stopped = Stopped::stop(lower.pid());
+    let stopped = Stopped::stop(lower.server_pid());
     terminate_and_wait_for(&upper, "not all could be written back, serving on");
-    // The kernel lets the process go when the read below it returns.
+    // The kernel ends the process when the read in the lower disk returns.
     terminate_and_wait_for(&upper, "leaving without them");
     assert!(!upper.log().contains("all is written back"), "{}", upper.log());
     drop((mapper, stopped));

@@ -1,4 +1,5 @@
-//! `--on-complete`: the command runs when a stream has completed, once, outside of the sandbox, as the user of the daemon, and holds nobody up.
+//! `--on-complete`: the command runs once when a stream has completed, outside the sandbox, as the
+//! user of the daemon, and delays no request.
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
@@ -17,21 +18,27 @@ fn lines(path: &Path) -> usize {
     read(path).lines().count()
 }
 
-/// Protects: the command has what it needs to know and nothing else: its environment, no descriptor of ours, the directory `/`; it runs once for each
-/// stream that completes, whoever started that, from a daemon that could not start it itself.
+/// Protects: the command gets what it needs and nothing else: its environment variables, no
+/// descriptor of the daemon, the directory `/`. It runs once for each stream that completes,
+/// however that stream was started, although the daemon itself could not start a process.
 #[test]
 fn the_command_runs_once_and_knows_what_it_is_about() {
     requires!("/dev/fuse", "qemu-img", "sh");
     let rig = Rig::new(2 * MIB);
     let out = rig.scratch.dir("out");
-    // The list of descriptors is that of the shell, which has one more while it redirects a single command.
-    // The masks are those of grep, which has them from the shell: the shell itself blocks all signals for the moment in which it starts grep.
+    // The list of descriptors is that of the shell, which has one more while it redirects a single
+    // command. The signal masks are those of grep, which inherits them from the shell: the shell
+    // itself blocks all signals while it starts grep.
     let command = format!(
         "cd {out}; env > env.new; exec > fds; ls -1 /proc/$$/fd; exec > /dev/null; readlink /proc/$$/fd/0 > stdin; echo $OLDPWD > cwd; grep -E '^(SigBlk|SigIgn|Seccomp):' \
          /proc/self/status > status; mv env.new env; echo done >> runs",
         out = out.display()
     );
-    let disk = rig.mount().qmp().args(&["--stream", "--sandbox", "require", "--on-complete", &command]).start();
+    let disk = rig
+        .mount()
+        .qmp()
+        .args(&["--stream", "--sandbox", "require", "--on-complete", &command])
+        .start();
     let runs = out.join("runs");
     wait_until("the command has run", || lines(&runs) == 1);
     let environment = read(&out.join("env"));
@@ -45,20 +52,26 @@ fn the_command_runs_once_and_knows_what_it_is_about() {
         assert!(environment.lines().any(|have| have == line), "{line} in {environment}");
     }
     assert_eq!(read(&out.join("fds")), "0\n1\n2\n", "descriptors of the command");
-    assert_eq!((read(&out.join("stdin")).as_str(), read(&out.join("cwd")).as_str()), ("/dev/null\n", "/\n"));
+    assert_eq!(
+        (read(&out.join("stdin")).as_str(), read(&out.join("cwd")).as_str()),
+        ("/dev/null\n", "/\n")
+    );
     let status = read(&out.join("status"));
     let field = |text: &str, name: &str| {
-        let value =
-            text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(":\t")).unwrap_or_else(|| panic!("{name} in {text}"));
+        let value = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(":\t"))
+            .unwrap_or_else(|| panic!("{name} in {text}"));
         u64::from_str_radix(value, 16).expect("a mask")
     };
     assert_eq!((field(&status, "SigBlk"), field(&status, "Seccomp")), (0, 0), "{status}");
-    // Whoever has started the daemon may have told it to ignore some; but for SIGPIPE, which every Rust program is told to ignore.
+    // The parent of the daemon may have made it ignore some signals. SIGPIPE does not count,
+    // because every Rust program ignores it.
     let inherited = field(&read(Path::new("/proc/self/status")), "SigIgn") & !(1 << 12);
-    // Signals 32 and 33 are the C library's own, and posix_spawn(3) has them ignored.
+    // Signals 32 and 33 belong to the C library, and posix_spawn(3) sets them to be ignored.
     assert_eq!(field(&status, "SigIgn") & !inherited & 0x7fff_ffff, 0, "{status}");
 
-    // A stream of a client counts as well, one that had nothing to do included.
+    // A stream that a client starts counts as well, even one that has nothing to copy.
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0"}));
     client.wait_completed();
@@ -69,7 +82,8 @@ fn the_command_runs_once_and_knows_what_it_is_about() {
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: not for a stream that was cancelled, has failed, or is cut off by the end of the daemon.
+/// Protects: the command does not run for a stream that was cancelled, has failed, or is
+/// interrupted by the end of the daemon.
 #[test]
 fn it_does_not_run_for_a_stream_that_has_not_completed() {
     requires!("/dev/fuse", "qemu-img", "sh");
@@ -83,12 +97,17 @@ fn it_does_not_run_for_a_stream_that_has_not_completed() {
     client.wait_event("BLOCK_JOB_CANCELLED");
     client.wait_status("null");
     // A base that shrinks while in use cannot be read to its end.
-    fs::OpenOptions::new().write(true).open(&rig.base).expect("base").set_len(MIB).expect("truncate");
+    fs::OpenOptions::new()
+        .write(true)
+        .open(&rig.base)
+        .expect("base")
+        .set_len(MIB)
+        .expect("truncate");
     client.ok("block-stream", json!({"device": "drive0"}));
     let event = client.wait_event("BLOCK_JOB_COMPLETED");
     assert!(event["data"]["error"].is_string(), "{event}");
     client.wait_status("null");
-    // Nothing lies above this base, so this one completes, and shows that the command works.
+    // No layer is above this base, so this stream completes, which shows that the command works.
     client.ok("block-stream", json!({"device": "drive0", "base": "base.raw"}));
     client.wait_completed();
     client.wait_status("null");
@@ -99,7 +118,8 @@ fn it_does_not_run_for_a_stream_that_has_not_completed() {
     assert_eq!(read(&runs), "drive0\n", "once: for the one that completed");
 }
 
-/// Protects: with `--user` the command has that user's rights and no others; root's would be a way back.
+/// Protects: with `--user` the command has only the rights of that user; with root's rights it
+/// would be a way back to root.
 #[test]
 fn it_runs_as_the_user_of_the_daemon() {
     requires!("/dev/fuse", "qemu-img", "root", "sh");
@@ -107,8 +127,15 @@ fn it_runs_as_the_user_of_the_daemon() {
     rig.scratch.open_to_all();
     let out = rig.scratch.dir("out");
     fs::set_permissions(&out, Permissions::from_mode(0o777)).expect("chmod");
-    let command = format!("cd {}; grep -E '^(Uid|Gid|Groups|Cap(Eff|Prm|Inh|Amb)):' /proc/self/status > new; mv new status", out.display());
-    let disk = rig.mount().qmp().args(&["--user", "65534:65533", "--stream", "--on-complete", &command]).start();
+    let command = format!(
+        "cd {}; grep -E '^(Uid|Gid|Groups|Cap(Eff|Prm|Inh|Amb)):' /proc/self/status > new; mv new status",
+        out.display()
+    );
+    let disk = rig
+        .mount()
+        .qmp()
+        .args(&["--user", "65534:65533", "--stream", "--on-complete", &command])
+        .start();
     wait_until("the command has run", || out.join("status").exists());
     let status = read(&out.join("status"));
     for line in status.lines() {
@@ -123,7 +150,7 @@ fn it_runs_as_the_user_of_the_daemon() {
     disk.umount();
 }
 
-/// Ends a process when the test does.
+/// A process that is killed when dropped.
 struct Sleeper(Pid);
 
 impl Drop for Sleeper {
@@ -132,7 +159,8 @@ impl Drop for Sleeper {
     }
 }
 
-/// Protects: a command that takes its time holds up neither the disk nor its end, and is not ended with it.
+/// Protects: a command that runs long delays neither the disk nor the end of the daemon, and does
+/// not end with it.
 #[test]
 fn a_command_that_sleeps_holds_nobody_up() {
     requires!("/dev/fuse", "qemu-img", "sh", "sleep");
@@ -141,7 +169,8 @@ fn a_command_that_sleeps_holds_nobody_up() {
     let command = format!("echo $$ > {0}.new; mv {0}.new {0}; exec sleep 600", file.display());
     let disk = rig.mount().qmp().args(&["--stream", "--on-complete", &command]).start();
     wait_until("the command runs", || file.exists());
-    let sleeper = Sleeper(Pid::from_raw(read(&file).trim().parse().expect("a number")).expect("a pid"));
+    let sleeper =
+        Sleeper(Pid::from_raw(read(&file).trim().parse().expect("a number")).expect("a pid"));
     disk.client().ok("query-block", json!({}));
     disk.umount();
     let state = read(Path::new(&format!("/proc/{}/comm", sleeper.0.as_raw_nonzero())));
@@ -150,13 +179,16 @@ fn a_command_that_sleeps_holds_nobody_up() {
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: in the foreground its words are seen, and that it has failed.
+/// Protects: in the foreground the command's output is visible, and so is its failure.
 #[test]
 fn what_it_says_is_seen_in_the_foreground() {
     requires!("/dev/fuse", "qemu-img", "sh");
     let rig = Rig::new(MIB);
     let file = rig.scratch.join("pid");
-    let command = format!("echo said by the command; echo complained >&2; echo $$ > {0}.new; mv {0}.new {0}; exit 3", file.display());
+    let command = format!(
+        "echo said by the command; echo complained >&2; echo $$ > {0}.new; mv {0}.new {0}; exit 3",
+        file.display()
+    );
     let disk = rig.mount().args(&["--stream", "--on-complete", &command]).start();
     wait_until("the command has run", || file.exists());
     let process = format!("/proc/{}", read(&file).trim());

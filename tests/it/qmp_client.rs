@@ -1,7 +1,9 @@
-//! The QMP conversation through QEMU's own client library, `qemu.qmp` from PyPI, which is stricter than a hand-made client: it ends
-//! the session when an error reply lacks the `id` of its command, and refuses to negotiate if an event comes before the reply.
+//! A QMP session with QEMU's own client library, `qemu.qmp` from PyPI. It is stricter than the
+//! client of these tests: it ends the session if an error reply lacks the `id` of its command, and
+//! refuses to negotiate if an event comes before the reply.
 //!
-//! `scripts/test.sh` installs the library into a virtual environment under `target/` and says where its Python is (`CORDISK_QMP_PYTHON`).
+//! `scripts/test.sh` installs the library into a virtual environment under `target/` and sets
+//! `CORDISK_QMP_PYTHON` to its Python.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -27,24 +29,44 @@ fn qemu_qmp_drives_a_stream_to_its_end() {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/qmp_client.py");
         let mut client = Command::new(&python);
         client.arg(script).arg(disk.socket());
-        // One second of work: long enough to be seen running by the first query.
-        client.args(["--command", command, "--device", "drive0", "--speed", "16777216", "--len", &size.to_string()]);
+        // The job takes one second: long enough for the first query to see it running.
+        client.args([
+            "--command",
+            command,
+            "--device",
+            "drive0",
+            "--speed",
+            "16777216",
+            "--len",
+            &size.to_string(),
+        ]);
         let done = run_within(&mut client, Duration::from_secs(90));
-        assert!(done.status.success(), "{command}: {}\n{}\n{}", done.stdout, done.stderr, disk.log());
+        assert!(
+            done.status.success(),
+            "{command}: {}\n{}\n{}",
+            done.stdout,
+            done.stderr,
+            disk.log()
+        );
         assert!(done.stdout.lines().any(|line| line == "ok"), "{command}: {}", done.stdout);
 
         std::fs::remove_file(&base).expect("the base is not needed any more");
-        assert_same("the disk without its base", &disk.read_all(), &Pattern::new(7, 1).bytes(0, size));
+        assert_same(
+            "the disk without its base",
+            &disk.read_all(),
+            &Pattern::new(7, 1).bytes(0, size),
+        );
         disk.umount();
     }
 }
 
-/// A Python that has the library.
+/// Returns a Python that has the library.
 pub fn python() -> Option<PathBuf> {
     let named = std::env::var_os("CORDISK_QMP_PYTHON").map(PathBuf::from);
     let ours = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/qmp-venv/bin/python");
     let imports = |python: &PathBuf| {
-        let tried = Command::new(python).args(["-c", "import qemu.qmp"]).stderr(Stdio::null()).status();
+        let tried =
+            Command::new(python).args(["-c", "import qemu.qmp"]).stderr(Stdio::null()).status();
         tried.is_ok_and(|status| status.success())
     };
     named.into_iter().chain([ours, PathBuf::from("python3")]).find(imports)

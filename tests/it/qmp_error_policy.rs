@@ -1,5 +1,5 @@
-//! What a job does about errors (4.6), with errors that are real: a base that fails to be read at one place while a flag file exists
-//! (`support/nbd.rs`), and an overlay on a file system that is full.
+//! The error policies of a job (`on-error`), with real errors: a base that cannot be read at one
+//! place while a flag file exists (`support/nbd.rs`), and an overlay on a full file system.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -9,18 +9,21 @@ use std::process::Command;
 use serde_json::{Value, json};
 
 use crate::support::nbd::{Fault, NbdFile};
-use crate::support::{Daemon, KIB, MIB, Mount, Pattern, QmpClient, Scratch, assert_same, mounts, qemu, read_at, run_ok, wait_until};
+use crate::support::{
+    Daemon, KIB, MIB, Mount, Pattern, QmpClient, Scratch, assert_same, mounts, qemu, read_at,
+    run_ok, wait_until,
+};
 
 const SIZE: u64 = 4 * MIB;
-/// The step of a stream.
+/// The step of a stream, in bytes.
 const CHUNK: u64 = 512 * KIB;
 /// One sector in the middle of the 4th chunk cannot be read.
 const BAD: u64 = 3 * CHUNK + 200 * KIB;
 const BAD_CHUNK: u64 = 3 * CHUNK;
 
-/// A disk over a base that has gone bad.
+/// A disk above a base that fails.
 struct BadDisk {
-    // Dropped in this order.
+    // Fields are dropped in this order.
     disk: Daemon,
     base: NbdFile,
     overlay: PathBuf,
@@ -40,19 +43,26 @@ impl BadDisk {
         BadDisk { disk, base, overlay, content, _scratch: scratch }
     }
 
-    /// What lies around the bad place is still read, the bad place is an error.
+    /// Asserts that the guest can read around the bad sector, and that the bad sector is an error.
     fn assert_guest_reads_around(&self) {
         let file = self.disk.open();
-        for (offset, len) in [(0, CHUNK), (BAD_CHUNK, 64 * KIB), (BAD_CHUNK + CHUNK, 2 * CHUNK), (SIZE - 5000, 5000)] {
+        for (offset, len) in
+            [(0, CHUNK), (BAD_CHUNK, 64 * KIB), (BAD_CHUNK + CHUNK, 2 * CHUNK), (SIZE - 5000, 5000)]
+        {
             let len = usize::try_from(len).expect("small");
             let at = usize::try_from(offset).expect("small");
-            assert_same("beside the bad place", &read_at(&file, offset, len), &self.content[at..at + len]);
+            assert_same(
+                "beside the bad place",
+                &read_at(&file, offset, len),
+                &self.content[at..at + len],
+            );
         }
         let error = file.read_exact_at(&mut [0; 512], BAD).expect_err("the bad place itself");
         assert_eq!(error.raw_os_error(), Some(rustix::io::Errno::IO.raw_os_error()));
     }
 
-    /// The flag is gone, and a stream without an error makes the overlay independent of the base.
+    /// Asserts, after the base was repaired, that a new stream makes the overlay independent of the
+    /// base.
     fn assert_a_new_job_finishes(self) {
         let mut client = self.disk.client();
         client.ok("block-stream", json!({"device": "drive0"}));
@@ -79,27 +89,47 @@ fn failed_at(offset: u64, error: &str) -> Value {
 }
 
 fn backing_name(overlay: &Path) -> Option<Value> {
-    let out = run_ok(Command::new("qemu-img").args(["info", "-U", "-f", "qcow2", "--output=json"]).arg(overlay));
+    let out = run_ok(
+        Command::new("qemu-img").args(["info", "-U", "-f", "qcow2", "--output=json"]).arg(overlay),
+    );
     serde_json::from_str::<Value>(&out).expect("JSON").get("backing-filename").cloned()
 }
 
-/// Protects: `report`, and `enospc` and `auto` for what is no want of space: the job fails at the start of its chunk, the link to the
-/// base stays, what is good is still read, and a later job finishes.
+/// Protects: `report`, and `enospc` and `auto` for errors other than missing space: the job fails
+/// at the start of its chunk, the backing link stays, good data is still read, and a later job
+/// finishes.
 #[test]
 fn report_fails_at_the_start_of_the_chunk() {
     requires!("/dev/fuse", "qemu-img", "nbdkit", "nbdfuse");
     let bad = BadDisk::new();
     let mut client = bad.disk.client();
-    for arguments in [json!({}), json!({"on-error": "report"}), json!({"on-error": "enospc"}), json!({"on-error": "auto"})] {
+    for arguments in [
+        json!({}),
+        json!({"on-error": "report"}),
+        json!({"on-error": "enospc"}),
+        json!({"on-error": "auto"}),
+    ] {
         let mut all = arguments.clone();
         all["device"] = json!("drive0");
         let heard = client.events.len();
         client.ok("block-stream", all);
-        assert_eq!(error_event(&mut client), json!({"device": "drive0", "operation": "read", "action": "report"}), "{arguments}");
+        assert_eq!(
+            error_event(&mut client),
+            json!({"device": "drive0", "operation": "read", "action": "report"}),
+            "{arguments}"
+        );
         let data = client.wait_event("BLOCK_JOB_COMPLETED")["data"].clone();
         assert_eq!(data, failed_at(BAD_CHUNK, "Input/output error"), "{arguments}");
         client.wait_status("null");
-        let want = ["created", "running", "BLOCK_JOB_ERROR", "aborting", "BLOCK_JOB_COMPLETED", "concluded", "null"];
+        let want = [
+            "created",
+            "running",
+            "BLOCK_JOB_ERROR",
+            "aborting",
+            "BLOCK_JOB_COMPLETED",
+            "concluded",
+            "null",
+        ];
         assert_eq!(client.event_names()[heard..], want, "{arguments}");
         assert_eq!(backing_name(&bad.overlay), Some(json!("base.raw")), "{arguments}");
     }
@@ -109,7 +139,8 @@ fn report_fails_at_the_start_of_the_chunk() {
     bad.assert_a_new_job_finishes();
 }
 
-/// Protects: `ignore` goes on to the end, fails there, and never touches the header: what was skipped is only in the base.
+/// Protects: `ignore` continues to the end, fails there, and never changes the header, because the
+/// skipped data is only in the base.
 #[test]
 fn ignore_goes_on_and_keeps_the_link() {
     requires!("/dev/fuse", "qemu-img", "nbdkit", "nbdfuse");
@@ -117,7 +148,10 @@ fn ignore_goes_on_and_keeps_the_link() {
     let before = crate::support::header::Header::load(&bad.overlay);
     let mut client = bad.disk.client();
     client.ok("block-stream", json!({"device": "drive0", "on-error": "ignore"}));
-    assert_eq!(error_event(&mut client), json!({"device": "drive0", "operation": "read", "action": "ignore"}));
+    assert_eq!(
+        error_event(&mut client),
+        json!({"device": "drive0", "operation": "read", "action": "ignore"})
+    );
     let data = client.wait_event("BLOCK_JOB_COMPLETED")["data"].clone();
     assert_eq!(data, failed_at(SIZE, "Input/output error"));
     client.wait_status("null");
@@ -126,15 +160,20 @@ fn ignore_goes_on_and_keeps_the_link() {
     assert!(names[2..names.len() - 4].iter().all(|name| name == "BLOCK_JOB_ERROR"), "{names:?}");
     assert_eq!(names[names.len() - 4..], ["aborting", "BLOCK_JOB_COMPLETED", "concluded", "null"]);
     let after = crate::support::header::Header::load(&bad.overlay);
-    assert_eq!((&after.backing, &after.extensions), (&before.backing, &before.extensions), "the link must stay");
+    assert_eq!(
+        (&after.backing, &after.extensions),
+        (&before.backing, &before.extensions),
+        "the link must stay"
+    );
     bad.assert_guest_reads_around();
     bad.base.repair(Fault::Read);
     drop(client);
     bad.assert_a_new_job_finishes();
 }
 
-/// Protects: `stop` pauses at the failing chunk and says why; resumed too early it stops at the same chunk again; resumed when the base is
-/// whole again it tries that very chunk and finishes, and nothing is missing.
+/// Protects: `stop` pauses at the failing chunk and reports the reason. If it is resumed too early,
+/// it stops at the same chunk again. If it is resumed when the base is readable again, it retries
+/// that chunk and finishes, and no data is missing.
 #[test]
 fn stop_tries_the_same_chunk_again() {
     requires!("/dev/fuse", "qemu-img", "nbdkit", "nbdfuse");
@@ -142,11 +181,20 @@ fn stop_tries_the_same_chunk_again() {
     let mut client = bad.disk.client();
     client.ok("block-stream", json!({"device": "drive0", "on-error": "stop"}));
     for resumed in [false, true] {
-        assert_eq!(error_event(&mut client), json!({"device": "drive0", "operation": "read", "action": "stop"}), "resumed: {resumed}");
+        assert_eq!(
+            error_event(&mut client),
+            json!({"device": "drive0", "operation": "read", "action": "stop"}),
+            "resumed: {resumed}"
+        );
         client.wait_status("paused");
         let job = client.job();
-        let facts = (&job["status"], &job["io-status"], &job["offset"], &job["paused"], &job["busy"]);
-        assert_eq!(facts, (&json!("paused"), &json!("failed"), &json!(BAD_CHUNK), &json!(true), &json!(false)), "{job}");
+        let facts =
+            (&job["status"], &job["io-status"], &job["offset"], &job["paused"], &job["busy"]);
+        assert_eq!(
+            facts,
+            (&json!("paused"), &json!("failed"), &json!(BAD_CHUNK), &json!(true), &json!(false)),
+            "{job}"
+        );
         bad.assert_guest_reads_around();
         if !resumed {
             client.ok("job-resume", json!({"id": "drive0"}));
@@ -157,7 +205,10 @@ fn stop_tries_the_same_chunk_again() {
     client.ok("job-resume", json!({"id": "drive0"}));
     client.wait_status("running");
     let data = client.wait_completed();
-    assert_eq!(data, json!({"type": "stream", "device": "drive0", "len": SIZE, "offset": SIZE, "speed": 0}));
+    assert_eq!(
+        data,
+        json!({"type": "stream", "device": "drive0", "len": SIZE, "offset": SIZE, "speed": 0})
+    );
     client.wait_status("null");
     let want = [
         "created",
@@ -178,8 +229,9 @@ fn stop_tries_the_same_chunk_again() {
     bad.finish(client);
 }
 
-/// Protects: a full file system below the overlay pauses a job with `enospc`, `auto` or `stop`, and says that it is for want of space; the guest
-/// reads on meanwhile; with space again the job goes on and finishes.
+/// Protects: a full file system below the overlay pauses a job with `enospc`, `auto` or `stop`, and
+/// the event says that space is missing. The guest can still read; with space again the job
+/// continues and finishes.
 #[test]
 fn want_of_space_pauses_the_job() {
     requires!("/dev/fuse", "qemu-img", "root");
@@ -188,21 +240,30 @@ fn want_of_space_pauses_the_job() {
         let content = Pattern::new(71, 1).bytes(0, SIZE);
         let base = scratch.write("base.raw", &content);
         let small = scratch.dir("small");
-        // Detached with the scratch directory.
+        // The scratch directory detaches this mount.
         run_ok(Command::new("mount").args(["-t", "tmpfs", "-o", "size=8M", "tmpfs"]).arg(&small));
         let overlay = small.join("overlay.qcow2");
         qemu::create(&overlay, None, "", Some((base.to_str().expect("UTF-8"), "raw")));
         let ballast = small.join("ballast");
-        fs::write(&ballast, vec![1; usize::try_from(5 * MIB + 512 * KIB).expect("small")]).expect("ballast");
+        fs::write(&ballast, vec![1; usize::try_from(5 * MIB + 512 * KIB).expect("small")])
+            .expect("ballast");
         let disk = Mount::new(&scratch, &overlay).qmp().start();
         let mut client = disk.client();
         client.ok("block-stream", json!({"device": "drive0", "on-error": policy}));
-        // QEMU says `read` of everything a stream does.
-        assert_eq!(error_event(&mut client), json!({"device": "drive0", "operation": "read", "action": "stop"}), "{policy}");
+        // QEMU reports every error of a stream as `read`.
+        assert_eq!(
+            error_event(&mut client),
+            json!({"device": "drive0", "operation": "read", "action": "stop"}),
+            "{policy}"
+        );
         client.wait_status("paused");
         wait_until("the job rests", || client.job()["busy"] == json!(false));
         let job = client.job();
-        assert_eq!((&job["status"], &job["io-status"]), (&json!("paused"), &json!("nospace")), "{policy}: {job}");
+        assert_eq!(
+            (&job["status"], &job["io-status"]),
+            (&json!("paused"), &json!("nospace")),
+            "{policy}: {job}"
+        );
         let offset = job["offset"].as_u64().expect("offset");
         assert!(offset.is_multiple_of(CHUNK) && (CHUNK..SIZE).contains(&offset), "{policy}: {job}");
         assert_same("the guest reads on", &disk.read_all(), &content);

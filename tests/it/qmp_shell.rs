@@ -1,6 +1,7 @@
-//! QEMU's interactive shell, `qmp-shell -p` of the PyPI package `qemu.qmp`, with a stream typed by hand.
+//! QEMU's interactive shell, `qmp-shell -p` of the PyPI package `qemu.qmp`, with the commands of a
+//! stream as its input.
 //!
-//! See [`crate::qmp_client`] for where the package comes from.
+//! [`crate::qmp_client`] says where the package comes from.
 
 use std::fs;
 use std::io::Write;
@@ -15,15 +16,17 @@ use crate::support::{MIB, Rig, have, poll};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A value as the shell prints it: what lies between `before` and the line that closes it.
+/// Returns a value that the shell printed: the text between `before` and the line that closes the
+/// value.
 fn printed(output: &str, before: &str) -> Option<Value> {
     let (_, rest) = output.split_once(before)?;
     let end = rest.find("\n}")?;
     serde_json::from_str(&rest[..end + 2]).ok()
 }
 
-/// Protects: the session of a person at a terminal: greeting, completion by `query-commands`, `key=value` arguments, pretty replies, an error reply
-/// that does not end the session, the events on an empty line, and the end.
+/// Protects: an interactive session: greeting, completion by `query-commands`, `key=value`
+/// arguments, formatted replies, an error reply that does not end the session, the events on an
+/// empty line, and the end.
 #[test]
 fn a_stream_typed_into_qmp_shell() {
     requires!("/dev/fuse", "qemu-img");
@@ -36,18 +39,23 @@ fn a_stream_typed_into_qmp_shell() {
     let mut hearing = disk.client();
     let (out, err) = (rig.scratch.join("shell.out"), rig.scratch.join("shell.err"));
     let mut command = Command::new(&python);
-    command.args(["-u", "-c", "from qemu.qmp.qmp_shell import main; main()", "-p"]).arg(disk.socket());
-    // Its history is kept in the home directory.
+    command
+        .args(["-u", "-c", "from qemu.qmp.qmp_shell import main; main()", "-p"])
+        .arg(disk.socket());
+    // The shell keeps its history in the home directory.
     command.env("HOME", rig.scratch.path()).env("TERM", "dumb").stdin(Stdio::piped());
-    command.stdout(fs::File::create(&out).expect("file")).stderr(fs::File::create(&err).expect("file"));
+    command
+        .stdout(fs::File::create(&out).expect("file"))
+        .stderr(fs::File::create(&err).expect("file"));
     let mut shell = Killed(command.spawn().expect("qmp-shell"));
     let mut keyboard = shell.0.stdin.take().expect("stdin");
     let said = |path: &Path| fs::read_to_string(path).unwrap_or_default();
-    let mut types = |line: &str| writeln!(keyboard, "{line}").and_then(|()| keyboard.flush()).expect("type");
+    let mut types =
+        |line: &str| writeln!(keyboard, "{line}").and_then(|()| keyboard.flush()).expect("type");
 
     types("block-job-cancel device=nope");
     types("block-stream device=drive0 speed=0");
-    // An empty line shows the events so far, so there must be all of them.
+    // An empty line prints the events so far, so the test first waits for all of them.
     hearing.wait_completed();
     hearing.wait_status("null");
     types("query-block-jobs");
@@ -56,19 +64,22 @@ fn a_stream_typed_into_qmp_shell() {
         let output = said(&out);
         let all = output.contains("'BLOCK_JOB_COMPLETED'") && output.contains("'status': 'null'");
         if !all {
-            // Events come to the shell when they come.
+            // The shell receives the events asynchronously.
             types("");
             std::thread::sleep(Duration::from_millis(50));
         }
         all.then_some(output)
     });
-    let output = shown.unwrap_or_else(|| panic!("no completion shown:\n{}\n{}\n{}", said(&out), said(&err), disk.log()));
+    let output = shown.unwrap_or_else(|| {
+        panic!("no completion shown:\n{}\n{}\n{}", said(&out), said(&err), disk.log())
+    });
     drop(keyboard); // Ctrl-D
     let status = poll(PATIENCE, || shell.0.try_wait().expect("wait"));
     assert!(status.is_some_and(|status| status.success()), "{status:?}\n{output}\n{}", said(&err));
 
     assert!(output.contains("Connected to QEMU 10.2.0"), "{output}");
-    let replies: Vec<Value> = output.split("(QEMU) ").filter_map(|part| printed(&format!("{part}\n"), "")).collect();
+    let replies: Vec<Value> =
+        output.split("(QEMU) ").filter_map(|part| printed(&format!("{part}\n"), "")).collect();
     let want = [
         json!({"error": {"class": "DeviceNotActive", "desc": "Block job 'nope' not found"}}),
         json!({"return": {}}),
@@ -80,9 +91,18 @@ fn a_stream_typed_into_qmp_shell() {
         }
     }
     assert_eq!(replies.len(), want.len(), "{output}");
-    // Events are printed as Python prints a dictionary.
-    let completed = output.lines().find(|line| line.contains("'BLOCK_JOB_COMPLETED'")).expect("the line of the event");
-    for member in ["'type': 'stream'", "'device': 'drive0'", "'len': 2097152", "'offset': 2097152", "'speed': 0"] {
+    // The shell prints events like Python dictionaries.
+    let completed = output
+        .lines()
+        .find(|line| line.contains("'BLOCK_JOB_COMPLETED'"))
+        .expect("the line of the event");
+    for member in [
+        "'type': 'stream'",
+        "'device': 'drive0'",
+        "'len': 2097152",
+        "'offset': 2097152",
+        "'speed': 0",
+    ] {
         assert!(completed.contains(member), "{member} in {completed}");
     }
     assert!(!completed.contains("error"), "{completed}");
@@ -91,7 +111,7 @@ fn a_stream_typed_into_qmp_shell() {
     rig.assert_standalone(&rig.content);
 }
 
-/// A process that does not outlive its test.
+/// A process that is killed when dropped.
 struct Killed(std::process::Child);
 
 impl Drop for Killed {

@@ -1,4 +1,5 @@
-//! Many requests at once, many clients at once, clients that die, clients that do not read, clients that may not.
+//! Many requests at the same time, many clients, clients that die, clients that do not read,
+//! clients without permission.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,22 +12,32 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, KIB, MIB, QmpClient, Rig, Rng, Scratch, assert_same, poll, run_within, wait_until};
+use crate::support::{
+    Daemon, KIB, MIB, QmpClient, Rig, Rng, Scratch, assert_same, poll, run_within, wait_until,
+};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Clients at a time.
+/// Maximum number of clients at the same time.
 const MAX_CLIENTS: usize = 32;
 
-/// The events of one client as (job, status or name), and that each job lived a life that the table of states allows, one after the other.
+/// Groups the events of one client by job (status or name), and asserts that each job followed the
+/// transitions of the state table.
 fn lives(events: &[Value]) -> Vec<Vec<String>> {
     let mut lives: Vec<(String, Vec<String>)> = Vec::new();
     for event in events {
         let data = &event["data"];
-        let id = data["id"].as_str().or(data["device"].as_str()).unwrap_or_else(|| panic!("whose is {event}"));
-        let name = data["status"].as_str().unwrap_or_else(|| event["event"].as_str().expect("name"));
+        let id = data["id"]
+            .as_str()
+            .or(data["device"].as_str())
+            .unwrap_or_else(|| panic!("whose is {event}"));
+        let name =
+            data["status"].as_str().unwrap_or_else(|| event["event"].as_str().expect("name"));
         if name == "created" {
             let before = lives.last().map(|(_, life)| life.last().expect("not empty").as_str());
-            assert!(before.is_none_or(|last| last == "null"), "{id} began before the one before had ended: {event}");
+            assert!(
+                before.is_none_or(|last| last == "null"),
+                "{id} began before the one before had ended: {event}"
+            );
             lives.push((id.to_owned(), Vec::new()));
         }
         let (owner, life) = lives.last_mut().unwrap_or_else(|| panic!("{event} without a job"));
@@ -36,8 +47,9 @@ fn lives(events: &[Value]) -> Vec<Vec<String>> {
     lives.into_iter().map(|(_, life)| life).collect()
 }
 
-/// Protects: 500 pairs of `block-stream` and `job-cancel`, half of them in one write, the others with pauses here and there, no reply waited for: every request is answered once and in order,
-/// each job that was started lives exactly one life, and nothing of the disk is lost.
+/// Protects: 500 pairs of `block-stream` and `job-cancel`, half of them in one write, the others
+/// with pauses, without waiting for replies. Every request gets one reply, in order; each job that
+/// was started has exactly one life, and the disk loses no data.
 #[test]
 fn five_hundred_pipelined_pairs() {
     const PAIRS: usize = 500;
@@ -55,7 +67,8 @@ fn five_hundred_pipelined_pairs() {
         // With and without something between them.
         let gap = ["", "\n", " \r\n\t"][usize::try_from(rng.below(3)).expect("small")];
         writes.last_mut().expect("one").push_str(&format!("{start}{gap}{cancel}{gap}"));
-        // A job that has a chunk in its hands is not over at once when it is cancelled; in a pause it is, and the next one can start.
+        // A job that is working on a chunk does not end at once when it is cancelled. During a
+        // pause it ends, and the next one can start.
         if pair >= PAIRS / 2 && rng.below(2) == 0 {
             writes.push(String::new());
         }
@@ -63,7 +76,7 @@ fn five_hundred_pipelined_pairs() {
     let mut started = 0;
     let mut sending = client.another_hand();
     std::thread::scope(|scope| {
-        // Replies come while requests are still on their way.
+        // Replies arrive while requests are still being sent.
         scope.spawn(|| {
             for text in &writes {
                 sending.write_all(text.as_bytes()).expect("send");
@@ -79,12 +92,14 @@ fn five_hundred_pipelined_pairs() {
             assert_eq!(message["id"], json!(next), "replies in order, none left out: {message}");
             let desc = message["error"]["desc"].as_str().unwrap_or_default().to_owned();
             if next % 2 == 0 {
-                // The job before may still have a chunk in its hands.
-                let busy = desc == "Node 'drive0' is busy: block device is in use by block job: stream";
+                // The job before may still be working on a chunk.
+                let busy =
+                    desc == "Node 'drive0' is busy: block device is in use by block job: stream";
                 assert!(message["return"] == json!({}) || busy, "{message}");
                 started += usize::from(!busy);
             } else {
-                let gone = desc == "Job not found" || desc.contains("cannot accept command verb 'cancel'");
+                let gone =
+                    desc == "Job not found" || desc.contains("cannot accept command verb 'cancel'");
                 assert!(message["return"] == json!({}) || gone, "{message}");
             }
             next += 1;
@@ -109,8 +124,9 @@ fn five_hundred_pipelined_pairs() {
     rig.assert_overlay(&rig.content);
 }
 
-/// Protects: `quit` while a stream copies at full speed and a guest has written: all clients hear the end, the one who asked is answered last, what it
-/// sent after that is not answered at all, and the image is whole.
+/// Protects: `quit` while a stream copies at full speed and a guest has written. All clients
+/// receive the end, the client that sent `quit` gets its reply last, its later requests get no
+/// reply, and the image is consistent.
 #[test]
 fn quit_in_the_middle_of_a_stream() {
     requires!("/dev/fuse", "qemu-img");
@@ -122,7 +138,7 @@ fn quit_in_the_middle_of_a_stream() {
     let want = guest.shadow;
     drop(guest.file);
     let (mut one, mut other) = (disk.client(), disk.client());
-    // Limited, or it might be over before it is quit.
+    // The stream is limited, because it might otherwise end before `quit`.
     one.ok("block-stream", json!({"device": "drive0", "speed": 32 * MIB}));
     wait_until("it copies", || one.job()["offset"].as_u64().expect("offset") > 4 * MIB);
     let heard = one.events.len();
@@ -134,14 +150,29 @@ fn quit_in_the_middle_of_a_stream() {
     }
     assert_eq!(last, json!({"return": {}, "id": "q"}), "the reply comes last");
     while other.message(PATIENCE).is_some() {}
-    assert_eq!(one.events[heard..], other.events[other.events.len() - (one.events.len() - heard)..], "both hear the same");
+    assert_eq!(
+        one.events[heard..],
+        other.events[other.events.len() - (one.events.len() - heard)..],
+        "both hear the same"
+    );
     let names = one.event_names();
-    assert_eq!(names[heard..], ["SHUTDOWN", "BLOCK_EXPORT_DELETED", "aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]);
+    assert_eq!(
+        names[heard..],
+        [
+            "SHUTDOWN",
+            "BLOCK_EXPORT_DELETED",
+            "aborting",
+            "BLOCK_JOB_CANCELLED",
+            "concluded",
+            "null"
+        ]
+    );
     disk.assert_clean_end();
     rig.assert_overlay(&want);
 }
 
-/// Protects: clients that die with replies on their way to them, at any byte: the others, the job and the disk go on.
+/// Protects: clients that die while replies are being sent to them, at any byte, disturb neither
+/// other clients nor the job nor the disk.
 #[test]
 fn clients_killed_in_the_middle_of_a_reply() {
     requires!("/dev/fuse", "qemu-img");
@@ -153,15 +184,18 @@ fn clients_killed_in_the_middle_of_a_reply() {
     for _ in 0..40 {
         let mut dying = UnixStream::connect(disk.socket()).expect("connect");
         dying.set_read_timeout(Some(PATIENCE)).expect("timeout");
-        let queries = r#"{"execute":"query-named-block-nodes"}{"execute":"query-commands"}"#.repeat(20);
-        dying.write_all(format!("{{\"execute\":\"qmp_capabilities\"}}{queries}").as_bytes()).expect("send");
+        let queries =
+            r#"{"execute":"query-named-block-nodes"}{"execute":"query-commands"}"#.repeat(20);
+        dying
+            .write_all(format!("{{\"execute\":\"qmp_capabilities\"}}{queries}").as_bytes())
+            .expect("send");
         let mut some = vec![0; usize::try_from(1 + rng.below(20_000)).expect("small")];
         dying.read_exact(&mut some).expect("the first bytes of many replies");
         drop(dying);
         assert_eq!(client.job()["device"], json!("drive0"));
     }
     client.finish_job("drive0");
-    // Their places are free again.
+    // Their places in the limit are free again.
     let again: Vec<QmpClient> = (0..MAX_CLIENTS - 1).map(|_| disk.client()).collect();
     drop((client, again));
     disk.umount();
@@ -172,8 +206,23 @@ fn fio_while(rig: &Rig, disk: &Daemon, meanwhile: impl FnOnce(&AtomicBool)) {
     let log = rig.scratch.join("fio.log");
     let mut command = Command::new("fio");
     command.current_dir(rig.scratch.path());
-    command.args(["--name=verify", "--ioengine=psync", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--fsync=64", "--thread"]);
-    command.args(["--allow_file_create=0", "--verify_state_save=0", "--rw=randwrite", "--bs=4k", "--size=8m", "--loops=2"]);
+    command.args([
+        "--name=verify",
+        "--ioengine=psync",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--do_verify=1",
+        "--fsync=64",
+        "--thread",
+    ]);
+    command.args([
+        "--allow_file_create=0",
+        "--verify_state_save=0",
+        "--rw=randwrite",
+        "--bs=4k",
+        "--size=8m",
+        "--loops=2",
+    ]);
     command.arg(format!("--filename={}", disk.path().display()));
     command
         .stdin(Stdio::null())
@@ -195,11 +244,16 @@ fn fio_while(rig: &Rig, disk: &Daemon, meanwhile: impl FnOnce(&AtomicBool)) {
         waiting.join().expect("fio")
     });
     let log = fs::read_to_string(log).unwrap_or_default();
-    assert!(status.is_some_and(|status| status.success()), "fio stalled or failed: {status:?}\n{log}\n{}", disk.log());
+    assert!(
+        status.is_some_and(|status| status.success()),
+        "fio stalled or failed: {status:?}\n{log}\n{}",
+        disk.log()
+    );
 }
 
-/// Protects: 20 clients, one of which asks and never reads, while fio writes and verifies: jobs come and go, and each of the other 19 hears
-/// every event of each, in the same order; the I/O goes on and is right.
+/// Protects: 20 clients, one of which sends requests and never reads, while fio writes and
+/// verifies. Jobs start and end, and each of the other 19 clients receives every event of each job,
+/// in the same order; the I/O continues and is right.
 #[test]
 fn twenty_clients_and_one_never_reads() {
     const LISTENERS: usize = 18;
@@ -208,8 +262,11 @@ fn twenty_clients_and_one_never_reads() {
     let disk = rig.mount().qmp().start();
     let mut deaf = UnixStream::connect(disk.socket()).expect("connect");
     deaf.set_write_timeout(Some(Duration::from_millis(200))).expect("timeout");
-    let flood = format!("{{\"execute\":\"qmp_capabilities\"}}{}", r#"{"execute":"query-named-block-nodes"}"#.repeat(4000));
-    // As much of it as the server takes.
+    let flood = format!(
+        "{{\"execute\":\"qmp_capabilities\"}}{}",
+        r#"{"execute":"query-named-block-nodes"}"#.repeat(4000)
+    );
+    // As many requests as the server accepts.
     let _ = deaf.write_all(flood.as_bytes());
     let mut user = disk.client();
     let listeners: Vec<QmpClient> = (0..LISTENERS).map(|_| disk.client()).collect();
@@ -218,17 +275,23 @@ fn twenty_clients_and_one_never_reads() {
             .into_iter()
             .map(|mut client| {
                 scope.spawn(move || {
-                    client.wait("the end of the last job", |event| event["data"] == json!({"id": "last", "status": "null"}));
+                    client.wait("the end of the last job", |event| {
+                        event["data"] == json!({"id": "last", "status": "null"})
+                    });
                     client.events
                 })
             })
             .collect();
         fio_while(&rig, &disk, |over| {
             let mut round = 0;
-            // Each copies one step of 512 KiB at the most; they must not copy it all.
+            // Each job copies at most one step of 512 KiB; the jobs together must not copy
+            // everything.
             while round < 5 || !over.load(Ordering::Acquire) && round < 50 {
                 let id = format!("j{round}");
-                user.ok("block-stream", json!({"device": "drive0", "job-id": id, "speed": 64 * KIB}));
+                user.ok(
+                    "block-stream",
+                    json!({"device": "drive0", "job-id": id, "speed": 64 * KIB}),
+                );
                 user.ok("job-pause", json!({"id": id}));
                 user.wait_status("paused");
                 user.ok("job-resume", json!({"id": id}));
@@ -239,7 +302,9 @@ fn twenty_clients_and_one_never_reads() {
             }
             eprintln!("{round} jobs");
             user.ok("block-stream", json!({"device": "drive0", "job-id": "last"}));
-            user.wait("the end of the last job", |event| event["data"] == json!({"id": "last", "status": "null"}));
+            user.wait("the end of the last job", |event| {
+                event["data"] == json!({"id": "last", "status": "null"})
+            });
         });
         threads.into_iter().map(|thread| thread.join().expect("listener")).collect()
     });
@@ -252,13 +317,13 @@ fn twenty_clients_and_one_never_reads() {
     let untouched = usize::try_from(8 * MIB).expect("small");
     assert_same("what fio did not touch", &content[untouched..], &rig.content[untouched..]);
     drop(user);
-    disk.umount(); // the deaf client is still there
+    disk.umount(); // the client that never reads is still connected
     drop(deaf);
     rig.assert_standalone(&content);
 }
 
-/// Protects: there is a limit, who is beyond it is turned away at once and without a greeting, those who are in go on, and a place that becomes free is
-/// taken again.
+/// Protects: at the limit of clients, a new one is disconnected at once and without a greeting,
+/// connected ones continue, and a place that becomes free is used again.
 #[test]
 fn more_clients_than_there_are_places() {
     requires!("/dev/fuse", "qemu-img");
@@ -273,7 +338,7 @@ fn more_clients_than_there_are_places() {
             Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
         }
     };
-    // The place of the one who looked whether the socket is there may not be free yet.
+    // The connection that tested whether the socket exists may still hold its place.
     wait_until("the first place is free", || !turned_away());
     std::thread::sleep(Duration::from_millis(200));
     let mut clients: Vec<QmpClient> = (0..MAX_CLIENTS).map(|_| disk.client()).collect();
@@ -295,21 +360,31 @@ fn more_clients_than_there_are_places() {
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: who connects is looked at, not only the mode of the file: another user who can reach the socket is turned away without a word.
+/// Protects: the server checks the user of each connection, not only the mode of the file: another
+/// user that can reach the socket is disconnected without a message.
 #[test]
 fn another_user_is_refused() {
     requires!("/dev/fuse", "qemu-img", "root", "setpriv", "/usr/bin/perl");
     let rig = Rig::new(MIB);
     rig.scratch.open_to_all();
     let disk = rig.mount().qmp().start();
-    // A Python of the user's own may lie where others cannot see it; Debian always has this.
+    // A Python of the user may be in a place that others cannot read; Debian always has this Perl.
     let script = "use Socket; socket(my $s, AF_UNIX, SOCK_STREAM, 0) or die; \
                   connect($s, pack_sockaddr_un($ARGV[0])) or do { print qq($!); exit }; \
                   alarm 30; sysread($s, my $b, 9); print length($b) ? $b : 'nothing'";
     let says = |user: &str| {
         let mut command = Command::new("setpriv");
         command
-            .args(["--reuid", user, "--regid", user, "--clear-groups", "/usr/bin/perl", "-e", script])
+            .args([
+                "--reuid",
+                user,
+                "--regid",
+                user,
+                "--clear-groups",
+                "/usr/bin/perl",
+                "-e",
+                script,
+            ])
             .arg(disk.socket())
             .current_dir("/");
         let done = run_within(&mut command, PATIENCE);
@@ -328,7 +403,8 @@ fn another_user_is_refused() {
     disk.umount();
 }
 
-/// Protects: the socket is its owner's alone from the moment at which it has a name, whatever the umask: there is no window.
+/// Protects: only the owner can access the socket, from the moment at which it has a name and with
+/// any umask.
 #[test]
 fn the_socket_is_private_from_the_first_moment() {
     requires!("/dev/fuse", "qemu-img");
@@ -353,7 +429,8 @@ fn the_socket_is_private_from_the_first_moment() {
                 wait_until("the watcher has looked", || looks.load(Ordering::Relaxed) > before + 1);
             };
             has_looked();
-            let disk = crate::support::Mount::new(&scratch, &rig.overlay).qmp().open_umask().start();
+            let disk =
+                crate::support::Mount::new(&scratch, &rig.overlay).qmp().open_umask().start();
             disk.client().ok("query-jobs", json!({}));
             has_looked();
             done.store(true, Ordering::Relaxed);

@@ -1,26 +1,31 @@
-//! Conversations as files (`tests/data/qmp/*.txt`), held with `cordisk` and, where it is installed, with `qemu-storage-daemon` on equal
-//! images: what we expect of ourselves is checked against QEMU itself, by the very same lines.
+//! Transcripts in files (`tests/data/qmp/*.txt`), run against `cordisk` and, where it is installed,
+//! against `qemu-storage-daemon` on equal images. The same lines check cordisk and QEMU.
 //!
 //! A file is a sequence of lines:
 //!
 //! ```text
 //! # text                 a comment
-//! disk NAME              first of all: `base` (overlay over base.raw), `chain` (overlay over mid.qcow2 over base.raw),
-//!                        `alone` (no backing), `read-only` (as base, opened for reading)
-//! connect                a new connection, instead of the one before
-//! -> BYTES               sends these bytes, and no newline; `<<0A FF>>` stands for bytes in hex, `<<5B*1025>>` for many of one
-//! ?> JSON                asks this over and over until the reply is the next line (for 20 s)
-//! <- PATTERN             this is what must come next
-//! <~ PATTERN             lines in a row: replies come in this order, events come in this order, but the two interleave as they like
-//! <# TEXT                the last line had this text in it, byte for byte
+//! disk NAME              first line: `base` (overlay over base.raw), `alone` (no backing file),
+//!                        `chain` (overlay over mid.qcow2 over base.raw), `read-only` (like base,
+//!                        opened for reading)
+//! connect                a new connection, which replaces the one before
+//! -> BYTES               sends these bytes without a newline; `<<0A FF>>` are bytes in hex,
+//!                        `<<5B*1025>>` repeats a byte
+//! ?> JSON                repeats this request until the reply is the next line (up to 20 s)
+//! <- PATTERN             the next message must match
+//! <~ PATTERN             consecutive lines: replies come in this order, and so do events, but the
+//!                        two may interleave
+//! <# TEXT                the last message contained this text, byte for byte
 //! <- EOF                 the connection ends
-//! silence                nothing comes for a moment
-//! after backing NAME     when all is over, the header of the overlay names this backing file (`none`: none)
-//! [cordisk] LINE         only for us, [qemu] only for QEMU: where we differ on purpose; the comment right above says why
+//! silence                no message arrives for a moment
+//! after backing NAME     at the end, the overlay names this backing file (`none`: no file)
+//! [cordisk] LINE         only for cordisk, [qemu] only for QEMU: an intended difference; the
+//!                        comment above gives the reason
 //! ```
 //!
-//! A pattern is JSON, compared by structure; `"*"` is any value, a member `"..."` allows any further members, timestamps are any.
-//! `status ID STATUS` and `event NAME DATA` are short for events. `${DEVICE}` is what the disk is called, `${NODE}` the overlay's node name.
+//! A pattern is JSON, compared by structure. `"*"` is any value, a member `"..."` allows any
+//! further members, timestamps are arbitrary. `status ID STATUS` and `event NAME DATA` are short
+//! forms of events. `${DEVICE}` is the name of the disk, `${NODE}` the overlay's node name.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -34,21 +39,22 @@ use serde_json::{Value, json};
 use crate::support::{Daemon, MIB, Mount, Pattern, QmpClient, Scratch, poll, qemu};
 
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Long enough for a reply too many to arrive.
+/// Long enough for an unexpected reply to arrive.
 const SILENCE: Duration = Duration::from_millis(60);
 
-/// Protects: requests, replies, errors and events of sections 1 to 3, as our users' clients know them from QEMU.
+/// Protects: requests, replies, errors and events are those that clients know from QEMU.
 #[test]
 fn transcripts_hold_for_cordisk() {
     requires!("/dev/fuse", "qemu-img");
     run_all(Target::Cordisk);
 }
 
-/// Protects: the transcripts themselves: an expectation that QEMU does not meet is a wrong one.
+/// Protects: the transcripts themselves: QEMU must meet the same expectations.
 #[test]
 fn transcripts_hold_for_qemu() {
     requires!("qemu-img", "qemu-storage-daemon");
-    // QEMU's texts change from release to release, and a distribution has the one it has: only here a tool of another version is no failure.
+    // QEMU's messages change between releases, and a distribution has only one release. So a QEMU
+    // of another version is skipped instead of failing.
     let version = crate::support::run_ok(Command::new("qemu-storage-daemon").arg("--version"));
     if !version.contains("version 10.") {
         eprintln!("skipped: the transcripts are those of QEMU 10, this is {version}");
@@ -57,17 +63,21 @@ fn transcripts_hold_for_qemu() {
     run_all(Target::Qemu);
 }
 
-/// Every file, so that one that fails hides no other.
+/// Runs every file, also after a failure.
 fn run_all(target: Target) {
-    let run = |file: &PathBuf| std::panic::catch_unwind(|| Transcript::load(file).run(target)).is_err();
+    let run =
+        |file: &PathBuf| std::panic::catch_unwind(|| Transcript::load(file).run(target)).is_err();
     let failed: Vec<PathBuf> = files().into_iter().filter(run).collect();
     assert!(failed.is_empty(), "these did not hold for {target:?}: {failed:?}");
 }
 
 fn files() -> Vec<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/qmp");
-    let entries = fs::read_dir(&dir).expect("tests/data/qmp").map(|entry| entry.expect("entry").path());
-    let mut files: Vec<PathBuf> = entries.filter(|path| path.extension().is_some_and(|extension| extension == "txt")).collect();
+    let entries =
+        fs::read_dir(&dir).expect("tests/data/qmp").map(|entry| entry.expect("entry").path());
+    let mut files: Vec<PathBuf> = entries
+        .filter(|path| path.extension().is_some_and(|extension| extension == "txt"))
+        .collect();
     files.sort();
     assert!(!files.is_empty(), "no transcripts in {}", dir.display());
     files
@@ -83,7 +93,7 @@ impl Target {
     fn device(self) -> &'static str {
         match self {
             Target::Cordisk => "drive0",
-            Target::Qemu => "overlay", // there is no device in qemu-storage-daemon, nodes only
+            Target::Qemu => "overlay", // qemu-storage-daemon has nodes only, no devices
         }
     }
 }
@@ -119,7 +129,8 @@ impl Transcript {
         let (mut disk, mut lines, mut reason) = (None, Vec::new(), false);
         for (index, line) in text.lines().enumerate() {
             let at = format!("{name}:{}", index + 1);
-            let (only, rest) = match (line.strip_prefix("[cordisk] "), line.strip_prefix("[qemu] ")) {
+            let (only, rest) = match (line.strip_prefix("[cordisk] "), line.strip_prefix("[qemu] "))
+            {
                 (Some(rest), _) => (Some(Target::Cordisk), rest),
                 (_, Some(rest)) => (Some(Target::Qemu), rest),
                 _ => (None, line),
@@ -155,7 +166,11 @@ impl Transcript {
             };
             lines.push(Line { number: index + 1, only, step });
         }
-        Transcript { disk: disk.unwrap_or_else(|| panic!("{name} says nothing of its disk")), name, lines }
+        Transcript {
+            disk: disk.unwrap_or_else(|| panic!("{name} says nothing of its disk")),
+            name,
+            lines,
+        }
     }
 
     fn run(&self, target: Target) {
@@ -165,11 +180,14 @@ impl Transcript {
         let server = Server::start(&scratch, target, &self.disk);
         let mut client: Option<QmpClient> = None;
         let mut after = None;
-        let mut steps: VecDeque<&Line> = self.lines.iter().filter(|line| line.only.is_none_or(|only| only == target)).collect();
+        let mut steps: VecDeque<&Line> =
+            self.lines.iter().filter(|line| line.only.is_none_or(|only| only == target)).collect();
         while let Some(line) = steps.pop_front() {
             let at = format!("{}:{} with {target:?}", self.name, line.number);
             eprintln!("{at}");
-            let filled = |text: &str| text.replace("${DEVICE}", target.device()).replace("${NODE}", "overlay");
+            let filled = |text: &str| {
+                text.replace("${DEVICE}", target.device()).replace("${NODE}", "overlay")
+            };
             if matches!(line.step, Step::Connect) {
                 drop(client.take());
                 client = Some(QmpClient::greeted(server.socket()));
@@ -180,7 +198,9 @@ impl Transcript {
                 Step::Connect => unreachable!("done above"),
                 Step::Send(text) => client.send_bytes(&bytes(&filled(text))),
                 Step::Until(text) => {
-                    let Some(Line { step: Step::Expect(want), .. }) = steps.pop_front() else { panic!("{at}: no line to wait for") };
+                    let Some(Line { step: Step::Expect(want), .. }) = steps.pop_front() else {
+                        panic!("{at}: no line to wait for")
+                    };
                     ask_until(client, &filled(text), &pattern(&filled(want), &at), &at);
                 }
                 Step::Expect(text) if text == "EOF" => {
@@ -189,7 +209,9 @@ impl Transcript {
                 }
                 Step::Expect(text) => {
                     let want = pattern(&filled(text), &at);
-                    let got = client.message(PATIENCE).unwrap_or_else(|| panic!("{at}: the connection ended, expected {want}"));
+                    let got = client
+                        .message(PATIENCE)
+                        .unwrap_or_else(|| panic!("{at}: the connection ended, expected {want}"));
                     assert!(fits(&want, &got), "{at}:\nexpected {want}\n     got {got}");
                 }
                 Step::Interleaved(text) => {
@@ -221,7 +243,7 @@ impl Transcript {
     }
 }
 
-/// The backing file's name in the header; the file need not be there.
+/// Returns the backing file's name in the header; the file need not exist.
 fn backing_name(overlay: &Path) -> Option<Value> {
     let backing = crate::support::header::Header::load(overlay).backing;
     backing.map(|name| json!(String::from_utf8(name).expect("UTF-8 name")))
@@ -249,16 +271,19 @@ fn ask_until(client: &mut QmpClient, request: &str, want: &Value, at: &str) {
 }
 
 fn expect_interleaved(client: &mut QmpClient, group: Vec<Value>, at: &str) {
-    let (mut events, mut replies): (VecDeque<Value>, VecDeque<Value>) = group.into_iter().partition(|want| want.get("event").is_some());
+    let (mut events, mut replies): (VecDeque<Value>, VecDeque<Value>) =
+        group.into_iter().partition(|want| want.get("event").is_some());
     while !(events.is_empty() && replies.is_empty()) {
-        let got = client.message(PATIENCE).unwrap_or_else(|| panic!("{at}: the connection ended, expected {events:?} {replies:?}"));
+        let got = client.message(PATIENCE).unwrap_or_else(|| {
+            panic!("{at}: the connection ended, expected {events:?} {replies:?}")
+        });
         let queue = if got.get("event").is_some() { &mut events } else { &mut replies };
         let want = queue.pop_front().unwrap_or_else(|| panic!("{at}: not expected at all: {got}"));
         assert!(fits(&want, &got), "{at}:\nexpected {want}\n     got {got}");
     }
 }
 
-/// What a line says in full.
+/// Returns the message that a line of the file stands for.
 fn pattern(text: &str, at: &str) -> Value {
     let words: Vec<&str> = text.splitn(3, ' ').collect();
     match words[..] {
@@ -266,7 +291,8 @@ fn pattern(text: &str, at: &str) -> Value {
             json!({"event": "JOB_STATUS_CHANGE", "data": {"id": id, "status": status}, "timestamp": "*"})
         }
         ["event", name, data] => {
-            let data: Value = serde_json::from_str(data).unwrap_or_else(|error| panic!("{at}: {error}"));
+            let data: Value =
+                serde_json::from_str(data).unwrap_or_else(|error| panic!("{at}: {error}"));
             json!({"event": name, "data": data, "timestamp": "*"})
         }
         _ => serde_json::from_str(text).unwrap_or_else(|error| panic!("{at}: {error}: {text}")),
@@ -282,12 +308,14 @@ fn fits(want: &Value, got: &Value) -> bool {
             wanted.clone().all(|(key, want)| got.get(key).is_some_and(|got| fits(want, got)))
                 && (open || got.keys().all(|key| want.contains_key(key)))
         }
-        (Value::Array(want), Value::Array(got)) => want.len() == got.len() && want.iter().zip(got).all(|(want, got)| fits(want, got)),
+        (Value::Array(want), Value::Array(got)) => {
+            want.len() == got.len() && want.iter().zip(got).all(|(want, got)| fits(want, got))
+        }
         _ => want == got,
     }
 }
 
-/// `<<0A FF>>` and `<<5B*1025>>` become bytes.
+/// Converts `<<0A FF>>` and `<<5B*1025>>` to bytes.
 fn bytes(text: &str) -> Vec<u8> {
     let mut bytes = Vec::new();
     let mut rest = text;
@@ -327,7 +355,7 @@ fn make_images(scratch: &Scratch, disk: &str) -> PathBuf {
     overlay
 }
 
-/// What is talked to.
+/// The program under test.
 enum Server {
     Cordisk(Box<Daemon>),
     Qemu(Qsd),
@@ -365,7 +393,7 @@ impl Server {
     }
 }
 
-/// `qemu-storage-daemon` with the nodes named as ours are.
+/// A `qemu-storage-daemon` whose nodes have the same names as cordisk's.
 struct Qsd {
     child: Child,
     socket: PathBuf,
@@ -375,11 +403,20 @@ impl Qsd {
     fn start(scratch: &Scratch, disk: &str) -> Qsd {
         let mut command = Command::new("qemu-storage-daemon");
         command.current_dir(scratch.path());
-        let raw = |node: &str| format!("driver=raw,node-name={node},read-only=on,file.driver=file,file.filename=base.raw");
+        let raw = |node: &str| {
+            format!(
+                "driver=raw,node-name={node},read-only=on,file.driver=file,file.filename=base.raw"
+            )
+        };
         let overlay = "driver=qcow2,node-name=overlay,file.driver=file,file.filename=overlay.qcow2";
         match disk {
             "alone" => command.args(["--blockdev", overlay]),
-            "base" => command.args(["--blockdev", &raw("backing-1"), "--blockdev", &format!("{overlay},backing=backing-1")]),
+            "base" => command.args([
+                "--blockdev",
+                &raw("backing-1"),
+                "--blockdev",
+                &format!("{overlay},backing=backing-1"),
+            ]),
             "read-only" => command.args([
                 "--blockdev",
                 &raw("backing-1"),
@@ -389,17 +426,28 @@ impl Qsd {
             _ => {
                 let mid =
                     "driver=qcow2,node-name=backing-1,read-only=on,file.driver=file,file.filename=mid.qcow2,backing=backing-2".to_owned();
-                command.args(["--blockdev", &raw("backing-2"), "--blockdev", &mid, "--blockdev", &format!("{overlay},backing=backing-1")])
+                command.args([
+                    "--blockdev",
+                    &raw("backing-2"),
+                    "--blockdev",
+                    &mid,
+                    "--blockdev",
+                    &format!("{overlay},backing=backing-1"),
+                ])
             }
         };
         let socket = scratch.join("qsd.sock");
         let chardev = format!("socket,id=qmp,path={},server=on,wait=off", socket.display());
-        // It writes the file when everything is set up. Who connects to the socket before that is greeted twice.
+        // It writes the pidfile when everything is set up. A client that connects before that
+        // receives the greeting twice.
         let ready = scratch.join("qsd.pid");
         command.args(["--chardev", &chardev, "--monitor", "chardev=qmp", "--pidfile"]).arg(&ready);
         let child = command.stdin(Stdio::null()).spawn().expect("qemu-storage-daemon");
         let qsd = Qsd { child, socket };
-        assert!(poll(PATIENCE, || ready.exists().then_some(())).is_some(), "qemu-storage-daemon is not ready");
+        assert!(
+            poll(PATIENCE, || ready.exists().then_some(())).is_some(),
+            "qemu-storage-daemon is not ready"
+        );
         qsd
     }
 

@@ -1,7 +1,8 @@
 #!/bin/busybox sh
-# The init of the guest in real_guest.rs, started as /sbin/init of the disk that is tested. Lines that begin with "@ " are for the test;
-# what it writes, the test can compute: generate() here is content() there.
-# On the kernel's command line: cordisk.seed=NUMBER cordisk.rounds=NUMBER
+# The init of the guest in real_guest.rs: /sbin/init of the disk under test. Lines that begin with
+# "@ " are messages to the test. The test can compute the content that this script writes:
+# generate() here equals content() there.
+# Words on the kernel's command line: cordisk.seed=NUMBER cordisk.rounds=NUMBER
 export PATH=/run/bin
 for word in $(cat /proc/cmdline); do
     case $word in
@@ -15,7 +16,7 @@ fail() {
     poweroff -f
 }
 
-# generate KIND ROUND LINES: each line tells where it belongs
+# generate KIND ROUND LINES: each line identifies its file and its position
 generate() { seq 1 "$3" | sed "s/^/$seed $1 $2 /"; }
 
 verify() { (cd / && sha256sum -c "/$1" >/run/verified 2>&1) || fail "content of $1: $(grep -v ': OK' /run/verified)"; }
@@ -23,7 +24,7 @@ verify() { (cd / && sha256sum -c "/$1" >/run/verified 2>&1) || fail "content of 
 mount -o remount,rw,discard / || fail 'remount for writing'
 echo "@ UP $(uname -r)"
 
-# What comes from the golden image, through copy-on-read.
+# These files come from the golden image, through copy-on-read.
 verify sums.read
 echo "@ VERIFIED"
 
@@ -39,7 +40,7 @@ while [ ! -e /run/enough ]; do
     round=$((round + 1))
     echo "@ WRITES $round"
     generate new $round 12000 | dd of=/new/$round bs=64k iflag=fullblock conv=fsync 2>/dev/null || fail "write of /new/$round"
-    # In place, off the borders of clusters, in four files by turns.
+    # Overwrites in place, not aligned to clusters, in four files by turns.
     generate over $round 6000 | dd of=/golden/change/$((round % 4)) bs=4k seek=$((round * 64 + 3)) iflag=fullblock conv=notrunc,fsync 2>/dev/null ||
         fail "overwrite of round $round"
     sync
@@ -47,7 +48,7 @@ while [ ! -e /run/enough ]; do
 done
 echo "@ ROUNDS $round"
 
-# Again, from the disk and not from memory; now also what was never read before.
+# Verifies again, from the disk and not from memory, and now also files that were never read.
 fstrim / || fail fstrim
 echo 3 >/proc/sys/vm/drop_caches
 verify sums.read

@@ -1,6 +1,8 @@
-//! Overlay and raw base on a file system that shares blocks between files (XFS, btrfs): a stream clones what it would copy, from inside the sandbox.
-//! That it did is seen by the space that it did not take, and by the file system's own word for it. Everything else is as after any stream: same
-//! content, nothing for `qemu-img check`, a base that was not touched and is not needed. Where nothing can be shared, the same by copying.
+//! Overlay and raw base on a file system that shares blocks between files (XFS, btrfs): a stream
+//! clones blocks instead of copying them, inside the sandbox. The tests see that from the space
+//! that the stream did not use, and from the extents that the file system reports as shared.
+//! Everything else is like after any stream: the same content, no error in `qemu-img check`, a base
+//! that is unchanged and not needed. If blocks cannot be shared, the stream copies.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -12,20 +14,20 @@ use serde_json::{Value, json};
 use crate::support::mounts::{LoopMount, make_fs};
 use crate::support::{Daemon, KIB, MIB, Mount, Pattern, Rng, Scratch, assert_same, qemu, run_ok};
 
-/// Neither whole clusters nor whole blocks of the host.
+/// Neither a multiple of the cluster size nor of the host's block size.
 const SIZE: u64 = 24 * MIB + 5 * 512;
-/// Whole clusters: nothing is written behind the last clone.
+/// A multiple of the cluster size, so that nothing is written behind the last clone.
 const WHOLE: u64 = 24 * MIB;
-/// The smallest that XFS can be.
+/// The smallest size of XFS.
 const LOWER: u64 = 300 * MIB;
 
 fn at(offset: u64) -> usize {
     usize::try_from(offset).expect("small")
 }
 
-/// A base, an overlay on a file system of its own, and what the guest has to see.
+/// A base, an overlay on a file system of its own, and the content that the guest must read.
 struct Rig {
-    // Dropped in this order.
+    // Fields are dropped in this order.
     lower: LoopMount,
     base: PathBuf,
     overlay: PathBuf,
@@ -34,7 +36,7 @@ struct Rig {
     scratch: Scratch,
 }
 
-/// Where the base lies.
+/// The file system of the base.
 #[derive(Clone, Copy, PartialEq)]
 enum Base {
     Beside,
@@ -48,8 +50,10 @@ impl Rig {
         let dir = scratch.dir("lower");
         let lower = LoopMount::new(&scratch.join("lower.img"), fstype, &dir);
         let mut below = Pattern::new(90, 1).bytes(0, size);
-        below[at(3 * MIB)..at(5 * MIB + 700)].fill(0); // a hole, and zeros that the file system does not know of
-        let base = if place == Base::Beside { dir.join("base.raw") } else { scratch.join("base.raw") };
+        // A hole, and zeros that are data for the file system.
+        below[at(3 * MIB)..at(5 * MIB + 700)].fill(0);
+        let base =
+            if place == Base::Beside { dir.join("base.raw") } else { scratch.join("base.raw") };
         let file = fs::File::create(&base).expect("base");
         file.set_len(size).expect("base");
         file.write_all_at(&below[..at(3 * MIB)], 0).expect("base");
@@ -63,7 +67,7 @@ impl Rig {
         Mount::named(&self.scratch, &self.overlay, name).args(&["--no-copy-on-read"]).qmp().start()
     }
 
-    /// The guest writes here and there, and remembers.
+    /// Writes random ranges like a guest, and records them.
     fn write(&mut self, disk: &Daemon, rng: &mut Rng, version: u32) {
         let file = disk.open();
         for _ in 0..12 {
@@ -75,7 +79,7 @@ impl Rig {
         file.sync_all().expect("flush");
     }
 
-    /// Bytes in use on the file system of the overlay, when nothing waits to be written.
+    /// Returns the bytes in use on the overlay's file system, after a sync.
     fn used(&self) -> u64 {
         let dir = self.lower.dir();
         run_ok(Command::new("sync").arg("-f").arg(dir));
@@ -83,8 +87,8 @@ impl Rig {
         (host.f_blocks - host.f_bfree) * host.f_frsize
     }
 
-    /// Streams under a guest that has written before and goes on afterwards; what must be true however the bytes came up. Says how much space the
-    /// stream has taken.
+    /// Streams while a guest has written before and writes afterwards, and checks what holds for
+    /// copies and for clones. Returns the space that the stream has used.
     fn stream(&mut self, what: &str) -> u64 {
         let mut rng = Rng::for_test(what);
         let disk = self.mount("stream");
@@ -102,31 +106,42 @@ impl Rig {
         taken
     }
 
-    /// Whoever shares blocks does not share what is written to them later; and the base can go.
+    /// Checks that later writes to shared blocks do not change the other file, and that the base
+    /// can be removed.
     fn write_and_lose_the_base(mut self, what: &str) {
         let mut rng = Rng::for_test(&format!("{what}, later"));
         let disk = self.mount("later");
         self.write(&disk, &mut rng, 2);
         disk.umount();
-        assert_same("the base must never change", &fs::read(&self.base).expect("base"), &self.below);
+        assert_same(
+            "the base must never change",
+            &fs::read(&self.base).expect("base"),
+            &self.below,
+        );
         let scribble = fs::File::options().write(true).open(&self.base).expect("base");
-        scribble.write_all_at(&vec![0xEE; self.below.len()], 0).and_then(|()| scribble.sync_all()).expect("base");
+        scribble
+            .write_all_at(&vec![0xEE; self.below.len()], 0)
+            .and_then(|()| scribble.sync_all())
+            .expect("base");
         fs::remove_file(&self.base).expect("base");
         qemu::assert_clean(&self.overlay);
         assert_same("without the base", &qemu::read_all(&self.overlay), &self.want);
     }
 }
 
-/// Gives the event that says how it ended.
+/// Streams to the end; returns the event of its completion.
 fn stream_to_the_end(disk: &Daemon) -> Value {
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0"}));
     client.wait_event("BLOCK_JOB_COMPLETED")
 }
 
-/// Extents of a file that another file has as well (FIEMAP_EXTENT_SHARED).
+/// Returns the number of extents that another file shares (FIEMAP_EXTENT_SHARED).
 fn shared_extents(file: &Path) -> usize {
-    run_ok(Command::new("filefrag").arg("-v").arg(file)).lines().filter(|line| line.contains("shared")).count()
+    run_ok(Command::new("filefrag").arg("-v").arg(file))
+        .lines()
+        .filter(|line| line.contains("shared"))
+        .count()
 }
 
 fn clones(fstype: &'static str, options: &str, size: u64) {
@@ -146,7 +161,8 @@ fn copies(fstype: &'static str, place: Base, options: &str) {
     rig.write_and_lose_the_base(&what);
 }
 
-/// Protects: on XFS a stream takes next to no space, with usual clusters and with the smallest that can be shared.
+/// Protects: on XFS a stream uses almost no space, with usual clusters and with the smallest that
+/// can be shared.
 #[test]
 fn a_stream_clones_on_xfs() {
     requires!("/dev/fuse", "root", "qemu-img", "losetup", "mkfs.xfs", "fs:xfs", "filefrag");
@@ -162,8 +178,8 @@ fn a_stream_clones_on_btrfs() {
     clones("btrfs", "compat=0.10", WHOLE);
 }
 
-/// Protects: where nothing can be shared the bytes are copied, and nobody notices: a file system that cannot, two file systems, and clusters that are
-/// smaller than its blocks.
+/// Protects: where blocks cannot be shared they are copied, without an error: a file system without
+/// clones, two file systems, and clusters that are smaller than its blocks.
 #[test]
 fn a_stream_copies_where_nothing_can_be_shared() {
     requires!("/dev/fuse", "root", "qemu-img", "losetup", "mkfs.ext4", "mkfs.xfs", "fs:xfs");
@@ -172,31 +188,49 @@ fn a_stream_copies_where_nothing_can_be_shared() {
     copies("xfs", Base::Beside, "cluster_size=512");
 }
 
-/// Protects P9: a base that shrank under a stream that would clone it is an error, not zeros; nothing of
-/// it is published, and the backing file stays.
+/// Protects P9: if a base shrinks during a stream that clones from it, the stream fails and reads
+/// no zeros; nothing of the lost part is published, and the backing file stays.
 #[test]
 fn a_base_that_shrank_is_not_cloned() {
     requires!("/dev/fuse", "root", "qemu-img", "losetup", "mkfs.xfs", "fs:xfs");
     let rig = Rig::new("xfs", Base::Beside, "", SIZE);
     let disk = rig.mount("shrink");
-    fs::File::options().write(true).open(&rig.base).and_then(|file| file.set_len(6 * MIB + 4096)).expect("truncate");
+    fs::File::options()
+        .write(true)
+        .open(&rig.base)
+        .and_then(|file| file.set_len(6 * MIB + 4096))
+        .expect("truncate");
     let completed = stream_to_the_end(&disk);
     assert_eq!(completed["data"]["error"], json!("Input/output error"), "{completed}");
     assert!(disk.log().contains("base.raw: was changed while it is in use"), "{}", disk.log());
     assert_eq!(completed["data"]["offset"], json!(0), "nothing of it is trusted");
     disk.umount();
     qemu::assert_clean(&rig.overlay);
-    assert_eq!(qemu::info(&rig.overlay)["backing-filename"], json!(rig.base.to_str().expect("UTF-8")));
+    assert_eq!(
+        qemu::info(&rig.overlay)["backing-filename"],
+        json!(rig.base.to_str().expect("UTF-8"))
+    );
     let held = qemu::local_ranges(&rig.overlay);
     assert_eq!(held, [], "nothing was published");
 }
 
-/// Protects P13, R12: when a stream says that it is done, what it cloned survives a loss of power, although the base itself was never flushed.
+/// Protects P13, R12: when a stream reports its completion, the cloned data survives a loss of
+/// power, although the base itself was never flushed.
 #[test]
 fn what_was_cloned_survives_a_loss_of_power() {
-    requires!("/dev/fuse", "root", "qemu-img", "losetup", "mkfs.xfs", "fs:xfs", "xfs_io", "filefrag");
+    requires!(
+        "/dev/fuse",
+        "root",
+        "qemu-img",
+        "losetup",
+        "mkfs.xfs",
+        "fs:xfs",
+        "xfs_io",
+        "filefrag"
+    );
     let mut rig = Rig::new("xfs", Base::Beside, "", SIZE);
-    // The names of both files are durable, and so is the empty overlay; what the base is to hold now is not.
+    // The directory entries of both files and the empty overlay are durable; the new content of the
+    // base is not.
     rig.used();
     rig.want = Pattern::new(92, 1).bytes(0, SIZE);
     fs::write(&rig.base, &rig.want).expect("base");

@@ -1,4 +1,5 @@
-//! A stream that the end of its daemon interrupts goes on at the next mount, as it was asked for; one that has ended by itself does not come back.
+//! A stream that is interrupted by the end of its daemon continues at the next mount, with the same
+//! options; a stream that has ended by itself does not.
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
@@ -13,11 +14,14 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::support::qmp::FIRST_STEP;
-use crate::support::{Daemon, MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, mounts, poll, qemu, run_ok, wait_until};
+use crate::support::{
+    Daemon, MIB, Mount, Pattern, QmpClient, Rig, Scratch, assert_same, mounts, poll, qemu, run_ok,
+    wait_until,
+};
 
 const NOTE: &str = "user.cordisk.stream";
 
-/// What stands beside the image.
+/// Returns the note of a stream in the image's extended attribute.
 fn note(image: &Path) -> Option<Value> {
     let mut text = [0; 8192];
     match fgetxattr(File::open(image).expect("image"), NOTE, &mut text) {
@@ -28,13 +32,16 @@ fn note(image: &Path) -> Option<Value> {
 }
 
 fn set_note(image: &Path, text: &[u8]) {
-    fsetxattr(File::open(image).expect("image"), NOTE, text, XattrFlags::empty()).expect("fsetxattr");
+    fsetxattr(File::open(image).expect("image"), NOTE, text, XattrFlags::empty())
+        .expect("fsetxattr");
 }
 
-/// What a note that belongs to this image says of it: asked of coreutils, not of the program.
+/// Returns the identification of the image that its note must have, computed with coreutils and not
+/// with the program.
 fn file_of(image: &Path) -> Value {
     let told = |program: &[&str]| {
-        let output = Command::new(program[0]).args(&program[1..]).arg(image).output().expect("stat");
+        let output =
+            Command::new(program[0]).args(&program[1..]).arg(image).output().expect("stat");
         String::from_utf8(output.stdout).expect("text").trim().to_owned()
     };
     let mut file = json!({ "inode": told(&["stat", "-c", "%i"]).parse::<u64>().expect("inode") });
@@ -45,7 +52,7 @@ fn file_of(image: &Path) -> Value {
             file["file-system"] = json!(format!("{major}:{minor}"));
         }
     } else {
-        // stat(1) prints the two halves of the number in the order in which they lie in memory.
+        // stat(1) prints the two halves of the number in their order in memory.
         let id = format!("{id:0>16}");
         file["file-system"] = json!(format!("{}{}", &id[8..], &id[..8]));
     }
@@ -57,17 +64,18 @@ fn file_of(image: &Path) -> Value {
     file
 }
 
-/// Whether scratch directories lie where files can have notes.
+/// Whether the file system of the scratch directory supports notes.
 fn have_notes(image: &Path) -> bool {
     let file = File::open(image).expect("image");
-    let noted = fsetxattr(&file, NOTE, b"x", XattrFlags::empty()).and_then(|()| fremovexattr(&file, NOTE));
+    let noted =
+        fsetxattr(&file, NOTE, b"x", XattrFlags::empty()).and_then(|()| fremovexattr(&file, NOTE));
     if noted.is_err() {
         eprintln!("skipped: no user attributes where scratch directories are");
     }
     noted.is_ok()
 }
 
-/// The image at a place of its own, so that the log is of this mount alone.
+/// Mounts the image under a new name, so that the log is that of this mount alone.
 fn again(scratch: &Scratch, image: &Path) -> Mount {
     static COUNT: AtomicUsize = AtomicUsize::new(0);
     Mount::named(scratch, image, &format!("disk{}", COUNT.fetch_add(1, Ordering::Relaxed)))
@@ -77,7 +85,7 @@ fn jobs(client: &mut QmpClient) -> Vec<Value> {
     client.ok("query-block-jobs", json!({})).as_array().expect("a list").clone()
 }
 
-/// How a daemon can end with a stream at work.
+/// How a daemon ends while a stream runs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum End {
     Kill,
@@ -101,8 +109,9 @@ fn end(mut disk: Daemon, how: End) {
     }
 }
 
-/// Protects: whatever ends the daemon, the stream goes on at the next mount, at the speed that was set last, under its own name, with the words of
-/// its client; it completes, and the content is that of the base. Interrupted twice, it goes on twice.
+/// Protects: however the daemon ends, the stream continues at the next mount, at the speed that was
+/// set last, with its job id and the options of its client. It completes, and the content is that
+/// of the base. After a second interruption it continues again.
 #[test]
 fn a_stream_goes_on_at_the_next_mount() {
     requires!("/dev/fuse", "qemu-img");
@@ -117,10 +126,13 @@ fn a_stream_goes_on_at_the_next_mount() {
         let asked = json!({"device": "drive0", "job-id": "j1", "speed": 1, "on-error": "stop", "auto-dismiss": false});
         client.ok("block-stream", asked.clone());
         assert_eq!(client.wait_for_first_step(), FIRST_STEP);
-        // A higher speed would copy more; this one sleeps as well.
+        // A higher speed would copy more; at this one the job still sleeps.
         client.ok("block-job-set-speed", json!({"device": "j1", "speed": 2}));
         let written = note(&rig.overlay).expect("a note");
-        assert_eq!((&written["speed"], &written["on-error"], &written["job-id"]), (&json!(2), &json!("stop"), &json!("j1")));
+        assert_eq!(
+            (&written["speed"], &written["on-error"], &written["job-id"]),
+            (&json!(2), &json!("stop"), &json!("j1"))
+        );
         let mut offset = client.wait_for_first_step();
         drop(client);
         end(disk, how);
@@ -132,9 +144,17 @@ fn a_stream_goes_on_at_the_next_mount() {
             let before = offset;
             offset = client.wait_for_first_step();
             let job = client.job();
-            assert_eq!((&job["device"], &job["speed"], &job["auto-dismiss"]), (&json!("j1"), &json!(2), &json!(false)), "{how:?} {round}");
+            assert_eq!(
+                (&job["device"], &job["speed"], &job["auto-dismiss"]),
+                (&json!("j1"), &json!(2), &json!(false)),
+                "{how:?} {round}"
+            );
             assert_eq!(job["paused"], json!(false));
-            assert!(disk.log().contains("resuming the stream that was interrupted at "), "{}", disk.log());
+            assert!(
+                disk.log().contains("resuming the stream that was interrupted at "),
+                "{}",
+                disk.log()
+            );
             if how != End::Kill {
                 let percent = format!("interrupted at {} %", before * 100 / rig.size());
                 assert!(disk.log().contains(&percent), "{percent}: {}", disk.log());
@@ -160,7 +180,8 @@ fn a_stream_goes_on_at_the_next_mount() {
     }
 }
 
-/// base.raw ← mid.qcow2 ← top.qcow2, with content of its own in the middle. Returns what the disk shows.
+/// Makes base.raw ← mid.qcow2 ← top.qcow2, with data of its own in the middle layer. Returns the
+/// content of the disk.
 fn three_layers(scratch: &Scratch) -> Vec<u8> {
     scratch.raw("base.raw", 4 * MIB, Pattern::new(70, 1));
     let (mid, top) = (scratch.join("mid.qcow2"), scratch.join("top.qcow2"));
@@ -170,8 +191,8 @@ fn three_layers(scratch: &Scratch) -> Vec<u8> {
     qemu::read_all(&top)
 }
 
-/// Protects: the base means the same after a restart: what lies above it is copied up, and the overlay stands on it in the end, by the name that was
-/// asked for.
+/// Protects: `base` means the same file after a restart: the layers above it are copied, and the
+/// overlay ends up on it, by the name that was given.
 #[test]
 fn the_base_means_the_same_after_a_restart() {
     requires!("/dev/fuse", "qemu-img");
@@ -183,7 +204,10 @@ fn the_base_means_the_same_after_a_restart() {
     }
     let disk = again(&scratch, &top).qmp().start_settled();
     let mut client = disk.client();
-    client.ok("block-stream", json!({"device": "drive0", "base": "base.raw", "backing-file": "./base.raw", "speed": 1}));
+    client.ok(
+        "block-stream",
+        json!({"device": "drive0", "base": "base.raw", "backing-file": "./base.raw", "speed": 1}),
+    );
     client.wait_for_first_step();
     drop(client);
     disk.kill9();
@@ -199,8 +223,9 @@ fn the_base_means_the_same_after_a_restart() {
     assert_same("top over base", &qemu::read_all(&top), &want);
 }
 
-/// Protects: a stream to a base that the chain no longer has is not started, and somebody is told; the disk is served. A stream that had cut its chain
-/// when it died is over, quietly.
+/// Protects: a stream to a base that the chain no longer has is not started, and the log says so;
+/// the disk is served. A stream that died after it had detached its chain is over, without a
+/// message.
 #[test]
 fn another_chain_is_not_streamed_and_a_cut_one_is_over() {
     requires!("/dev/fuse", "qemu-img");
@@ -221,17 +246,27 @@ fn another_chain_is_not_streamed_and_a_cut_one_is_over() {
     disk.kill9();
     let kept = note(&top).expect("a note");
     assert_eq!((&kept["file"], &kept["backing"]), (&file_of(&top), &json!("mid.qcow2")));
-    // Rebased to a copy of the middle that has no base: the chain is shorter, and another one.
-    run_ok(Command::new("qemu-img").args(["convert", "-O", "qcow2"]).arg(scratch.join("mid.qcow2")).arg(scratch.join("flat.qcow2")));
+    // Rebased to a copy of the middle layer without a base: the chain is shorter, and a different
+    // one.
+    run_ok(
+        Command::new("qemu-img")
+            .args(["convert", "-O", "qcow2"])
+            .arg(scratch.join("mid.qcow2"))
+            .arg(scratch.join("flat.qcow2")),
+    );
     qemu::img(&["rebase", "-u", "-b", "flat.qcow2", "-F", "qcow2", top.to_str().expect("UTF-8")]);
     let disk = again(&scratch, &top).qmp().start_settled();
     assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new());
-    assert!(disk.log().contains("not resumed: the chain of backing files is another one"), "{}", disk.log());
+    assert!(
+        disk.log().contains("not resumed: the chain of backing files is another one"),
+        "{}",
+        disk.log()
+    );
     assert_same("disk", &disk.read_all(), &want);
     assert_eq!(note(&top), Some(kept.clone()), "it may be put right again");
     disk.umount();
 
-    // As if it had died between the cut and the removal of its note.
+    // The same state as if the daemon had died between the detach and the removal of the note.
     qemu::img(&["rebase", "-u", "-b", "base.raw", "-F", "raw", top.to_str().expect("UTF-8")]);
     let disk = again(&scratch, &top).qmp().start_settled();
     assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new());
@@ -241,7 +276,11 @@ fn another_chain_is_not_streamed_and_a_cut_one_is_over() {
 
     let rig = Rig::new(MIB);
     let disk = again(&rig.scratch, &rig.overlay).args(&["--stream"]).start_settled();
-    wait_until("the stream has ended", || qemu::img(&["info", "-U", rig.overlay.to_str().expect("UTF-8")]).find("backing file").is_none());
+    wait_until("the stream has ended", || {
+        qemu::img(&["info", "-U", rig.overlay.to_str().expect("UTF-8")])
+            .find("backing file")
+            .is_none()
+    });
     disk.umount();
     let file = file_of(&rig.overlay);
     let whole = json!({"version": 2, "file": file, "backing": "base.raw", "speed": 1, "on-error": "report", "auto-finalize": true, "auto-dismiss": true, "request": "",
@@ -254,7 +293,8 @@ fn another_chain_is_not_streamed_and_a_cut_one_is_over() {
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: what a user has paused stays paused over a restart, until a user resumes it; and what was resumed does not.
+/// Protects: a stream that a user has paused stays paused over a restart, until a user resumes it;
+/// a resumed stream does not.
 #[test]
 fn a_paused_stream_is_paused_after_a_restart() {
     requires!("/dev/fuse", "qemu-img");
@@ -271,15 +311,20 @@ fn a_paused_stream_is_paused_after_a_restart() {
     let stood = client.job()["offset"].clone();
     assert_ne!(stood, json!(0));
     drop(client);
-    // The tables are on the disk then, which say what was copied.
+    // The fsync writes the tables, which say what was copied.
     fs::File::open(disk.path()).and_then(|file| file.sync_all()).expect("fsync");
     disk.kill9();
     let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
     let mut client = disk.client();
-    let paused = poll(Duration::from_secs(20), || (client.job()["status"] == "paused").then_some(()));
+    let paused =
+        poll(Duration::from_secs(20), || (client.job()["status"] == "paused").then_some(()));
     assert!(paused.is_some(), "{}", client.job());
     let job = client.job();
-    assert_eq!((&job["offset"], &job["paused"], &job["speed"]), (&stood, &json!(true), &json!(0)), "it stands where it stood: {job}");
+    assert_eq!(
+        (&job["offset"], &job["paused"], &job["speed"]),
+        (&stood, &json!(true), &json!(0)),
+        "it stands where it stood: {job}"
+    );
     client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 1}));
     client.ok("job-resume", json!({"id": "drive0"}));
     assert_eq!(note(&rig.overlay).expect("a note")["paused"], json!(false));
@@ -295,7 +340,8 @@ fn a_paused_stream_is_paused_after_a_restart() {
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: what has ended by itself does not come back: completed, cancelled by a user, failed.
+/// Protects: a stream that has ended by itself (completed, cancelled by a user, failed) is not
+/// resumed.
 #[test]
 fn what_has_ended_does_not_come_back() {
     requires!("/dev/fuse", "qemu-img");
@@ -320,7 +366,12 @@ fn what_has_ended_does_not_come_back() {
             }
             _ => {
                 // A base that shrinks while in use cannot be read to its end.
-                fs::OpenOptions::new().write(true).open(&rig.base).expect("base").set_len(MIB).expect("truncate");
+                fs::OpenOptions::new()
+                    .write(true)
+                    .open(&rig.base)
+                    .expect("base")
+                    .set_len(MIB)
+                    .expect("truncate");
                 client.ok("block-stream", json!({"device": "drive0"}));
                 let event = client.wait_event("BLOCK_JOB_COMPLETED");
                 assert!(event["data"]["error"].is_string(), "{event}");
@@ -335,7 +386,8 @@ fn what_has_ended_does_not_come_back() {
     }
 }
 
-/// Protects: `--no-resume` starts nothing and forgets nothing; a read-only mount likewise; `--stream` has its own arguments, whatever the note says.
+/// Protects: `--no-resume` starts nothing and keeps the note; so does a read-only mount; `--stream`
+/// uses its own arguments instead of the note.
 #[test]
 fn the_command_line_has_the_last_word() {
     requires!("/dev/fuse", "qemu-img");
@@ -343,7 +395,8 @@ fn the_command_line_has_the_last_word() {
     if !have_notes(&rig.overlay) {
         return;
     }
-    let disk = again(&rig.scratch, &rig.overlay).qmp().args(&["--stream", "--speed", "1"]).start_settled();
+    let disk =
+        again(&rig.scratch, &rig.overlay).qmp().args(&["--stream", "--speed", "1"]).start_settled();
     disk.client().wait_for_first_step();
     disk.kill9();
     let kept = note(&rig.overlay).expect("a note");
@@ -351,9 +404,14 @@ fn the_command_line_has_the_last_word() {
         let disk = again(&rig.scratch, &rig.overlay).qmp().args(&[option]).start_settled();
         assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new(), "{option}");
         disk.umount();
-        assert_eq!(note(&rig.overlay), Some(kept.clone()), "{option}: the note stays for a later mount");
+        assert_eq!(
+            note(&rig.overlay),
+            Some(kept.clone()),
+            "{option}: the note stays for a later mount"
+        );
     }
-    let disk = again(&rig.scratch, &rig.overlay).qmp().args(&["--stream", "--speed", "3"]).start_settled();
+    let disk =
+        again(&rig.scratch, &rig.overlay).qmp().args(&["--stream", "--speed", "3"]).start_settled();
     let mut client = disk.client();
     assert_eq!(client.job()["speed"], json!(3));
     assert_eq!(note(&rig.overlay).expect("a note")["speed"], json!(3));
@@ -363,8 +421,8 @@ fn the_command_line_has_the_last_word() {
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: a note may come from anywhere. Whatever it says, the disk is served, nothing is started that could not have been asked for, and one
-/// line says why.
+/// Protects: notes are untrusted input. Whatever a note says, the disk is served, no stream is
+/// started that a client could not have started, and one line gives the reason.
 #[test]
 fn notes_from_anywhere_hurt_nobody() {
     requires!("/dev/fuse", "qemu-img");
@@ -396,7 +454,12 @@ fn notes_from_anywhere_hurt_nobody() {
     ] {
         set_note(&rig.overlay, &hostile);
         let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
-        assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new(), "{}", String::from_utf8_lossy(&hostile));
+        assert_eq!(
+            jobs(&mut disk.client()),
+            Vec::<Value>::new(),
+            "{}",
+            String::from_utf8_lossy(&hostile)
+        );
         let log = disk.log();
         assert_eq!(
             log.matches("the note of an interrupted stream is not obeyed").count(),
@@ -408,18 +471,19 @@ fn notes_from_anywhere_hurt_nobody() {
         assert_eq!(note(&rig.overlay), None, "said once");
         disk.umount();
     }
-    // The way of breaking notes does not break them itself.
+    // This control shows that the helper that modifies notes does not break them itself.
     set_note(&rig.overlay, with("len", json!(MIB)).as_slice());
     let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
-    // Everything was copied up by the reads above, so the stream may be over already.
+    // The reads above copied everything, so the stream may be over already.
     wait_until("the stream has ended", || note(&rig.overlay).is_none());
     assert!(disk.log().contains("resuming the stream"), "{}", disk.log());
     disk.umount();
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: a copy of an image with its attributes (`cp -a`, of a running one as well) has no stream of its own, whatever it copied, and says so
-/// once; the mark of an open image that was copied with it costs a look and goes. The image itself goes on, also under another name.
+/// Protects: a copy of an image with its attributes (`cp -a`, also of a running one) does not
+/// resume the stream, and one line says so once. If the copy has the open mark, its first open
+/// checks it and removes the mark. The image itself continues, also under another name.
 #[test]
 fn a_copy_of_an_image_does_not_stream() {
     requires!("/dev/fuse", "qemu-img", "cp");
@@ -427,10 +491,11 @@ fn a_copy_of_an_image_does_not_stream() {
     if !have_notes(&rig.overlay) {
         return;
     }
-    let disk = again(&rig.scratch, &rig.overlay).qmp().args(&["--stream", "--speed", "1"]).start_settled();
+    let disk =
+        again(&rig.scratch, &rig.overlay).qmp().args(&["--stream", "--speed", "1"]).start_settled();
     let mut client = disk.client();
     client.wait_for_first_step();
-    // Nothing is written while it is copied.
+    // Nothing is written during the copy.
     client.ok("block-job-pause", json!({"device": "drive0"}));
     disk.open().sync_all().expect("fsync");
     let copies = [rig.scratch.join("copy.qcow2"), rig.scratch.join("late.qcow2")];
@@ -443,7 +508,12 @@ fn a_copy_of_an_image_does_not_stream() {
         assert!(note(image).is_some(), "cp -a copies attributes");
         let disk = again(&rig.scratch, image).qmp().start_settled();
         assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new());
-        assert_eq!(disk.log().matches("it was written for another file").count(), 1, "{}", disk.log());
+        assert_eq!(
+            disk.log().matches("it was written for another file").count(),
+            1,
+            "{}",
+            disk.log()
+        );
         assert_same("the copy", &disk.read_all(), &rig.content);
         assert_eq!(note(image), None);
         disk.umount();
@@ -464,8 +534,8 @@ fn a_copy_of_an_image_does_not_stream() {
     qemu::assert_independent(&renamed);
 }
 
-/// Protects: a note cannot have another file's name written into the header: the name that it would give the base has to lead to the base, through the
-/// gate. A name that does is written.
+/// Protects: a note cannot put the name of an arbitrary file into the header: the name for the base
+/// in the note must lead to the base, through the gate. A name that does is written.
 #[test]
 fn a_note_names_no_file_but_its_base() {
     requires!("/dev/fuse", "qemu-img");
@@ -482,14 +552,21 @@ fn a_note_names_no_file_but_its_base() {
         json!({"version": 2, "file": file_of(&top), "backing": "mid.qcow2", "base": base, "speed": 0, "on-error": "report", "auto-finalize": true,
             "auto-dismiss": true, "backing-file": name, "request": "", "paused": false, "offset": 0, "len": 4 * MIB})
     };
-    for (name, why) in
-        [("secret.raw", "that of another file"), ("json:{}", "protocols"), ("gone.raw", "No such file"), ("/proc/self/exe", "/proc")]
-    {
+    for (name, why) in [
+        ("secret.raw", "that of another file"),
+        ("json:{}", "this protocol is not supported"),
+        ("gone.raw", "No such file"),
+        ("/proc/self/exe", "/proc"),
+    ] {
         set_note(&top, text(name).to_string().as_bytes());
         let disk = again(&scratch, &top).qmp().start_settled();
         assert_eq!(jobs(&mut disk.client()), Vec::<Value>::new(), "{name}");
         let log = disk.log();
-        assert!(log.contains("not obeyed, and removed: the name that it would give the base") && log.contains(why), "{name}: {log}");
+        assert!(
+            log.contains("not obeyed, and removed: the name that it would give the base")
+                && log.contains(why),
+            "{name}: {log}"
+        );
         disk.umount();
         assert_eq!(note(&top), None, "{name}");
         assert_eq!(qemu::info(&top)["backing-filename"], json!("mid.qcow2"), "{name}");
@@ -502,7 +579,8 @@ fn a_note_names_no_file_but_its_base() {
     assert_same("top over base", &qemu::read_all(&top), &want);
 }
 
-/// Protects: where files have no attributes a stream runs all the same, and one line says what is lost.
+/// Protects: on a file system without extended attributes a stream still runs, and one line says
+/// that it cannot be resumed.
 #[test]
 fn without_attributes_a_stream_runs_all_the_same() {
     requires!("/dev/fuse", "qemu-img", "root", "fs:ramfs");
@@ -527,8 +605,8 @@ fn without_attributes_a_stream_runs_all_the_same() {
     mounts::umount(&dir);
 }
 
-/// Protects: a daemon that has become a user who may neither read nor write the attributes of the image (`--user`) resumes, notes and forgets like any
-/// other: the keeper does it for it.
+/// Protects: a daemon whose user (`--user`) may neither read nor write the attributes of the image
+/// resumes, stores and removes notes like any other, because the keeper does it.
 #[test]
 fn a_stream_of_another_user_goes_on() {
     requires!("/dev/fuse", "qemu-img", "root");
@@ -538,7 +616,14 @@ fn a_stream_of_another_user_goes_on() {
     }
     rig.scratch.open_to_all();
     fs::set_permissions(&rig.overlay, fs::Permissions::from_mode(0o600)).expect("chmod");
-    let mount = || again(&rig.scratch, &rig.overlay).qmp().args(&["--user", "65534:65533", "--sandbox", "require"]);
+    let mount = || {
+        again(&rig.scratch, &rig.overlay).qmp().args(&[
+            "--user",
+            "65534:65533",
+            "--sandbox",
+            "require",
+        ])
+    };
     let disk = mount().start_settled();
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "speed": 1}));

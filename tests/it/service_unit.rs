@@ -1,4 +1,5 @@
-//! The systemd unit: what it must not say, what systemd thinks of it, and whether its commands do what they are there for.
+//! The systemd unit: settings that it must not have, the verdict of systemd-analyze, and its
+//! commands.
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
@@ -7,7 +8,10 @@ use std::time::Duration;
 
 use rustix::process::{Signal, kill_process};
 
-use crate::support::{CORDISK, MIB, Ours, Pattern, Scratch, assert_same, mounts, poll, qemu, run_ok, run_within, wait_until};
+use crate::support::{
+    CORDISK, MIB, Ours, Pattern, Scratch, assert_same, mounts, poll, qemu, run_ok, run_within,
+    wait_until,
+};
 
 const UNIT: &str = include_str!("../../contrib/systemd/cordisk@.service");
 const PROGRAM: &str = "/usr/bin/cordisk";
@@ -24,8 +28,9 @@ fn setting(name: &str) -> &'static str {
     found[0].1
 }
 
-/// Protects: the disk is mounted where others see it: no setting gives the service a mount namespace of its own (systemd.exec(5), and
-/// `exec_needs_mount_namespace()` in its source). And openat2(2) works, which RestrictSUIDSGID= answers with ENOSYS.
+/// Protects: the mount is visible to the rest of the system: no setting gives the service a mount
+/// namespace of its own (systemd.exec(5), and `exec_needs_mount_namespace()` in its source). Also,
+/// openat2(2) works; RestrictSUIDSGID= would make it fail with ENOSYS.
 #[test]
 fn no_setting_hides_the_mount_or_takes_openat2_away() {
     const FORBIDDEN: &[&str] = &[
@@ -66,41 +71,59 @@ fn no_setting_hides_the_mount_or_takes_openat2_away() {
     for (name, value) in settings() {
         assert!(!FORBIDDEN.contains(&name), "{name}={value}");
     }
-    assert_eq!((setting("Type"), setting("NotifyAccess"), setting("KillMode")), ("notify", "main", "mixed"));
+    assert_eq!(
+        (setting("Type"), setting("NotifyAccess"), setting("KillMode")),
+        ("notify", "main", "mixed")
+    );
     for call in ["landlock_restrict_self", "seccomp", "@mount"] {
         assert!(
-            settings().iter().any(|(name, value)| *name == "SystemCallFilter" && !value.starts_with('~') && value.contains(call)),
+            settings().iter().any(|(name, value)| *name == "SystemCallFilter"
+                && !value.starts_with('~')
+                && value.contains(call)),
             "{call}"
         );
     }
 }
 
-/// Protects: systemd knows every setting and finds nothing wrong.
+/// Protects: systemd knows every setting and reports no problem.
 #[test]
 fn systemd_finds_nothing_wrong() {
     requires!("systemd-analyze");
     let scratch = Scratch::new();
     let unit = scratch.write("cordisk@example.service", UNIT.replace(PROGRAM, CORDISK).as_bytes());
-    let done = run_within(Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&unit), Duration::from_secs(60));
+    let done = run_within(
+        Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&unit),
+        Duration::from_secs(60),
+    );
     let ours: Vec<&str> = done.stderr.lines().filter(|line| line.contains("cordisk@")).collect();
     assert!(ours.is_empty() && done.status.success(), "{done:?}");
 }
 
-/// `$WORD` as a word of its own is split at spaces, `${WORD}` is not: as systemd.service(5) has it.
+/// Expands variables like systemd.service(5): `$WORD` as a word of its own is split at spaces,
+/// `${WORD}` is not.
 fn expanded(line: &str, environment: &[(&str, String)]) -> Vec<String> {
-    let value = |name: &str| environment.iter().find(|(key, _)| *key == name).map(|(_, value)| value.clone()).unwrap_or_default();
-    let words = line.split_whitespace().flat_map(|word| match word.strip_prefix("${").and_then(|word| word.strip_suffix('}')) {
-        Some(name) => vec![value(name)],
-        None => match word.strip_prefix('$') {
-            Some(name) => value(name).split_whitespace().map(str::to_owned).collect(),
-            None => vec![word.to_owned()],
-        },
+    let value = |name: &str| {
+        environment
+            .iter()
+            .find(|(key, _)| *key == name)
+            .map(|(_, value)| value.clone())
+            .unwrap_or_default()
+    };
+    let words = line.split_whitespace().flat_map(|word| {
+        match word.strip_prefix("${").and_then(|word| word.strip_suffix('}')) {
+            Some(name) => vec![value(name)],
+            None => match word.strip_prefix('$') {
+                Some(name) => value(name).split_whitespace().map(str::to_owned).collect(),
+                None => vec![word.to_owned()],
+            },
+        }
     });
     words.collect()
 }
 
-/// Protects: the commands of the unit, with what a configuration file says: it starts, says that it is ready, and is stopped, whether the disk is in
-/// use (then by the second SIGTERM, which is systemd's own) or not (then it is just unmounted).
+/// Protects: the commands of the unit work with the values of a configuration file. The service
+/// starts, reports that it is ready, and is stopped: if the disk is in use, by the second SIGTERM,
+/// which systemd sends itself; otherwise by an unmount.
 #[test]
 fn its_commands_start_and_stop_a_disk() {
     requires!("/dev/fuse", "qemu-img", "root");
@@ -117,24 +140,45 @@ fn its_commands_start_and_stop_a_disk() {
         let environment = [
             ("IMAGE", image.display().to_string()),
             ("MOUNTPOINT", disk.display().to_string()),
-            ("OPTIONS", format!("--qmp {} --device vm", scratch.join("vm.qmp").display())),
+            (
+                "OPTIONS",
+                format!("--transport dev --qmp {} --device vm", scratch.join("vm.qmp").display()),
+            ),
         ];
         let start = setting("ExecStart").replace(PROGRAM, CORDISK);
         let words = expanded(&start, &environment);
-        assert!(words.len() == 9, "{words:?}");
+        assert!(words.len() == 11, "{words:?}");
         let mut command = Command::new(&words[0]);
         command.args(&words[1..]).env("NOTIFY_SOCKET", &socket).stdin(Stdio::null());
         let mut service = Ours(command.spawn().expect("start"));
         let mut message = [0; 1000];
-        let len = manager.recv(&mut message).expect("READY=1");
+        // The descriptors for the store come before.
+        let len = loop {
+            let len = manager.recv(&mut message).expect("READY=1");
+            if !message[..len].starts_with(b"FDSTORE") {
+                break len;
+            }
+        };
         assert!(message[..len].starts_with(b"READY=1\n"));
         assert_same("the disk", &fs::read(&disk).expect("read"), &content);
 
         let user = in_use.then(|| fs::File::open(&disk).expect("open"));
-        let stop =
-            setting("ExecStop").strip_prefix("+/bin/sh -c '").and_then(|line| line.strip_suffix('\'')).expect("a line for the shell");
+        let reload = setting("ExecReload").replace(PROGRAM, CORDISK);
+        let words = expanded(&reload, &environment);
+        let said = run_within(Command::new(&words[0]).args(&words[1..]), Duration::from_secs(30));
+        // A kernel before 6.9 sends no requests again.
+        let is_refused = said.stderr.contains("cannot be replaced");
+        assert!(is_refused || said.stdout.contains("served by cordisk"), "{said:?}");
+        assert_same("after a reload", &fs::read(&disk).expect("read"), &content);
+        let stop = setting("ExecStop")
+            .strip_prefix("+/bin/sh -c '")
+            .and_then(|line| line.strip_suffix('\''))
+            .expect("a line for the shell");
         let mut command = Command::new("/bin/sh");
-        command.args(["-c", stop]).env("MOUNTPOINT", &disk).env("MAINPID", service.0.id().to_string());
+        command
+            .args(["-c", stop])
+            .env("MOUNTPOINT", &disk)
+            .env("MAINPID", service.0.id().to_string());
         run_ok(&mut command);
         assert_eq!(mounts::at(&disk).is_some(), in_use, "what nobody uses is unmounted");
         if in_use {

@@ -1,4 +1,5 @@
-//! Streaming, driven over the socket: the conversation of 2012, its members and its order, the speed, and what guests do meanwhile.
+//! Streaming over the QMP socket: the exchange that QEMU's clients have used since 2012, its
+//! members and its order, the speed, and guest requests during a stream.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,10 +13,12 @@ use serde_json::{Value, json};
 
 use crate::support::qmp::seconds;
 use crate::support::{
-    CLUSTER, Daemon, Guest, KIB, MIB, Mount, Pattern, QmpClient, Rig, Rng, Scratch, assert_same, poll, qemu, run_ok, wait_until,
+    CLUSTER, Daemon, Guest, KIB, MIB, Mount, Pattern, QmpClient, Rig, Rng, Scratch, assert_same,
+    poll, qemu, run_ok, wait_until,
 };
 
-/// The first step of a job is free of charge, whatever the speed: a job at 1 byte per second stops after it (iotest 141).
+/// The rate limit does not delay the first step of a job: a job at 1 byte per second stops after
+/// that step (iotest 141). In bytes.
 const FIRST_STEP: u64 = 512 * KIB;
 
 fn members(object: &Value) -> BTreeSet<&str> {
@@ -29,22 +32,28 @@ fn set<const N: usize>(names: [&'static str; N]) -> BTreeSet<&'static str> {
 /// Starts a job that copies one step and then sleeps for hours.
 fn start_sleeping_job(client: &mut QmpClient) {
     client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
-    let copied = poll(Duration::from_secs(20), || (client.job()["offset"] == json!(FIRST_STEP)).then_some(()));
+    let copied = poll(Duration::from_secs(20), || {
+        (client.job()["offset"] == json!(FIRST_STEP)).then_some(())
+    });
     assert!(copied.is_some(), "the first step of 512 KiB is free of charge: {}", client.job());
 }
 
-/// Protects: the conversation that clients have had since 2012, letter by letter: `block_stream`, an empty return,
-/// `BLOCK_JOB_COMPLETED` with exactly its members, offset equal to len equal to the size of the disk.
+/// Protects: the exchange that clients have used since 2012, letter by letter: `block_stream`, an
+/// empty return, and `BLOCK_JOB_COMPLETED` with exactly its members, where offset, len and the size
+/// of the disk are equal.
 #[test]
 fn the_conversation_of_2012() {
     requires!("/dev/fuse", "qemu-img");
     let rig = Rig::new(3 * MIB + 7 * 512);
     let disk = rig.mount().args(&["--device", "virtio0"]).qmp().start();
     let mut client = QmpClient::greeted(disk.socket());
-    let message = |client: &mut QmpClient| client.message(Duration::from_secs(30)).expect("a message");
+    let message =
+        |client: &mut QmpClient| client.message(Duration::from_secs(30)).expect("a message");
     client.send_raw("{ \"execute\": \"qmp_capabilities\" }\n");
     assert_eq!(message(&mut client), json!({"return": {}}), "no id was sent, none comes back");
-    client.send_raw("{ \"execute\": \"block_stream\", \"arguments\": { \"device\": \"virtio0\" } }\n");
+    client.send_raw(
+        "{ \"execute\": \"block_stream\", \"arguments\": { \"device\": \"virtio0\" } }\n",
+    );
     let reply = loop {
         let message = message(&mut client);
         if message.get("event").is_none() {
@@ -56,7 +65,10 @@ fn the_conversation_of_2012() {
     assert_eq!(members(&event), set(["event", "data", "timestamp"]));
     assert_eq!(members(&event["timestamp"]), set(["seconds", "microseconds"]));
     let size = rig.size();
-    assert_eq!(event["data"], json!({"type": "stream", "device": "virtio0", "len": size, "offset": size, "speed": 0}));
+    assert_eq!(
+        event["data"],
+        json!({"type": "stream", "device": "virtio0", "len": size, "offset": size, "speed": 0})
+    );
     client.send_raw("{ \"execute\": \"query-block-jobs\" }\n");
     let reply = loop {
         let message = message(&mut client);
@@ -70,7 +82,7 @@ fn the_conversation_of_2012() {
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: the order of events of 3.5, both dialects; clients of QEMU wait for exactly these.
+/// Protects: QEMU's order of events, in both dialects; clients of QEMU wait for exactly these.
 #[test]
 fn events_come_in_qemus_order() {
     requires!("/dev/fuse", "qemu-img");
@@ -81,7 +93,15 @@ fn events_come_in_qemus_order() {
         assert_eq!(client.ok(command, json!({"device": "drive0"})), json!({}));
         client.wait_status("null");
         client.listen(Duration::from_millis(100));
-        let want = ["created", "running", "waiting", "pending", "BLOCK_JOB_COMPLETED", "concluded", "null"];
+        let want = [
+            "created",
+            "running",
+            "waiting",
+            "pending",
+            "BLOCK_JOB_COMPLETED",
+            "concluded",
+            "null",
+        ];
         assert_eq!(client.event_names(), want);
         for event in client.events.iter().filter(|event| event["event"] == "JOB_STATUS_CHANGE") {
             assert_eq!(members(&event["data"]), set(["id", "status"]));
@@ -94,7 +114,8 @@ fn events_come_in_qemus_order() {
     }
 }
 
-/// Protects: a disk without backing file has nothing to stream: the job completes at once with len 0 (2.3).
+/// Protects: a disk without backing file has nothing to stream: the job completes at once with len
+/// 0.
 #[test]
 fn a_second_stream_has_nothing_to_do() {
     requires!("/dev/fuse", "qemu-img");
@@ -106,15 +127,22 @@ fn a_second_stream_has_nothing_to_do() {
     client.wait_status("null");
     client.ok("block-stream", json!({"device": "drive0", "job-id": "again"}));
     let data = client.wait_completed();
-    assert_eq!(data, json!({"type": "stream", "device": "again", "len": 0, "offset": 0, "speed": 0}));
+    assert_eq!(
+        data,
+        json!({"type": "stream", "device": "again", "len": 0, "offset": 0, "speed": 0})
+    );
     client.wait_status("null");
     let names = client.event_names();
-    assert_eq!(names[7..], ["created", "running", "waiting", "pending", "BLOCK_JOB_COMPLETED", "concluded", "null"]);
+    assert_eq!(
+        names[7..],
+        ["created", "running", "waiting", "pending", "BLOCK_JOB_COMPLETED", "concluded", "null"]
+    );
     disk.umount();
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: the shapes of the queries (3.4) while a job runs; `set-speed` wakes a job that sleeps; `[]` right after the event.
+/// Protects: the members of the queries while a job runs; `set-speed` wakes a job that sleeps; the
+/// query returns `[]` right after the completion event.
 #[test]
 fn queries_show_the_job_and_set_speed_wakes_it() {
     requires!("/dev/fuse", "qemu-img");
@@ -163,16 +191,20 @@ fn queries_show_the_job_and_set_speed_wakes_it() {
 
     client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0}));
     let data = client.wait_completed();
-    assert_eq!(data, json!({"type": "stream", "device": "drive0", "len": 16 * MIB, "offset": 16 * MIB, "speed": 0}));
+    assert_eq!(
+        data,
+        json!({"type": "stream", "device": "drive0", "len": 16 * MIB, "offset": 16 * MIB, "speed": 0})
+    );
     assert_eq!(client.ok("query-block-jobs", json!({})), json!([]));
     assert_eq!(client.ok("query-jobs", json!({})), json!([]));
     disk.umount();
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: the speed is the speed: 32 MiB of data at 8 MiB/s take 4 s within 10 %. The only timed assertion of the suite;
-/// measured with the daemon's own timestamps, from running to waiting, because the last fsync is the host's business.
-/// nextest runs it alone (.config/nextest.toml).
+/// Protects: the speed is exact: 32 MiB of data at 8 MiB/s take 4 s within 10 %. This is the only
+/// timed assertion of the suite. It uses the daemon's own timestamps, from running to waiting,
+/// because the duration of the last fsync depends on the host. nextest runs it alone
+/// (.config/nextest.toml).
 #[test]
 fn eight_mib_per_second_is_eight_mib_per_second() {
     requires!("/dev/fuse", "qemu-img");
@@ -189,13 +221,14 @@ fn eight_mib_per_second_is_eight_mib_per_second() {
     assert!((3.6..=4.4).contains(&took), "32 MiB at 8 MiB/s took {took} s");
 }
 
-/// Protects: what is in the overlay already costs neither time nor speed: a job at 1 byte per second over a local disk just finishes.
+/// Protects: data that is already in the overlay costs no time and does not count against the
+/// speed: a job at 1 byte per second over a local disk finishes at once.
 #[test]
 fn what_is_local_is_not_charged() {
     requires!("/dev/fuse", "qemu-img");
     let rig = Rig::new(8 * MIB);
     let disk = rig.mount().qmp().start();
-    disk.read_all(); // copy-on-read brings everything
+    disk.read_all(); // copy-on-read copies everything
     let mut client = disk.client();
     client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
     assert_eq!(client.wait_completed()["offset"], json!(8 * MIB));
@@ -203,7 +236,8 @@ fn what_is_local_is_not_charged() {
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: pause stops the copying and says so, resume goes on; both refuse what makes no sense, with QEMU's words.
+/// Protects: pause stops the copying and reports it, resume continues it; both are refused in the
+/// wrong state, with QEMU's messages.
 #[test]
 fn pause_and_resume() {
     requires!("/dev/fuse", "qemu-img");
@@ -224,7 +258,10 @@ fn pause_and_resume() {
         assert!(job["offset"].as_u64().expect("offset") < 16 * MIB, "{job}");
         std::thread::sleep(Duration::from_millis(500));
         assert_eq!(client.job()["offset"], job["offset"], "a paused job does not move");
-        assert_eq!(client.err(&verb("pause"), json!({"device": "drive0"})).desc, "Job is already paused");
+        assert_eq!(
+            client.err(&verb("pause"), json!({"device": "drive0"})).desc,
+            "Job is already paused"
+        );
         let error = client.err(&verb("cancel"), json!({"device": "drive0"}));
         assert_eq!(error.desc, "The block job for device 'drive0' is currently paused");
         client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0}));
@@ -236,7 +273,8 @@ fn pause_and_resume() {
     }
 }
 
-/// Protects: resume of a job that runs is refused, and a job that is gone is `DeviceNotActive`, as clients test for it.
+/// Protects: resume of a running job is refused, and a job that has ended gives `DeviceNotActive`,
+/// which clients test for.
 #[test]
 fn verbs_on_the_wrong_job() {
     requires!("/dev/fuse", "qemu-img");
@@ -245,24 +283,38 @@ fn verbs_on_the_wrong_job() {
     let mut client = disk.client();
     for command in ["block-job-pause", "block-job-resume", "block-job-cancel"] {
         let error = client.err(command, json!({"device": "nope"}));
-        assert_eq!((error.class.as_str(), error.desc.as_str()), ("DeviceNotActive", "Block job 'nope' not found"), "{command}");
+        assert_eq!(
+            (error.class.as_str(), error.desc.as_str()),
+            ("DeviceNotActive", "Block job 'nope' not found"),
+            "{command}"
+        );
     }
     let error = client.err("block-job-set-speed", json!({"device": "nope", "speed": 0}));
-    assert_eq!((error.class.as_str(), error.desc.as_str()), ("DeviceNotActive", "Block job 'nope' not found"));
+    assert_eq!(
+        (error.class.as_str(), error.desc.as_str()),
+        ("DeviceNotActive", "Block job 'nope' not found")
+    );
     start_sleeping_job(&mut client);
     let error = client.err("block-job-resume", json!({"device": "drive0"}));
-    assert_eq!((error.class.as_str(), error.desc.as_str()), ("GenericError", "Can't resume a job that was not paused"));
+    assert_eq!(
+        (error.class.as_str(), error.desc.as_str()),
+        ("GenericError", "Can't resume a job that was not paused")
+    );
     let error = client.err("block-job-set-speed", json!({"device": "drive0", "speed": -1}));
     assert_eq!(error.desc, "Parameter 'speed' expects a non-negative value");
     let error = client.err("block-job-set-speed", json!({"device": "drive0", "value": 1}));
-    assert_eq!(error.desc, "Parameter 'speed' is missing", "the argument of 2012 belongs to the name of 2012");
+    assert_eq!(
+        error.desc, "Parameter 'speed' is missing",
+        "the argument of 2012 belongs to the name of 2012"
+    );
     client.ok("block_job_set_speed", json!({"device": "drive0", "value": 0}));
     client.wait_completed();
     disk.umount();
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: cancel keeps what was copied and the backing link; a new job goes on from there and finishes.
+/// Protects: cancel keeps the copied data and the backing link; a new job continues from there and
+/// finishes.
 #[test]
 fn cancel_keeps_the_data_and_a_new_job_finishes() {
     requires!("/dev/fuse", "qemu-img");
@@ -275,7 +327,10 @@ fn cancel_keeps_the_data_and_a_new_job_finishes() {
     let want = json!({"type": "stream", "device": "drive0", "len": 16 * MIB, "offset": FIRST_STEP, "speed": 1});
     assert_eq!(event["data"], want, "exactly these members");
     client.wait_status("null");
-    assert_eq!(client.event_names(), ["created", "running", "aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]);
+    assert_eq!(
+        client.event_names(),
+        ["created", "running", "aborting", "BLOCK_JOB_CANCELLED", "concluded", "null"]
+    );
     assert_eq!(client.ok("query-block-jobs", json!({})), json!([]));
     drop(client);
     disk.umount();
@@ -291,7 +346,7 @@ fn cancel_keeps_the_data_and_a_new_job_finishes() {
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: force cancels a paused job (3.5).
+/// Protects: `force` cancels a paused job.
 #[test]
 fn force_cancels_a_paused_job() {
     requires!("/dev/fuse", "qemu-img");
@@ -310,7 +365,8 @@ fn force_cancels_a_paused_job() {
     rig.assert_overlay(&rig.content);
 }
 
-/// A chain of three in its own directory, names relative: base.raw ← mid.qcow2 ← top.qcow2. Returns the content of the whole.
+/// Makes a chain of three files in one directory, with relative names: base.raw ← mid.qcow2 ←
+/// top.qcow2. Returns the content of the disk.
 fn three_layers(scratch: &Scratch, size: u64) -> Vec<u8> {
     scratch.raw("base.raw", size, Pattern::new(20, 1));
     let (mid, top) = (scratch.join("mid.qcow2"), scratch.join("top.qcow2"));
@@ -322,12 +378,14 @@ fn three_layers(scratch: &Scratch, size: u64) -> Vec<u8> {
     qemu::read_all(&top)
 }
 
-/// Protects: with `base` only what lies above it is copied, and the overlay then stands on the base, by the relative name that the chain
-/// had for it, so that the directory can still be moved (4.3, 4.4).
+/// Protects: with `base`, a stream copies only the data above the base. The overlay then names the
+/// base by the relative name that the chain had for it, so that the directory can still be moved.
 #[test]
 fn a_stream_down_to_a_base_keeps_the_base() {
     requires!("/dev/fuse", "qemu-img");
-    for (command, absolute) in [("block-stream", false), ("block-stream", true), ("block_stream", false)] {
+    for (command, absolute) in
+        [("block-stream", false), ("block-stream", true), ("block_stream", false)]
+    {
         let scratch = Scratch::new();
         let want = three_layers(&scratch, 8 * MIB);
         let top = scratch.join("top.qcow2");
@@ -346,7 +404,8 @@ fn a_stream_down_to_a_base_keeps_the_base() {
         fs::remove_file(scratch.join("mid.qcow2")).expect("the middle is not needed any more");
         qemu::assert_clean(&top);
         assert_same("top over base", &qemu::read_all(&top), &want);
-        let clusters: u64 = qemu::local_ranges(&top).iter().map(|range| (range.end - range.start) / CLUSTER).sum();
+        let clusters: u64 =
+            qemu::local_ranges(&top).iter().map(|range| (range.end - range.start) / CLUSTER).sum();
         assert_eq!(clusters, 16 + 1 + 4, "what was above the base, and nothing of the base");
         let moved = scratch.dir("moved");
         for name in ["base.raw", "top.qcow2"] {
@@ -356,7 +415,7 @@ fn a_stream_down_to_a_base_keeps_the_base() {
     }
 }
 
-/// Protects: a full stream takes up every layer, and none is needed afterwards.
+/// Protects: a full stream copies from every layer, and afterwards no layer is needed.
 #[test]
 fn a_full_stream_takes_up_every_layer() {
     requires!("/dev/fuse", "qemu-img");
@@ -377,11 +436,14 @@ fn a_full_stream_takes_up_every_layer() {
     assert_same("top alone", &qemu::read_all(&top), &want);
 }
 
-/// Protects: a backing file that is shorter reads as zeros behind its end, before and after the stream; a longer one is not copied beyond the disk.
+/// Protects: a backing file that is shorter than the disk reads as zeros behind its end, before and
+/// after the stream; a longer one is not copied beyond the end of the disk.
 #[test]
 fn streams_from_shorter_and_longer_bases() {
     requires!("/dev/fuse", "qemu-img");
-    for (base_size, options) in [(MIB + 1000, ""), (5 * MIB, ""), (MIB + 512, "compat=0.10"), (0, "cluster_size=4k")] {
+    for (base_size, options) in
+        [(MIB + 1000, ""), (5 * MIB, ""), (MIB + 512, "compat=0.10"), (0, "cluster_size=4k")]
+    {
         let scratch = Scratch::new();
         let mut want = Pattern::new(21, 1).bytes(0, base_size);
         scratch.write("base.raw", &want);
@@ -392,7 +454,11 @@ fn streams_from_shorter_and_longer_bases() {
         let mut client = disk.client();
         client.ok("block-stream", json!({"device": "drive0"}));
         let data = client.wait_completed();
-        assert_eq!((&data["len"], &data["offset"]), (&json!(want.len()), &json!(want.len())), "base of {base_size}");
+        assert_eq!(
+            (&data["len"], &data["offset"]),
+            (&json!(want.len()), &json!(want.len())),
+            "base of {base_size}"
+        );
         assert_same("disk", &disk.read_all(), &want);
         disk.umount();
         fs::remove_file(scratch.join("base.raw")).expect("base");
@@ -402,7 +468,8 @@ fn streams_from_shorter_and_longer_bases() {
     }
 }
 
-/// Protects: QEMU's words (and classes) for everything that cannot be started, in both dialects (2.1, 2.2, 2.5).
+/// Protects: QEMU's messages (and classes) for every stream that cannot be started, in both
+/// dialects.
 #[test]
 fn refusals_in_both_dialects() {
     requires!("/dev/fuse", "qemu-img");
@@ -415,34 +482,82 @@ fn refusals_in_both_dialects() {
     };
     let generic = |desc: &str| ("GenericError".to_owned(), desc.to_owned());
     for (command, arguments, want) in [
-        ("block-stream", json!({"device": "nope"}), generic("Cannot find device='nope' nor node-name='nope'")),
-        ("block_stream", json!({"device": "nope"}), ("DeviceNotFound".to_owned(), "Device 'nope' not found".to_owned())),
+        (
+            "block-stream",
+            json!({"device": "nope"}),
+            generic("Cannot find device='nope' nor node-name='nope'"),
+        ),
+        (
+            "block_stream",
+            json!({"device": "nope"}),
+            ("DeviceNotFound".to_owned(), "Device 'nope' not found".to_owned()),
+        ),
         ("block-stream", json!({}), generic("Parameter 'device' is missing")),
-        ("block-stream", json!({"device": 1}), generic("Invalid parameter type for 'device', expected: string")),
-        ("block-stream", json!({"device": "drive0", "speed": -1}), generic("Parameter 'speed' expects a non-negative value")),
-        ("block-stream", json!({"device": "drive0", "speed": "fast"}), generic("Invalid parameter type for 'speed', expected: integer")),
-        ("block-stream", json!({"device": "drive0", "bogus": 1}), generic("Parameter 'bogus' is unexpected")),
-        ("block-stream", json!({"device": "drive0", "on-error": "x"}), generic("Parameter 'on-error' does not accept value 'x'")),
-        ("block-stream", json!({"device": "drive0", "job-id": "1x"}), generic("Invalid job ID '1x'")),
-        ("block-stream", json!({"device": "drive0", "base": "other.raw"}), generic("Can't find 'other.raw' in the backing chain")),
-        ("block_stream", json!({"device": "drive0", "base": "other.raw"}), generic("Base 'other.raw' not found")),
+        (
+            "block-stream",
+            json!({"device": 1}),
+            generic("Invalid parameter type for 'device', expected: string"),
+        ),
+        (
+            "block-stream",
+            json!({"device": "drive0", "speed": -1}),
+            generic("Parameter 'speed' expects a non-negative value"),
+        ),
+        (
+            "block-stream",
+            json!({"device": "drive0", "speed": "fast"}),
+            generic("Invalid parameter type for 'speed', expected: integer"),
+        ),
+        (
+            "block-stream",
+            json!({"device": "drive0", "bogus": 1}),
+            generic("Parameter 'bogus' is unexpected"),
+        ),
+        (
+            "block-stream",
+            json!({"device": "drive0", "on-error": "x"}),
+            generic("Parameter 'on-error' does not accept value 'x'"),
+        ),
+        (
+            "block-stream",
+            json!({"device": "drive0", "job-id": "1x"}),
+            generic("Invalid job ID '1x'"),
+        ),
+        (
+            "block-stream",
+            json!({"device": "drive0", "base": "other.raw"}),
+            generic("Can't find 'other.raw' in the backing chain"),
+        ),
+        (
+            "block_stream",
+            json!({"device": "drive0", "base": "other.raw"}),
+            generic("Base 'other.raw' not found"),
+        ),
     ] {
         assert_eq!(refused(&mut client, command, arguments.clone()), want, "{command} {arguments}");
     }
     assert_eq!(client.ok("query-block-jobs", json!({})), json!([]), "nothing was started");
 
     start_sleeping_job(&mut client);
-    let (class, desc) = refused(&mut client, "block-stream", json!({"device": "drive0", "job-id": "other"}));
+    let (class, desc) =
+        refused(&mut client, "block-stream", json!({"device": "drive0", "job-id": "other"}));
     assert_eq!(class, "GenericError");
-    assert!(desc.starts_with("Node '") && desc.ends_with("' is busy: block device is in use by block job: stream"), "{desc}");
-    assert_eq!(refused(&mut client, "block_stream", json!({"device": "drive0"})), generic("Device 'drive0' is in use"));
+    assert!(
+        desc.starts_with("Node '")
+            && desc.ends_with("' is busy: block device is in use by block job: stream"),
+        "{desc}"
+    );
+    assert_eq!(
+        refused(&mut client, "block_stream", json!({"device": "drive0"})),
+        generic("Device 'drive0' is in use")
+    );
     client.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0}));
     client.wait_completed();
     disk.umount();
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: a read-only disk is not streamed into.
+/// Protects: a stream into a read-only disk is refused.
 #[test]
 fn a_read_only_disk_is_not_streamed() {
     requires!("/dev/fuse", "qemu-img");
@@ -451,14 +566,18 @@ fn a_read_only_disk_is_not_streamed() {
     let disk = rig.mount().args(&["--read-only"]).qmp().start();
     let mut client = disk.client();
     let error = client.err("block-stream", json!({"device": "drive0"}));
-    assert_eq!((error.class.as_str(), error.desc.as_str()), ("GenericError", "Block node is read-only"));
+    assert_eq!(
+        (error.class.as_str(), error.desc.as_str()),
+        ("GenericError", "Block node is read-only")
+    );
     assert_eq!(client.err("block_stream", json!({"device": "drive0"})).class, "GenericError");
     assert_eq!(client.ok("query-block-jobs", json!({})), json!([]));
     disk.umount();
     assert_same("the overlay file itself", &fs::read(&rig.overlay).expect("overlay"), &before);
 }
 
-/// Protects: every client hears every event, each with its own negotiation; one that has not negotiated hears none, and nothing is replayed to it.
+/// Protects: every client receives every event, each after its own negotiation; a client that has
+/// not negotiated receives none, and no event is sent to it later.
 #[test]
 fn several_clients_hear_the_same() {
     requires!("/dev/fuse", "qemu-img");
@@ -481,13 +600,17 @@ fn several_clients_hear_the_same() {
     silent.ok("qmp_capabilities", json!({}));
     silent.listen(Duration::from_millis(200));
     assert_eq!(silent.events, Vec::<Value>::new(), "what happened before is not replayed");
-    assert_eq!(silent.err("qmp_capabilities", json!({})).desc, "Capabilities negotiation is already complete, command ignored");
+    assert_eq!(
+        silent.err("qmp_capabilities", json!({})).desc,
+        "Capabilities negotiation is already complete, command ignored"
+    );
     drop((clients, silent));
     disk.umount();
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: a client that asks and never reads holds up neither the job, nor the guest, nor other clients.
+/// Protects: a client that sends commands and never reads delays neither the job, nor the guest,
+/// nor other clients.
 #[test]
 fn a_client_that_never_reads_stalls_nobody() {
     requires!("/dev/fuse", "qemu-img");
@@ -497,7 +620,7 @@ fn a_client_that_never_reads_stalls_nobody() {
     deaf.set_write_timeout(Some(Duration::from_millis(300))).expect("write timeout");
     let mut requests = "{\"execute\":\"qmp_capabilities\"}\n".to_owned();
     requests.extend(std::iter::repeat_n("{\"execute\":\"query-commands\"}\n", 4000));
-    // Some of it, or all, or a closed connection: whatever the server lets us do.
+    // The server may take some of the requests or all of them, or close the connection.
     for chunk in requests.as_bytes().chunks(16384) {
         if std::io::Write::write_all(&mut &deaf, chunk).is_err() {
             break;
@@ -511,12 +634,13 @@ fn a_client_that_never_reads_stalls_nobody() {
     client.finish_job("drive0");
     let want = guest.shadow;
     drop((guest.file, client));
-    disk.umount(); // the deaf client is still there
+    disk.umount(); // the client that never reads is still connected
     drop(deaf);
     rig.assert_standalone(&want);
 }
 
-/// Protects: clients that die, in the middle of a command or right after one, hurt nobody.
+/// Protects: clients that die, in the middle of a command or right after one, disturb no other
+/// client.
 #[test]
 fn clients_that_hang_up_hurt_nobody() {
     requires!("/dev/fuse", "qemu-img");
@@ -538,7 +662,7 @@ fn clients_that_hang_up_hurt_nobody() {
     }
     drop(UnixStream::connect(disk.socket()).expect("connect and go"));
     assert_eq!(client.job()["offset"], json!(FIRST_STEP), "the job is still there");
-    // Who started a job need not see its end.
+    // A client that started a job may disconnect before the job ends.
     let mut other = disk.client();
     other.ok("block-job-set-speed", json!({"device": "drive0", "speed": 0}));
     other.hang_up();
@@ -547,8 +671,9 @@ fn clients_that_hang_up_hurt_nobody() {
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: what the guest wrote, zeroed or discarded while the stream ran is never overwritten by old data of the base (H1-H4, 2.6),
-/// at full speed and at a limited one, with small and large clusters, v2 included.
+/// Protects: data that the guest wrote, zeroed or discarded during a stream is never overwritten by
+/// old data of the base (H1 to H4): at full and at limited speed, with small and large clusters,
+/// version 2 included.
 #[test]
 fn guests_always_win_over_the_stream() {
     requires!("/dev/fuse", "qemu-img");
@@ -566,7 +691,8 @@ fn guests_always_win_over_the_stream() {
         let disk = rig.mount().qmp().start();
         let mut guest = rig.guest(&disk);
         let mut client = disk.client();
-        // A head start, so that some of it lies before the stream and some ahead of it.
+        // The guest starts first, so that its changes lie both behind and ahead of the stream's
+        // position.
         for _ in 0..10 {
             guest.step(&mut rng, 100 * KIB);
         }
@@ -598,7 +724,8 @@ fn guests_always_win_over_the_stream() {
     }
 }
 
-/// Protects: discarding the whole cold disk and streaming it gives zeros, not the base: the base must not come back in any way.
+/// Protects: discarding a whole disk without local data and then streaming it gives zeros: the data
+/// of the base must not become visible again.
 #[test]
 fn a_discarded_disk_stays_empty() {
     requires!("/dev/fuse", "qemu-img");
@@ -622,7 +749,8 @@ fn a_discarded_disk_stays_empty() {
     }
 }
 
-/// Protects: holes and zeros of the base do not become data of the overlay: the result is about as large as the data in it (v3).
+/// Protects: holes and zeros of the base do not become data of the overlay: the streamed file is
+/// about as large as its data (version 3).
 #[test]
 fn zeros_take_no_space() {
     requires!("/dev/fuse", "qemu-img");
@@ -639,57 +767,83 @@ fn zeros_take_no_space() {
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: `--stream --speed` starts the same job without a client; what it is told on the command line is what the queries say.
+/// Protects: `--stream --speed` starts the same job without a client, and the queries return the
+/// values of the command line.
 #[test]
 fn stream_from_the_command_line() {
     requires!("/dev/fuse", "qemu-img");
     let rig = Rig::new(4 * MIB);
     let disk = rig.mount().args(&["--device", "disk-a", "--stream", "--speed", "1K"]).qmp().start();
     let mut client = disk.client();
-    // In the foreground the socket is there a moment before the job (without -f the command returns when both are).
-    wait_until("the job of --stream is there", || client.ok("query-block-jobs", json!({})) != json!([]));
+    // In the foreground the socket appears a moment before the job (without -f the command returns
+    // when both exist).
+    wait_until("the job of --stream is there", || {
+        client.ok("query-block-jobs", json!({})) != json!([])
+    });
     let job = client.job();
-    assert_eq!((&job["device"], &job["speed"], &job["type"]), (&json!("disk-a"), &json!(1024), &json!("stream")), "{job}");
+    assert_eq!(
+        (&job["device"], &job["speed"], &job["type"]),
+        (&json!("disk-a"), &json!(1024), &json!("stream")),
+        "{job}"
+    );
     client.ok("block-job-set-speed", json!({"device": "disk-a", "speed": 0}));
     client.wait_completed();
     disk.umount();
     rig.assert_standalone(&rig.content);
 
-    // And without a socket at all.
+    // The same without a socket.
     let rig = Rig::new(2 * MIB);
     let disk = rig.mount().args(&["--stream"]).start();
     assert_same("disk", &disk.read_all(), &rig.content);
     wait_until("the backing link is dropped", || {
-        let out = run_ok(Command::new("qemu-img").args(["info", "-U", "-f", "qcow2", "--output=json"]).arg(&rig.overlay));
+        let out = run_ok(
+            Command::new("qemu-img")
+                .args(["info", "-U", "-f", "qcow2", "--output=json"])
+                .arg(&rig.overlay),
+        );
         !out.contains("backing-filename")
     });
     disk.umount();
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: `--stream-priority` reaches the stream of the command line and those that clients start: the threads that read ahead step back behind
-/// everybody else, unless they are told not to. In the sandbox, which must let them.
+/// Protects: `--stream-priority` applies to the stream of the command line and to streams that
+/// clients start. The reader threads of a stream run at a lower priority unless the option says
+/// otherwise. The sandbox must allow that.
 #[test]
 fn readers_of_a_stream_step_back() {
     requires!("/dev/fuse", "qemu-img");
     let ours = rustix::process::getpriority_process(None).expect("a priority");
     let back = ours.max(10);
-    let cases = [(&["--stream-priority", "low"][..], back), (&[], back), (&["--stream-priority", "normal"], ours)];
+    let cases = [
+        (&["--stream-priority", "low"][..], back),
+        (&[], back),
+        (&["--stream-priority", "normal"], ours),
+    ];
     for (args, nice) in cases {
         for from_the_start in [true, false] {
             let rig = Rig::new(8 * MIB);
             let mount = rig.mount().args(args).qmp();
-            let disk = if from_the_start { mount.args(&["--stream", "--speed", "1"]).start() } else { mount.start() };
+            let disk = if from_the_start {
+                mount.args(&["--stream", "--speed", "1"]).start()
+            } else {
+                mount.start()
+            };
             let mut client = disk.client();
             if !from_the_start {
                 start_sleeping_job(&mut client);
             }
-            let tasks = format!("/proc/{}/task", disk.pid().as_raw_nonzero());
+            let tasks = format!("/proc/{}/task", disk.server_pid().as_raw_nonzero());
             let readers = || {
-                let stat = |task: std::io::Result<fs::DirEntry>| fs::read_to_string(task.ok()?.path().join("stat")).ok();
+                let stat = |task: std::io::Result<fs::DirEntry>| {
+                    fs::read_to_string(task.ok()?.path().join("stat")).ok()
+                };
                 let stats = fs::read_dir(&tasks).expect("a process").filter_map(stat);
-                // Behind the name: state is the 3rd field, nice the 19th.
-                let nice = |stat: String| stat.split_once("(stream-read) ")?.1.split(' ').nth(16)?.parse::<i32>().ok();
+                // Fields behind the name: the state is the 3rd field of the file, the nice value
+                // the 19th.
+                let nice = |stat: String| {
+                    stat.split_once("(stream-read) ")?.1.split(' ').nth(16)?.parse::<i32>().ok()
+                };
                 stats.filter_map(nice).collect::<Vec<_>>()
             };
             let found = poll(Duration::from_secs(20), || (readers() == [nice; 3]).then_some(()));
@@ -702,7 +856,8 @@ fn readers_of_a_stream_step_back() {
     }
 }
 
-/// Protects: `quit` cancels the job (it does not complete it), flushes, unmounts, answers last, and the process ends with status 0.
+/// Protects: `quit` cancels the job (it does not complete it), flushes, unmounts and replies last;
+/// the process ends with status 0.
 #[test]
 fn quit_is_a_clean_end() {
     requires!("/dev/fuse", "qemu-img");
@@ -716,8 +871,17 @@ fn quit_is_a_clean_end() {
     start_sleeping_job(&mut client);
     assert_eq!(client.ok("quit", json!({})), json!({}));
     let names = client.event_names();
-    let place = |name: &str| names.iter().position(|other| other == name).unwrap_or_else(|| panic!("{name} in {names:?}"));
-    assert!(place("aborting") < place("BLOCK_JOB_CANCELLED") && place("BLOCK_JOB_CANCELLED") < place("concluded"), "{names:?}");
+    let place = |name: &str| {
+        names
+            .iter()
+            .position(|other| other == name)
+            .unwrap_or_else(|| panic!("{name} in {names:?}"))
+    };
+    assert!(
+        place("aborting") < place("BLOCK_JOB_CANCELLED")
+            && place("BLOCK_JOB_CANCELLED") < place("concluded"),
+        "{names:?}"
+    );
     assert!(!names.iter().any(|name| name == "BLOCK_JOB_COMPLETED"), "{names:?}");
     assert_eq!(client.message(Duration::from_secs(30)), None, "then the session ends");
     disk.assert_clean_end();
@@ -725,20 +889,22 @@ fn quit_is_a_clean_end() {
     assert_eq!(qemu::info(&rig.overlay)["backing-filename"], json!("base.raw"));
 }
 
-/// Protects: the socket is its owner's alone; what a dead daemon left behind is replaced, what lives is not.
+/// Protects: only the owner can use the socket. The socket file of a dead daemon is replaced, that
+/// of a running one is not.
 #[test]
 fn the_socket_is_private_and_a_stale_one_is_replaced() {
     requires!("/dev/fuse", "qemu-img");
     let rig = Rig::new(MIB);
     let stale = rig.scratch.join("drive0.sock");
-    drop(UnixListener::bind(&stale).expect("bind")); // nobody listens any more, the file stays
+    drop(UnixListener::bind(&stale).expect("bind")); // the file stays without a listener
     let disk = rig.mount().qmp().start();
     assert_eq!(fs::metadata(disk.socket()).expect("stat").permissions().mode() & 0o777, 0o600);
     assert_eq!(disk.client().ok("query-block-jobs", json!({})), json!([]));
     disk.umount();
 }
 
-/// Protects: the facts that clients look for first: version, commands, and the device with its image and backing file.
+/// Protects: the facts that clients query first: version, commands, and the device with its image
+/// and backing file.
 #[test]
 fn facts_about_version_commands_and_device() {
     requires!("/dev/fuse", "qemu-img");
@@ -746,10 +912,16 @@ fn facts_about_version_commands_and_device() {
     let disk = rig.mount().qmp().start();
     let mut client = disk.client();
     assert_eq!(client.ok("query-version", json!({})), client.greeting["QMP"]["version"]);
-    let package = client.greeting["QMP"]["version"]["package"].as_str().expect("package").to_owned();
+    let package =
+        client.greeting["QMP"]["version"]["package"].as_str().expect("package").to_owned();
     assert!(package.contains("cordisk"), "{package}");
     let commands = client.ok("query-commands", json!({}));
-    let names: BTreeSet<&str> = commands.as_array().expect("list").iter().map(|entry| entry["name"].as_str().expect("name")).collect();
+    let names: BTreeSet<&str> = commands
+        .as_array()
+        .expect("list")
+        .iter()
+        .map(|entry| entry["name"].as_str().expect("name"))
+        .collect();
     for name in [
         "qmp_capabilities",
         "block-stream",
@@ -780,9 +952,15 @@ fn facts_about_version_commands_and_device() {
     assert_eq!(inserted["image"]["virtual-size"], json!(MIB), "{inserted}");
     assert_eq!(inserted["image"]["format"], json!("qcow2"), "{inserted}");
     assert_eq!(inserted["backing_file_depth"], json!(1), "{inserted}");
-    assert!(inserted["backing_file"].as_str().expect("backing_file").ends_with("base.raw"), "{inserted}");
+    assert!(
+        inserted["backing_file"].as_str().expect("backing_file").ends_with("base.raw"),
+        "{inserted}"
+    );
     let error = client.err("no-such-command", json!({}));
-    assert_eq!((error.class.as_str(), error.desc.as_str()), ("CommandNotFound", "The command no-such-command has not been found"));
+    assert_eq!(
+        (error.class.as_str(), error.desc.as_str()),
+        ("CommandNotFound", "The command no-such-command has not been found")
+    );
     client.ok("block-stream", json!({"device": "drive0"}));
     client.wait_completed();
     let inserted = &client.ok("query-block", json!({}))[0]["inserted"];
@@ -792,7 +970,8 @@ fn facts_about_version_commands_and_device() {
     rig.assert_standalone(&rig.content);
 }
 
-/// Protects: a guest that only reads while the stream runs sees the base's bytes at every moment, in every chunk size.
+/// Protects: a guest that only reads during a stream reads the base's bytes at every moment, in
+/// every chunk size.
 #[test]
 fn readers_see_the_same_bytes_all_the_time() {
     requires!("/dev/fuse", "qemu-img");

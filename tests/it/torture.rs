@@ -1,10 +1,13 @@
-//! The daemon is killed in every way there is, at random moments, over and over on the same images, while a guest with many hands writes and a
-//! stream runs (P1 to P4, P14, P15; data-safety 5.5). `CORDISK_KILL_CYCLES=N` for more of it, with longer lives.
+//! Kills the daemon in every possible way, at random moments, many times on the same images, while
+//! many threads of a guest write and a stream runs (P1 to P4, P14, P15). `CORDISK_KILL_CYCLES=N`
+//! runs more cycles, with longer lives of the daemon.
 //!
-//! What each sector may hold afterwards the ledger knows, which lives in this process and so survives every kill (`support/ledger.rs`).
-//! fio takes part with its own checksums, but not with its own idea of what a kill leaves: the state that it saves says which writes were
-//! *completed*, not which were flushed, and after a kill the difference is lost rightly (P2). So a fio job runs to its end and
-//! its last fsync, is what a kill must leave whole, and a second one, on a range of its own, is what is being killed.
+//! The ledger knows which values each sector may have afterwards; it is in this process, which
+//! survives every kill (`support/ledger.rs`). fio takes part with its own checksums, but its saved
+//! state cannot be used after a kill: it says which writes were completed, not which were flushed,
+//! and a kill may lose the difference (P2). So one fio job runs to its end with an fsync, and a
+//! kill must keep all of its data. A second fio job, on a range of its own, runs while the daemon
+//! is killed.
 
 use std::fs::{self, File, OpenOptions};
 use std::ops::Range;
@@ -19,19 +22,22 @@ use rustix::process::Signal;
 use serde_json::json;
 
 use crate::support::ledger::{Hands, Ledger, SECTOR, Verified};
-use crate::support::{Daemon, KIB, MIB, Mount, Pattern, Rng, Scratch, assert_same, poll, qemu, run_within, wait_until};
+use crate::support::{
+    Daemon, KIB, MIB, Mount, Pattern, Rng, Scratch, assert_same, poll, qemu, run_within, wait_until,
+};
 
-/// In the normal run; a long run is asked for.
+/// Cycles of an ordinary run; `CORDISK_KILL_CYCLES` sets another number.
 const CYCLES: u64 = 50;
-/// Longest life of a daemon in milliseconds, in the normal run and in a long one.
+/// Longest life of a daemon in milliseconds, in an ordinary run and in a long one.
 const SHORT_LIFE: u64 = 600;
 const LONG_LIFE: u64 = 2000;
-/// Lives on one image, at most: when the guest has written everywhere, tables no longer change.
+/// Maximum lives on one image: when the guest has written everywhere, tables no longer change.
 const LIVES: u64 = 5;
 
-/// Not a multiple of any cluster size.
+/// Not a multiple of any cluster size, in bytes.
 const SIZE: u64 = 24 * MIB + 3 * SECTOR;
-/// Eight hands with a region each, four in the one behind, then what is only read, then fio's two ranges, then the end, which is only read too.
+/// The disk in order: a region for each of eight writers, one region for four writers together, a
+/// region that is only read, fio's two ranges, and the end, which is only read too.
 const OWN: u64 = 1536 * KIB;
 const HANDS: u64 = 8;
 const SHARED: Range<u64> = HANDS * OWN..HANDS * OWN + 3 * MIB;
@@ -42,17 +48,17 @@ const SHARERS: u64 = 4;
 /// How a daemon ends.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 enum End {
-    /// SIGKILL, as the out-of-memory killer.
+    /// SIGKILL, like the out-of-memory killer.
     Kill,
-    /// SIGKILL, while fio writes too.
+    /// SIGKILL while fio writes as well.
     KillBesideFio,
-    /// SIGABRT, as a failed assertion.
+    /// SIGABRT, like a failed assertion.
     Abort,
-    /// SIGSTOP, and SIGKILL a little later.
+    /// SIGSTOP, then SIGKILL a little later.
     StopThenKill,
-    /// SIGTERM twice, the disk in use: everything acknowledged stays.
+    /// SIGTERM twice while the disk is in use: everything acknowledged stays.
     Terminate,
-    /// SIGKILL at the very moment at which the completion of the stream is read.
+    /// SIGKILL at the moment at which the test reads the completion of the stream.
     Completed,
     /// SIGKILL between the start of the process and its readiness.
     Starting,
@@ -75,21 +81,23 @@ struct Generation {
     scratch: Scratch,
     ledger: Ledger,
     options: &'static str,
-    /// All that the disk held at the last look.
+    /// The whole disk at the last verification.
     content: Vec<u8>,
     lives: u64,
-    /// What fio has finished, and nobody may lose.
+    /// Seed of the fio job that has finished; its data must survive every kill.
     fio_seed: Option<u64>,
 }
 
 impl Generation {
     fn new(rng: &mut Rng, number: u32) -> Generation {
         let scratch = Scratch::new();
-        // Zeros among the data: they are found, and become zero clusters.
+        // Zeros among the data: copies detect them and make zero clusters.
         let mut golden = Pattern::new(number, 1).bytes(0, SIZE);
         for _ in 0..8 {
             let hole = rng.range(SIZE, 500_000);
-            golden[usize::try_from(hole.start).expect("small")..usize::try_from(hole.end).expect("small")].fill(0);
+            golden[usize::try_from(hole.start).expect("small")
+                ..usize::try_from(hole.end).expect("small")]
+                .fill(0);
         }
         scratch.write("golden.raw", &golden);
         let all = [
@@ -103,7 +111,14 @@ impl Generation {
         let options = all[usize::try_from(rng.below(all.len() as u64)).expect("small")];
         qemu::create(&scratch.join("overlay.qcow2"), None, options, Some(("golden.raw", "raw")));
         let content = golden.clone();
-        Generation { scratch, ledger: Ledger::new(golden, number + 0x1000), options, content, lives: 0, fio_seed: None }
+        Generation {
+            scratch,
+            ledger: Ledger::new(golden, number + 0x1000),
+            options,
+            content,
+            lives: 0,
+            fio_seed: None,
+        }
     }
 
     fn overlay(&self) -> std::path::PathBuf {
@@ -114,7 +129,8 @@ impl Generation {
         qemu::info(&self.overlay()).get("backing-filename").is_some()
     }
 
-    /// Nothing is corrupt, every sector holds what it may hold, the golden image is what it was, and fio agrees.
+    /// Checks that the image has no corruption, every sector has an allowed value, the golden image
+    /// is unchanged, and fio verifies its data.
     fn judge(&mut self, what: &str) -> Verified {
         qemu::assert_not_corrupt(&self.overlay());
         let golden = self.scratch.join("golden.raw");
@@ -126,14 +142,26 @@ impl Generation {
         let raw = qemu::to_raw(&self.overlay(), &self.scratch.join("raw"));
         self.content = fs::read(&raw).expect("converted");
         if let Some(seed) = self.fio_seed {
-            let done = run_within(fio(&self.scratch, &raw, &FIO[0], seed).arg("--verify_only"), Duration::from_secs(120));
-            assert!(done.status.success(), "{what}: fio finds that what it had flushed is gone: {}\n{}", done.stdout, done.stderr);
+            let done = run_within(
+                fio(&self.scratch, &raw, &FIO[0], seed).arg("--verify_only"),
+                Duration::from_secs(120),
+            );
+            assert!(
+                done.status.success(),
+                "{what}: fio finds that what it had flushed is gone: {}\n{}",
+                done.stdout,
+                done.stderr
+            );
         }
         let ours = [0..FIO[0].start, FIO[1].end..SIZE];
         let verified = self.ledger.verify(what, &self.content, &ours);
         self.ledger.turn_the_page();
         let golden = if independent { aside } else { golden };
-        assert_same("the golden image must never change", &fs::read(golden).expect("golden"), self.ledger.golden());
+        assert_same(
+            "the golden image must never change",
+            &fs::read(golden).expect("golden"),
+            self.ledger.golden(),
+        );
         verified
     }
 }
@@ -141,15 +169,34 @@ impl Generation {
 fn fio(scratch: &Scratch, disk: &Path, range: &Range<u64>, seed: u64) -> Command {
     let mut command = Command::new("fio");
     command.current_dir(scratch.path());
-    command.args(["--name=torture", "--ioengine=libaio", "--iodepth=16", "--direct=1", "--rw=randwrite", "--bsrange=512-256k", "--thread"]);
-    command.args(["--fsync=32", "--end_fsync=1", "--verify=crc32c", "--verify_fatal=1", "--do_verify=0", "--verify_state_save=0"]);
-    command.args(["--allow_file_create=0", "--randrepeat=1", "--allrandrepeat=1"]).arg(format!("--randseed={seed}"));
+    command.args([
+        "--name=torture",
+        "--ioengine=libaio",
+        "--iodepth=16",
+        "--direct=1",
+        "--rw=randwrite",
+        "--bsrange=512-256k",
+        "--thread",
+    ]);
+    command.args([
+        "--fsync=32",
+        "--end_fsync=1",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--do_verify=0",
+        "--verify_state_save=0",
+    ]);
+    command
+        .args(["--allow_file_create=0", "--randrepeat=1", "--allrandrepeat=1"])
+        .arg(format!("--randseed={seed}"));
     command.arg(format!("--filename={}", disk.display()));
-    command.arg(format!("--offset={}", range.start)).arg(format!("--size={}", range.end - range.start));
+    command
+        .arg(format!("--offset={}", range.start))
+        .arg(format!("--size={}", range.end - range.start));
     command
 }
 
-/// A fio that goes away with the test.
+/// A running fio, killed when dropped.
 struct Fio(Child);
 
 impl Drop for Fio {
@@ -162,16 +209,18 @@ impl Drop for Fio {
     }
 }
 
-/// One life of the daemon, from the mount to its `end`.
+/// Runs the daemon once, from the mount to its `end`.
 fn live_and_die(generation: &mut Generation, rng: &mut Rng, cycle: u64, end: End, longest: u64) {
-    let mount = Mount::named(&generation.scratch, &generation.overlay(), &format!("cycle{cycle}")).qmp().args(&["--no-resume"]);
+    let mount = Mount::named(&generation.scratch, &generation.overlay(), &format!("cycle{cycle}"))
+        .qmp()
+        .args(&["--no-resume"]);
     if end == End::Starting {
         let daemon = mount.spawn();
         std::thread::sleep(Duration::from_micros(rng.below(40_000)));
         daemon.kill9();
         return;
     }
-    // Where reads do not copy up, the whole disk can be read through the mount first.
+    // Without copy-on-read, the whole disk can be read through the mount first.
     let looks_first = rng.below(3) == 0;
     let disk = mount.args(if looks_first { &["--no-copy-on-read"] } else { &[] }).start();
     if looks_first {
@@ -183,17 +232,21 @@ fn live_and_die(generation: &mut Generation, rng: &mut Rng, cycle: u64, end: End
         _ => [MIB, 4 * MIB, 16 * MIB][usize::try_from(rng.below(3)).expect("small")],
     };
     client.ok("block-stream", json!({"device": "drive0", "speed": speed}));
-    // Half of them die young, when nearly every write allocates.
+    // Half of the daemons have a short life, in which nearly every write allocates.
     let longest = if rng.below(2) == 0 { longest / 8 } else { longest };
     let life = Duration::from_millis(10 + rng.below(longest - 10));
     let file = disk.open();
     let synced = i32::try_from(OFlags::DSYNC.bits()).expect("a flag");
-    let synced: File = OpenOptions::new().write(true).custom_flags(synced).open(disk.path()).expect("open with O_DSYNC");
+    let synced: File = OpenOptions::new()
+        .write(true)
+        .custom_flags(synced)
+        .open(disk.path())
+        .expect("open with O_DSYNC");
     let ending = AtomicBool::new(false);
     let mut fio_seed = generation.fio_seed;
     let hands = Hands { ledger: &generation.ledger, file: &file, synced: &synced, ending: &ending };
     std::thread::scope(|scope| {
-        let disk = disk; // killed by a panic in here, so that the hands below end
+        let disk = disk; // a panic in this scope kills it, so that the threads below end
         let own = (0..HANDS).map(|hand| hand * OWN..(hand + 1) * OWN);
         for region in own.chain((0..SHARERS).map(|_| SHARED)) {
             let (hands, rng) = (&hands, Rng::new(rng.next()));
@@ -204,11 +257,19 @@ fn live_and_die(generation: &mut Generation, rng: &mut Rng, cycle: u64, end: End
         let mut killed_with_it = None;
         if end == End::KillBesideFio {
             let seed = rng.below(1 << 30);
-            let done = run_within(&mut fio(&generation.scratch, disk.path(), &FIO[0], seed), Duration::from_secs(120));
+            let done = run_within(
+                &mut fio(&generation.scratch, disk.path(), &FIO[0], seed),
+                Duration::from_secs(120),
+            );
             assert!(done.status.success(), "fio: {}\n{}", done.stdout, done.stderr);
             fio_seed = Some(seed);
             let mut second = fio(&generation.scratch, disk.path(), &FIO[1], seed + 1);
-            killed_with_it = Some(Fio(second.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("fio")));
+            killed_with_it = Some(Fio(second
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .expect("fio")));
         }
         if end == End::Completed {
             client.wait_completed();
@@ -229,12 +290,13 @@ fn bring_about(end: End, mut disk: Daemon, ledger: &Ledger, rng: &mut Rng) {
     match end {
         End::Kill | End::KillBesideFio | End::Completed | End::Starting => disk.kill9(),
         End::Abort => {
-            disk.signal(Signal::ABORT);
-            let status = disk.ended_within(Duration::from_secs(20));
-            assert!(status.is_some_and(|status| !status.success()), "SIGABRT: {status:?}");
+            // The main process stands still, so it starts no successor.
+            disk.signal(Signal::STOP);
+            disk.signal_server(Signal::ABORT);
+            disk.kill9();
         }
         End::StopThenKill => {
-            disk.signal(Signal::STOP);
+            disk.signal_server(Signal::STOP);
             std::thread::sleep(Duration::from_millis(rng.below(50)));
             disk.kill9();
         }
@@ -250,14 +312,17 @@ fn bring_about(end: End, mut disk: Daemon, ledger: &Ledger, rng: &mut Rng) {
     }
 }
 
-/// Protects: P1 to P4, P14 and P15 under fire. Directly after every kill the image is not corrupt; what a flush, an O_DSYNC write or a clean end
-/// has acknowledged is there; every other sector is old or new; what nobody wrote is the golden image; an image whose stream has completed
-/// stands alone; and the next life goes on with it.
+/// Protects: P1 to P4, P14 and P15. Directly after every kill the image has no corruption. Data
+/// that a flush, an O_DSYNC write or a clean end has acknowledged is there; every other sector is
+/// old or new. Sectors that were never written have the content of the golden image. An image whose
+/// stream has completed needs no backing file, and the next life continues with it.
 #[test]
 fn killed_over_and_over() {
     requires!("/dev/fuse", "qemu-img", "fio");
     let mut rng = Rng::for_test("killed over and over");
-    let asked = std::env::var("CORDISK_KILL_CYCLES").ok().map(|text| text.parse().expect("CORDISK_KILL_CYCLES is a number"));
+    let asked = std::env::var("CORDISK_KILL_CYCLES")
+        .ok()
+        .map(|text| text.parse().expect("CORDISK_KILL_CYCLES is a number"));
     let longest = if asked.is_some() { LONG_LIFE } else { SHORT_LIFE };
     let mut ends = std::collections::BTreeMap::<End, u64>::new();
     let mut total = Verified::default();
@@ -279,5 +344,8 @@ fn killed_over_and_over() {
     }
     let cycles: u64 = ends.values().sum();
     eprintln!("{cycles} cycles on {generations} images: {ends:?}; {total:?}");
-    assert!(cycles < CYCLES || total.durable > 0 && total.touched > total.durable, "nothing was put to the test: {total:?}");
+    assert!(
+        cycles < CYCLES || total.durable > 0 && total.touched > total.durable,
+        "nothing was put to the test: {total:?}"
+    );
 }

@@ -1,4 +1,5 @@
-//! The two ways in which requests come from the kernel: the same answers over both. (`CORDISK_TEST_TRANSPORT=uring` runs any other test over io_uring.)
+//! The two transports of requests from the kernel give the same answers.
+//! (`CORDISK_TEST_TRANSPORT=uring` runs any other test over io_uring.)
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
@@ -8,24 +9,29 @@ use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::Errno;
 use serde_json::json;
 
-use crate::support::{KIB, MIB, Pattern, Rig, Rng, assert_same, errno, run_within};
+use crate::support::{
+    KIB, MIB, Pattern, Rig, Rng, assert_same, errno, poll, qemu, run_within, wait_until,
+};
 
 const ENABLED: &str = "/sys/module/fuse/parameters/enable_uring";
 
-/// Whether requests can come over io_uring. The switch is the whole machine's, so it is switched on
-/// only where `CORDISK_SWITCH_URING=1` says so, as `scripts/test.sh --switch-uring` does, which
-/// switches it back. A kernel that is too old is no failure.
+/// Whether requests can come over io_uring. The switch applies to the whole machine, so the tests
+/// set it only where `CORDISK_SWITCH_URING=1` allows it; `scripts/test.sh --switch-uring` does
+/// that, and resets the switch afterwards. A kernel that is too old is no failure.
 pub(crate) fn has_uring() -> bool {
     let on = || fs::read_to_string(ENABLED).is_ok_and(|text| text.starts_with('Y'));
     let may_switch = std::env::var("CORDISK_SWITCH_URING").is_ok_and(|value| value == "1");
     let _ = !on() && may_switch && fs::write(ENABLED, "Y").is_ok();
     if !on() {
-        eprintln!("skipped: no FUSE over io_uring in this kernel, or it is off ({ENABLED}; scripts/test.sh --switch-uring switches it on)");
+        eprintln!(
+            "skipped: no FUSE over io_uring in this kernel, or it is off ({ENABLED}; scripts/test.sh --switch-uring switches it on)"
+        );
     }
     on()
 }
 
-/// Protects: a guest gets the same answers over each transport: data, holes, flushes, attributes, errors; misses and hits, alone and all at once.
+/// Protects: a guest gets the same answers over each transport: data, holes, flushes, attributes,
+/// errors; misses and hits, one after the other and in parallel.
 #[test]
 fn a_guest_sees_no_difference() {
     requires!("/dev/fuse", "qemu-img");
@@ -41,8 +47,12 @@ fn a_guest_sees_no_difference() {
             guest.step(&mut rng, 1500 * KIB);
         }
         guest.check_all();
-        // Durable when it returns, as another descriptor sees at once.
-        let synced = File::options().write(true).custom_flags(OFlags::DSYNC.bits().cast_signed()).open(disk.path()).expect("open");
+        // The write is durable when it returns, and another descriptor sees it at once.
+        let synced = File::options()
+            .write(true)
+            .custom_flags(OFlags::DSYNC.bits().cast_signed())
+            .open(disk.path())
+            .expect("open");
         let data = Pattern::new(3, 3).bytes(5 * MIB + 7, 100_000);
         synced.write_all_at(&data, 5 * MIB + 7).expect("write");
         guest.shadow[(5 * MIB + 7) as usize..][..data.len()].copy_from_slice(&data);
@@ -53,18 +63,29 @@ fn a_guest_sees_no_difference() {
         assert_eq!(guest.file.read_at(&mut [0; 16], size).expect("read at the end"), 0);
         assert_eq!(errno(guest.file.write_at(&[1; 16], size)), Errno::NOSPC);
         assert_eq!(errno(guest.file.set_len(size - 512)), Errno::PERM);
-        assert_eq!(errno(File::options().write(true).truncate(true).open(disk.path())), Errno::PERM);
+        assert_eq!(
+            errno(File::options().write(true).truncate(true).open(disk.path())),
+            Errno::PERM
+        );
         fs::set_permissions(disk.path(), fs::Permissions::from_mode(0o400)).expect("chmod");
         let time = SystemTime::UNIX_EPOCH + Duration::new(1_000_000_000, 123_456_789);
         guest.file.set_modified(time).expect("utimensat");
         let stat = guest.file.metadata().expect("stat");
-        assert_eq!((stat.mode() & 0o7777, stat.modified().expect("mtime")), (0o400, time), "{transport}");
+        assert_eq!(
+            (stat.mode() & 0o7777, stat.modified().expect("mtime")),
+            (0o400, time),
+            "{transport}"
+        );
         assert!(rustix::fs::fstatvfs(&guest.file).expect("statvfs").f_blocks > 0);
         guest.punch(MIB..2 * MIB);
-        assert_eq!(rustix::fs::seek(&guest.file, SeekFrom::Hole(MIB)).expect("lseek"), MIB, "{transport}");
+        assert_eq!(
+            rustix::fs::seek(&guest.file, SeekFrom::Hole(MIB)).expect("lseek"),
+            MIB,
+            "{transport}"
+        );
         guest.file.sync_all().expect("fsync");
 
-        // Everything at once: hits and misses of eight threads, while a stream runs.
+        // Hits and misses of eight threads in parallel, while a stream runs.
         let mut client = disk.client();
         client.ok("block-stream", json!({"device": "drive0", "speed": 20_000_000}));
         let file = File::options().read(true).open(disk.path()).expect("root may");
@@ -77,7 +98,11 @@ fn a_guest_sees_no_difference() {
                         let range = rng.range(shadow.len() as u64, 700 * KIB);
                         let mut got = vec![0; (range.end - range.start) as usize];
                         file.read_exact_at(&mut got, range.start).expect("read");
-                        assert_same("one of many readers", &got, &shadow[range.start as usize..range.end as usize]);
+                        assert_same(
+                            "one of many readers",
+                            &got,
+                            &shadow[range.start as usize..range.end as usize],
+                        );
                     }
                 });
             }
@@ -95,7 +120,8 @@ fn a_guest_sees_no_difference() {
     }
 }
 
-/// Protects: the owner of a disk, perhaps another user than the daemon's, sets any times, and the daemon goes on. Times that fit are shown as they were set.
+/// Protects: the owner of a disk (perhaps not the daemon's user) can set any times, and the daemon
+/// continues. Times in the supported range are shown as they were set.
 #[test]
 fn any_times_can_be_set() {
     requires!("/dev/fuse", "qemu-img");
@@ -106,32 +132,65 @@ fn any_times_can_be_set() {
         let rig = Rig::new(MIB);
         let disk = rig.mount().args(&["--transport", transport]).start();
         let file = disk.open();
-        let seconds = [i64::MIN, i64::MIN + 1, -(1 << 62), -62_135_596_801, -1, 0, 1 << 34, 253_402_300_800, 1 << 62, i64::MAX];
-        for (accessed, modified) in seconds.iter().flat_map(|&first| seconds.map(|second| (first, second))) {
-            let [last_access, last_modification] =
-                [(accessed, 999_999_999), (modified, 1)].map(|(tv_sec, tv_nsec)| rustix::fs::Timespec { tv_sec, tv_nsec });
+        let seconds = [
+            i64::MIN,
+            i64::MIN + 1,
+            -(1 << 62),
+            -62_135_596_801,
+            -1,
+            0,
+            1 << 34,
+            253_402_300_800,
+            1 << 62,
+            i64::MAX,
+        ];
+        for (accessed, modified) in
+            seconds.iter().flat_map(|&first| seconds.map(|second| (first, second)))
+        {
+            let [last_access, last_modification] = [(accessed, 999_999_999), (modified, 1)]
+                .map(|(tv_sec, tv_nsec)| rustix::fs::Timespec { tv_sec, tv_nsec });
             rustix::fs::futimens(&file, &rustix::fs::Timestamps { last_access, last_modification })
                 .unwrap_or_else(|error| panic!("{transport}, {accessed}, {modified}: {error}"));
         }
         let small = rustix::fs::Timespec { tv_sec: -5, tv_nsec: 7 };
-        rustix::fs::futimens(&file, &rustix::fs::Timestamps { last_access: small, last_modification: small }).expect("utimensat");
-        assert_eq!((file.metadata().expect("stat").mtime(), file.metadata().expect("stat").mtime_nsec()), (-5, 7), "{transport}");
+        rustix::fs::futimens(
+            &file,
+            &rustix::fs::Timestamps { last_access: small, last_modification: small },
+        )
+        .expect("utimensat");
+        assert_eq!(
+            (file.metadata().expect("stat").mtime(), file.metadata().expect("stat").mtime_nsec()),
+            (-5, 7),
+            "{transport}"
+        );
         assert_same("still served", &disk.read_all(), &rig.content);
         drop(file);
         disk.umount();
     }
 }
 
-/// How often each thread of a process whose name starts so has run.
+/// Returns how often the threads whose name starts with `name` have run.
 fn runs(pid: u32, name: &str) -> u64 {
-    let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("threads").map(|thread| thread.expect("thread").path());
-    let named = threads.filter(|path| fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.starts_with(name)));
-    let count = |path: std::path::PathBuf| fs::read_to_string(path.join("schedstat")).ok()?.split_whitespace().nth(2)?.parse::<u64>().ok();
+    let threads = fs::read_dir(format!("/proc/{pid}/task"))
+        .expect("threads")
+        .map(|thread| thread.expect("thread").path());
+    let named = threads.filter(|path| {
+        fs::read_to_string(path.join("comm")).is_ok_and(|comm| comm.starts_with(name))
+    });
+    let count = |path: std::path::PathBuf| {
+        fs::read_to_string(path.join("schedstat"))
+            .ok()?
+            .split_whitespace()
+            .nth(2)?
+            .parse::<u64>()
+            .ok()
+    };
     named.filter_map(count).sum()
 }
 
-/// Protects: requests that the second server of a queue takes are answered like any other, writes and reads, large ones and small ones that come to
-/// entries it has; and all entries find their way home, so that the disk ends. That it took some is seen in its thread.
+/// Protects: requests that the second server of a queue takes are answered like any other: writes
+/// and reads, large ones, and small ones that arrive at its entries. All entries are returned, so
+/// that the disk can end. The run count of its thread shows that it took some.
 #[test]
 fn large_requests_side_by_side() {
     requires!("/dev/fuse", "qemu-img");
@@ -141,8 +200,13 @@ fn large_requests_side_by_side() {
     let (threads, rounds) = (8u64, 24u64);
     let rig = Rig::new(threads * MIB);
     let disk = rig.mount().args(&["--transport", "uring"]).start();
-    let pid = u32::try_from(disk.pid().as_raw_nonzero().get()).expect("a pid");
-    let file = File::options().read(true).write(true).custom_flags(OFlags::DIRECT.bits().cast_signed()).open(disk.path()).expect("open");
+    let pid = u32::try_from(disk.server_pid().as_raw_nonzero().get()).expect("a pid");
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlags::DIRECT.bits().cast_signed())
+        .open(disk.path())
+        .expect("open");
     let before = runs(pid, "fuse-lane");
     let mut want = rig.content.clone();
     std::thread::scope(|scope| {
@@ -151,12 +215,23 @@ fn large_requests_side_by_side() {
             scope.spawn(move || {
                 let start = number as u64 * MIB;
                 for round in 0..rounds {
-                    // Everything, and then a page of it, which comes to whichever entry was used last.
-                    part.copy_from_slice(&Pattern::new(number as u32, round as u32).bytes(start, MIB));
+                    // The whole range, and then one page of it, which arrives at the entry that was
+                    // used last.
+                    part.copy_from_slice(
+                        &Pattern::new(number as u32, round as u32).bytes(start, MIB),
+                    );
                     for range in [0..MIB, (round * 4 * KIB)..(round * 4 * KIB + 4 * KIB)] {
                         let bytes = &part[range.start as usize..range.end as usize];
-                        assert_eq!(direct(bytes, |aligned| file.write_at(aligned, start + range.start).expect("write")).1, bytes.len());
-                        let (got, len) = direct(&vec![0; bytes.len()], |aligned| file.read_at(aligned, start + range.start).expect("read"));
+                        assert_eq!(
+                            direct(bytes, |aligned| file
+                                .write_at(aligned, start + range.start)
+                                .expect("write"))
+                            .1,
+                            bytes.len()
+                        );
+                        let (got, len) = direct(&vec![0; bytes.len()], |aligned| {
+                            file.read_at(aligned, start + range.start).expect("read")
+                        });
                         assert_eq!(len, bytes.len());
                         assert_same("what was just written", &got, bytes);
                     }
@@ -167,10 +242,87 @@ fn large_requests_side_by_side() {
     assert!(runs(pid, "fuse-lane") > before, "all of it was done by the first servers");
     drop(file);
     disk.umount();
-    assert_same("in the image", &crate::support::qemu::read_all(&rig.overlay), &want);
+    assert_same("in the image", &qemu::read_all(&rig.overlay), &want);
 }
 
-/// Calls `io` with a copy of the bytes that lies as direct I/O wants it; the copy afterwards, and what `io` returned.
+/// Returns the anonymous and the shared memory of a process in bytes. The requests lie in shared
+/// memory.
+fn own_memory(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
+    let of = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).expect(name);
+        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * KIB
+    };
+    of("RssAnon:") + of("RssShmem:")
+}
+
+/// Protects: an idle disk returns the memory that large requests used, and later requests lose no
+/// data by that.
+#[test]
+fn an_idle_disk_gives_the_memory_of_its_queues_back() {
+    requires!("/dev/fuse", "qemu-img");
+    if !has_uring() {
+        return;
+    }
+    let threads = 32u64;
+    let rig = Rig::new(threads * MIB);
+    let disk = rig.mount().args(&["--transport", "uring"]).start();
+    let pid = u32::try_from(disk.server_pid().as_raw_nonzero().get()).expect("a pid");
+    // This read copies everything into the overlay, so that no other part of the program allocates
+    // memory later.
+    assert_same("all of it", &disk.read_all(), &rig.content);
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlags::DIRECT.bits().cast_signed())
+        .open(disk.path())
+        .expect("open");
+    let mut want = rig.content.clone();
+    for round in 0..2u32 {
+        wait_until("the memory of what came before", || own_memory(pid) < 16 * MIB);
+        let before = own_memory(pid);
+        // In parallel, until many of the requests have been in flight at the same time.
+        let reached = poll(Duration::from_secs(60), || {
+            std::thread::scope(|scope| {
+                for (number, part) in want.chunks_mut(MIB as usize).enumerate() {
+                    let (file, start) = (&file, number as u64 * MIB);
+                    scope.spawn(move || {
+                        part.copy_from_slice(
+                            &Pattern::new(number as u32, round + 5).bytes(start, MIB),
+                        );
+                        assert_eq!(
+                            direct(part, |aligned| file.write_at(aligned, start).expect("write")).1,
+                            part.len()
+                        );
+                        let (got, len) = direct(&vec![0; part.len()], |aligned| {
+                            file.read_at(aligned, start).expect("read")
+                        });
+                        assert_eq!(len, part.len());
+                        assert_same("what was just written", &got, part);
+                    });
+                }
+            });
+            (own_memory(pid) >= before + 6 * MIB).then_some(())
+        });
+        assert!(
+            reached.is_some(),
+            "{} bytes of memory for {threads} requests of 1 MiB at a time",
+            own_memory(pid)
+        );
+        // A small request arrives at an entry that still has memory, and does not change the memory
+        // of other entries.
+        let (got, _) = direct(&[0; 4096], |aligned| file.read_at(aligned, 0).expect("read"));
+        assert_same("a page", &got, &want[..4096]);
+        wait_until("the memory is given back", || own_memory(pid) <= before + MIB);
+    }
+    drop(file);
+    assert_same("after it was given back", &disk.read_all(), &want);
+    disk.umount();
+    assert_same("in the image", &qemu::read_all(&rig.overlay), &want);
+}
+
+/// Calls `io` with a copy of the bytes that is aligned for direct I/O. Returns the copy afterwards
+/// and the result of `io`.
 fn direct(bytes: &[u8], io: impl FnOnce(&mut [u8]) -> usize) -> (Vec<u8>, usize) {
     let mut buffer = vec![0; bytes.len() + 4096];
     let start = buffer.as_ptr().align_offset(4096);
@@ -180,7 +332,8 @@ fn direct(bytes: &[u8], io: impl FnOnce(&mut [u8]) -> usize) -> (Vec<u8>, usize)
     (aligned.to_vec(), len)
 }
 
-/// Protects: who insists on io_uring is told in one line why there is none; the default goes on without.
+/// Protects: `--transport uring` gives one line of error that says why io_uring is missing; the
+/// default works without it.
 #[test]
 fn a_transport_that_is_not_there_is_an_error_only_for_who_insists() {
     requires!("/dev/fuse", "qemu-img");
@@ -196,9 +349,12 @@ fn a_transport_that_is_not_there_is_an_error_only_for_who_insists() {
         return; // switched on meanwhile
     }
     assert_eq!(done.status.code(), Some(1), "{done:?}");
-    assert!(done.stderr.lines().count() == 1 && done.stderr.contains("--transport uring: "), "{done:?}");
+    assert!(
+        done.stderr.lines().count() == 1 && done.stderr.contains("--transport uring: "),
+        "{done:?}"
+    );
     assert!(!mountpoint.exists());
-    let disk = rig.mount().args(&["--transport", "auto"]).start();
+    let disk = rig.mount().args(&["--transport", "auto", "--prefer", "speed"]).start();
     assert_same("over whatever there is", &disk.read_all(), &rig.content);
     disk.umount();
 }

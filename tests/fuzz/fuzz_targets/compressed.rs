@@ -1,5 +1,5 @@
-//! A compressed cluster of any bytes. What must hold is said in `src/simulation/hostile/compressed.rs`.
+//! A compressed cluster of arbitrary bytes. The checks are in `src/trials/hostile/compressed.rs`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| cordisk::simulation::hostile::compressed::any_bytes(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| trials::hostile::compressed::any_bytes(data));

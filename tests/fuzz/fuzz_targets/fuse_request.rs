@@ -1,5 +1,6 @@
-//! Any bytes as a request that was read from /dev/fuse. What must hold is said in `src/fuse/wire.rs`.
+//! Arbitrary bytes as a request that was read from /dev/fuse. The checks are in
+//! `src/export/wire.rs`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| cordisk::fuse::any_request(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| export::any_request(data));

@@ -1,5 +1,5 @@
-//! A first cluster of any bytes. What must hold is said in `src/simulation/hostile/header.rs`.
+//! A first cluster of arbitrary bytes. The checks are in `src/trials/hostile/header.rs`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| cordisk::simulation::hostile::header::any_bytes(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| trials::hostile::header::any_bytes(data));

@@ -1,5 +1,5 @@
-//! A damaged image, and what a guest does to it. What must hold is said in `src/simulation/hostile/image.rs`.
+//! A damaged image, and guest requests on it. The checks are in `src/trials/hostile/image.rs`.
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| cordisk::simulation::hostile::image::damaged(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| trials::hostile::image::damaged(data));

@@ -1,4 +1,5 @@
-//! A guest that writes, zeroes and discards on the mounted file, and remembers what has to be there.
+//! A guest that writes, zeroes and discards on the mounted file, and remembers the expected
+//! content.
 
 use std::fs::File;
 use std::ops::Range;
@@ -9,11 +10,11 @@ use rustix::fs::{FallocateFlags, fallocate};
 use super::pattern::assert_same_at;
 use super::{Pattern, Rng};
 
-/// The disk as the guest knows it.
+/// The disk, and its content as the guest expects it.
 #[derive(Debug)]
 pub struct Guest {
     pub file: File,
-    /// What every byte of the disk has to be.
+    /// The expected value of every byte of the disk.
     pub shadow: Vec<u8>,
     pattern: Pattern,
 }
@@ -22,7 +23,8 @@ pub const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlag
 pub const ZERO: FallocateFlags = FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE);
 
 impl Guest {
-    /// `shadow` is what the disk holds now; what is written carries `seed` and a version that rises with every write.
+    /// `shadow` is the present content of the disk. Writes contain `seed` and a version that rises
+    /// with each write.
     pub fn new(file: File, shadow: Vec<u8>, seed: u32) -> Guest {
         Guest { file, shadow, pattern: Pattern::new(seed, 100) }
     }
@@ -35,7 +37,9 @@ impl Guest {
     pub fn write(&mut self, range: Range<u64>) {
         self.pattern.version += 1;
         let data = self.pattern.bytes(range.start, range.end - range.start);
-        self.file.write_all_at(&data, range.start).unwrap_or_else(|error| panic!("write {range:?}: {error}"));
+        self.file
+            .write_all_at(&data, range.start)
+            .unwrap_or_else(|error| panic!("write {range:?}: {error}"));
         self.slice(&range).copy_from_slice(&data);
     }
 
@@ -53,9 +57,13 @@ impl Guest {
         self.allocate(ZERO, &range);
     }
 
-    /// Reads a range and compares.
+    /// Reads a range and compares it with the shadow.
     pub fn check(&mut self, range: Range<u64>) {
-        let got = super::read_at(&self.file, range.start, usize::try_from(range.end - range.start).expect("fits"));
+        let got = super::read_at(
+            &self.file,
+            range.start,
+            usize::try_from(range.end - range.start).expect("fits"),
+        );
         assert_same_at(&format!("read of {range:?}"), range.start, &got, self.slice(&range));
     }
 
@@ -64,7 +72,8 @@ impl Guest {
         self.check(0..size);
     }
 
-    /// One random operation: half writes, a quarter zeroing, a quarter reads; now and then an fsync.
+    /// Performs one random operation: half are writes, a quarter zeroing, a quarter reads;
+    /// sometimes an fsync follows.
     pub fn step(&mut self, rng: &mut Rng, longest: u64) {
         let range = rng.range(self.shadow.len() as u64, longest);
         match rng.below(16) {

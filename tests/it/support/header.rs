@@ -1,10 +1,11 @@
-//! A qcow2 header taken apart and put together again, for the images that no tool makes. Independent of the crate under test.
+//! Parses and writes qcow2 headers, for images that no tool makes. It shares no code with the crate
+//! under test.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// The backing format extension.
+/// Type of the backing format extension.
 pub const EXT_BACKING_FORMAT: u32 = 0xE279_2ACA;
 /// Byte offsets of header fields.
 pub const AT_VERSION: u64 = 4;
@@ -26,11 +27,11 @@ pub const AT_HEADER_LENGTH: u64 = 100;
 /// The first cluster of an image.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Header {
-    /// The fixed fields, as they lie in the file.
+    /// The fixed fields, as in the file.
     pub fields: Vec<u8>,
     /// Type and payload, without the end marker.
     pub extensions: Vec<(u32, Vec<u8>)>,
-    /// The backing file name, bytes as they are.
+    /// The bytes of the backing file name.
     pub backing: Option<Vec<u8>>,
 }
 
@@ -48,7 +49,8 @@ impl Header {
     pub fn load(path: &Path) -> Header {
         let image = fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         assert_eq!(&image[..4], b"QFI\xfb", "{} is not qcow2", path.display());
-        let length = if be32(&image, AT_VERSION) == 2 { 72 } else { be32(&image, AT_HEADER_LENGTH) };
+        let length =
+            if be32(&image, AT_VERSION) == 2 { 72 } else { be32(&image, AT_HEADER_LENGTH) };
         let mut at = u64::from(length);
         let mut extensions = Vec::new();
         while be32(&image, at) != 0 {
@@ -76,7 +78,7 @@ impl Header {
         self.fields[at..at + 8].copy_from_slice(&value.to_be_bytes());
     }
 
-    /// Writes the whole first cluster anew.
+    /// Writes the whole first cluster again.
     pub fn store(mut self, path: &Path) {
         let cluster = 1usize << self.u32(AT_CLUSTER_BITS);
         let mut tail = Vec::new();
@@ -105,7 +107,7 @@ impl Header {
     }
 }
 
-/// Loads, changes, stores.
+/// Loads the header, changes it and stores it.
 pub fn edit(path: &Path, change: impl FnOnce(&mut Header)) {
     let mut header = Header::load(path);
     change(&mut header);
@@ -114,6 +116,9 @@ pub fn edit(path: &Path, change: impl FnOnce(&mut Header)) {
 
 /// Overwrites bytes of a file.
 pub fn poke(path: &Path, offset: u64, bytes: &[u8]) {
-    let file = fs::OpenOptions::new().write(true).open(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .open(path)
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     file.write_all_at(bytes, offset).expect("poke");
 }

@@ -1,8 +1,10 @@
-//! What a guest was promised, sector by sector, so that a crash can be judged: and the hands that write while it comes.
+//! The values that each sector of a disk may have after a crash, and the threads that write to the
+//! disk until the crash.
 //!
-//! The ledger lives in the test, which survives. Every write carries a version of its own, and notes when it began and when it was
-//! acknowledged; a flush notes when it began, and counts once it has succeeded. A sector may then hold any write that no durable later write
-//! has replaced: one that was acknowledged before the durable one began is gone for good, everything else is old-or-new.
+//! The ledger is in the test process, which survives the crash. Each write has its own version and
+//! records when it began and when it was acknowledged. A flush records when it began, and counts if
+//! it succeeds. A write is replaced if it was acknowledged before a later, durable write to the
+//! sector began. The sector may hold any write that is not replaced.
 
 use std::fs::File;
 use std::ops::Range;
@@ -18,14 +20,14 @@ use super::{Pattern, Rng};
 
 pub const SECTOR: u64 = 512;
 
-/// What a sector holds that nobody has written.
+/// Version of a sector that was never written.
 const GOLDEN: u32 = 0;
-/// What a sector holds that was discarded or zeroed.
+/// Version of a sector that was discarded or zeroed.
 const ZEROS: u32 = u32::MAX;
-/// The longest write: 2^11 sectors, 1 MiB.
+/// Logarithm of the longest write in sectors: 2^11 sectors are 1 MiB.
 const LONGEST_SHIFT: u64 = 11;
 
-/// The unit of memory.
+/// Page size of the host, in bytes.
 const PAGE: usize = 4096;
 
 fn index(number: u64) -> usize {
@@ -36,9 +38,9 @@ fn index(number: u64) -> usize {
 struct Write {
     version: u32,
     begun: u64,
-    /// When it was acknowledged; never, if the crash came first.
+    /// When the write was acknowledged; `u64::MAX` if the crash came first.
     done: u64,
-    /// Durable by itself: O_DSYNC.
+    /// Whether the write itself is durable: O_DSYNC.
     synced: bool,
 }
 
@@ -46,12 +48,12 @@ struct Write {
 struct State {
     clock: u64,
     next_version: u32,
-    /// Every write that was acknowledged by then is durable.
+    /// Every write that was acknowledged by this time is durable.
     durable: u64,
     writes: Vec<Write>,
-    /// For every sector: the writes that touch it.
+    /// For every sector: the indices of the writes that touch it.
     of: Vec<Vec<u32>>,
-    /// For every sector: what was there before all of them.
+    /// For every sector: its version before all of these writes.
     before: Vec<u32>,
 }
 
@@ -63,13 +65,13 @@ pub struct Ledger {
     state: Mutex<State>,
 }
 
-/// What a verification looked at.
+/// Counts of a verification.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Verified {
     pub sectors: u64,
-    /// Those that had been written, zeroed or discarded since the last verification.
+    /// Sectors that were written, zeroed or discarded since the last verification.
     pub touched: u64,
-    /// Those that a flush had made durable.
+    /// Sectors that a flush had made durable.
     pub durable: u64,
 }
 
@@ -82,7 +84,8 @@ impl std::ops::AddAssign for Verified {
 }
 
 impl Ledger {
-    /// Of a disk that holds `golden`, whole sectors. Writes carry `seed`.
+    /// Creates the ledger of a disk that holds `golden`, whole sectors. The patterns of its writes
+    /// contain `seed`.
     pub fn new(golden: Vec<u8>, seed: u32) -> Ledger {
         assert_eq!(golden.len() as u64 % SECTOR, 0);
         let sectors = golden.len() / index(SECTOR);
@@ -105,7 +108,7 @@ impl Ledger {
         self.state.lock().expect("no panic inside the ledger")
     }
 
-    /// Writes (`Some` pattern) or zeroes sectors by `work`, with the books kept.
+    /// Performs `work`, which writes (`Some` pattern) or zeroes sectors, and records it.
     fn change(
         &self,
         sectors: &Range<u64>,
@@ -134,7 +137,8 @@ impl Ledger {
         Ok(())
     }
 
-    /// Flushes by `work`: what was acknowledged before is durable when it succeeds.
+    /// Performs `work`, which flushes; if it succeeds, all writes that were acknowledged before it
+    /// are durable.
     fn flush(&self, work: impl FnOnce() -> std::io::Result<()>) -> std::io::Result<()> {
         let begun = self.state().clock;
         work()?;
@@ -143,14 +147,15 @@ impl Ledger {
         Ok(())
     }
 
-    /// Everything that was acknowledged must be there: a clean end.
+    /// Records a clean end: every acknowledged write is durable.
     pub fn all_acknowledged_is_durable(&self) {
         let mut state = self.state();
         state.durable = state.clock;
     }
 
-    /// Every sector of `range` (bytes) holds what it may hold; what is found is the truth from here on. `content` is the whole disk.
-    /// Forgets the writes, so call it for all that was written before anything is written again.
+    /// Checks that every sector of `ranges` (bytes) holds an allowed version; the versions that it
+    /// finds become the starting point. `content` is the whole disk. Forgets the writes, so all
+    /// ranges with writes must be verified before the next write.
     pub fn verify(&self, what: &str, content: &[u8], ranges: &[Range<u64>]) -> Verified {
         assert_eq!(content.len(), self.golden.len(), "{what}: size of the disk");
         let mut state = self.state();
@@ -165,8 +170,11 @@ impl Ledger {
                 version => Pattern::new(self.seed, version).bytes(sector * SECTOR, SECTOR),
             };
             let touching = std::mem::take(&mut state.of[index(sector)]);
-            let touching: Vec<&Write> = touching.iter().map(|&number| &state.writes[index(number.into())]).collect();
-            let is_durable = |write: &&&Write| write.done <= state.durable || write.synced && write.done < u64::MAX;
+            let touching: Vec<&Write> =
+                touching.iter().map(|&number| &state.writes[index(number.into())]).collect();
+            let is_durable = |write: &&&Write| {
+                write.done <= state.durable || write.synced && write.done < u64::MAX
+            };
             let last_durable = touching.iter().filter(is_durable).map(|write| write.begun).max();
             let before = last_durable.is_none().then_some(state.before[index(sector)]);
             let allowed: Vec<u32> = touching
@@ -178,8 +186,16 @@ impl Ledger {
             match allowed.iter().rev().copied().find(|&version| bytes_of(version) == got) {
                 Some(version) => state.before[index(sector)] = version,
                 None => {
-                    let books = format!("{what}: sector {sector} may hold {allowed:?} (durable to {}): {touching:?}", state.durable);
-                    assert_same_at(&books, sector * SECTOR, got, &bytes_of(allowed[allowed.len() - 1]));
+                    let books = format!(
+                        "{what}: sector {sector} may hold {allowed:?} (durable to {}): {touching:?}",
+                        state.durable
+                    );
+                    assert_same_at(
+                        &books,
+                        sector * SECTOR,
+                        got,
+                        &bytes_of(allowed[allowed.len() - 1]),
+                    );
                 }
             }
             verified.sectors += 1;
@@ -189,7 +205,7 @@ impl Ledger {
         verified
     }
 
-    /// After a verification of everything: the next writes are noted from the start.
+    /// Empties the list of writes after a verification of everything.
     pub fn turn_the_page(&self) {
         let mut state = self.state();
         assert!(state.of.iter().all(Vec::is_empty), "writes that were not verified");
@@ -197,22 +213,24 @@ impl Ledger {
     }
 }
 
-/// The hands of a guest at work on one disk, until it fails them.
+/// The files and the ledger that the threads of a guest use. Each thread works until an operation
+/// fails.
 #[derive(Debug)]
 pub struct Hands<'a> {
     pub ledger: &'a Ledger,
     pub file: &'a File,
     /// The same disk, opened with O_DSYNC.
     pub synced: &'a File,
-    /// Set before the end is brought about: an error before that is a failure of the test.
+    /// Set before the crash is caused: an error before that fails the test.
     pub ending: &'a AtomicBool,
 }
 
 impl Hands<'_> {
-    /// Writes, zeroes, discards and flushes inside `region` (bytes) with blocks of 512 bytes to 1 MiB; returns the error that ended it.
+    /// Writes, zeroes, discards and flushes inside `region` (bytes), in blocks of 512 bytes to 1
+    /// MiB. Returns the error that ended it.
     pub fn write_until_the_end(&self, mut rng: Rng, region: &Range<u64>) -> std::io::Error {
-        // Aligned, as the memory of a guest is: the kernel cuts a large direct write where pages of the caller's memory end, and would cut
-        // through the middle of a sector otherwise.
+        // The memory is aligned like that of a virtual machine. The kernel splits a large direct
+        // write at page borders of the caller's memory, and unaligned memory would split a sector.
         let mut memory = vec![0; index(SECTOR << LONGEST_SHIFT) + PAGE];
         let skip = memory.as_ptr().align_offset(PAGE);
         let memory = &mut memory[skip..];
@@ -229,8 +247,12 @@ impl Hands<'_> {
                     file.write_all_at(data, offset)
                 })
             };
-            let zeros = |flags| self.ledger.change(&sectors, true, false, |_| Ok(fallocate(self.file, flags, offset, bytes)?));
-            // Seldom flushed, so that much is old-or-new when the end comes.
+            let zeros = |flags| {
+                self.ledger.change(&sectors, true, false, |_| {
+                    Ok(fallocate(self.file, flags, offset, bytes)?)
+                })
+            };
+            // Flushes are rare, so that many sectors may be old or new at the crash.
             let done = match rng.below(128) {
                 0..8 => zeros(PUNCH),
                 8..12 => zeros(ZERO),
@@ -246,7 +268,8 @@ impl Hands<'_> {
         }
     }
 
-    /// Reads inside `region` (bytes), which nobody writes, and compares; returns the error that ended it.
+    /// Reads and compares random parts of `region` (bytes), which no thread writes; returns the
+    /// error that ended it.
     pub fn read_until_the_end(&self, mut rng: Rng, region: &Range<u64>) -> std::io::Error {
         loop {
             let part = rng.range(region.end - region.start, 300_000);
@@ -256,7 +279,12 @@ impl Hands<'_> {
                 assert!(self.ending.load(Ordering::SeqCst), "read of {part:?}: {error}");
                 return error;
             }
-            assert_same_at("what nobody writes", part.start, &buf, &self.ledger.golden[index(part.start)..index(part.end)]);
+            assert_same_at(
+                "what nobody writes",
+                part.start,
+                &buf,
+                &self.ledger.golden[index(part.start)..index(part.end)],
+            );
         }
     }
 }

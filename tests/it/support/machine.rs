@@ -1,6 +1,8 @@
-//! A virtual machine: QEMU with Debian's kernel, its root disk on a file of ours, its console in our hands.
+//! A virtual machine: QEMU with Debian's kernel, its root disk on a file under test, its console
+//! read by the test.
 //!
-//! What the guest wants to say to the test stands in lines that begin with `@ `; everything else on the console is for people.
+//! Messages of the guest to the test are lines that begin with `@ `. The other lines on the console
+//! are for people.
 //!
 //! **Never:** leaves a QEMU behind, waits for ever.
 
@@ -13,23 +15,25 @@ use std::time::{Duration, Instant};
 
 use super::poll;
 
-/// What `scripts/guest.sh` has fetched.
+/// Files that `scripts/guest.sh` downloads.
 pub const KERNEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/guest/vmlinuz");
 pub const INITRAMFS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/guest/initramfs.gz");
 pub const BUSYBOX: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target/guest/busybox");
 
-/// How long a guest may be silent; an emulated one on a busy machine needs much of that.
+/// How long a guest may print nothing. An emulated guest on a busy machine needs much of that.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// How the processor of the guest is made: `CORDISK_TEST_ACCEL`, else KVM where this user may use it, else emulation.
-/// A /dev/kvm without the processor's help (neither vmx nor svm: what some clouds offer inside of their guests) does not boot every kernel.
+/// The accelerator of QEMU: `CORDISK_TEST_ACCEL`, else KVM if this user may use it, else emulation.
+/// A /dev/kvm on a processor without vmx or svm (some clouds offer that inside their guests) does
+/// not boot every kernel.
 pub fn accelerator() -> String {
     let usable = || OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
     let in_hardware = || {
         let processor = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         processor.split_whitespace().any(|flag| flag == "vmx" || flag == "svm")
     };
-    std::env::var("CORDISK_TEST_ACCEL").unwrap_or_else(|_| if in_hardware() && usable() { "kvm" } else { "tcg" }.to_owned())
+    std::env::var("CORDISK_TEST_ACCEL")
+        .unwrap_or_else(|_| if in_hardware() && usable() { "kvm" } else { "tcg" }.to_owned())
 }
 
 /// A running guest. Dropping it kills QEMU.
@@ -38,22 +42,49 @@ pub struct Machine {
     child: Child,
     keyboard: ChildStdin,
     lines: Receiver<(Duration, String)>,
-    /// All that appeared on the console, with times.
+    /// All lines of the console, with times.
     console: Vec<String>,
     complaints: PathBuf,
 }
 
 impl Machine {
-    /// Boots from `disk`, a raw file. `drive`: more of QEMU's options for it, such as `cache=none`; `words`: more of the kernel's command line.
-    /// What QEMU itself has to complain about goes to the file `complaints`.
+    /// Boots from `disk`, a raw file. `drive` has more options of QEMU for the disk, such as
+    /// `cache=none`; `words` has more words of the kernel's command line. QEMU's own messages go to
+    /// the file `complaints`.
     pub fn boot(disk: &Path, drive: &str, words: &str, complaints: &Path) -> Machine {
         let mut command = Command::new("qemu-system-x86_64");
-        command.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none", "-serial", "stdio"]);
-        command.args(["-accel", &accelerator(), "-m", "256", "-kernel", KERNEL, "-initrd", INITRAMFS]);
+        command.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-no-reboot",
+            "-display",
+            "none",
+            "-monitor",
+            "none",
+            "-serial",
+            "stdio",
+        ]);
+        command.args([
+            "-accel",
+            &accelerator(),
+            "-m",
+            "256",
+            "-kernel",
+            KERNEL,
+            "-initrd",
+            INITRAMFS,
+        ]);
         command.arg("-append").arg(format!("console=ttyS0 quiet loglevel=3 panic=-1 {words}"));
-        command.arg("-drive").arg(format!("file.driver=file,file.filename={},format=raw,if=virtio,discard=unmap,{drive}", disk.display()));
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(File::create(complaints).expect("file for QEMU's complaints"));
-        let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+        command.arg("-drive").arg(format!(
+            "file.driver=file,file.filename={},format=raw,if=virtio,discard=unmap,{drive}",
+            disk.display()
+        ));
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(File::create(complaints).expect("file for QEMU's complaints"));
+        let mut child =
+            command.spawn().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
         let keyboard = child.stdin.take().expect("piped");
         let mut screen = BufReader::new(child.stdout.take().expect("piped"));
         let (sender, lines) = channel();
@@ -61,7 +92,10 @@ impl Machine {
         std::thread::spawn(move || {
             let mut line = Vec::new();
             while screen.read_until(b'\n', &mut line).is_ok_and(|n| n > 0) {
-                if sender.send((started.elapsed(), String::from_utf8_lossy(&line).trim_end().to_owned())).is_err() {
+                if sender
+                    .send((started.elapsed(), String::from_utf8_lossy(&line).trim_end().to_owned()))
+                    .is_err()
+                {
                     return;
                 }
                 line.clear();
@@ -70,7 +104,7 @@ impl Machine {
         Machine { child, keyboard, lines, console: Vec::new(), complaints: complaints.to_owned() }
     }
 
-    /// The next thing that the guest says to us, without the `@ `; `None` when QEMU has ended.
+    /// Returns the guest's next message, without the `@ `; `None` when QEMU has ended.
     fn hear(&mut self) -> Option<String> {
         loop {
             match self.lines.recv_timeout(PATIENCE) {
@@ -81,16 +115,20 @@ impl Machine {
                     }
                 }
                 Err(RecvTimeoutError::Disconnected) => return None,
-                Err(RecvTimeoutError::Timeout) => panic!("the guest said nothing for {PATIENCE:?}\n{}", self.console()),
+                Err(RecvTimeoutError::Timeout) => {
+                    panic!("the guest said nothing for {PATIENCE:?}\n{}", self.console())
+                }
             }
         }
     }
 
-    /// Waits until the guest says a line that begins with `word`, and returns it with all it said before.
+    /// Waits for a message that begins with `word`; returns it with all messages before it.
     pub fn wait_for(&mut self, word: &str) -> Vec<String> {
         let mut said = Vec::new();
         loop {
-            let line = self.hear().unwrap_or_else(|| panic!("the guest ended before it said {word:?}\n{}", self.console()));
+            let line = self.hear().unwrap_or_else(|| {
+                panic!("the guest ended before it said {word:?}\n{}", self.console())
+            });
             assert!(!line.starts_with("FAILED"), "the guest says: {line}\n{}", self.console());
             let found = line.starts_with(word);
             said.push(line);
@@ -102,7 +140,9 @@ impl Machine {
 
     /// Types a line.
     pub fn type_line(&mut self, line: &str) {
-        writeln!(self.keyboard, "{line}").and_then(|()| self.keyboard.flush()).expect("the guest's keyboard");
+        writeln!(self.keyboard, "{line}")
+            .and_then(|()| self.keyboard.flush())
+            .expect("the guest's keyboard");
     }
 
     /// Whether QEMU still runs.
@@ -110,15 +150,20 @@ impl Machine {
         self.child.try_wait().expect("wait for QEMU").is_none()
     }
 
-    /// Waits for the guest to switch itself off, which QEMU ends with status 0.
+    /// Waits until the guest has powered off, which ends QEMU with status 0.
     pub fn wait_power_off(&mut self) {
         while self.hear().is_some() {}
-        let status: Option<ExitStatus> = poll(PATIENCE, || self.child.try_wait().expect("wait for QEMU"));
-        assert!(status.is_some_and(|status| status.success()), "QEMU ended with {status:?}\n{}", self.console());
+        let status: Option<ExitStatus> =
+            poll(PATIENCE, || self.child.try_wait().expect("wait for QEMU"));
+        assert!(
+            status.is_some_and(|status| status.success()),
+            "QEMU ended with {status:?}\n{}",
+            self.console()
+        );
         eprintln!("{}", self.console());
     }
 
-    /// SIGKILL: for the guest, the power fails. Returns what it had said until then.
+    /// Sends SIGKILL to QEMU: for the guest, the power fails. Returns its messages until then.
     pub fn kill9(&mut self) -> Vec<String> {
         self.child.kill().expect("kill QEMU");
         self.child.wait().expect("wait for QEMU");
@@ -127,10 +172,14 @@ impl Machine {
         said
     }
 
-    /// What is on the console, and what QEMU said.
+    /// Returns the console and QEMU's own messages.
     fn console(&self) -> String {
         let complaints = std::fs::read_to_string(&self.complaints).unwrap_or_default();
-        format!("--- console ({}), seconds since QEMU was started ---\n{}\n{complaints}", accelerator(), self.console.join("\n"))
+        format!(
+            "--- console ({}), seconds since QEMU was started ---\n{}\n{complaints}",
+            accelerator(),
+            self.console.join("\n")
+        )
     }
 }
 

@@ -1,7 +1,8 @@
-//! What every test needs: a scratch directory, the tools it may rely on, a mounted disk, a QMP client, known content, QEMU's opinion.
+//! What every test uses: a scratch directory, checks for required tools, a mounted disk, a QMP
+//! client, known content, QEMU's tools.
 //!
 //! **Never:** leaves a mount, a loop device or a process behind, not even when a test panics.
-#![allow(dead_code)] // a helper is allowed to wait for its second user
+#![allow(dead_code)] // some helpers have only one user, or none yet
 
 pub mod daemon;
 pub mod guest;
@@ -15,6 +16,7 @@ pub mod pattern;
 pub mod qemu;
 pub mod qmp;
 pub mod rig;
+pub mod source;
 pub mod terminal;
 
 use std::collections::BTreeMap;
@@ -39,13 +41,15 @@ pub const MIB: u64 = 1 << 20;
 /// The program under test.
 pub const CORDISK: &str = env!("CARGO_BIN_EXE_cordisk");
 
-/// The variable that names the directory in which running disks are entered.
+/// The environment variable that names the registry directory of running disks.
 pub const RUNTIME_DIR: &str = "CORDISK_RUNTIME_DIR";
 
-/// Skips the test with a reason when something is missing; fails instead where everything has to be there (CI).
+/// Skips the test with a reason when a requirement is missing; fails instead where everything is
+/// required (CI).
 ///
-/// A need is `"root"`, `"terminal"` (pseudo-terminals), a path that must exist (`"/dev/fuse"`), a
-/// file system that the kernel can mount (`"fs:xfs"`), or the name of a program.
+/// A requirement is `"root"`, `"terminal"` (pseudo-terminals), a path that must exist
+/// (`"/dev/fuse"`), a file system that the kernel can mount (`"fs:xfs"`), `"python3-rbd"`,
+/// `"nbdkit-plugin-python"`, or the name of a program.
 #[macro_export]
 macro_rules! requires {
     ($($need:expr),+ $(,)?) => {
@@ -59,8 +63,12 @@ macro_rules! requires {
 pub fn have(needs: &[&str]) -> bool {
     for need in std::iter::once(&mounts::TABLE).chain(needs) {
         let Some(reason) = missing(need) else { continue };
-        let required = |name| std::env::var(name).is_ok_and(|value| value == "1" || value == "true");
-        assert!(!(required("CI") || required("CORDISK_REQUIRE_ALL")), "this test needs what is missing here: {reason}");
+        let required =
+            |name| std::env::var(name).is_ok_and(|value| value == "1" || value == "true");
+        assert!(
+            !(required("CI") || required("CORDISK_REQUIRE_ALL")),
+            "this test needs what is missing here: {reason}"
+        );
         eprintln!("skipped: {reason}");
         return false;
     }
@@ -71,22 +79,41 @@ fn missing(need: &str) -> Option<String> {
     if need == "root" {
         return (!rustix::process::geteuid().is_root()).then(|| "not running as root".to_owned());
     }
-    // The root of a chroot is none, and then mounts cannot be made private.
+    // The root of a chroot is not a mountpoint, so its mounts cannot be made private.
     if need == "unshare" && mounts::at(Path::new("/")).is_none() {
         return Some("/ is no mountpoint: unshare cannot make a mount namespace (in a chroot: mount --bind it to itself first)".to_owned());
     }
     if need == "losetup" && !Path::new("/sys/block").exists() {
-        return Some("loop devices cannot be looked at without /sys: mount -t sysfs sysfs /sys".to_owned());
+        return Some(
+            "loop devices cannot be looked at without /sys: mount -t sysfs sysfs /sys".to_owned(),
+        );
     }
     if need == "terminal" {
         return missing("setsid").or_else(terminal::missing);
+    }
+    let fails = |program: &str, arguments: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        (!command.status().is_ok_and(|status| status.success()))
+            .then(|| format!("{need} is not installed"))
+    };
+    if need == "nbdkit-plugin-python" {
+        return fails("nbdkit", &["python", "--dump-plugin"]);
+    }
+    if need == "python3-rbd" {
+        // The Python of nbdkit.
+        return fails("/usr/bin/python3", &["-I", "-c", "import rados, rbd"]);
     }
     if need.starts_with('/') {
         return (!Path::new(need).exists()).then(|| format!("there is no {need}"));
     }
     if let Some(fstype) = need.strip_prefix("fs:") {
-        let known = || fs::read_to_string("/proc/filesystems").is_ok_and(|list| list.split_whitespace().any(|word| word == fstype));
-        let _ = !known() && Command::new("modprobe").arg(fstype).stderr(Stdio::null()).status().is_ok();
+        let known = || {
+            fs::read_to_string("/proc/filesystems")
+                .is_ok_and(|list| list.split_whitespace().any(|word| word == fstype))
+        };
+        let _ =
+            !known() && Command::new("modprobe").arg(fstype).stderr(Stdio::null()).status().is_ok();
         return (!known()).then(|| format!("the kernel has no {fstype}"));
     }
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
@@ -94,7 +121,8 @@ fn missing(need: &str) -> Option<String> {
     (!found).then(|| format!("the program {need} is not installed"))
 }
 
-/// A directory of the test's own. Mounts that were left below it are detached before it is removed, so that nothing inside them is.
+/// A temporary directory of one test. It first detaches mounts that are left below it, so that its
+/// removal deletes nothing inside them.
 #[derive(Debug)]
 pub struct Scratch {
     dir: TempDir,
@@ -103,10 +131,12 @@ pub struct Scratch {
 
 impl Scratch {
     pub fn new() -> Scratch {
-        let dir = tempfile::Builder::new().prefix("cordisk-test-").tempdir().expect("scratch directory");
+        let dir =
+            tempfile::Builder::new().prefix("cordisk-test-").tempdir().expect("scratch directory");
         let path = dir.path().canonicalize().expect("scratch directory has a real path");
         let scratch = Scratch { dir, path };
-        // Here already, so that nothing is new where a disk was mounted.
+        // The runtime directory exists from the start, so that a mount adds no entry to the scratch
+        // directory.
         fs::create_dir(scratch.runtime_dir()).expect("runtime directory");
         scratch
     }
@@ -115,12 +145,12 @@ impl Scratch {
         &self.path
     }
 
-    /// Where the disks of this test are entered, for `CORDISK_RUNTIME_DIR`.
+    /// The registry directory of this test's disks, for `CORDISK_RUNTIME_DIR`.
     pub fn runtime_dir(&self) -> PathBuf {
         self.path.join("run")
     }
 
-    /// The program under test, told where disks are entered.
+    /// A command that runs the program under test with that registry directory.
     pub fn cordisk(&self) -> Command {
         let mut command = Command::new(CORDISK);
         command.env(RUNTIME_DIR, self.runtime_dir());
@@ -133,22 +163,24 @@ impl Scratch {
 
     pub fn dir(&self, name: &str) -> PathBuf {
         let path = self.join(name);
-        fs::create_dir_all(&path).unwrap_or_else(|error| panic!("mkdir {}: {error}", path.display()));
+        fs::create_dir_all(&path)
+            .unwrap_or_else(|error| panic!("mkdir {}: {error}", path.display()));
         path
     }
 
     pub fn write(&self, name: &str, content: &[u8]) -> PathBuf {
         let path = self.join(name);
-        fs::write(&path, content).unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
+        fs::write(&path, content)
+            .unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
         path
     }
 
-    /// A raw file of `size` bytes that carries `pattern` from end to end.
+    /// Creates a raw file of `size` bytes that is filled with `pattern`.
     pub fn raw(&self, name: &str, size: u64, pattern: Pattern) -> PathBuf {
         self.write(name, &pattern.bytes(0, size))
     }
 
-    /// Lets other users through, for the tests of who may see the disk.
+    /// Makes the directory accessible to other users, for the tests of access rights.
     pub fn open_to_all(&self) {
         fs::set_permissions(&self.path, fs::Permissions::from_mode(0o755)).expect("chmod scratch");
     }
@@ -164,7 +196,8 @@ impl Drop for Scratch {
     }
 }
 
-/// Everything below a directory, by name: for "no file changed". Mounted disks are left out: to read one is to change its overlay.
+/// The state of all files below a directory, by name, to assert that no file changed. Mounted disks
+/// are left out, because reading one changes its overlay.
 #[derive(Debug, Eq, PartialEq)]
 pub struct Snapshot(BTreeMap<PathBuf, Entry>);
 
@@ -186,44 +219,72 @@ impl Snapshot {
     pub fn of(dir: &Path) -> Snapshot {
         let mut entries = BTreeMap::new();
         let mut todo = vec![dir.to_owned()];
-        let device = fs::metadata(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display())).dev();
+        let device =
+            fs::metadata(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display())).dev();
         while let Some(next) = todo.pop() {
-            for entry in fs::read_dir(&next).unwrap_or_else(|error| panic!("{}: {error}", next.display())) {
+            for entry in
+                fs::read_dir(&next).unwrap_or_else(|error| panic!("{}: {error}", next.display()))
+            {
                 let path = entry.expect("directory entry").path();
-                let meta = fs::symlink_metadata(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+                let meta = fs::symlink_metadata(&path)
+                    .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
                 if meta.dev() != device {
                     continue;
                 }
-                let content = if meta.is_file() { fs::read(&path).expect("read for snapshot") } else { Vec::new() };
+                let content = if meta.is_file() {
+                    fs::read(&path).expect("read for snapshot")
+                } else {
+                    Vec::new()
+                };
                 if meta.is_dir() {
                     todo.push(path.clone());
-                    // A placeholder that came and went touches its directory: times of directories say nothing about files.
-                    entries.insert(path, Entry { mode: meta.mode(), size: 0, mtime: (0, 0), content });
+                    // A placeholder that is created and removed changes the times of its directory,
+                    // so the times of directories are not compared.
+                    entries
+                        .insert(path, Entry { mode: meta.mode(), size: 0, mtime: (0, 0), content });
                 } else {
-                    entries.insert(path, Entry { mode: meta.mode(), size: meta.len(), mtime: (meta.mtime(), meta.mtime_nsec()), content });
+                    entries.insert(
+                        path,
+                        Entry {
+                            mode: meta.mode(),
+                            size: meta.len(),
+                            mtime: (meta.mtime(), meta.mtime_nsec()),
+                            content,
+                        },
+                    );
                 }
             }
         }
         Snapshot(entries)
     }
 
-    /// What differs in `later`, one line each; empty when nothing does.
+    /// Returns the differences in `later`, one line each.
     pub fn changes(&self, later: &Snapshot) -> Vec<String> {
         let mut changes = Vec::new();
         for (path, before) in &self.0 {
             match later.0.get(path) {
                 None => changes.push(format!("{} is gone", path.display())),
-                Some(after) if after.content != before.content => changes.push(format!("content of {} changed", path.display())),
-                Some(after) if after != before => changes.push(format!("{}: {before:?} became {after:?}", path.display())),
+                Some(after) if after.content != before.content => {
+                    changes.push(format!("content of {} changed", path.display()))
+                }
+                Some(after) if after != before => {
+                    changes.push(format!("{}: {before:?} became {after:?}", path.display()))
+                }
                 Some(_) => {}
             }
         }
-        changes.extend(later.0.keys().filter(|path| !self.0.contains_key(*path)).map(|path| format!("{} is new", path.display())));
+        changes.extend(
+            later
+                .0
+                .keys()
+                .filter(|path| !self.0.contains_key(*path))
+                .map(|path| format!("{} is new", path.display())),
+        );
         changes
     }
 }
 
-/// How a program ended, with all it said.
+/// The exit status of a program and its output.
 #[derive(Debug)]
 pub struct Finished {
     pub status: ExitStatus,
@@ -231,32 +292,45 @@ pub struct Finished {
     pub stderr: String,
 }
 
-/// Runs a program to its end; kills it and panics when that takes longer than `limit`.
-/// Output goes through files: a grandchild in the background that keeps a descriptor cannot hold us up.
+/// Runs a program to its end; kills it and panics if it takes longer than `limit`. The output goes
+/// to files, so that a grandchild that keeps a descriptor open does not delay the test.
 pub fn run_within(command: &mut Command, limit: Duration) -> Finished {
     let out = tempfile::NamedTempFile::new().expect("file for stdout");
     let err = tempfile::NamedTempFile::new().expect("file for stderr");
     command.stdin(Stdio::null());
     command.stdout(out.reopen().expect("stdout")).stderr(err.reopen().expect("stderr"));
-    let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
-    let text = |file: &tempfile::NamedTempFile| String::from_utf8_lossy(&fs::read(file.path()).unwrap_or_default()).into_owned();
+    let mut child =
+        command.spawn().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+    let text = |file: &tempfile::NamedTempFile| {
+        String::from_utf8_lossy(&fs::read(file.path()).unwrap_or_default()).into_owned()
+    };
     let status = poll(limit, || child.try_wait().expect("wait for child"));
     let Some(status) = status else {
         let _ = child.kill();
         let _ = child.wait();
-        panic!("{command:?} did not end within {limit:?}\nstdout: {}\nstderr: {}", text(&out), text(&err));
+        panic!(
+            "{command:?} did not end within {limit:?}\nstdout: {}\nstderr: {}",
+            text(&out),
+            text(&err)
+        );
     };
     Finished { status, stdout: text(&out), stderr: text(&err) }
 }
 
-/// Runs a program that has to succeed; returns its standard output.
+/// Runs a program that must succeed; returns its standard output.
 pub fn run_ok(command: &mut Command) -> String {
     let done = run_within(command, Duration::from_secs(120));
-    assert!(done.status.success(), "{command:?} failed: {}\nstdout: {}\nstderr: {}", done.status, done.stdout, done.stderr);
+    assert!(
+        done.status.success(),
+        "{command:?} failed: {}\nstdout: {}\nstderr: {}",
+        done.status,
+        done.stdout,
+        done.stderr
+    );
     done.stdout
 }
 
-/// A process of ours that goes on while the test does something else: killed when dropped.
+/// A child process that runs beside the test; it is killed when dropped.
 pub struct Ours(pub Child);
 
 impl Ours {
@@ -272,12 +346,12 @@ impl Drop for Ours {
     }
 }
 
-/// The SHA-256 of a file, in hexadecimal. For files that are too large to be held twice.
+/// Returns the SHA-256 of a file in hexadecimal, without loading the file into memory.
 pub fn sha256(path: &Path) -> String {
     run_ok(Command::new("sha256sum").arg(path)).split_whitespace().next().expect("a sum").to_owned()
 }
 
-/// Asks until there is an answer or the time is over.
+/// Calls `ask` until it returns a value or the time is over.
 pub fn poll<T>(limit: Duration, mut ask: impl FnMut() -> Option<T>) -> Option<T> {
     let start = Instant::now();
     loop {
@@ -291,14 +365,18 @@ pub fn poll<T>(limit: Duration, mut ask: impl FnMut() -> Option<T>) -> Option<T>
     }
 }
 
-/// Waits until `condition` holds; panics with `what` when it does not within 20 s.
+/// Waits until `condition` holds; panics with `what` after 20 s.
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let held = poll(Duration::from_secs(20), || condition().then_some(()));
     assert!(held.is_some(), "waited 20 s in vain: {what}");
 }
 
-/// Runs `work` on a thread and waits for its result at most `limit`. `None` means that it still hangs.
-pub fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+/// Runs `work` on a thread and waits at most `limit` for its result. `None` means that it still
+/// runs.
+pub fn within<T: Send + 'static>(
+    limit: Duration,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
     let (sender, receiver) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let _ = sender.send(work());
@@ -306,14 +384,15 @@ pub fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Sen
     receiver.recv_timeout(limit).ok()
 }
 
-/// `len` bytes at `offset`; a short read is a failure.
+/// Reads `len` bytes at `offset`; panics on a short read.
 pub fn read_at(file: &fs::File, offset: u64, len: usize) -> Vec<u8> {
     let mut buf = vec![0xEE; len];
-    file.read_exact_at(&mut buf, offset).unwrap_or_else(|error| panic!("read of {len} bytes at {offset}: {error}"));
+    file.read_exact_at(&mut buf, offset)
+        .unwrap_or_else(|error| panic!("read of {len} bytes at {offset}: {error}"));
     buf
 }
 
-/// The errno of a failed operation; panics when it did not fail.
+/// Returns the errno of a failed operation; panics if it succeeded.
 pub fn errno<T: std::fmt::Debug>(result: std::io::Result<T>) -> rustix::io::Errno {
     let error = result.expect_err("this had to be refused");
     let number = error.raw_os_error().unwrap_or_else(|| panic!("no errno in {error:?}"));

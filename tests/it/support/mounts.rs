@@ -1,4 +1,4 @@
-//! The kernel's mount table, loop devices, and file systems mounted on them; all of it undone on drop.
+//! The kernel's mount table, loop devices, and file systems on them. Everything is undone on drop.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -27,7 +27,7 @@ pub fn table() -> Vec<MountEntry> {
     read(Path::new(TABLE)).expect("the mount table: is /proc mounted?")
 }
 
-/// What others have mounted may have a name that is no UTF-8, which is nothing to us.
+/// Mounts of other programs may have names that are not UTF-8; the tests do not need them.
 fn read(table: &Path) -> std::io::Result<Vec<MountEntry>> {
     Ok(String::from_utf8_lossy(&fs::read(table)?).lines().filter_map(parse).collect())
 }
@@ -46,40 +46,60 @@ fn parse(line: &str) -> Option<MountEntry> {
     })
 }
 
-/// The table writes space, tab, newline and backslash as octal.
+/// The table writes space, tab, newline and backslash in octal.
 fn unescape(text: &str) -> String {
     [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
         .iter()
         .fold(text.to_owned(), |text, (from, to)| text.replace(from, to))
 }
 
-/// The topmost mount at a path.
+/// Returns the topmost mount at a path.
 pub fn at(path: &Path) -> Option<MountEntry> {
     table().into_iter().rev().find(|entry| entry.mountpoint == path)
 }
 
-/// Processes that see a mount at a path, by name and id. One in a mount namespace of its own keeps what is unmounted here alive.
+/// Returns the processes that have a mount at a path, by name and id. A process in its own mount
+/// namespace keeps a mount alive that is unmounted here.
 pub fn holders(path: &Path) -> Vec<String> {
-    let sees = |process: &Path| read(&process.join("mountinfo")).unwrap_or_default().iter().any(|entry| entry.mountpoint == path);
+    let sees = |process: &Path| {
+        read(&process.join("mountinfo"))
+            .unwrap_or_default()
+            .iter()
+            .any(|entry| entry.mountpoint == path)
+    };
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path());
-    let name = |process: &Path| Some(format!("{} ({})", fs::read_to_string(process.join("comm")).ok()?.trim(), process.display()));
+    let name = |process: &Path| {
+        Some(format!(
+            "{} ({})",
+            fs::read_to_string(process.join("comm")).ok()?.trim(),
+            process.display()
+        ))
+    };
     processes.filter(|process| sees(process)).filter_map(|process| name(&process)).collect()
 }
 
-/// Whether the daemon of what is mounted at a path is gone. Asked for fresh attributes: cached ones outlive it.
+/// Whether the daemon of the mount at a path is dead. It asks for fresh attributes, because cached
+/// ones outlive the daemon.
 pub fn is_dead(path: &Path) -> bool {
     use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
-    statx(CWD, path, AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS).err() == Some(rustix::io::Errno::NOTCONN)
+    statx(CWD, path, AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS).err()
+        == Some(rustix::io::Errno::NOTCONN)
 }
 
-/// Detaches whatever is mounted below a directory, the newest first. Without /proc nothing of ours is: every test that mounts needs it.
+/// Detaches all mounts below a directory, the newest first. Without /proc a test has no mounts,
+/// because every test that mounts requires /proc.
 pub fn detach_below(dir: &Path) {
-    for entry in read(Path::new(TABLE)).unwrap_or_default().iter().rev().filter(|entry| entry.mountpoint.starts_with(dir)) {
+    for entry in read(Path::new(TABLE))
+        .unwrap_or_default()
+        .iter()
+        .rev()
+        .filter(|entry| entry.mountpoint.starts_with(dir))
+    {
         detach(&entry.mountpoint);
     }
 }
 
-/// `umount -l`, whatever happens.
+/// Detaches a mount with `umount -l`; errors are ignored.
 pub fn detach(path: &Path) {
     let root = rustix::process::geteuid().is_root();
     let mut command = if root { Command::new("umount") } else { Command::new("fusermount3") };
@@ -87,7 +107,8 @@ pub fn detach(path: &Path) {
     let _ = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
 }
 
-/// Unmounts as the user would. A child that another test thread forks holds our descriptors for a moment, hence the patience with "busy".
+/// Unmounts like a user. A child that another test thread forks holds this process's descriptors
+/// for a moment, so a "busy" error is retried.
 pub fn umount(path: &Path) {
     let root = rustix::process::geteuid().is_root();
     let mut last = String::new();
@@ -119,7 +140,7 @@ impl LoopDevice {
         LoopDevice::attach_as(file, false)
     }
 
-    /// `direct`: past the page cache of the file, as O_DIRECT does.
+    /// With `direct`, the device bypasses the page cache of the file, like O_DIRECT.
     pub fn attach_as(file: &Path, direct: bool) -> LoopDevice {
         let direct_io = format!("--direct-io={}", if direct { "on" } else { "off" });
         let out = run_ok(Command::new("losetup").args(["--find", "--show", &direct_io]).arg(file));
@@ -130,14 +151,17 @@ impl LoopDevice {
     }
 
     fn attribute(&self, name: &str) -> PathBuf {
-        Path::new("/sys/block").join(self.device.file_name().expect("device name")).join("loop").join(name)
+        Path::new("/sys/block")
+            .join(self.device.file_name().expect("device name"))
+            .join("loop")
+            .join(name)
     }
 
     pub fn device(&self) -> &Path {
         &self.device
     }
 
-    /// Detaches and waits until the kernel has let go of the file.
+    /// Detaches the device and waits until the kernel has closed the file.
     pub fn detach(mut self) {
         self.attached = false;
         run_ok(Command::new("losetup").arg("--detach").arg(&self.device));
@@ -150,14 +174,20 @@ impl LoopDevice {
 impl Drop for LoopDevice {
     fn drop(&mut self) {
         if self.attached {
-            let _ = Command::new("losetup").arg("--detach").arg(&self.device).stderr(Stdio::null()).status();
+            let _ = Command::new("losetup")
+                .arg("--detach")
+                .arg(&self.device)
+                .stderr(Stdio::null())
+                .status();
         }
     }
 }
 
-/// Makes a file system of `size` bytes in a new file. Nothing of it is kept for root alone.
+/// Makes a file system of `size` bytes in a new file, without space reserved for root.
 pub fn make_fs(file: &Path, fstype: &str, size: u64) {
-    fs::File::create(file).and_then(|file| file.set_len(size)).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+    fs::File::create(file)
+        .and_then(|file| file.set_len(size))
+        .unwrap_or_else(|error| panic!("{}: {error}", file.display()));
     let mut command = Command::new(format!("mkfs.{fstype}"));
     if fstype == "ext4" {
         command.args(["-m", "0"]);
@@ -165,7 +195,8 @@ pub fn make_fs(file: &Path, fstype: &str, size: u64) {
     run_ok(command.arg("-q").arg(file));
 }
 
-/// A file system on a loop device over a file. Fields drop in order: first the mount goes, then the device.
+/// A file system on a loop device on a file. Fields drop in order: first the mount, then the
+/// device.
 #[derive(Debug)]
 pub struct LoopMount {
     mount: MountGuard,
@@ -190,7 +221,7 @@ impl LoopMount {
         self.device.device()
     }
 
-    /// Unmounts and leaves the device, for fsck.
+    /// Unmounts and keeps the device, for fsck.
     pub fn umount(mut self) -> LoopDevice {
         self.mount.mounted = false;
         umount(&self.mount.path);
@@ -199,7 +230,7 @@ impl LoopMount {
     }
 }
 
-/// A mount that goes away on drop.
+/// A mount that is unmounted on drop.
 #[derive(Debug)]
 pub struct MountGuard {
     path: PathBuf,
@@ -207,9 +238,13 @@ pub struct MountGuard {
 }
 
 impl MountGuard {
-    /// A tmpfs of `size` bytes.
+    /// Mounts a tmpfs of `size` bytes.
     pub fn tmpfs(dir: &Path, size: u64) -> MountGuard {
-        run_ok(Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]).arg(dir));
+        run_ok(
+            Command::new("mount")
+                .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
+                .arg(dir),
+        );
         MountGuard { path: dir.to_owned(), mounted: true }
     }
 

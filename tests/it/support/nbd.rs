@@ -1,4 +1,5 @@
-//! A disk that goes bad on demand: a file served by `nbdkit`, mounted as a file by `nbdfuse`, whose operations fail while a flag file exists.
+//! A file that fails on demand: `nbdkit` serves it, `nbdfuse` mounts it as a file, and its
+//! operations fail while a flag file exists.
 
 use std::fs;
 use std::ops::Range;
@@ -8,7 +9,7 @@ use std::time::Duration;
 
 use super::{Scratch, mounts, poll};
 
-/// What fails.
+/// The operations that fail.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Fault {
     /// Reads that touch the bad range.
@@ -37,7 +38,7 @@ impl NbdFile {
         let size = content.len();
         let (file, flag) = (below.display(), flags.display());
         let fails = "{ echo EIO bad >&2; exit 1; }";
-        // `$3` is the count and `$4` the offset.
+        // In the script of nbdkit, `$3` is the count and `$4` the offset.
         let read = format!(
             "if [ -f {flag}/Read ] && [ $4 -lt {} ] && [ $(( $4 + $3 )) -gt {} ]; then {fails}; fi; \
              dd if={file} skip=$4 count=$3 iflag=skip_bytes,count_bytes,fullblock bs=64k status=none",
@@ -48,10 +49,15 @@ impl NbdFile {
         );
         let mut command = Command::new("nbdfuse");
         command.arg(&path).args(["[", "nbdkit", "eval", &format!("get_size=echo {size}")]);
-        command.args([format!("pread={read}"), format!("pwrite={write}"), format!("flush=if [ -f {flag}/Flush ]; then {fails}; fi")]);
+        command.args([
+            format!("pread={read}"),
+            format!("pwrite={write}"),
+            format!("flush=if [ -f {flag}/Flush ]; then {fails}; fi"),
+        ]);
         let server = command.arg("]").stdin(Stdio::null()).spawn().expect("nbdfuse");
         let served = NbdFile { path, below, flags, server };
-        let there = || fs::metadata(&served.path).is_ok_and(|meta| meta.len() == size as u64).then_some(());
+        let there =
+            || fs::metadata(&served.path).is_ok_and(|meta| meta.len() == size as u64).then_some(());
         assert!(poll(Duration::from_secs(20), there).is_some(), "nbdfuse does not serve");
         served
     }
@@ -61,7 +67,7 @@ impl NbdFile {
         &self.path
     }
 
-    /// The file that is served: always good, for looking at it afterwards.
+    /// The file that is served: it never fails, so the test can read it afterwards.
     pub fn below(&self) -> &Path {
         &self.below
     }
@@ -80,7 +86,7 @@ impl Drop for NbdFile {
         if mounts::at(&self.path).is_some() {
             mounts::detach(&self.path);
         }
-        // It ends by itself once its mount is gone, and takes nbdkit along.
+        // nbdfuse ends by itself once its mount is gone, and ends nbdkit.
         if poll(Duration::from_secs(10), || self.server.try_wait().ok().flatten()).is_none() {
             let _ = self.server.kill();
             let _ = self.server.wait();

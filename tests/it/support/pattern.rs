@@ -1,9 +1,9 @@
-//! Content that tells where it belongs, and random numbers that can be repeated.
+//! Content that identifies its position, and repeatable random numbers.
 
 use std::ops::Range;
 
-/// Known content: every 512-byte sector carries its number, a version and a seed, 16 times over, so that any 32 bytes of it
-/// say where they belong. It compresses well and is never zero.
+/// Known content: every 512-byte sector holds its number, a version and a seed, 16 times, so that
+/// any 32 bytes identify their place. It compresses well and is never zero.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Pattern {
     pub seed: u32,
@@ -19,21 +19,25 @@ impl Pattern {
         Pattern { seed, version }
     }
 
-    /// magic, slot, sector number, version, seed, and 8 bytes that depend on all of them.
+    /// Magic, slot, sector number, version, seed, and 8 bytes that depend on all of them.
     fn record(self, index: u64) -> [u8; RECORD] {
         let (sector, slot) = (index * RECORD as u64 / SECTOR, index % (SECTOR / RECORD as u64));
         let mut record = [0u8; RECORD];
         record[0..4].copy_from_slice(MAGIC);
-        record[4..8].copy_from_slice(&u32::try_from(slot).expect("a slot is below 16").to_le_bytes());
+        record[4..8]
+            .copy_from_slice(&u32::try_from(slot).expect("a slot is below 16").to_le_bytes());
         record[8..16].copy_from_slice(&sector.to_le_bytes());
         record[16..20].copy_from_slice(&self.version.to_le_bytes());
         record[20..24].copy_from_slice(&self.seed.to_le_bytes());
-        let mix = (sector ^ u64::from(self.version).rotate_left(32) ^ u64::from(self.seed).rotate_left(48)).wrapping_add(1);
+        let mix = (sector
+            ^ u64::from(self.version).rotate_left(32)
+            ^ u64::from(self.seed).rotate_left(48))
+        .wrapping_add(1);
         record[24..32].copy_from_slice(&mix.wrapping_mul(0x9E37_79B9_7F4A_7C15).to_le_bytes());
         record
     }
 
-    /// Fills `buf` with what belongs at `offset` (any byte).
+    /// Fills `buf` with the content at `offset`, which may be any byte.
     pub fn fill(self, offset: u64, buf: &mut [u8]) {
         let mut at = offset;
         let mut rest = buf;
@@ -54,13 +58,23 @@ impl Pattern {
     }
 }
 
-/// What the 32-byte record around `at` claims to be.
+/// Describes the 32-byte record around `at`.
 fn explain(content: &[u8], at: usize) -> String {
     let start = at / RECORD * RECORD;
-    let Some(record) = content.get(start..start + RECORD) else { return "cut off at the end".to_owned() };
-    let number = |range: Range<usize>| record[range].iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
+    let Some(record) = content.get(start..start + RECORD) else {
+        return "cut off at the end".to_owned();
+    };
+    let number = |range: Range<usize>| {
+        record[range].iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte))
+    };
     if record[0..4] == *MAGIC {
-        format!("sector {} version {} seed {:#x} slot {}", number(8..16), number(16..20), number(20..24), number(4..8))
+        format!(
+            "sector {} version {} seed {:#x} slot {}",
+            number(8..16),
+            number(16..20),
+            number(20..24),
+            number(4..8)
+        )
     } else if record.iter().all(|byte| *byte == 0) {
         "zeros".to_owned()
     } else {
@@ -68,7 +82,7 @@ fn explain(content: &[u8], at: usize) -> String {
     }
 }
 
-/// The first byte where two contents of equal length differ.
+/// Returns the first byte where two contents of equal length differ.
 pub fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
     const STEP: usize = 4096;
     let chunk = a.chunks(STEP).zip(b.chunks(STEP)).position(|(a, b)| a != b)?;
@@ -76,7 +90,8 @@ pub fn first_difference(a: &[u8], b: &[u8]) -> Option<usize> {
     a[start..].iter().zip(&b[start..]).position(|(a, b)| a != b).map(|at| start + at)
 }
 
-/// Two contents must be equal; if not, the message names the first place and what lies there. `base` is the offset of byte 0.
+/// Asserts that two contents are equal; the message names the first difference and the record
+/// there. `base` is the offset of byte 0.
 pub fn assert_same_at(what: &str, base: u64, got: &[u8], want: &[u8]) {
     assert_eq!(got.len(), want.len(), "{what}: length");
     if let Some(at) = first_difference(got, want) {
@@ -93,12 +108,12 @@ pub fn assert_same_at(what: &str, base: u64, got: &[u8], want: &[u8]) {
     }
 }
 
-/// [`assert_same_at`] from offset 0.
+/// Calls [`assert_same_at`] with offset 0.
 pub fn assert_same(what: &str, got: &[u8], want: &[u8]) {
     assert_same_at(what, 0, got, want);
 }
 
-/// xorshift64*: small, good enough, and the same everywhere.
+/// xorshift64*: small, and the same on every machine.
 #[derive(Clone, Debug)]
 pub struct Rng(u64);
 
@@ -107,13 +122,18 @@ impl Rng {
         Rng(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
     }
 
-    /// Seeded from `CORDISK_SEED`, else from the clock; says which, so that a failure can be repeated.
+    /// Creates a generator seeded from `CORDISK_SEED`, or else from the clock. Prints the seed, so
+    /// that a failure can be repeated.
     pub fn for_test(test: &str) -> Rng {
         let from_clock = || {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("clock");
+            let now =
+                std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("clock");
             now.as_secs().wrapping_mul(1_000_003) ^ u64::from(now.subsec_nanos())
         };
-        let seed = std::env::var("CORDISK_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or_else(from_clock);
+        let seed = std::env::var("CORDISK_SEED")
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .unwrap_or_else(from_clock);
         eprintln!("{test}: CORDISK_SEED={seed}");
         Rng::new(seed)
     }
@@ -125,12 +145,12 @@ impl Rng {
         self.0.wrapping_mul(0x2545_F491_4F6C_DD1D)
     }
 
-    /// A number below `end`, which is not 0.
+    /// Returns a number below `end`, which must not be 0.
     pub fn below(&mut self, end: u64) -> u64 {
         (self.next() >> 11) % end
     }
 
-    /// A range of 1 to `longest` bytes inside `0..size`.
+    /// Returns a range of 1 to `longest` bytes inside `0..size`.
     pub fn range(&mut self, size: u64, longest: u64) -> Range<u64> {
         let start = self.below(size);
         let len = 1 + self.below(longest.min(size - start));

@@ -1,4 +1,5 @@
-//! QEMU's tools: they make images for us, and they judge ours. Every failure shows the whole output.
+//! QEMU's tools: they make images for the tests, and they check and read images that cordisk wrote.
+//! Every failure shows the whole output.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -11,17 +12,18 @@ use serde_json::Value;
 
 use super::{Finished, Pattern, run_ok, run_within};
 
-/// `qemu-img ARGS`, has to succeed.
+/// Runs `qemu-img ARGS`, which must succeed.
 pub fn img<A: AsRef<OsStr>>(args: &[A]) -> String {
     run_ok(Command::new("qemu-img").args(args))
 }
 
-/// `qemu-img ARGS`, however it ends.
+/// Runs `qemu-img ARGS`, which may fail.
 pub fn img_any<A: AsRef<OsStr>>(args: &[A]) -> Finished {
     run_within(Command::new("qemu-img").args(args), Duration::from_secs(120))
 }
 
-/// Creates a qcow2 image. `options` as after `-o` (may be empty); `backing` is name and format as they shall stand in the header.
+/// Creates a qcow2 image. `options` is the text after `-o` (may be empty); `backing` is the name
+/// and format for the header.
 pub fn create(path: &Path, size: Option<u64>, options: &str, backing: Option<(&str, &str)>) {
     let mut command = Command::new("qemu-img");
     command.args(["create", "-q", "-f", "qcow2"]);
@@ -36,13 +38,13 @@ pub fn create(path: &Path, size: Option<u64>, options: &str, backing: Option<(&s
     run_ok(&mut command);
 }
 
-/// A qcow2 image without backing file that carries `pattern` from end to end.
+/// Creates a qcow2 image without backing file that is filled with `pattern`.
 pub fn create_full(path: &Path, size: u64, options: &str, pattern: Pattern) {
     create(path, Some(size), options, None);
     write_pattern(path, pattern, &[0..size]);
 }
 
-/// `qemu-io -c COMMAND ...` on a qcow2 image, without waiting for the disk.
+/// Runs `qemu-io -c COMMAND ...` on a qcow2 image, without flushing to the disk.
 pub fn io<C: AsRef<str>>(path: &Path, commands: &[C]) -> String {
     let mut command = Command::new("qemu-io");
     command.args(["-f", "qcow2", "-t", "unsafe"]);
@@ -54,19 +56,24 @@ pub fn io<C: AsRef<str>>(path: &Path, commands: &[C]) -> String {
     out
 }
 
-/// Writes what `pattern` has at these ranges (multiples of 512) into a qcow2 image.
+/// Writes the content of `pattern` at these ranges (multiples of 512) into a qcow2 image.
 pub fn write_pattern(path: &Path, pattern: Pattern, ranges: &[Range<u64>]) {
     let dir = tempfile::tempdir().expect("directory for chunks");
     let mut commands = Vec::new();
     for (index, range) in ranges.iter().enumerate() {
         let chunk = dir.path().join(index.to_string());
         fs::write(&chunk, pattern.bytes(range.start, range.end - range.start)).expect("chunk");
-        commands.push(format!("write -q -s {} {} {}", chunk.display(), range.start, range.end - range.start));
+        commands.push(format!(
+            "write -q -s {} {} {}",
+            chunk.display(),
+            range.start,
+            range.end - range.start
+        ));
     }
     io(path, &commands);
 }
 
-/// What `qemu-img check` found.
+/// The result of `qemu-img check`.
 #[derive(Debug, Eq, PartialEq)]
 pub struct Check {
     pub corruptions: u64,
@@ -75,34 +82,57 @@ pub struct Check {
 }
 
 pub fn check(path: &Path) -> Check {
-    let done = run_within(Command::new("qemu-img").args(["check", "-f", "qcow2", "--output=json"]).arg(path), Duration::from_secs(60));
-    let json: Value = serde_json::from_str(&done.stdout).unwrap_or_else(|_| panic!("qemu-img check {}: {done:?}", path.display()));
+    let done = run_within(
+        Command::new("qemu-img").args(["check", "-f", "qcow2", "--output=json"]).arg(path),
+        Duration::from_secs(60),
+    );
+    let json: Value = serde_json::from_str(&done.stdout)
+        .unwrap_or_else(|_| panic!("qemu-img check {}: {done:?}", path.display()));
     let count = |name: &str| json.get(name).map_or(0, |value| value.as_u64().expect("a count"));
-    let found = Check { corruptions: count("corruptions"), leaks: count("leaks"), check_errors: count("check-errors") };
+    let found = Check {
+        corruptions: count("corruptions"),
+        leaks: count("leaks"),
+        check_errors: count("check-errors"),
+    };
     if found != (Check { corruptions: 0, leaks: 0, check_errors: 0 }) {
-        eprintln!("qemu-img check {}:\n{}", path.display(), img_any(&[OsStr::new("check"), path.as_os_str()]).stdout);
+        eprintln!(
+            "qemu-img check {}:\n{}",
+            path.display(),
+            img_any(&[OsStr::new("check"), path.as_os_str()]).stdout
+        );
     }
     found
 }
 
-/// Neither corrupt nor leaking.
+/// Asserts that the image has no corruption and no leaks.
 pub fn assert_clean(path: &Path) {
-    assert_eq!(check(path), Check { corruptions: 0, leaks: 0, check_errors: 0 }, "qemu-img check {}", path.display());
+    assert_eq!(
+        check(path),
+        Check { corruptions: 0, leaks: 0, check_errors: 0 },
+        "qemu-img check {}",
+        path.display()
+    );
 }
 
-/// Leaks are allowed (after a kill), corruption is not.
+/// Asserts that the image has no corruption; leaks are allowed (after a kill).
 pub fn assert_not_corrupt(path: &Path) {
     let found = check(path);
-    assert_eq!((found.corruptions, found.check_errors), (0, 0), "qemu-img check {}: {found:?}", path.display());
+    assert_eq!(
+        (found.corruptions, found.check_errors),
+        (0, 0),
+        "qemu-img check {}: {found:?}",
+        path.display()
+    );
 }
 
-/// `qemu-img info --output=json`.
+/// Returns the output of `qemu-img info --output=json`.
 pub fn info(path: &Path) -> Value {
-    let out = run_ok(Command::new("qemu-img").args(["info", "-f", "qcow2", "--output=json"]).arg(path));
+    let out =
+        run_ok(Command::new("qemu-img").args(["info", "-f", "qcow2", "--output=json"]).arg(path));
     serde_json::from_str(&out).expect("qemu-img info prints JSON")
 }
 
-/// The image stands on its own: no backing file, no backing format.
+/// Asserts that the image has no backing file and no backing format.
 pub fn assert_independent(path: &Path) {
     let info = info(path);
     for member in ["backing-filename", "full-backing-filename", "backing-filename-format"] {
@@ -110,7 +140,7 @@ pub fn assert_independent(path: &Path) {
     }
 }
 
-/// Where one run of guest bytes lies.
+/// A run of guest bytes and the layer that holds it.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Run {
     pub range: Range<u64>,
@@ -121,12 +151,15 @@ pub struct Run {
     pub present: bool,
 }
 
-/// `qemu-img map --output=json`.
+/// Returns the output of `qemu-img map --output=json`.
 pub fn map(path: &Path) -> Vec<Run> {
-    let out = run_ok(Command::new("qemu-img").args(["map", "-f", "qcow2", "--output=json"]).arg(path));
+    let out =
+        run_ok(Command::new("qemu-img").args(["map", "-f", "qcow2", "--output=json"]).arg(path));
     let json: Vec<Value> = serde_json::from_str(&out).expect("qemu-img map prints JSON");
-    let number = |run: &Value, name: &str| run[name].as_u64().unwrap_or_else(|| panic!("{name} in {run}"));
-    let flag = |run: &Value, name: &str| run[name].as_bool().unwrap_or_else(|| panic!("{name} in {run}"));
+    let number =
+        |run: &Value, name: &str| run[name].as_u64().unwrap_or_else(|| panic!("{name} in {run}"));
+    let flag =
+        |run: &Value, name: &str| run[name].as_bool().unwrap_or_else(|| panic!("{name} in {run}"));
     json.iter()
         .map(|run| {
             let start = number(run, "start");
@@ -141,7 +174,7 @@ pub fn map(path: &Path) -> Vec<Run> {
         .collect()
 }
 
-/// The guest ranges that the overlay itself holds (data or zero), joined.
+/// Returns the guest ranges that the overlay itself holds (data or zero), joined.
 pub fn local_ranges(path: &Path) -> Vec<Range<u64>> {
     let mut ranges: Vec<Range<u64>> = Vec::new();
     for run in map(path).into_iter().filter(|run| run.depth == 0 && run.present) {
@@ -153,22 +186,34 @@ pub fn local_ranges(path: &Path) -> Vec<Range<u64>> {
     ranges
 }
 
-/// All that QEMU reads from an image: it and its backing files, as one vector.
+/// Reads the whole disk with QEMU, through the image and its backing files.
 pub fn read_all(path: &Path) -> Vec<u8> {
     let dir = tempfile::tempdir().expect("directory for the raw copy");
     let raw = to_raw(path, &dir.path().join("raw"));
     fs::read(raw).expect("raw copy")
 }
 
-/// `qemu-img convert -O raw`.
+/// Runs `qemu-img convert -O raw`.
 pub fn to_raw(path: &Path, raw: &Path) -> PathBuf {
-    run_ok(Command::new("qemu-img").args(["convert", "-f", "qcow2", "-O", "raw", "-t", "unsafe"]).arg(path).arg(raw));
+    run_ok(
+        Command::new("qemu-img")
+            .args(["convert", "-f", "qcow2", "-O", "raw", "-t", "unsafe"])
+            .arg(path)
+            .arg(raw),
+    );
     raw.to_owned()
 }
 
-/// `qemu-img compare` of a qcow2 image with a raw file.
+/// Runs `qemu-img compare` on a qcow2 image and a raw file.
 pub fn assert_compare(qcow2: &Path, raw: &Path) {
-    let done =
-        run_within(Command::new("qemu-img").args(["compare", "-f", "qcow2", "-F", "raw"]).arg(qcow2).arg(raw), Duration::from_secs(60));
-    assert!(done.status.success() && done.stdout.contains("identical"), "{} is not {}: {done:?}", qcow2.display(), raw.display());
+    let done = run_within(
+        Command::new("qemu-img").args(["compare", "-f", "qcow2", "-F", "raw"]).arg(qcow2).arg(raw),
+        Duration::from_secs(60),
+    );
+    assert!(
+        done.status.success() && done.stdout.contains("identical"),
+        "{} is not {}: {done:?}",
+        qcow2.display(),
+        raw.display()
+    );
 }

@@ -1,30 +1,32 @@
-//! The usual set-up: a raw base full of known bytes, and an overlay that QEMU made over it.
+//! The usual set-up: a raw base with known content, and an overlay that QEMU made above it.
 
 use std::fs;
 use std::path::PathBuf;
 
 use super::{Daemon, Guest, Mount, Pattern, Scratch, header, qemu};
 
-/// Cluster size where a test does not care.
+/// Cluster size where a test does not depend on it, in bytes.
 pub const CLUSTER: u64 = 64 << 10;
 
-/// Base and overlay in a scratch directory. Declare it before the [`Daemon`], so that it goes away after it.
+/// Base and overlay in a scratch directory. Declare it before the [`Daemon`], so that it is dropped
+/// after it.
 #[derive(Debug)]
 pub struct Rig {
     pub scratch: Scratch,
     pub base: PathBuf,
     pub overlay: PathBuf,
-    /// What the disk holds at first: the content of the base.
+    /// The initial content of the disk: that of the base.
     pub content: Vec<u8>,
 }
 
 impl Rig {
-    /// A base of `size` bytes without a zero, an overlay of the same size with clusters of 64 KiB.
+    /// Creates a base of `size` bytes without zeros, and an overlay of the same size with clusters
+    /// of 64 KiB.
     pub fn new(size: u64) -> Rig {
         Rig::with(Pattern::new(0xBA5E, 1).bytes(0, size), "")
     }
 
-    /// With this content, and these options after `-o`.
+    /// Creates a base with this content, and an overlay with these options after `-o`.
     pub fn with(content: Vec<u8>, options: &str) -> Rig {
         let scratch = Scratch::new();
         let base = scratch.write("base.raw", &content);
@@ -41,24 +43,29 @@ impl Rig {
         Mount::new(&self.scratch, &self.overlay)
     }
 
-    /// A guest that knows the base.
+    /// Opens a guest that expects the content of the base.
     pub fn guest(&self, disk: &Daemon) -> Guest {
         Guest::new(disk.open(), self.content.clone(), 0x6E57)
     }
 
-    /// Backing files are never written, and no longer needed: checks the one, does the other.
+    /// Asserts that the base was never written, and removes it.
     pub fn remove_base(&self) {
-        super::assert_same("the base must never change", &fs::read(&self.base).expect("base"), &self.content);
+        super::assert_same(
+            "the base must never change",
+            &fs::read(&self.base).expect("base"),
+            &self.content,
+        );
         fs::remove_file(&self.base).expect("remove the base");
     }
 
-    /// After a clean end: QEMU finds nothing wrong and reads what is wanted.
+    /// Asserts, after a clean end, that QEMU finds no errors and reads `want`.
     pub fn assert_overlay(&self, want: &[u8]) {
         qemu::assert_clean(&self.overlay);
         super::assert_same("the overlay as QEMU reads it", &qemu::read_all(&self.overlay), want);
     }
 
-    /// After a full stream and a clean end: as [`Rig::assert_overlay`], and nothing but the overlay is needed for it.
+    /// Asserts the same as [`Rig::assert_overlay`] after a full stream and a clean end, and that
+    /// the overlay needs no other file.
     pub fn assert_standalone(&self, want: &[u8]) {
         self.remove_base();
         qemu::assert_independent(&self.overlay);

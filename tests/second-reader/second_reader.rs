@@ -1,25 +1,39 @@
-//! The independent second reader: the crate `qcow2-rs` 0.1.6 reads back what we write, beside `qemu-img`.
+//! An independent second reader beside `qemu-img`: the crate `qcow2-rs` 0.1.6 reads images that
+//! cordisk wrote.
 //!
-//! Two readers that share no code with us and none with each other have to agree with a plain byte vector. `qcow2-rs` can do that for version 3 images
-//! with clusters of 4 KiB or more, whose backing file is qcow2, not shorter than the overlay, and named by an absolute path; so that is what is given to it.
+//! Two readers that share no code with cordisk or with each other must agree with a plain byte
+//! vector. `qcow2-rs` can read version 3 images with clusters of 4 KiB or more, whose backing file
+//! is qcow2, not shorter than the overlay, and named by an absolute path. The tests use such
+//! images.
 //!
-//! The last tests tell why the crate is a reader here and not the engine (README, "Why our own engine"): a write that it reported as flushed is gone
-//! after the next read of another place. They assert that the defect is *still there*: the day they fail, somebody should read the README section again.
+//! The last tests show why the crate is a reader here and not the engine (`docs/engine.md`): a
+//! write that it reported as flushed is lost after the next read of another place. They assert that
+//! the defect still exists. If they fail, that document must be reviewed.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use cordisk::chain::Gate;
-use cordisk::create::{CreateOptions, create};
-use cordisk::disk::{Disk, DiskOptions};
-use cordisk::format::{BackingFormat, Header, L1Entry, Mapping};
+use engine::chain::Gate;
+use engine::create::{CreateOptions, create};
+use engine::disk::{Disk, DiskOptions};
+use qcow2::format::{BackingFormat, Header, L1Entry, Mapping};
 use qcow2_rs::dev::{Qcow2Dev, Qcow2DevParams};
 use qcow2_rs::helpers::Qcow2IoBuf;
 use qcow2_rs::meta::{MappingSource, Qcow2Header};
 use qcow2_rs::ops::Qcow2IoOps;
 use qcow2_rs::utils::{qcow2_setup_dev_sync, qcow2_setup_dev_tokio, qcow2_setup_dev_uring};
 
-use crate::support::{MIB, assert_same, run_ok};
+const MIB: u64 = 1 << 20;
+
+/// Skips the test with a reason when a program is missing; fails instead where all programs are
+/// required (CI).
+macro_rules! requires {
+    ($($need:expr),+) => {
+        if [$($need),+].into_iter().any(is_missing) {
+            return;
+        }
+    };
+}
 
 /// The three ways in which qcow2-rs does its I/O.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -33,27 +47,31 @@ pub enum BackEnd {
 }
 
 impl BackEnd {
-    /// Those that work on this machine. io_uring may be switched off (seccomp, `kernel.io_uring_disabled`): said on stderr, not an error.
+    /// Returns the back ends that work on this machine. If io_uring is disabled (seccomp,
+    /// `kernel.io_uring_disabled`), this function says so on stderr; it is no error.
     pub fn available() -> Vec<BackEnd> {
         let mut all = vec![BackEnd::Sync, BackEnd::Tokio];
         if std::panic::catch_unwind(|| tokio_uring::start(async {})).is_ok() {
             all.push(BackEnd::Uring);
         } else {
-            eprintln!("qcow2-rs: its io_uring back end is left out, this machine does not offer io_uring");
+            eprintln!(
+                "qcow2-rs: its io_uring back end is left out, this machine does not offer io_uring"
+            );
         }
         all
     }
 }
 
-/// The whole virtual disk of a version 3 image, as qcow2-rs reads it through its synchronous back end.
+/// Returns the whole virtual disk of a version 3 image, read by qcow2-rs with its synchronous back
+/// end.
 ///
 /// # Panics
-/// Whatever qcow2-rs cannot do; see the head of this file for what it can.
+/// If qcow2-rs cannot read the image; the head of this file says which images it can read.
 pub fn read_all(path: &Path) -> Vec<u8> {
     read_all_with(BackEnd::Sync, path)
 }
 
-/// As [`read_all`], through the back end given.
+/// Like [`read_all`], with the given back end.
 pub fn read_all_with(back_end: BackEnd, path: &Path) -> Vec<u8> {
     let params = Qcow2DevParams::new(9, None, None, true, false);
     match back_end {
@@ -62,16 +80,17 @@ pub fn read_all_with(back_end: BackEnd, path: &Path) -> Vec<u8> {
             dev.qcow2_prep_io().await.expect("qcow2-rs loads tables");
             read_device(&dev).await
         }),
-        BackEnd::Tokio => {
-            runtime().block_on(async { read_device(&qcow2_setup_dev_tokio(path, &params).await.expect("qcow2-rs opens")).await })
-        }
-        BackEnd::Uring => {
-            tokio_uring::start(async { read_device(&qcow2_setup_dev_uring(path, &params).await.expect("qcow2-rs opens")).await })
-        }
+        BackEnd::Tokio => runtime().block_on(async {
+            read_device(&qcow2_setup_dev_tokio(path, &params).await.expect("qcow2-rs opens")).await
+        }),
+        BackEnd::Uring => tokio_uring::start(async {
+            read_device(&qcow2_setup_dev_uring(path, &params).await.expect("qcow2-rs opens")).await
+        }),
     }
 }
 
-/// One cluster per read: a read of several clusters returns success and a short count when one of them fails.
+/// Reads one cluster per call, because a read of several clusters returns success and a short count
+/// when one of them fails.
 async fn read_device<T: Qcow2IoOps>(dev: &Qcow2Dev<T>) -> Vec<u8> {
     let size = dev.info.virtual_size();
     let step = dev.info.cluster_size() as u64;
@@ -80,8 +99,13 @@ async fn read_device<T: Qcow2IoOps>(dev: &Qcow2Dev<T>) -> Vec<u8> {
     while at < size {
         let len = usize::try_from(step.min(size - at)).unwrap();
         let mut buf = Qcow2IoBuf::<u8>::new(len);
-        buf.fill(0xee); // qcow2-rs may report success without touching the buffer; zeros would hide that
-        let read = dev.read_at(&mut buf, at).await.unwrap_or_else(|error| panic!("qcow2-rs reads {len} bytes at {at}: {error}"));
+        // qcow2-rs may report success without writing to the buffer; a buffer of zeros would hide
+        // that.
+        buf.fill(0xee);
+        let read = dev
+            .read_at(&mut buf, at)
+            .await
+            .unwrap_or_else(|error| panic!("qcow2-rs reads {len} bytes at {at}: {error}"));
         assert_eq!(read, len, "qcow2-rs read {read} of {len} bytes at {at}");
         all.extend_from_slice(&buf);
         at += len as u64;
@@ -93,27 +117,38 @@ fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().build().unwrap()
 }
 
-// ---- what we write is what they read ------------------------------------------------------------------------------------------------------------
+// ---- cordisk writes, qcow2-rs reads
 
 #[test]
 fn qcow2_rs_reads_what_the_disk_wrote() {
     requires!("qemu-img");
-    // Sizes: a multiple of the cluster, and one sector more than that (qcow2-rs reads whole sectors only).
-    for (cluster_size, size) in [(4096, 3 * MIB), (65536, 8 * MIB), (65536, 8 * MIB + 512), (2 * MIB, 16 * MIB)] {
+    // Sizes: a multiple of the cluster size, and one sector more than that (qcow2-rs reads whole
+    // sectors only).
+    for (cluster_size, size) in
+        [(4096, 3 * MIB), (65536, 8 * MIB), (65536, 8 * MIB + 512), (2 * MIB, 16 * MIB)]
+    {
         let scratch = tempfile::tempdir().unwrap();
         let (overlay, shadow) = busy_overlay(scratch.path(), cluster_size, size);
         for back_end in BackEnd::available() {
             let read = read_all_with(back_end, &overlay);
-            assert_same(&format!("{back_end:?}, clusters of {cluster_size}, size {size}"), &read, &shadow);
+            assert_same(
+                &format!("{back_end:?}, clusters of {cluster_size}, size {size}"),
+                &read,
+                &shadow,
+            );
         }
         qemu_img_says_clean(&overlay);
         let raw = scratch.path().join("converted.raw");
-        run_ok(Command::new("qemu-img").args(["convert", "-f", "qcow2", "-O", "raw"]).args([&overlay, &raw]));
+        run_ok(
+            Command::new("qemu-img")
+                .args(["convert", "-f", "qcow2", "-O", "raw"])
+                .args([&overlay, &raw]),
+        );
         assert_same("qemu-img convert", &std::fs::read(raw).unwrap(), &shadow);
     }
 }
 
-/// Both decoders, ours and theirs, look at the same bytes of a file and have to say the same of every field that both know.
+/// Both decoders read the same bytes of a file and must agree in every field that both know.
 #[test]
 fn qcow2_rs_decodes_header_and_tables_as_we_do() {
     requires!("qemu-img");
@@ -138,7 +173,10 @@ fn qcow2_rs_decodes_header_and_tables_as_we_do() {
         assert_eq!(theirs.compression_type(), 0);
         let backing = ours.backing.as_ref().expect("the overlay names its base");
         assert_eq!(theirs.backing_filename(), Some(&backing.name));
-        assert_eq!((backing.format, theirs.backing_format().map(String::as_str)), (Some(BackingFormat::Qcow2), Some("qcow2")));
+        assert_eq!(
+            (backing.format, theirs.backing_format().map(String::as_str)),
+            (Some(BackingFormat::Qcow2), Some("qcow2"))
+        );
 
         let params = Qcow2DevParams::new(9, None, None, true, false);
         let mappings = runtime().block_on(async {
@@ -156,28 +194,40 @@ fn qcow2_rs_decodes_header_and_tables_as_we_do() {
             let agree = match ours_here {
                 Mapping::Unallocated => theirs.source == MappingSource::Backing,
                 Mapping::Zero { reserved: None } => {
-                    theirs.source == MappingSource::Zero && theirs.cluster_offset.is_none() && !theirs.copied
+                    theirs.source == MappingSource::Zero
+                        && theirs.cluster_offset.is_none()
+                        && !theirs.copied
                 }
                 Mapping::Zero { reserved: Some((host, in_place)) } => {
-                    theirs.source == MappingSource::Zero && theirs.cluster_offset == Some(at(host)) && theirs.copied == in_place
+                    theirs.source == MappingSource::Zero
+                        && theirs.cluster_offset == Some(at(host))
+                        && theirs.copied == in_place
                 }
                 Mapping::Data { host, in_place } => {
-                    theirs.source == MappingSource::DataFile && theirs.cluster_offset == Some(at(host)) && theirs.copied == in_place
+                    theirs.source == MappingSource::DataFile
+                        && theirs.cluster_offset == Some(at(host))
+                        && theirs.copied == in_place
                 }
-                Mapping::Compressed { .. } => false, // we never write one
+                Mapping::Compressed { .. } => false, // cordisk never writes one
             };
-            assert!(agree, "guest cluster {cluster} of {cluster_size} bytes: we say {ours_here:?}, qcow2-rs says {theirs}");
+            assert!(
+                agree,
+                "guest cluster {cluster} of {cluster_size} bytes: we say {ours_here:?}, qcow2-rs says {theirs}"
+            );
             match ours_here {
                 Mapping::Unallocated => seen.unallocated += 1,
                 Mapping::Zero { .. } => seen.zero += 1,
                 Mapping::Data { in_place, .. } => {
-                    assert!(in_place, "guest cluster {cluster}: a cluster that we allocated belongs to us alone (R9)");
+                    assert!(
+                        in_place,
+                        "guest cluster {cluster}: a cluster that we allocated belongs to us alone (R9)"
+                    );
                     seen.data += 1;
                 }
                 Mapping::Compressed { .. } => {}
             }
         }
-        // The comparison means something only if every kind was there.
+        // The comparison is meaningful only if every kind occurred.
         assert!(seen.unallocated > 0 && seen.data > 0, "{seen:?}");
         assert!(seen.zero > 0 || cluster_size == 2 * MIB, "{seen:?}");
     }
@@ -190,32 +240,39 @@ struct Seen {
     data: u32,
 }
 
-/// The L2 entry of a guest cluster, found and decoded with `format` alone.
+/// Finds and decodes the L2 entry of a guest cluster with the module `format` alone.
 fn our_mapping(file: &[u8], header: &Header, cluster: u64) -> Mapping {
     let geometry = &header.geometry;
     let entry = |table: u64, index: usize| {
         let at = usize::try_from(table).unwrap() + index * 8;
         u64::from_be_bytes(file[at..at + 8].try_into().unwrap())
     };
-    let (l1_index, l2_index) = geometry.table_indexes(cordisk::format::GuestCluster(cluster));
+    let (l1_index, l2_index) = geometry.table_indexes(qcow2::format::GuestCluster(cluster));
     match L1Entry::decode(entry(header.l1_table_offset, l1_index), geometry).unwrap() {
         None => Mapping::Unallocated,
         Some(l1) => {
-            assert!(l1.in_place, "the only reference to an L2 table that we wrote has COPIED set (R9)");
+            assert!(
+                l1.in_place,
+                "the only reference to an L2 table that we wrote has COPIED set (R9)"
+            );
             Mapping::decode(entry(geometry.host_offset(l1.table).0, l2_index), geometry).unwrap()
         }
     }
 }
 
-/// An overlay above a qcow2 base that has seen every kind of request, closed; and the bytes that it must hold.
+/// Makes an overlay above a qcow2 base, performs every kind of request on it, and closes it.
+/// Returns it with the bytes that it must hold.
 fn busy_overlay(directory: &Path, cluster_size: u64, size: u64) -> (PathBuf, Vec<u8>) {
     let len = usize::try_from(size).unwrap();
-    let mut shadow: Vec<u8> = (0..len).map(|at| u8::try_from((at / 512 * 7 + at % 251) % 255 + 1).unwrap()).collect();
+    let mut shadow: Vec<u8> =
+        (0..len).map(|at| u8::try_from((at / 512 * 7 + at % 251) % 255 + 1).unwrap()).collect();
     shadow[len / 2..len * 5 / 8].fill(0); // copied up, this becomes zero clusters
     let raw = directory.join("base.raw");
     let base = directory.join("base.qcow2");
     std::fs::write(&raw, &shadow).unwrap();
-    run_ok(Command::new("qemu-img").args(["convert", "-f", "raw", "-O", "qcow2"]).args([&raw, &base]));
+    run_ok(
+        Command::new("qemu-img").args(["convert", "-f", "raw", "-O", "qcow2"]).args([&raw, &base]),
+    );
     std::fs::remove_file(raw).unwrap();
 
     let overlay = directory.join("overlay.qcow2");
@@ -239,8 +296,9 @@ fn busy_overlay(directory: &Path, cluster_size: u64, size: u64) -> (PathBuf, Vec
     }
     let discarded = 4 * cluster_size + 50..5 * cluster_size; // the tail of a data cluster
     disk.discard(discarded.clone()).unwrap();
-    shadow[usize::try_from(discarded.start).unwrap()..usize::try_from(discarded.end).unwrap()].fill(0);
-    // Copy-on-read: what was read is in the overlay now, some of it as zeros.
+    shadow[usize::try_from(discarded.start).unwrap()..usize::try_from(discarded.end).unwrap()]
+        .fill(0);
+    // Copy-on-read: the overlay now holds the ranges that were read, some of them as zeros.
     for at in [len / 2, len * 9 / 16] {
         let mut buf = vec![0xee; 4096];
         disk.read(at as u64, &mut buf).unwrap();
@@ -251,15 +309,17 @@ fn busy_overlay(directory: &Path, cluster_size: u64, size: u64) -> (PathBuf, Vec
     (overlay, shadow)
 }
 
-// ---- why qcow2-rs is not the engine -------------------------------------------------------------------------------------------------------------
+// ---- why qcow2-rs is not the engine
 
 const OLD: u8 = 0xbb;
 const NEW: u8 = 0xaa;
 
-/// The first defect of the README's list, in qcow2-rs 0.1.6: "a flushed write is lost without an error".
+/// The first defect of the list in docs/engine.md, in qcow2-rs 0.1.6: "a flushed write is lost
+/// without an error".
 ///
-/// An overlay of 256 MiB; write 64 KiB at 0, flush, read 4 KiB at 100 MiB, flush; every call succeeds. The crate keeps L2 tables in slices of 4 KiB, and
-/// the two offsets lie in different slices of one table. What QEMU then finds: the old data at 0, and a cluster that nothing points to.
+/// The sequence on an overlay of 256 MiB: write 64 KiB at 0, flush, read 4 KiB at 100 MiB, flush;
+/// every call succeeds. The crate keeps L2 tables in slices of 4 KiB, and the two offsets are in
+/// different slices of one table. QEMU then finds the old data at 0, and a leaked cluster.
 #[test]
 fn qcow2_rs_0_1_6_still_loses_a_flushed_write() {
     requires!("qemu-img", "qemu-io");
@@ -273,19 +333,21 @@ fn qcow2_rs_0_1_6_still_loses_a_flushed_write() {
                 dev.qcow2_prep_io().await.unwrap();
                 write_flush_read_flush(&dev).await;
             }),
-            BackEnd::Tokio => {
-                runtime().block_on(async { write_flush_read_flush(&qcow2_setup_dev_tokio(&overlay, &params).await.unwrap()).await })
-            }
-            BackEnd::Uring => {
-                tokio_uring::start(async { write_flush_read_flush(&qcow2_setup_dev_uring(&overlay, &params).await.unwrap()).await })
-            }
+            BackEnd::Tokio => runtime().block_on(async {
+                write_flush_read_flush(&qcow2_setup_dev_tokio(&overlay, &params).await.unwrap())
+                    .await
+            }),
+            BackEnd::Uring => tokio_uring::start(async {
+                write_flush_read_flush(&qcow2_setup_dev_uring(&overlay, &params).await.unwrap())
+                    .await
+            }),
         }
         let lost = qemu_io_finds(&overlay, 0, 65536, OLD);
         let leaks = qemu_img_check(&overlay).leaks;
         assert!(
             lost && leaks >= 1,
             "qcow2-rs ({back_end:?}) kept the flushed write (old data: {lost}, leaked clusters: {leaks}): its first defect is gone, \
-             so the README's section \"Why our own engine\" wants to be measured again"
+             so docs/engine.md wants to be measured again"
         );
     }
 }
@@ -302,7 +364,8 @@ async fn write_flush_read_flush<T: Qcow2IoOps>(dev: &Qcow2Dev<T>) {
     dev.fsync_range(0, usize::MAX).await.expect("second fsync");
 }
 
-/// The same sequence with our engine. The overlay is looked at as it lies on the disk right after the second flush, before anything is closed.
+/// The same sequence with cordisk's engine. The test reads the overlay as it is on disk right after
+/// the second flush, before anything is closed.
 #[test]
 fn cordisk_keeps_a_flushed_write_in_the_same_sequence() {
     requires!("qemu-img", "qemu-io");
@@ -327,30 +390,84 @@ fn cordisk_keeps_a_flushed_write_in_the_same_sequence() {
     qemu_img_says_clean(&overlay);
 }
 
-/// A base of 256 MiB whose first MiB and whose 4 KiB at 100 MiB hold `OLD`, and an empty overlay above it, made by qemu-img as the defect was found. The base is qcow2: qcow2-rs opens no other.
+/// Makes a base of 256 MiB whose first MiB and whose 4 KiB at 100 MiB hold `OLD`, and an empty
+/// overlay above it, with qemu-img, as in the report of the defect. The base is qcow2, because
+/// qcow2-rs opens no other format.
 fn old_base_and_overlay(directory: &Path) -> PathBuf {
     let base = directory.join("base.qcow2");
     run_ok(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&base).arg("256M"));
     let fill = [format!("write -q -P {OLD} 0 1M"), format!("write -q -P {OLD} 100M 64k")];
-    run_ok(Command::new("qemu-io").args(["-f", "qcow2", "-c", &fill[0], "-c", &fill[1]]).arg(&base));
+    run_ok(
+        Command::new("qemu-io").args(["-f", "qcow2", "-c", &fill[0], "-c", &fill[1]]).arg(&base),
+    );
     let overlay = directory.join("overlay.qcow2");
-    run_ok(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"]).args([&base, &overlay]));
+    run_ok(
+        Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
+            .args([&base, &overlay]),
+    );
     overlay
 }
 
-// ---- small helpers ------------------------------------------------------------------------------------------------------------------------------
+// ---- helpers
 
-fn create_over(overlay: &Path, base: &Path, format: BackingFormat, size: Option<u64>, cluster_size: u64) {
+fn is_missing(program: &str) -> bool {
+    let path = std::env::var("PATH").unwrap_or_default();
+    let missing = !path.split(':').any(|dir| Path::new(dir).join(program).is_file());
+    let required = |name| std::env::var(name).is_ok_and(|value| value == "1" || value == "true");
+    assert!(
+        !(missing && (required("CI") || required("CORDISK_REQUIRE_ALL"))),
+        "the program {program} is not installed"
+    );
+    if missing {
+        eprintln!("skipped: the program {program} is not installed");
+    }
+    missing
+}
+
+fn run_ok(command: &mut Command) {
+    let done = command.output().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+    assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+fn assert_same(what: &str, got: &[u8], want: &[u8]) {
+    assert_eq!(got.len(), want.len(), "{what}: length");
+    let first = got.iter().zip(want).position(|(got, want)| got != want);
+    assert_eq!(
+        first.map(|at| (at, got[at], want[at])),
+        None,
+        "{what}: the first byte that differs, what it is and what it should be"
+    );
+}
+
+fn create_over(
+    overlay: &Path,
+    base: &Path,
+    format: BackingFormat,
+    size: Option<u64>,
+    cluster_size: u64,
+) {
     let base = base.to_str().unwrap().to_string();
-    create(&CreateOptions { overlay: overlay.to_path_buf(), base, format, size, cluster_size }).unwrap();
+    let options =
+        CreateOptions { overlay: overlay.to_path_buf(), base, format, size, cluster_size };
+    create(&options, &engine::chain::Gate::default()).unwrap();
 }
 
 fn open_disk(overlay: &Path) -> Disk {
-    Disk::open(overlay, &DiskOptions { read_only: false, copy_on_read: true, gate: Gate::default(), full_check: false, reserve: None })
-        .unwrap()
+    Disk::open(
+        overlay,
+        &DiskOptions {
+            read_only: false,
+            copy_on_read: true,
+            gate: Gate::default(),
+            full_check: false,
+            reserve: None,
+        },
+    )
+    .unwrap()
 }
 
-/// Closes, and lets go of the file and its locks, so that QEMU may open it.
+/// Closes the disk and drops it, which releases the file and its locks, so that QEMU can open it.
 #[allow(clippy::needless_pass_by_value)]
 fn close(disk: Disk) {
     disk.close().unwrap();
@@ -362,9 +479,15 @@ struct Checked {
 }
 
 fn qemu_img_check(image: &Path) -> Checked {
-    let output = Command::new("qemu-img").args(["check", "-f", "qcow2", "--output=json"]).arg(image).output().unwrap();
-    let report: serde_json::Value = serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|error| panic!("qemu-img check: {error}: {}", String::from_utf8_lossy(&output.stderr)));
+    let output = Command::new("qemu-img")
+        .args(["check", "-f", "qcow2", "--output=json"])
+        .arg(image)
+        .output()
+        .unwrap();
+    let report: serde_json::Value =
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
+            panic!("qemu-img check: {error}: {}", String::from_utf8_lossy(&output.stderr))
+        });
     let number = |name: &str| report[name].as_u64().unwrap_or(0);
     assert_eq!(number("check-errors"), 0, "{report}");
     Checked { corruptions: number("corruptions"), leaks: number("leaks") }
@@ -372,14 +495,27 @@ fn qemu_img_check(image: &Path) -> Checked {
 
 fn qemu_img_says_clean(image: &Path) {
     let Checked { corruptions, leaks } = qemu_img_check(image);
-    assert_eq!((corruptions, leaks), (0, 0), "qemu-img check of {}: (corruptions, leaks)", image.display());
+    assert_eq!(
+        (corruptions, leaks),
+        (0, 0),
+        "qemu-img check of {}: (corruptions, leaks)",
+        image.display()
+    );
 }
 
-/// Whether QEMU reads nothing but `byte` in this range.
+/// Whether QEMU reads only `byte` in this range.
 fn qemu_io_finds(image: &Path, at: u64, len: u64, byte: u8) -> bool {
     let read = format!("read -P {byte} {at} {len}");
-    let output = Command::new("qemu-io").args(["-r", "-f", "qcow2", "-c", &read]).arg(image).output().unwrap();
+    let output = Command::new("qemu-io")
+        .args(["-r", "-f", "qcow2", "-c", &read])
+        .arg(image)
+        .output()
+        .unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(text.contains(&format!("read {len}/{len} bytes")), "qemu-io: {text}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        text.contains(&format!("read {len}/{len} bytes")),
+        "qemu-io: {text}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     !text.contains("Pattern verification failed")
 }
