@@ -218,7 +218,7 @@ def end_although_it_hangs():
         time.sleep(2)
         for disk in list(LIVE):
             if disk.process is not None:
-                disk.process.kill()
+                disk.kill()
 
     threading.Thread(target=wait, daemon=True).start()
 

@@ -28,7 +28,8 @@ class LoopXfs:
             file.truncate(size)
         run("mkfs.xfs", "-q", "-m", "reflink=1", self.image)
         self.path.mkdir()
-        # First: a signal may come between mount(8) and the next line. Disks that are up later stand behind it.
+        # First: a signal may come between mount(8) and the next line. Disks that are up later stand
+        # behind it.
         LIVE.append(self)
         run("mount", "-o", "loop", self.image, self.path)
 

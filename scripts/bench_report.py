@@ -18,8 +18,8 @@ COLUMNS = (  # key, heading, colour in the chart
 HEADING = {key: heading for key, heading, _ in COLUMNS}
 COLOUR = {key: colour for key, _, colour in COLUMNS}
 
-# The ceiling is that of the own transport.
-# Row, against whom, and how many times as good cordisk is to be: over /dev/fuse, over io_uring. 2.0 of a time is half of it.
+# The ceiling is that of the own transport. Row, peer, and the required ratio to the peer over
+# /dev/fuse and over io_uring. For a time, 2.0 means half of it.
 BARS = (
     ("read4k-d1", "qemu", 2.0, 3.0),
     ("read4k-d1", "ceiling", 0.9, 0.9),
@@ -196,7 +196,7 @@ def as_json(lines, bars, facts, notes):
 # ---- the chart ----
 
 PANEL_WIDTH, GAP, BAR, LABEL, MARGIN = 440, 24, 18, 118, 24
-VALUE = 64  # room right of the longest bar for its number
+VALUE = 64  # space right of the longest bar for its number
 
 
 def text(x, y, words, size=12, colour="#1f2933", anchor="start", weight="normal"):

@@ -4,6 +4,7 @@ A target shows the same bytes as one regular file, by its own means. Whatever is
 program, whichever way it comes, leaves no mount and no process.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import mmap
@@ -56,6 +57,12 @@ class Disk:
         for pid in found:
             found.extend(children.get(pid, []))
         return found
+
+    def kill(self):
+        """Kills the server and all its descendants: the process that serves may be one of them."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def cpu_seconds(self):
         """User and system time that the server and its children have used so far."""
@@ -112,10 +119,11 @@ class Disk:
             if is_mounted(self.path):
                 unmount(self.path, lazily=True)
             if self.process.poll() is None:
-                self.process.kill()
+                self.kill()
             self.process.wait()
             for pid in others[1:]:
-                # Descendants end by themselves when the server is gone; this is for those that hang.
+                # Descendants end by themselves when the server is gone; this is for those that
+                # hang.
                 deadline = time.monotonic() + 2
                 while alive(pid) and time.monotonic() < deadline:
                     time.sleep(0.02)
@@ -180,7 +188,8 @@ class Target:
         path.touch()
         begun = time.perf_counter()
         with open(log, "ab") as output:
-            # A session of its own: Ctrl-C is for us, who then end the servers in order.
+            # A session of its own: Ctrl-C reaches only this program, which then ends the servers in
+            # order.
             process = subprocess.Popen(
                 self.command(setup, str(path)), cwd=self.work, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 start_new_session=True, preexec_fn=end_with_parent)

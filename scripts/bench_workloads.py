@@ -168,7 +168,8 @@ class Bench:
             disk.take_down()
 
     def check_flipped(self, disk):
-        # Sampled ranges overlap now and then: both halves were made from the same source, so each is right as a whole.
+        # Sampled ranges overlap now and then: both halves were made from the same source, so each
+        # is right as a whole.
         self.check(disk, flip=True)
 
     def steady_setup(self, target):
@@ -180,7 +181,8 @@ class Bench:
 
     def fio(self, disk, size, *words):
         """Runs one job. Returns (operations per second, bytes per second, bytes, CPU seconds of the server)."""
-        # The plain file through the page cache: so do the servers read their images. O_DIRECT keeps the mount's own cache out.
+        # The plain file through the page cache: so do the servers read their images. O_DIRECT keeps
+        # the mount's own cache out.
         direct = int(disk.process is not None)
         before = disk.cpu_seconds()
         text = run(
@@ -194,7 +196,8 @@ class Bench:
         return side["iops"], side["bw_bytes"], side["io_bytes"], cpu
 
     def timed(self):
-        # In milliseconds: fio takes a fraction of a second for none at all, and ends after one pass.
+        # In milliseconds: fio takes a fraction of a second for none at all, and ends after one
+        # pass.
         return "--time_based", "--runtime=%dms" % (self.options.seconds * 1000)
 
 
@@ -399,7 +402,8 @@ def latencies_during(bench, disk, session, kind, target):
             over.wait(HANG_SECONDS)
             if target.key.startswith("cordisk"):
                 raise Broken("%s: a %s under its stream: %s" % (target.label, kind, error.strerror)) from None
-            # What was answered before counts: QEMU 10.0 at times answers nothing more at the end of a stream.
+            # What was answered before counts: QEMU 10.0 at times answers nothing more at the end of
+            # a stream.
             bench.note("%s hung in a %s under its stream; what it had answered before counts"
                        % (target.label, kind))
             return found, True
@@ -427,7 +431,7 @@ def kill_if_stuck(disk, found, over):
         if len(found) != known:
             known, since = len(found), time.monotonic()
         elif time.monotonic() - since > HANG_SECONDS:
-            disk.process.kill()
+            disk.kill()
             return
 
 

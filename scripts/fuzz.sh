@@ -60,9 +60,10 @@ for target in "${targets[@]}"; do
     printf '\n%s== %s%s\n' "$bold" "$target" "$plain"
     mkdir -p "$work/$target" "$fuzz/artifacts/$target"
     begun=$SECONDS found=0
-    # What is new goes to a directory of its own, the committed inputs stay as they are. QMP's are longest. Each case is short:
-    # ten seconds are a hang. Memory: what the engine holds is bounded by the file, and files here are small.
-    case $target in qmp_codec) longest=4096 ;; *) longest=1500 ;; esac
+    # What is new goes to a directory of its own, the committed inputs stay as they are. QMP's are
+    # longest, and a file system takes some KiB. Each case is short: ten seconds are a hang. Memory:
+    # what the engine holds is bounded by the file, and files here are small.
+    case $target in qmp_codec | boot_set) longest=4096 ;; *) longest=1500 ;; esac
     "${cargo[@]}" fuzz run --fuzz-dir "$fuzz" "${sanitizer[@]}" "$target" "$work/$target" "$fuzz/corpus/$target" -- \
         -max_total_time="$seconds" -max_len=$longest -len_control=0 -timeout=10 -rss_limit_mb=1024 -malloc_limit_mb=256 -print_final_stats=1 \
         >"$work/$target.log" 2>&1 || found=1 status=1

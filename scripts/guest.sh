@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Fetches what a real guest is made of: the kernel and the static busybox of this distribution, from its own packages.
-# target/guest/ has then: vmlinuz, busybox, initramfs.gz (boots the ext4 file system on /dev/vda). Nothing is installed.
+# Fetches what a real guest is made of: the kernel and the static busybox of this distribution, from
+# its own packages. target/guest/ has then: vmlinuz, busybox, initramfs.gz (boots the ext4 file
+# system on /dev/vda). Nothing is installed.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 guest=$repo/target/guest
-# What the initramfs needs to find and mount the disk: as a PCI device (QEMU, cloud-hypervisor) or without a bus (Firecracker).
+# What the initramfs needs to find and mount the disk: as a PCI device (QEMU, cloud-hypervisor) or
+# without a bus (Firecracker).
 modules=(virtio_pci virtio_mmio virtio_blk crc32c_generic ext4)
 
 [[ $(uname -m) == x86_64 ]] || die 'guests are x86_64, as this machine is not'
@@ -14,7 +16,8 @@ for tool in apt-get apt-cache dpkg-deb; do
     have "$tool" || die "$tool is not here: the kernel and busybox come from packages of Debian or Ubuntu"
 done
 
-# kernel_packages: the packages of the newest kernel for virtual machines: the image, on Ubuntu also the modules.
+# kernel_packages: the packages of the newest kernel for virtual machines: the image, on Ubuntu also
+# the modules.
 kernel_packages() {
     local name
     for name in linux-image-cloud-amd64 linux-image-virtual linux-image-amd64; do
@@ -71,7 +74,8 @@ root=$work/root
 mkdir -p "$root"/{bin,dev,proc,sys,run,root,modules}
 install -m 755 "$busybox" "$root/bin/busybox"
 
-# add_module NAME: it and what it depends on, in the order of loading. What is built into the kernel has no file.
+# add_module NAME: it and what it depends on, in the order of loading. What is built into the kernel
+# has no file.
 : >"$root/modules/order"
 add_module() {
     local name=$1 file dependencies dependency target=$root/modules/$1.ko

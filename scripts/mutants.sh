@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Takes the steps that keep data safe out of the engine, one at a time, and runs the suite: a step that no test misses is a failure.
+# Takes the steps that keep data safe out of the engine, one at a time, and runs the suite: a step
+# that no test misses is a failure.
 set -euo pipefail
 # shellcheck source=scripts/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -8,7 +9,7 @@ usage() {
     cat <<'END'
 usage: scripts/mutants.sh [--list] [STEP...]
 
-For every step of src/mutants.rs (or the ones that are named): runs the engine's tests without that step. Some test must fail; its
+For every step of src/host/mutants.rs (or the ones that are named): runs the engine's tests without that step. Some test must fail; its
 name is printed. Ends with 1 if no test failed without a step, or if it is not known whether one would.
 
   --list      names the steps and what they are for
@@ -37,46 +38,45 @@ done
 cd "$repo"
 have cargo || die "cargo is not in PATH; see https://rustup.rs"
 
-# Rooms that know nothing of the disk cannot notice; leaving them out saves most of the time.
-readonly long='simulation'
-readonly rooms='(image|disk|stream|storage|range_lock|fuse|chain|simulation)::'
+# Crates that know nothing of the disk cannot notice; leaving them out saves most of the time.
+readonly long='package(cordisk-trials)'
+readonly short='package(cordisk-host) + package(cordisk-qcow2) + package(cordisk-engine) + package(cordisk-export)'
 export CORDISK_CRASH_STATES=${CORDISK_CRASH_STATES:-2000}
 export CORDISK_SEED=${CORDISK_SEED:-$((RANDOM * 32768 + RANDOM))}
 unset CORDISK_MUTANT
 
-cargo test --locked --quiet --lib --no-run
-binary=$(cargo test --locked --lib --no-run --message-format json 2>/dev/null |
-    sed -n 's/.*"executable":"\([^"]*\)".*"name":"cordisk".*/\1/p; s/.*"name":"cordisk".*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
-[[ -x $binary ]] || die "the test program was not found"
-
-mapfile -t known < <("$binary" --exact mutants::list --nocapture | sed -n 's/^.*mutant \([a-z0-9-]*\)\t\(.*\)$/\1\t\2/p')
+mapfile -t known < <(cargo test --locked --quiet --package cordisk-host --lib -- --exact mutants::list --nocapture |
+    sed -n 's/^.*mutant \([a-z0-9-]*\)\t\(.*\)$/\1\t\2/p')
 ((${#known[@]})) || die "the test program knows no steps"
 if [[ -n $list_only ]]; then
     printf '%s\n' "${known[@]}" | column -t -s $'\t'
     exit 0
 fi
 
-# verdicts WORD LOG: the tests that nextest gave this verdict, one a line. Statuses are FAIL, TIMEOUT, SIGABRT and other signals.
+# verdicts WORD LOG: the tests that nextest gave this verdict, one a line. Statuses are FAIL,
+# TIMEOUT, SIGABRT and other signals.
 verdicts() {
-    sed 's/\x1b\[[0-9;]*m//g' "$2" | sed -n "s/^ *\($1\) \[[^]]*\] *\(([^)]*) *\)\{0,1\}cordisk  *//p"
+    sed 's/\x1b\[[0-9;]*m//g' "$2" | sed -n "s/^ *\($1\) \[[^]]*\] *\(([^)]*) *\)\{0,1\}cordisk[a-z-]*  *//p"
 }
 
-# run STEP LOG: the suite without this step, up to the first failure. A test that was ended for its time is left out of the next round.
+# run STEP LOG: the suite without this step, up to the first failure. A test that was ended for its
+# time is left out of the next round.
 run() {
     local step=$1 log=$2
-    # Short tests first would be better still, but nextest has no order of its own; what is known to be long is left to the second part.
+    # Short tests first would be better still, but nextest has no order of its own; what is known to
+    # be long is left to the second part.
     local part slow status=0
     : >"$log"
-    for part in "test(/^$rooms/) - test(/^$long::/)" "test(/^$long::/)"; do
+    for part in "$short" "$long"; do
         while :; do
-            ${step:+env CORDISK_MUTANT="$step"} cargo nextest run --locked --lib --profile mutants --fail-fast --no-tests=pass \
+            ${step:+env CORDISK_MUTANT="$step"} cargo nextest run --locked --workspace --lib --profile mutants --fail-fast --no-tests=pass \
                 --status-level fail --final-status-level none -E "$part" >"$log.part" 2>&1 && status=0 || status=$?
             cat "$log.part" >>"$log"
             ((status)) || break
             [[ -z $(verdicts 'FAIL\|SIG[A-Z0-9]*' "$log.part") ]] || return "$status"
             slow=$(verdicts TIMEOUT "$log.part" | sort -u)
             [[ -n $slow ]] || return "$status"
-            while read -r test; do part+=" - test(=$test)"; done <<<"$slow"
+            while read -r test; do part="($part) - test(=$test)"; done <<<"$slow"
         done
     done
     [[ -z $(verdicts TIMEOUT "$log") ]]

@@ -33,7 +33,7 @@ have dpkg-deb || die "dpkg-deb is missing: a Debian package is built on Debian o
 
 # ---- what goes into it ---------------------------------------------------------------------------
 
-cargo build --locked --release
+cargo build --locked --release --package cordisk # alone: with the crates for tests it would get their features
 program=$repo/target/release/cordisk
 staged=$repo/target/package
 rm -rf "$staged"
@@ -49,7 +49,7 @@ for name in README.md CHANGELOG.md LICENSE-MIT LICENSE-APACHE; do
     if [[ -e $name ]]; then cp "$name" "$staged/doc/"; fi
 done
 cp docs/* "$staged/documents/" # where the links of README.md lead
-cp contrib/systemd/example.conf "$staged/examples/"
+cp contrib/systemd/example.conf contrib/sources.toml "$staged/examples/"
 # The Grafana dashboard, wherever below contrib it is.
 find contrib -name '*.json' -exec cp {} "$staged/examples/" \;
 
@@ -82,9 +82,10 @@ cleanup() {
 }
 trap cleanup EXIT
 
-for file in usr/bin/cordisk usr/share/man/man1/cordisk.1.gz usr/share/man/man1/cordisk-mount.1.gz usr/share/man/man8/mount.fuse.cordisk.8.gz \
+for file in usr/bin/cordisk usr/libexec/cordisk/cordisk-fetcher usr/share/man/man1/cordisk.1.gz usr/share/man/man1/cordisk-mount.1.gz usr/share/man/man8/mount.fuse.cordisk.8.gz \
     usr/share/bash-completion/completions/cordisk usr/share/zsh/vendor-completions/_cordisk usr/share/fish/vendor_completions.d/cordisk.fish \
-    usr/lib/systemd/system/cordisk@.service etc/cordisk/example.conf usr/share/doc/cordisk/copyright usr/share/doc/cordisk/examples/example.conf; do
+    usr/lib/systemd/system/cordisk@.service etc/cordisk/example.conf etc/cordisk/sources.toml \
+    usr/share/doc/cordisk/copyright usr/share/doc/cordisk/examples/example.conf usr/share/doc/cordisk/examples/sources.toml; do
     grep -q " \./$file\$" <<<"$contents" || die "the package has no $file"
 done
 for name in mount.fuse.cordisk mount.cordisk; do
@@ -101,6 +102,8 @@ if have man; then
         [[ -z $said ]] || die "$page: $said"
     done
 fi
+[[ $("$root/x/usr/libexec/cordisk/cordisk-fetcher" --version) == cordisk-fetcher\ * ]] || die "the fetcher does not run"
+if grep -vE '^(#|$)' contrib/sources.toml; then die "contrib/sources.toml changes something: all of it has to be a comment"; fi
 bash -n "$root/x/usr/share/bash-completion/completions/cordisk"
 if have systemd-analyze; then
     # With the program where it is now.
@@ -125,6 +128,9 @@ touch "$root/vm.raw"
 mount -t fuse.cordisk -o stream,speed=50M "$root/vm.qcow2" "$root/vm.raw"
 cmp "$root/vm.raw" "$root/base.raw" || die 'the disk is not what its base is'
 umount "$root/vm.raw"
+# The fetcher is found, and its configuration is one: a server that is not there is the only error.
+said=$(/usr/bin/cordisk create "$root/far.qcow2" -b nbd+unix:///?socket=/nonexistent -F raw --source-timeout 1 --cache "$root/cache" 2>&1 || true)
+[[ $said == *nbd+unix* && $said != *'not installed'* && $said != *sources.toml* ]] || die "a remote base: $said"
 dpkg -r cordisk >/dev/null
 [[ ! -e /usr/bin/cordisk && ! -e /usr/sbin/mount.fuse.cordisk && -e /etc/cordisk/example.conf ]] || die 'removal has left something, or has taken the configuration'
 dpkg --purge cordisk >/dev/null

