@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::Errno;
+use rustix::process::{Pid, Signal};
 use serde_json::json;
 
 use crate::support::{
@@ -245,15 +246,24 @@ fn large_requests_side_by_side() {
     assert_same("in the image", &qemu::read_all(&rig.overlay), &want);
 }
 
-/// Returns the anonymous and the shared memory of a process in bytes. The requests lie in shared
-/// memory.
-fn own_memory(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("status");
-    let of = |name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name)).expect(name);
-        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * KIB
-    };
-    of("RssAnon:") + of("RssShmem:")
+/// Returns the memory in bytes in which the requests and replies of a serving process lie.
+fn queue_memory(pid: u32) -> u64 {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("smaps");
+    let mut lines = smaps.lines();
+    let mut bytes = 0;
+    while lines.any(|line| line.contains("/memfd:cordisk-requests")) {
+        let resident = lines.find_map(|line| line.strip_prefix("Rss:")).expect("Rss");
+        let kib = resident.trim().trim_end_matches(" kB").parse::<u64>().expect("a number");
+        bytes += kib * KIB;
+    }
+    bytes
+}
+
+/// Whether a thread of this process sleeps in pwrite64(2).
+fn sleeps_in_a_write(thread: Pid) -> bool {
+    let pwrite64 = if cfg!(target_arch = "x86_64") { "18 " } else { "68 " };
+    fs::read_to_string(format!("/proc/self/task/{thread}/syscall"))
+        .is_ok_and(|call| call.starts_with(pwrite64))
 }
 
 /// Protects: an idle disk returns the memory that large requests used, and later requests lose no
@@ -278,42 +288,58 @@ fn an_idle_disk_gives_the_memory_of_its_queues_back() {
         .open(disk.path())
         .expect("open");
     let mut want = rig.content.clone();
+    // The kernel has a queue for each possible CPU.
+    let cpus = fs::read_to_string("/sys/devices/system/cpu/possible").expect("possible CPUs");
+    let last = cpus.trim().rsplit(['-', ',']).next().expect("a number");
+    let at_rest = 3 * MIB * (last.parse::<u64>().expect("a number") + 1);
     for round in 0..2u32 {
-        wait_until("the memory of what came before", || own_memory(pid) < 16 * MIB);
-        let before = own_memory(pid);
-        // In parallel, until many of the requests have been in flight at the same time.
+        wait_until("the memory of what came before", || queue_memory(pid) <= at_rest);
+        let before = queue_memory(pid);
+        // The server is stopped until the kernel has all the writes, so that they are in flight at
+        // the same time.
         let reached = poll(Duration::from_secs(60), || {
+            for (number, part) in want.chunks_mut(MIB as usize).enumerate() {
+                let start = number as u64 * MIB;
+                part.copy_from_slice(&Pattern::new(number as u32, round + 5).bytes(start, MIB));
+            }
+            let (sender, writers) = crossbeam_channel::unbounded();
+            disk.signal_server(Signal::STOP);
             std::thread::scope(|scope| {
-                for (number, part) in want.chunks_mut(MIB as usize).enumerate() {
-                    let (file, start) = (&file, number as u64 * MIB);
+                for (number, part) in want.chunks(MIB as usize).enumerate() {
+                    let (file, start, sender) = (&file, number as u64 * MIB, &sender);
                     scope.spawn(move || {
-                        part.copy_from_slice(
-                            &Pattern::new(number as u32, round + 5).bytes(start, MIB),
-                        );
-                        assert_eq!(
-                            direct(part, |aligned| file.write_at(aligned, start).expect("write")).1,
-                            part.len()
-                        );
-                        let (got, len) = direct(&vec![0; part.len()], |aligned| {
-                            file.read_at(aligned, start).expect("read")
-                        });
-                        assert_eq!(len, part.len());
-                        assert_same("what was just written", &got, part);
+                        sender.send(rustix::thread::gettid()).expect("send");
+                        let written =
+                            direct(part, |aligned| file.write_at(aligned, start).expect("write"));
+                        assert_eq!(written.1, part.len());
                     });
                 }
+                let writers: Vec<_> = writers.iter().take(threads as usize).collect();
+                let all_wait = poll(Duration::from_secs(20), || {
+                    writers.iter().all(|thread| sleeps_in_a_write(*thread)).then_some(())
+                });
+                disk.signal_server(Signal::CONT);
+                assert!(all_wait.is_some(), "not all writes reached the kernel");
             });
-            (own_memory(pid) >= before + 6 * MIB).then_some(())
+            (queue_memory(pid) >= before + 16 * MIB).then_some(())
         });
         assert!(
             reached.is_some(),
-            "{} bytes of memory for {threads} requests of 1 MiB at a time",
-            own_memory(pid)
+            "{} bytes of memory, {before} before, for {threads} requests of 1 MiB at a time",
+            queue_memory(pid)
         );
+        for (number, part) in want.chunks(MIB as usize).enumerate() {
+            let (got, len) = direct(&vec![0; part.len()], |aligned| {
+                file.read_at(aligned, number as u64 * MIB).expect("read")
+            });
+            assert_eq!(len, part.len());
+            assert_same("what was just written", &got, part);
+        }
         // A small request arrives at an entry that still has memory, and does not change the memory
         // of other entries.
         let (got, _) = direct(&[0; 4096], |aligned| file.read_at(aligned, 0).expect("read"));
         assert_same("a page", &got, &want[..4096]);
-        wait_until("the memory is given back", || own_memory(pid) <= before + MIB);
+        wait_until("the memory is given back", || queue_memory(pid) <= before + MIB);
     }
     drop(file);
     assert_same("after it was given back", &disk.read_all(), &want);
