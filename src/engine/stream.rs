@@ -28,16 +28,18 @@
 //! **Touches:** `disk`, `job`, the clock. **Never:** sockets, the image directly. **Locks:** those
 //! of [`Streams`], before those of the jobs.
 //! **Invariants:** the chunks of the walk are copied in guest order, in steps of [`STREAM_CHUNK`];
+//! of a long range without work only the first chunk is looked at on its own;
 //! the chain is cut only after every byte was processed, and only if no chunk was skipped because
 //! of an error (R12, QEMU `stream_prepare`). A job that ends does not wait for its reader threads:
 //! one of them may hang in a read that never returns.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::disk::{Disk, Populated, ToDo};
 use crate::job::{Control, ErrorAction, Failure, Next, OnError, Outcome, Work};
-use ahead::ReadAhead;
+use ahead::{READ_AHEAD, ReadAhead};
 use backoff::Backoff;
 use course::Course;
 use forecast::Forecaster;
@@ -229,10 +231,19 @@ fn copy_up(
             control.rest(Duration::ZERO) == Next::Continue
         };
         let Some(bytes) = ahead.take(offset, go_on) else { return Outcome::Cancelled };
-        let end = len.min(offset + STREAM_CHUNK);
+        let mut end = len.min(offset + STREAM_CHUNK);
         match disk.populate_read(offset..end, depth, bytes) {
             Ok(Populated { copied, zeroed, .. }) => {
-                control.advance(end - offset, Work { copied, zeroed, failed: 0 })
+                control.advance(end - offset, Work { copied, zeroed, failed: 0 });
+                // With remote layers, this lookup could wait for a server.
+                if copied == 0 && zeroed == 0 && scout.is_none() {
+                    let idle = idle_chunks(disk, end..len, depth);
+                    control.advance(idle, Work::default());
+                    end += idle;
+                    if idle > 0 {
+                        ahead.start_again(end);
+                    }
+                }
             }
             Err(error) => {
                 log::warn!("stream: bytes {offset}..{end}: {error}");
@@ -280,6 +291,23 @@ fn passed_already(disk: &Disk, control: &Control, depth: usize, len: u64) -> u64
         offset += bytes;
     }
     offset
+}
+
+/// Returns the length of the leading chunks of a range in which the stream has nothing to do, in
+/// bytes: whole chunks, and not the last one. 0 unless these are more than what is read ahead,
+/// which would otherwise be read in vain.
+///
+/// A disk of 8 TiB that is a single hole has 16 million chunks.
+fn idle_chunks(disk: &Disk, range: Range<u64>, depth: usize) -> u64 {
+    let most = (range.end - range.start).saturating_sub(STREAM_CHUNK);
+    if most <= READ_AHEAD {
+        return 0;
+    }
+    // An error ends the search; the stream meets it again and reports it.
+    match disk.to_do(range.start, most, depth) {
+        Ok((ToDo::Nothing, bytes)) if bytes > READ_AHEAD => bytes - bytes % STREAM_CHUNK,
+        _ => 0,
+    }
 }
 
 /// Hears of the guest's reads until it is dropped.

@@ -56,10 +56,10 @@ const MAX_L1_BYTES: u64 = 256 << 20;
 pub enum Content {
     /// Data that must be read.
     Data,
-    /// Zeros, known without reading.
+    /// Zeros, known without reading, that hide what the layers below those asked hold.
     Zero,
-    /// None of the layers asked holds the range. The next layer decides; without one the range
-    /// reads as zeros.
+    /// The range reads the same when the layers asked are gone: none of them holds it, and the next
+    /// layer decides; or they are all layers, and it reads as zeros.
     Unallocated,
 }
 
@@ -356,11 +356,11 @@ impl Chain {
 
     /// What the first `depth` layers hold at `offset`, and for how many bytes, at most `max` (> 0).
     ///
-    /// Beyond the end of a layer there are two answers. If another layer lies below it, within
-    /// `depth` or not, the answer is [`Content::Zero`]: the guest sees zeros there, and an overlay
-    /// that left them unallocated would show the lower layer once a stream has removed the shorter
-    /// one. Beyond the end of the last layer of the chain the answer is [`Content::Unallocated`]:
-    /// no lower layer can become visible.
+    /// Where these are all layers, zeros and ranges that no layer holds are one answer,
+    /// [`Content::Unallocated`]: no lower layer can become visible. The same holds beyond the end
+    /// of the last layer of the chain. Beyond the end of another layer the answer is
+    /// [`Content::Zero`]: the guest sees zeros there, and an overlay that left them unallocated
+    /// would show the lower layer once a stream has removed the shorter one.
     ///
     /// # Errors
     /// I/O errors, corruption; EIO if a layer that was asked has changed since it was opened.
@@ -396,8 +396,13 @@ impl Chain {
                 layer.content(offset, len)
             })?;
         let content = match decision {
+            Decision::By(_, Content::Zero) if depth >= self.layers.len() => Content::Unallocated,
             Decision::By(_, content) => content,
-            Decision::PastEnd(index) if index + 1 < self.layers.len() => Content::Zero,
+            Decision::PastEnd(index)
+                if index + 1 < self.layers.len() && depth < self.layers.len() =>
+            {
+                Content::Zero
+            }
             Decision::PastEnd(_) | Decision::Nobody => Content::Unallocated,
         };
         Ok((content, len))

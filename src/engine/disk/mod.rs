@@ -282,9 +282,9 @@ impl Disk {
     }
 
     /// The order in which the guest has first read what was below the overlay, or what a stream has
-    /// brought.
-    pub fn first_touches(&self) -> TouchRecord {
-        self.touches.record()
+    /// brought: without the first `skip` runs, and at most `most`.
+    pub fn first_touches(&self, skip: usize, most: usize) -> TouchRecord {
+        self.touches.record(skip, most)
     }
 
     /// Begins to collect what the guest reads below, for [`Disk::news_of_reads`]. The channel is

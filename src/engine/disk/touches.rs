@@ -43,11 +43,13 @@ pub struct FirstTouch {
     pub at_ms: u32,
 }
 
-/// The first touches of a disk since it was opened.
+/// The first touches of a disk since it was opened, or a part of them.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct TouchRecord {
     /// In the order in which they happened.
     pub touches: Vec<FirstTouch>,
+    /// How many there are behind these.
+    pub further: usize,
     /// Whether none is missing before the last one: no other process has served the guest before.
     pub is_whole: bool,
     /// Whether there were more than [`MOST_TOUCHES`], which are missing at the end.
@@ -172,11 +174,15 @@ impl Touches {
         Brought { bytes, used, overwritten }
     }
 
-    /// The first touches so far.
-    pub fn record(&self) -> TouchRecord {
+    /// The first touches so far without the first `skip` of them, and at most `most`. Misses wait
+    /// while they are copied.
+    pub fn record(&self, skip: usize, most: usize) -> TouchRecord {
         let record = self.record.lock();
         let Record { is_taken_over, is_cut, .. } = *record;
-        TouchRecord { touches: record.touches.clone(), is_whole: !is_taken_over, is_cut }
+        let rest = record.touches.get(skip..).unwrap_or_default();
+        let (touches, further) = rest.split_at(rest.len().min(most));
+        let further = further.len();
+        TouchRecord { touches: touches.to_vec(), further, is_whole: !is_taken_over, is_cut }
     }
 
     /// Begins to collect what the guest reads, for [`Touches::news`]. The channel is readable when
@@ -265,12 +271,12 @@ mod tests {
         touches.missed(&(3 * BLOCK..4 * BLOCK));
         touches.hit(&(20 * BLOCK..21 * BLOCK));
         touches.missed(&(9 * BLOCK..13 * BLOCK));
-        let record = touches.record();
+        let record = touches.record(0, usize::MAX);
         assert_eq!(ranges(&record), [10..12, 3..4, 9..10, 12..13]);
         assert!(record.is_whole);
         assert_eq!(touches.outcome(), Brought::default());
         touches.taken_over();
-        assert!(!touches.record().is_whole);
+        assert!(!touches.record(0, usize::MAX).is_whole);
     }
 
     #[test]
@@ -285,7 +291,7 @@ mod tests {
         touches.hit(&(2 * BLOCK..5 * BLOCK));
         let outcome = Brought { bytes: 7 * BLOCK, used: 3 * BLOCK, overwritten: BLOCK };
         assert_eq!(touches.outcome(), outcome);
-        assert_eq!(ranges(&touches.record()), [0..1, 6..7, 2..5]);
+        assert_eq!(ranges(&touches.record(0, usize::MAX)), [0..1, 6..7, 2..5]);
     }
 
     #[test]
@@ -318,8 +324,11 @@ mod tests {
         for run in 0..MOST_TOUCHES as u64 + 5 {
             touches.missed(&(2 * run * BLOCK..2 * run * BLOCK + 1));
         }
-        let record = touches.record();
+        let record = touches.record(0, usize::MAX);
         assert_eq!((record.touches.len(), record.is_cut), (MOST_TOUCHES, true));
+        let part = touches.record(MOST_TOUCHES - 3, 2);
+        assert_eq!(part.touches, record.touches[MOST_TOUCHES - 3..MOST_TOUCHES - 1]);
+        assert_eq!((part.further, touches.record(MOST_TOUCHES + 1, 1).touches.len()), (1, 0));
         assert!(record.is_whole);
     }
 }

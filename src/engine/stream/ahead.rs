@@ -21,6 +21,8 @@ const READERS: usize = 3;
 /// Number of chunks after the current one that may be read ahead. This bounds the reads in vain of
 /// a job that is paused or limited.
 const CHUNKS_AHEAD: usize = 4;
+/// The most that is read ahead, in bytes.
+pub(super) const READ_AHEAD: u64 = (CHUNKS_AHEAD as u64 + 1) * STREAM_CHUNK;
 
 /// The nice value of the reader threads of a stream of low priority. Only the readers have it,
 /// because they hold no range guard or lock that a guest waits for. The job's thread copies up and
