@@ -16,22 +16,16 @@ pub(super) fn x_query_order(call: &mut Call<'_>) -> Result<Value, QmpError> {
     let first = in_range(call, "first", Some(0), 0..=i64::MAX as u64)?;
     let base = (call.target.order_base)()
         .ok_or_else(|| QmpError::generic("The disk has no backing file, or it cannot be read"))?;
-    let record = call.target.disk.first_touches();
-    let from = usize::try_from(first).unwrap_or(usize::MAX).min(record.touches.len());
-    let touches: Vec<_> = record.touches[from..]
+    let record = call.target.disk.first_touches(usize::try_from(first).unwrap_or(usize::MAX), PAGE);
+    let touches: Vec<_> = record
+        .touches
         .iter()
-        .take(PAGE)
         .map(|touch| FirstTouchFacts {
             offset: touch.offset,
             length: touch.len,
             milliseconds: touch.at_ms.into(),
         })
         .collect();
-    let to = from + touches.len();
-    Ok(json::value(&OrderPage {
-        base,
-        complete: record.is_whole && !record.is_cut,
-        touches,
-        next: (to < record.touches.len()).then_some(to as u64),
-    }))
+    let next = (record.further > 0).then_some(first.saturating_add(touches.len() as u64));
+    Ok(json::value(&OrderPage { base, complete: record.is_whole && !record.is_cut, touches, next }))
 }

@@ -69,6 +69,8 @@ pub struct SourceConfig {
     pub digest: Option<String>,
     /// The prefixes below which an image may name files.
     pub allowed: Vec<SourceUrl>,
+    /// Orders may be written beside those files (`--learn`).
+    pub writes_orders: bool,
 }
 
 impl SourceConfig {
@@ -115,6 +117,9 @@ impl FetcherPlan {
         }
         if let Some(size) = config.cache_size {
             add("cache-size", OsStr::new(&size.to_string()));
+        }
+        if config.writes_orders {
+            arguments.push("--write-orders".into());
         }
         Ok(FetcherPlan { program: program()?, arguments })
     }

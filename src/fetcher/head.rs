@@ -113,6 +113,24 @@ impl Head {
         }
     }
 
+    /// Refuses this answer to PUT unless the server has the file now.
+    pub(crate) fn written(&self) -> Result<(), SourceError> {
+        match self.status.as_u16() {
+            200 | 201 | 204 => Ok(()),
+            404 | 405 | 409 | 501 => {
+                Err(never(&format!("the server takes no file there: {}", self.status_text())))
+            }
+            403 => Err(SourceError::new(
+                Retry::Credentials,
+                format!("the credentials of the source may not write: {}", self.status_text()),
+            )),
+            status @ (200..=299 | 304) => {
+                Err(never(&format!("the answer {status} does not say that the file was written")))
+            }
+            _ => Err(self.refusal()),
+        }
+    }
+
     /// Whether this answer leads to another URL.
     pub(crate) fn is_redirect(&self) -> bool {
         matches!(self.status.as_u16(), 301 | 302 | 303 | 307 | 308)

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use parking_lot::{Condvar, Mutex};
 
-use host::{Error, ErrorKind};
+use host::{Error, ErrorKind, Result};
+use remote::url::SourceUrl;
 use remote::wire::SourceFacts;
 
 use crate::source::{RemoteSource, Retry, SourceError};
@@ -309,6 +310,29 @@ fn jittered(failures: u32) -> Duration {
 
 fn seconds_since_1970() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Asks a server until it answers, until `deadline`, or until asking again makes no sense.
+pub(crate) fn retried<T>(
+    url: &SourceUrl,
+    source: &dyn RemoteSource,
+    deadline: Option<Instant>,
+    ask: impl Fn() -> std::result::Result<T, SourceError>,
+) -> Result<T> {
+    let health = match deadline {
+        Some(_) => Health::untold(url.to_string()),
+        None => Health::new(url.to_string()),
+    };
+    let mut tries = Tries::default();
+    loop {
+        match ask() {
+            Ok(answer) => return Ok(answer),
+            Err(error) => match health.failed(source, &error, &mut tries, deadline) {
+                AfterFailure::Again(until) => health.rest(until),
+                AfterFailure::Fail(error) => return Err(error),
+            },
+        }
+    }
 }
 
 #[cfg(test)]

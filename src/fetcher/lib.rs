@@ -1,6 +1,6 @@
 //! The process that reads from servers. It has the network and the credentials, and opens no image:
 //! it brings ranges of remote files into files of the cache, which the serving processes of disks
-//! read.
+//! read. If it may, it writes orders beside those files (`mount --learn`), and nothing else.
 //!
 //! A request arrives in [`serve`], becomes ranges in a download (`download.rs`), is claimed in the
 //! cache so that one fetcher of the host fetches it, is read from a [`source`], and is written into
@@ -13,6 +13,7 @@
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 mod ahead;
+mod beside;
 pub mod config;
 pub mod confine;
 mod connector;
@@ -25,6 +26,7 @@ mod health;
 mod nbd_source;
 mod network;
 mod object;
+mod permissions;
 mod redact;
 pub mod serve;
 mod slots;
@@ -41,6 +43,7 @@ use config::SourcesConfig;
 use source::{RemoteSource, SourceError};
 
 pub use network::Network;
+pub use permissions::Permissions;
 
 /// Makes each panic one line on standard error, without what may be a secret, and the end of this
 /// process. A thread that is missing would leave requests without an answer.

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+use fetcher::Permissions;
 use fetcher::config::SourcesConfig;
 use fetcher::confine;
 use fetcher::serve::{CacheChoice, LineLog};
@@ -30,6 +31,9 @@ struct FetcherArgs {
     /// Open files below this prefix only; may be given several times
     #[arg(long, value_name = "PREFIX")]
     allow: Vec<String>,
+    /// Write orders beside the files that may be opened
+    #[arg(long)]
+    write_orders: bool,
     /// Keep what is fetched in files without a name in this directory, and only until it is in the
     /// image
     #[arg(long, value_name = "DIR", conflicts_with = "cache")]
@@ -54,16 +58,19 @@ fn run(args: FetcherArgs) -> host::Result<()> {
     let log = LineLog::start();
     let opened = open(&args);
     match opened {
-        Ok((config, cache, allowed)) => fetcher::serve::serve(socket, config, cache, allowed, log),
+        Ok((config, cache, permissions)) => {
+            fetcher::serve::serve(socket, config, cache, permissions, log)
+        }
         // The process that asks gets the reason with its first request.
         Err(error) => fetcher::serve::refuse_all(&socket, &error, &log),
     }
 }
 
 /// Reads the configuration, opens the cache and confines the process.
-fn open(args: &FetcherArgs) -> host::Result<(SourcesConfig, CacheChoice, Vec<SourceUrl>)> {
-    let allowed = args.allow.iter().map(|prefix| SourceUrl::parse_prefix(prefix));
-    let allowed = allowed.collect::<host::Result<_>>()?;
+fn open(args: &FetcherArgs) -> host::Result<(SourcesConfig, CacheChoice, Permissions)> {
+    let prefixes = args.allow.iter().map(|prefix| SourceUrl::parse_prefix(prefix));
+    let prefixes = prefixes.collect::<host::Result<_>>()?;
+    let permissions = Permissions { prefixes, writes_orders: args.write_orders };
     let config = match &args.sources {
         Some(file) => SourcesConfig::load(file)?,
         None => SourcesConfig::load_default()?,
@@ -80,5 +87,5 @@ fn open(args: &FetcherArgs) -> host::Result<(SourcesConfig, CacheChoice, Vec<Sou
         .runtime()
         .map_err(|error| host::Error::new(host::ErrorKind::Io, error.to_string()))?;
     confine::enter(&config, cache.path())?;
-    Ok((config, cache, allowed))
+    Ok((config, cache, permissions))
 }

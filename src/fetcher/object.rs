@@ -4,8 +4,9 @@
 //! the server answered is read from the [`Record`] of the request, because object_store compares no
 //! entity tag with the one that was asked for.
 //!
-//! **Touches:** the network by [`Connector`]; files of credentials. **Never:** lists or writes;
-//! follows a redirect. **Locks:** `store` is a leaf lock, held for a copy.
+//! **Touches:** the network by [`Connector`]; files of credentials. **Never:** lists; writes
+//! another object than the one that it was opened for; follows a redirect.
+//! **Locks:** `store` is a leaf lock, held for a copy.
 
 use std::fmt;
 use std::ops::Range;
@@ -19,7 +20,10 @@ use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::client::HttpError;
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::path::Path as ObjectPath;
-use object_store::{BackoffConfig, ClientOptions, GetOptions, GetRange, ObjectStore, RetryConfig};
+use object_store::{
+    BackoffConfig, ClientOptions, GetOptions, GetRange, ObjectStore, PutMode, PutOptions,
+    RetryConfig,
+};
 use parking_lot::Mutex;
 use remote::pin::{Pin, Validator};
 use remote::url::{Scheme, SourceUrl};
@@ -109,6 +113,20 @@ impl ObjectSource {
         }
     }
 
+    /// Writes the object.
+    async fn put(&self, bytes: Bytes) -> Result<Head, SourceError> {
+        let record = Record::default();
+        let mut options = PutOptions::from(PutMode::Overwrite);
+        options.extensions.insert(record.clone());
+        let store = self.store.lock().clone();
+        let result = store.put_opts(&self.path, bytes.into(), options).await;
+        match (record.take(), result) {
+            (Some(head), _) => head,
+            (None, Ok(_)) => Err(SourceError::new(Retry::Never, "no request was made")),
+            (None, Err(error)) => Err(self.no_credentials(&error)),
+        }
+    }
+
     /// The error for a request that was not made: a service that gives credentials has failed.
     fn no_credentials(&self, error: &object_store::Error) -> SourceError {
         let retry = match self.has_reached_server.load(Ordering::Relaxed) {
@@ -146,6 +164,11 @@ impl RemoteSource for ObjectSource {
             pour(pieces?, len, stall_timeout, sink, |error| broken(&error)).await
         };
         self.config.network().runtime()?.block_on(read).map_err(|error| error.of(&self.url))
+    }
+
+    fn write(&self, bytes: Bytes) -> Result<(), SourceError> {
+        let write = async { self.put(bytes).await?.written() };
+        self.config.network().runtime()?.block_on(write).map_err(|error| error.of(&self.url))
     }
 
     fn refresh(&self) -> Result<(), SourceError> {

@@ -11,6 +11,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use parking_lot::Mutex;
 use rustix::io::Errno;
 
+use host::storage::{MemoryFile, SharedBytes as _};
 use host::{Error, ErrorKind, Result, packet};
 use remote::cache::{CacheDirectory, CacheObject};
 use remote::pin::{Pin, Validator, cache_key};
@@ -18,10 +19,12 @@ use remote::sums::ChunkList;
 use remote::url::SourceUrl;
 use remote::wire::{FetchFailure, FetchReply, FetchRequest, LONGEST};
 
+use crate::beside;
 use crate::config::SourcesConfig;
 use crate::download::{Download, DownloadParts};
-use crate::health::{AfterFailure, Health, Tries};
-use crate::source::{RemoteSource, Retry, SourceError};
+use crate::health::retried;
+use crate::permissions::Permissions;
+use crate::source::{RemoteSource, Retry};
 use crate::space::{SpaceMaker, full, report};
 
 /// How often new bytes of the cache are made durable. A process that is killed loses at most what
@@ -85,9 +88,7 @@ pub struct Fetcher {
     config: SourcesConfig,
     cache: Arc<CacheChoice>,
     space: Arc<SpaceMaker>,
-    /// The prefixes below which files may be opened. The serving process checks them as well; this
-    /// list holds also if that process was taken over.
-    allowed: Vec<SourceUrl>,
+    permissions: Permissions,
     answers: Sender<Answer>,
     replies: Sender<FetchReply>,
     files: Mutex<BTreeMap<u32, Slot>>,
@@ -114,8 +115,8 @@ pub fn line_of(input: BorrowedFd<'_>) -> Result<OwnedFd> {
 /// The socket fails.
 pub fn refuse_all(socket: &OwnedFd, error: &Error, log: &LineLog) -> Result<()> {
     log.send(socket);
-    while let Some(request) = next_request(socket)? {
-        if let FetchRequest::Open { id, .. } | FetchRequest::Want { id, .. } = request {
+    while let Some((request, _)) = next_request(socket)? {
+        if let Some(id) = request.id() {
             let failure = FetchFailure { kind: error.kind(), text: error.to_string() };
             packet::send(socket, &FetchReply::Failed { id, failure }, LONGEST, &[])?;
         }
@@ -131,7 +132,7 @@ pub fn serve(
     socket: OwnedFd,
     config: SourcesConfig,
     cache: CacheChoice,
-    allowed: Vec<SourceUrl>,
+    permissions: Permissions,
     log: LineLog,
 ) -> Result<()> {
     // Before the reply to the first request: the process that asks may read nothing after it.
@@ -148,7 +149,7 @@ pub fn serve(
     let cache = Arc::new(cache);
     let space = SpaceMaker::new(&cache);
     let files = Mutex::new(BTreeMap::new());
-    let fetcher = Arc::new(Fetcher { config, cache, space, allowed, answers, replies, files });
+    let fetcher = Arc::new(Fetcher { config, cache, space, permissions, answers, replies, files });
     let committer = Arc::clone(&fetcher);
     spawn("fetch-commit", move || {
         loop {
@@ -161,19 +162,19 @@ pub fn serve(
             }
         }
     })?;
-    while let Some(request) = next_request(&socket)? {
-        fetcher.take(request);
+    while let Some((request, memory)) = next_request(&socket)? {
+        fetcher.take(request, memory);
     }
     fetcher.commit();
     Ok(())
 }
 
-/// Receives the next request; `None` if the other end is closed, also with replies that it has not
-/// read.
-fn next_request(socket: &OwnedFd) -> Result<Option<FetchRequest>> {
+/// Receives the next request, and the memory that it carries; `None` if the other end is closed,
+/// also with replies that it has not read.
+fn next_request(socket: &OwnedFd) -> Result<Option<(FetchRequest, Option<OwnedFd>)>> {
     match packet::receive::<FetchRequest>(socket.as_fd(), LONGEST) {
         Err(error) if error.errno() == Some(Errno::CONNRESET.raw_os_error()) => Ok(None),
-        received => Ok(received?.map(|(request, _)| request)),
+        received => Ok(received?.map(|(request, memory)| (request, memory.into_iter().next()))),
     }
 }
 
@@ -193,7 +194,7 @@ impl LineLog {
     /// Sends what was logged so far, as far as the socket has space.
     fn send(&self, socket: &OwnedFd) {
         for record in self.0.try_iter() {
-            if matches!(packet::try_send(socket, &record, LONGEST), Ok(false)) {
+            if matches!(packet::try_send(socket, &record, LONGEST, &[]), Ok(false)) {
                 return;
             }
         }
@@ -264,7 +265,11 @@ fn shorter(reply: FetchReply, error: &Error) -> FetchReply {
             FetchReply::Failed { id, failure: FetchFailure { kind, text: shorten(text) } }
         }
         FetchReply::Log(level, text) => FetchReply::Log(level, shorten(text)),
-        FetchReply::Opened { id, .. } | FetchReply::Have { id } | FetchReply::Facts { id, .. } => {
+        FetchReply::Opened { id, .. }
+        | FetchReply::Have { id }
+        | FetchReply::Facts { id, .. }
+        | FetchReply::Content { id, .. }
+        | FetchReply::Written { id } => {
             let failure = FetchFailure { kind: ErrorKind::Io, text: error.to_string() };
             FetchReply::Failed { id, failure }
         }
@@ -296,8 +301,8 @@ impl Fetcher {
         Ok(())
     }
 
-    /// Takes a request; never waits for a server.
-    fn take(self: &Arc<Self>, request: FetchRequest) {
+    /// Takes a request, and the memory that it carries; never waits for a server.
+    fn take(self: &Arc<Self>, request: FetchRequest, memory: Option<OwnedFd>) {
         let file = match &request {
             FetchRequest::Open { file, .. } => {
                 self.files.lock().insert(*file, Slot::Opening(Vec::new()));
@@ -306,6 +311,10 @@ impl Fetcher {
             }
             FetchRequest::Facts { id } => {
                 self.facts(*id);
+                return;
+            }
+            FetchRequest::ReadBeside { .. } | FetchRequest::WriteOrder { .. } => {
+                self.read_or_write(request, memory);
                 return;
             }
             FetchRequest::Want { file, .. }
@@ -360,6 +369,68 @@ impl Fetcher {
             .collect();
         let files = open.iter().map(|(number, download)| (*number, download.facts())).collect();
         let _ = self.replies.send(FetchReply::Facts { id, files });
+    }
+
+    /// Reads or writes a small file on a thread of its own, because a server may take its time.
+    fn read_or_write(self: &Arc<Self>, request: FetchRequest, memory: Option<OwnedFd>) {
+        let Some(id) = request.id() else { return };
+        let this = Arc::clone(self);
+        let started = spawn("fetch-beside", move || {
+            let answer = match request {
+                FetchRequest::ReadBeside { url, longest, patience, .. } => {
+                    this.read_beside(id, &url, longest, patience.map(Duration::from_millis))
+                }
+                FetchRequest::WriteOrder { url, len, patience, .. } => {
+                    this.write_order(id, &url, memory, len, Duration::from_millis(patience))
+                }
+                _ => return,
+            };
+            this.answer(id, answer);
+        });
+        if let Err(error) = started {
+            self.answer(id, Err(error));
+        }
+    }
+
+    fn answer(&self, id: u64, answer: Result<Answer>) {
+        let answer = answer.unwrap_or_else(|error| {
+            let failure = FetchFailure { kind: error.kind(), text: error.to_string() };
+            (FetchReply::Failed { id, failure }, Vec::new())
+        });
+        let _ = self.answers.send(answer);
+    }
+
+    fn read_beside(
+        &self,
+        id: u64,
+        url: &str,
+        longest: u64,
+        patience: Option<Duration>,
+    ) -> Result<Answer> {
+        let url = SourceUrl::parse(url)?;
+        self.permissions.check_beside(&url)?;
+        let source = self.source(&url)?;
+        let bytes = beside::read_whole(&url, &*source, longest, soon(patience))?;
+        let memory = MemoryFile::new(bytes.len() as u64)?;
+        memory.write_at(0, &bytes).map_err(|error| Error::io(url.to_string(), error))?;
+        let memory = memory.as_fd().try_clone_to_owned();
+        let memory = memory.map_err(|error| Error::io(url.to_string(), error))?;
+        Ok((FetchReply::Content { id, len: bytes.len() as u64 }, vec![memory]))
+    }
+
+    fn write_order(
+        &self,
+        id: u64,
+        url: &str,
+        memory: Option<OwnedFd>,
+        len: u64,
+        patience: Duration,
+    ) -> Result<Answer> {
+        let order = self.permissions.order_beside(&SourceUrl::parse(url)?)?;
+        let source = self.source(&order)?;
+        let deadline = Instant::now().checked_add(patience);
+        beside::write_order(&order, &*source, memory, len, deadline)?;
+        Ok((FetchReply::Written { id }, Vec::new()))
     }
 
     /// Opens a file on a thread of its own, because a server may take its time.
@@ -417,14 +488,8 @@ impl Fetcher {
         patience: Option<Duration>,
     ) -> Result<(Arc<Download>, Vec<OwnedFd>)> {
         let url = SourceUrl::parse(url)?;
-        if !self.allowed.iter().any(|prefix| url.is_below(prefix)) {
-            return Err(Error::new(
-                ErrorKind::PermissionDenied,
-                format!("{url}: not below a prefix that this fetcher was started for"),
-            ));
-        }
-        // A user waits for the open, and can repeat it.
-        let deadline = patience.map(|patience| Instant::now() + patience.min(LONGEST_LOOK));
+        self.permissions.check(&url)?;
+        let deadline = soon(patience);
         let source: Arc<dyn RemoteSource> = self.source(&url)?.into();
         let pin = match pin {
             Some(pin) => known(&url, &source, pin, patience)?,
@@ -546,18 +611,7 @@ impl Fetcher {
         // A digest of 32 bytes for each chunk, and a header.
         let longest = pin.size.div_ceil(remote::sums::CHUNK) * 32 + 4096;
         let source = self.source(&beside)?;
-        let list = retried(&beside, &*source, deadline, || {
-            let pin = source.look()?;
-            if pin.size > longest {
-                return Err(SourceError::new(Retry::Never, "is too long for a chunk list"));
-            }
-            let mut bytes = Vec::new();
-            source.read(&pin, 0..pin.size, &mut |piece| {
-                bytes.extend_from_slice(piece);
-                Ok(())
-            })?;
-            Ok(bytes)
-        })?;
+        let list = beside::read_whole(&beside, &*source, longest, deadline)?;
         let list = ChunkList::parse(&list)
             .map_err(|error| Error::new(error.kind(), format!("{beside}: {error}")))?;
         if list.digest() != digest || list.size() != pin.size {
@@ -568,6 +622,11 @@ impl Fetcher {
         }
         Ok(list)
     }
+}
+
+/// The deadline of what a user waits for, and can repeat.
+fn soon(patience: Option<Duration>) -> Option<Instant> {
+    patience.map(|patience| Instant::now() + patience.min(LONGEST_LOOK))
 }
 
 /// Looks whether a pinned file is still the one that it is pinned to. A server that does not
@@ -621,30 +680,11 @@ fn pass(download: &Arc<Download>, request: FetchRequest) {
         FetchRequest::WillNeed { offset, len, need, .. } => download.will_need(offset, len, need),
         FetchRequest::Enough { .. } => download.enough(),
         FetchRequest::Done { offset, len, .. } => download.done(offset, len),
-        FetchRequest::Open { .. } | FetchRequest::Facts { .. } => {}
-    }
-}
-
-/// Asks a server until it answers, until `deadline`, or until asking again makes no sense.
-fn retried<T>(
-    url: &SourceUrl,
-    source: &dyn RemoteSource,
-    deadline: Option<Instant>,
-    ask: impl Fn() -> Result<T, SourceError>,
-) -> Result<T> {
-    let health = match deadline {
-        Some(_) => Health::untold(url.to_string()),
-        None => Health::new(url.to_string()),
-    };
-    let mut tries = Tries::default();
-    loop {
-        match ask() {
-            Ok(answer) => return Ok(answer),
-            Err(error) => match health.failed(source, &error, &mut tries, deadline) {
-                AfterFailure::Again(until) => health.rest(until),
-                AfterFailure::Fail(error) => return Err(error),
-            },
-        }
+        // These name no open file.
+        FetchRequest::Open { .. }
+        | FetchRequest::Facts { .. }
+        | FetchRequest::ReadBeside { .. }
+        | FetchRequest::WriteOrder { .. } => {}
     }
 }
 

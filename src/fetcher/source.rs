@@ -77,6 +77,16 @@ pub trait RemoteSource: Send + Sync + fmt::Debug {
         Ok(vec![(BlockStatus::Data, max)])
     }
 
+    /// Writes the file as a whole, with these bytes. No reader gets a mix of the old file and the
+    /// new one, as far as the server keeps to that.
+    ///
+    /// # Errors
+    /// [`SourceError`]; with [`Retry::Never`] if the protocol or the server takes no files.
+    fn write(&self, bytes: Bytes) -> Result<(), SourceError> {
+        let _ = bytes;
+        Err(SourceError::new(Retry::Never, "the protocol has no way to write a file"))
+    }
+
     /// Reads files of credentials again, and forgets where redirects led. The caller does this once
     /// after [`Retry::Credentials`], because keys of limited lifetime are replaced in their files.
     ///

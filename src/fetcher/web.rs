@@ -1,4 +1,4 @@
-//! Files of web servers: ranged GETs over HTTP and HTTPS.
+//! Files of web servers: ranged GETs over HTTP and HTTPS, and PUTs of whole files.
 //!
 //! ```text
 //! name of the file ─▶ server ─ 302 ─▶ another server ─ 206 ─▶ head is compared ─▶ sink
@@ -11,15 +11,17 @@
 //! only addresses in their URLs are checked.
 //!
 //! **Touches:** the network by [`Wire`]; the file of headers. **Never:** sends a HEAD request;
-//! prints a query. **Locks:** `headers` and `target` are leaf locks, held for a copy.
+//! follows a redirect of a PUT; prints a query.
+//! **Locks:** `headers` and `target` are leaf locks, held for a copy.
 
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::header::{ACCEPT_ENCODING, IF_MATCH, LOCATION, RANGE};
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use object_store::client::{HttpRequest, HttpRequestBody, HttpResponseBody};
 use parking_lot::Mutex;
 use remote::pin::{Pin, Validator};
@@ -128,6 +130,24 @@ impl WebSource {
         Err(SourceError::new(Retry::Never, format!("more than {MOST_REDIRECTS} redirects")))
     }
 
+    /// Whether `url` is on the server of the name.
+    fn is_own(&self, url: &Url) -> bool {
+        url.origin() == self.url.url().origin()
+    }
+
+    /// Makes a GET of `url`, with the headers of the configuration for the server of the name.
+    fn request(&self, url: &Url, body: HttpRequestBody) -> Result<HttpRequest, SourceError> {
+        let mut request = HttpRequest::new(body);
+        *request.uri_mut() = url
+            .as_str()
+            .parse()
+            .map_err(|error: http::uri::InvalidUri| SourceError::never("the URL", &error))?;
+        if self.is_own(url) {
+            request.headers_mut().extend(self.headers.lock().clone());
+        }
+        Ok(request)
+    }
+
     /// One request.
     async fn ask(
         &self,
@@ -135,16 +155,8 @@ impl WebSource {
         range: &Range<u64>,
         tag: Option<&str>,
     ) -> Result<(Head, HttpResponseBody), SourceError> {
-        let is_own = url.origin() == self.url.url().origin();
-        let mut request = HttpRequest::new(HttpRequestBody::empty());
-        *request.uri_mut() = url
-            .as_str()
-            .parse()
-            .map_err(|error: http::uri::InvalidUri| SourceError::never("the URL", &error))?;
+        let mut request = self.request(url, HttpRequestBody::empty())?;
         let headers = request.headers_mut();
-        if is_own {
-            headers.extend(self.headers.lock().clone());
-        }
         let value = |text: &str| {
             HeaderValue::from_str(text).map_err(|error| SourceError::never("the pin", &error))
         };
@@ -153,7 +165,7 @@ impl WebSource {
         if let Some(tag) = tag {
             headers.insert(IF_MATCH, value(tag)?);
         }
-        let wire = if is_own { &self.wire } else { &self.redirects };
+        let wire = if self.is_own(url) { &self.wire } else { &self.redirects };
         let (head, response) = wire.exchange(request).await.map_err(|(error, _)| error)?;
         Ok((head, response.into_body()))
     }
@@ -224,6 +236,21 @@ impl RemoteSource for WebSource {
             .await
         };
         self.network.runtime()?.block_on(read).map_err(|error| error.of(&self.url))
+    }
+
+    fn write(&self, bytes: Bytes) -> Result<(), SourceError> {
+        let write = async {
+            let mut request = self.request(self.url.url(), bytes.into())?;
+            *request.method_mut() = Method::PUT;
+            let (head, _) = self.wire.exchange(request).await.map_err(|(error, _)| error)?;
+            if head.is_redirect() {
+                let status = head.status.as_u16();
+                let text = format!("the redirect ({status}) of a request to write is not followed");
+                return Err(SourceError::new(Retry::Never, text));
+            }
+            head.written()
+        };
+        self.network.runtime()?.block_on(write).map_err(|error| error.of(&self.url))
     }
 
     fn refresh(&self) -> Result<(), SourceError> {

@@ -46,14 +46,19 @@ pub fn send(
     send_with(socket, message, longest, descriptors, SendFlags::NOSIGNAL)
 }
 
-/// Sends one message as [`send`] does, without descriptors, if that needs no waiting. Returns false
-/// if the socket has no space, because the other side is slow to read.
+/// Sends one message as [`send`] does, if that needs no waiting. Returns false if the socket has no
+/// space, because the other side is slow to read.
 ///
 /// # Errors
 /// As [`send`].
-pub fn try_send(socket: impl AsFd, message: &impl Serialize, longest: usize) -> Result<bool> {
+pub fn try_send(
+    socket: impl AsFd,
+    message: &impl Serialize,
+    longest: usize,
+    descriptors: &[BorrowedFd<'_>],
+) -> Result<bool> {
     let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-    match send_with(socket, message, longest, &[], flags) {
+    match send_with(socket, message, longest, descriptors, flags) {
         Ok(()) => Ok(true),
         Err(error) if error.errno() == Some(Errno::AGAIN.raw_os_error()) => Ok(false),
         Err(error) => Err(error),

@@ -47,6 +47,9 @@ pub use fuzzing::fuzz_file;
 /// 24 MiB.
 pub const MOST_RANGES: usize = 1 << 20;
 
+/// What the name of an order has after the name of its base.
+pub const SUFFIX: &str = ".order";
+
 /// No disk of this program is longer, in bytes: offsets of files are signed.
 const LONGEST_DISK: u64 = i64::MAX as u64;
 
@@ -133,6 +136,22 @@ impl Order {
     /// The bytes of the file ([`mod@file`]). They are at most [`LONGEST_FILE`].
     pub fn encode(&self) -> Vec<u8> {
         file::encode(self)
+    }
+
+    /// The bytes of a file that is at most `longest` bytes long. If all ranges are too many for
+    /// that, those with the fewest votes are left out, and of these the last ones first. An order
+    /// without ranges takes at most 1091 bytes, so the file is not shorter than that.
+    pub fn encode_at_most(&self, longest: u64) -> Vec<u8> {
+        let mut bytes = self.encode();
+        let mut shorter = self.clone();
+        while bytes.len() as u64 > longest && !shorter.ranges.is_empty() {
+            // As if all ranges took the same space; one less, so that the loop ends.
+            let (count, len) = (shorter.ranges.len() as u128, bytes.len() as u128);
+            let most = (count * u128::from(longest) / len).min(count - 1);
+            shorter.ranges = merge::most_wanted(&shorter.ranges, most as usize);
+            bytes = shorter.encode();
+        }
+        bytes
     }
 
     /// Reads the bytes of a file ([`mod@file`]). Only what [`Order::encode`] writes is accepted.

@@ -42,8 +42,7 @@ pub(crate) fn merge(orders: &[Order]) -> Result<Order> {
     let mut ranges: Vec<OrderRange> = pieces.into_iter().map(|piece| piece.range).collect();
     join_consecutive(&mut ranges);
     if ranges.len() > MOST_RANGES {
-        ranges = most_wanted(&ranges);
-        join_consecutive(&mut ranges);
+        ranges = most_wanted(&ranges, MOST_RANGES);
     }
     Ok(Order { base, records, ranges })
 }
@@ -181,12 +180,14 @@ impl Piece {
     }
 }
 
-/// [`MOST_RANGES`] of them: those with the most votes, and of these the first ones. Their order
-/// stays.
-fn most_wanted(ranges: &[OrderRange]) -> Vec<OrderRange> {
+/// At most `most` of them: those with the most votes, and of these the first ones. Their order
+/// stays, and ranges that follow each other now are joined.
+pub(crate) fn most_wanted(ranges: &[OrderRange], most: usize) -> Vec<OrderRange> {
     let mut places: Vec<usize> = (0..ranges.len()).collect();
     places.sort_by_key(|&place| Reverse(ranges[place].votes));
-    places.truncate(MOST_RANGES);
+    places.truncate(most);
     places.sort_unstable();
-    places.into_iter().map(|place| ranges[place]).collect()
+    let mut wanted = places.into_iter().map(|place| ranges[place]).collect();
+    join_consecutive(&mut wanted);
+    wanted
 }

@@ -547,6 +547,30 @@ fn orders_of_other_disks_are_refused_with_what_differs() {
     assert_eq!(Order::merge(&[]).expect_err("none").kind(), ErrorKind::InvalidArgument);
 }
 
+/// Protects: an order that is too long for its place keeps what most records have, and of that what
+/// comes first.
+#[test]
+fn an_order_is_shortened_to_what_is_wanted_most() {
+    let all: Vec<_> = (0..1000_u64).map(|at| touch((at * 7919 % 1000) * 8192, 4096, 0)).collect();
+    let one = Order::from_touches(base(1 << 30), all.clone());
+    let even =
+        all.iter().copied().enumerate().filter(|(at, _)| at % 2 == 0).map(|(_, touch)| touch);
+    let both = Order::merge(&[one.clone(), Order::from_touches(base(1 << 30), even)]).unwrap();
+    let whole = both.encode();
+    assert_eq!(both.encode_at_most(whole.len() as u64), whole);
+    let half = Order::decode(&both.encode_at_most(whole.len() as u64 / 2)).unwrap();
+    assert!(half.ranges().len() > 300 && half.encode().len() <= whole.len() / 2);
+    let votes = |wanted| half.ranges().iter().filter(|range| range.votes == wanted).count();
+    assert!(votes(2) == 500 || votes(1) == 0, "{} and {}", votes(2), votes(1));
+    for longest in [0, 63, 67, 68, 100, 1000] {
+        let bytes = one.encode_at_most(longest);
+        let short = Order::decode(&bytes).unwrap();
+        assert!(bytes.len() as u64 <= longest || short.ranges().is_empty(), "{longest}");
+        let count = short.ranges().len();
+        assert_eq!(short.ranges(), &one.ranges()[..count], "the first ones are kept");
+    }
+}
+
 /// The size of a file: a boot has about 10,000 ranges of a few 4 KiB blocks, most of them near the
 /// one before.
 #[test]

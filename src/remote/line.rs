@@ -83,6 +83,8 @@ struct LineState {
 /// A request that waits for its reply.
 struct Waiting {
     request: FetchRequest,
+    /// What the request carries.
+    memory: Option<OwnedFd>,
     /// False if the socket had no space.
     is_sent: bool,
     reply: Option<(FetchReply, Vec<OwnedFd>)>,
@@ -109,9 +111,10 @@ impl LineState {
     ///
     /// # Errors
     /// The request is too long for a message.
-    fn send(&self, request: &FetchRequest) -> Result<bool> {
+    fn send(&self, request: &FetchRequest, memory: Option<&OwnedFd>) -> Result<bool> {
         let Some(socket) = &self.socket else { return Ok(true) };
-        match packet::try_send(&**socket, request, LONGEST) {
+        let memory: Vec<_> = memory.iter().map(AsFd::as_fd).collect();
+        match packet::try_send(&**socket, request, LONGEST, &memory) {
             Err(error) if error.kind() != ErrorKind::InvalidArgument => {
                 log::debug!("fetcher: {error}");
                 Ok(true)
@@ -164,7 +167,7 @@ impl FetcherLine {
             state.files.push(LineFile::default());
             (state.files.len() - 1) as u32
         };
-        let (reply, descriptors) = self.ask(deadline, |id| request(id, file))?;
+        let (reply, descriptors) = self.ask(deadline, None, |id| request(id, file))?;
         match &reply {
             FetchReply::Opened { .. } => Ok((file, reply, descriptors)),
             _ => Err(unexpected(&reply)),
@@ -201,7 +204,7 @@ impl FetcherLine {
         let patience = patience.map(|patience| patience.as_millis() as u64);
         let background = host::background::is_marked();
         let want = |id| FetchRequest::Want { id, file, offset, len, patience, background };
-        match self.ask(deadline, want)?.0 {
+        match self.ask(deadline, None, want)?.0 {
             FetchReply::Have { .. } => Ok(()),
             reply => Err(unexpected(&reply)),
         }
@@ -217,7 +220,7 @@ impl FetcherLine {
             let is_needed = matches!(request, FetchRequest::WillNeed { .. });
             known.will_need = is_needed.then(|| request.clone());
         }
-        if let Err(error) = state.send(request) {
+        if let Err(error) = state.send(request, None) {
             log::debug!("fetcher: {error}");
         }
     }
@@ -227,16 +230,20 @@ impl FetcherLine {
     /// # Errors
     /// As [`FetcherLine::want`].
     pub fn facts(&self, deadline: Instant) -> Result<Vec<(u32, SourceFacts)>> {
-        match self.ask(Some(deadline), |id| FetchRequest::Facts { id })?.0 {
+        match self.ask(Some(deadline), None, |id| FetchRequest::Facts { id })?.0 {
             FetchReply::Facts { files, .. } => Ok(files),
             reply => Err(unexpected(&reply)),
         }
     }
 
-    /// Sends a request and waits for its reply.
-    fn ask(
+    /// Sends a request and waits for its reply. `memory` goes with the request.
+    ///
+    /// # Errors
+    /// The failure that the fetcher reports; the fetcher cannot be started; the deadline.
+    pub(crate) fn ask(
         &self,
         deadline: Option<Instant>,
+        memory: Option<OwnedFd>,
         request: impl FnOnce(u64) -> FetchRequest,
     ) -> Result<(FetchReply, Vec<OwnedFd>)> {
         let mut state = self.state.lock();
@@ -244,9 +251,9 @@ impl FetcherLine {
         let id = state.last_id;
         let own_wake = Arc::new(Condvar::new());
         let request = request(id);
-        let is_sent = state.send(&request)?;
+        let is_sent = state.send(&request, memory.as_ref())?;
         let wake = Arc::clone(&own_wake);
-        let waiting = Waiting { request, is_sent, reply: None, must_lead: false, wake };
+        let waiting = Waiting { request, memory, is_sent, reply: None, must_lead: false, wake };
         state.waiting.insert(id, waiting);
         loop {
             let Some(waiting) = state.waiting.get_mut(&id) else {
@@ -329,20 +336,14 @@ impl FetcherLine {
 
     /// Gives a reply to the thread that waits for it.
     fn hand_out(&self, reply: FetchReply, descriptors: Vec<OwnedFd>) {
-        let id = match &reply {
-            FetchReply::Opened { id, .. }
-            | FetchReply::Have { id }
-            | FetchReply::Failed { id, .. }
-            | FetchReply::Facts { id, .. } => *id,
-            FetchReply::Log(level, text) => {
-                let level = [log::Level::Error, log::Level::Warn, log::Level::Info]
-                    .get(level.saturating_sub(1))
-                    .copied()
-                    .unwrap_or(log::Level::Debug);
-                log::log!(level, "{text}");
-                return;
-            }
-        };
+        if let FetchReply::Log(level, text) = &reply {
+            let level = [log::Level::Error, log::Level::Warn, log::Level::Info]
+                .get(level.saturating_sub(1))
+                .copied()
+                .unwrap_or(log::Level::Debug);
+            log::log!(level, "{text}");
+        }
+        let Some(id) = reply.id() else { return };
         let mut state = self.state.lock();
         let state = &mut *state;
         state.starts = 0;
@@ -408,7 +409,7 @@ impl FetcherLine {
         state.socket = Some(Arc::new(socket));
         let opens = state.files.iter().filter_map(|file| file.open.as_ref());
         // A new socket has space for some hundred messages, and a chain has few files.
-        let is_told = opens.map(|open| state.send(open)).all(|sent| matches!(sent, Ok(true)));
+        let is_told = opens.map(|open| state.send(open, None)).all(|sent| matches!(sent, Ok(true)));
         if !is_told {
             log::warn!("the fetcher does not take the names of the files");
             state.socket = None;
@@ -428,7 +429,7 @@ impl FetcherLine {
             }
         }
         for will_need in state.files.iter().filter_map(|file| file.will_need.as_ref()) {
-            let _ = state.send(will_need);
+            let _ = state.send(will_need, None);
         }
         Ok(())
     }
@@ -438,7 +439,7 @@ impl FetcherLine {
 fn sent_now(state: &mut LineState, id: u64) -> bool {
     let Some(waiting) = state.waiting.get(&id) else { return true };
     // Requests that are too long were refused before they began to wait.
-    let is_sent = state.send(&waiting.request).unwrap_or(true);
+    let is_sent = state.send(&waiting.request, waiting.memory.as_ref()).unwrap_or(true);
     if let Some(waiting) = state.waiting.get_mut(&id) {
         waiting.is_sent = is_sent;
     }
@@ -497,7 +498,7 @@ fn is_readable(socket: &OwnedFd, deadline: Option<Instant>) -> bool {
     }
 }
 
-fn unexpected(reply: &FetchReply) -> Error {
+pub(crate) fn unexpected(reply: &FetchReply) -> Error {
     Error::new(ErrorKind::Io, format!("the fetcher answered {reply:?}"))
 }
 

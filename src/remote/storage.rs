@@ -224,7 +224,7 @@ impl RemoteFile {
 }
 
 /// The time when this side gives up.
-fn deadline(patience: Duration) -> Instant {
+pub(crate) fn deadline(patience: Duration) -> Instant {
     Instant::now() + patience + GRACE
 }
 

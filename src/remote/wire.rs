@@ -78,6 +78,46 @@ pub enum FetchRequest {
         /// Number of this request.
         id: u64,
     },
+    /// Read a small file that lies beside a remote file, as it is now. Answered by
+    /// [`FetchReply::Content`] with one descriptor: memory.
+    ReadBeside {
+        /// Number of this request.
+        id: u64,
+        /// The name, with everything that may be a secret.
+        url: String,
+        /// The most bytes that the file may have.
+        longest: u64,
+        /// Milliseconds until the request fails; `None` waits for as long as the source is away.
+        patience: Option<u64>,
+    },
+    /// Write an order beside a remote file: the first bytes of the memory that comes with this
+    /// message. Answered by [`FetchReply::Written`].
+    WriteOrder {
+        /// Number of this request.
+        id: u64,
+        /// The name of the remote file, with everything that may be a secret.
+        url: String,
+        /// Length of the order in bytes.
+        len: u64,
+        /// Milliseconds until the request fails.
+        patience: u64,
+    },
+}
+
+impl FetchRequest {
+    /// The number by which the reply names this request; `None` if it has no reply.
+    pub fn id(&self) -> Option<u64> {
+        match self {
+            FetchRequest::Open { id, .. }
+            | FetchRequest::Want { id, .. }
+            | FetchRequest::Facts { id }
+            | FetchRequest::ReadBeside { id, .. }
+            | FetchRequest::WriteOrder { id, .. } => Some(*id),
+            FetchRequest::WillNeed { .. }
+            | FetchRequest::Enough { .. }
+            | FetchRequest::Done { .. } => None,
+        }
+    }
 }
 
 /// A message of the fetcher.
@@ -110,8 +150,35 @@ pub enum FetchReply {
         /// The files, by number.
         files: Vec<(u32, SourceFacts)>,
     },
+    /// The file that was to be read.
+    Content {
+        /// Number of the request.
+        id: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// The order is on the server.
+    Written {
+        /// Number of the request.
+        id: u64,
+    },
     /// A record for the log: level (1 is an error) and text. The fetcher has no log of its own.
     Log(usize, String),
+}
+
+impl FetchReply {
+    /// The number of the request that this is the reply to; `None` for a record of the log.
+    pub fn id(&self) -> Option<u64> {
+        match self {
+            FetchReply::Opened { id, .. }
+            | FetchReply::Have { id }
+            | FetchReply::Failed { id, .. }
+            | FetchReply::Facts { id, .. }
+            | FetchReply::Content { id, .. }
+            | FetchReply::Written { id } => Some(*id),
+            FetchReply::Log(..) => None,
+        }
+    }
 }
 
 /// An error as a message carries it.

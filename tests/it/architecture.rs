@@ -23,7 +23,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("control", &["engine", "host", "qcow2"]),
     ("trials", &["engine", "host", "qcow2", "sim"]),
     ("nbd", &[]),
-    ("fetcher", &["host", "nbd", "remote"]),
+    ("fetcher", &["host", "nbd", "order", "remote"]),
     (
         "cordisk",
         &["bootset", "control", "engine", "export", "fetcher", "host", "order", "qcow2", "remote"],

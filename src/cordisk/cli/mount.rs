@@ -83,7 +83,8 @@ pub(super) struct MountArgs {
     #[arg(long, value_name = "FILE|URL|auto|none|linear")]
     order: Option<String>,
     /// When the disk is unmounted, write what its machine has read first as BASE.order beside the
-    /// first backing file, merged with the order that is there. Only the first five minutes count
+    /// first backing file, also on a server, merged with the order that is there. Only the first
+    /// five minutes count
     #[arg(long, conflicts_with = "read_only")]
     learn: bool,
     /// Write nothing: neither what the guest writes nor copies of what it reads
@@ -389,6 +390,7 @@ impl MountArgs {
         }
         let order = OrderSource::parse(self.order.as_deref())?;
         let mut sources = self.sources.check(&self.backing_urls)?;
+        sources.writes_orders = self.learn;
         if let OrderSource::Url(url) = &order {
             sources = sources.also(url.as_str());
         }

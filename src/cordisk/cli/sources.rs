@@ -85,6 +85,7 @@ impl SourceArgs {
                     SourceUrl::parse_prefix(prefix).map_err(|error| error.context("--backing-url"))
                 })
                 .collect::<Result<_>>()?,
+            writes_orders: false,
         })
     }
 }

@@ -121,8 +121,7 @@ fn statuses(sources: &Sources) -> Vec<SourceStatus> {
         cached_bytes: facts.cached_bytes,
         last_error: facts.last_error.map(|(error, _)| error),
     };
-    let of_disk = facts.into_iter().filter(|(number, _)| !sources.is_aside(*number));
-    of_disk.map(|(_, facts)| status(facts)).collect()
+    facts.into_iter().map(|(_, facts)| status(facts)).collect()
 }
 
 /// Counts the streams in `batch` that have completed.

@@ -18,6 +18,7 @@
 
 use std::fs::File;
 use std::io::Read as _;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, Weak};
@@ -27,22 +28,19 @@ use crossbeam_channel::{Receiver, bounded};
 
 use crate::cli::{MountConfig, OrderSource};
 use crate::client::BootSearch;
-use crate::keeper::Keeper;
+use crate::keeper::{Keeper, LONGEST_LEARNED};
 use crate::sandbox::Identity;
 use bootset::BootSetLimits;
 use control::facts::OrderBase;
 use engine::disk::{Base, Disk, FirstTouch};
 use engine::stream::{StreamOrder, Streams};
 use host::error::Context;
-use host::storage::{ReadAt as _, Rights};
+use host::storage::{MemoryFile, Rights, SharedBytes as _};
 use host::{Error, ErrorKind, Result};
-use order::{BaseIdentity, LONGEST_FILE, Order, Touch};
+use order::{BaseIdentity, LONGEST_FILE, Order, SUFFIX, Touch};
 use remote::Sources;
 use remote::pin::{Pin, Validator};
 use remote::url::SourceUrl;
-
-/// What the name of an order has after the name of its base.
-const SUFFIX: &str = ".order";
 
 /// How long the stream of a mount waits for the order. A stream that has begun without it follows
 /// it as soon as it is there.
@@ -51,6 +49,9 @@ const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// The time after the mount that an order of `--learn` covers, in milliseconds: what is read later
 /// is not part of the start.
 const LEARNED_MS: u32 = 5 * 60 * 1000;
+
+/// How long the end of a disk waits for the server that takes its order.
+const LONGEST_WRITE: Duration = Duration::from_secs(10);
 
 /// How long the file systems of a base are searched.
 const LONGEST_SEARCH: Duration = Duration::from_secs(10);
@@ -82,8 +83,8 @@ impl OrderPlan {
     ///
     /// # Errors
     /// The file that the user has named cannot be read, or is no order; the rights of the owner of
-    /// the image are not known; with `--learn`, the base is on a server, or the keeper refuses its
-    /// name.
+    /// the image are not known; with `--learn`, no file can lie beside the base, or the keeper
+    /// refuses its name.
     pub(super) fn new(
         config: &MountConfig,
         disk: &Disk,
@@ -120,7 +121,10 @@ impl OrderPlan {
                 log::warn!("the file systems of the base are not searched: {error}");
                 None
             });
-        let learned = if config.learn { entrust(disk, keeper, owner.as_ref())? } else { None };
+        let learned = match config.learn {
+            true => store_beside(disk, keeper, &sources, owner.as_ref())?,
+            false => None,
+        };
         Ok(OrderPlan { place, is_ascending, search, learned, sources })
     }
 }
@@ -133,17 +137,43 @@ fn rights_of_owner(disk: &Disk, user: Option<Identity>) -> Result<Option<Rights>
     Rights::below(current, stat.context(|| "the image")?.st_uid)
 }
 
-/// Names the order that the disk leaves to the keeper. `None` without a base.
-fn entrust(disk: &Disk, keeper: &Keeper, owner: Option<&Rights>) -> Result<Option<StoreOrder>> {
-    let Some((_, path)) = disk.base().map(|base| base.name()) else { return Ok(None) };
-    let path = path.ok_or_else(|| {
-        Error::new(
-            ErrorKind::InvalidArgument,
-            "--learn: the base is on a server: save the order with cordisk order save, and store it there beside the base as NAME.order",
-        )
-    })?;
+/// Returns the function that stores the order of the disk beside the base: the keeper does, or the
+/// fetcher. `None` without a base.
+fn store_beside(
+    disk: &Disk,
+    keeper: &Keeper,
+    sources: &Arc<Sources>,
+    owner: Option<&Rights>,
+) -> Result<Option<StoreOrder>> {
+    let Some((name, path)) = disk.base().map(|base| base.name()) else { return Ok(None) };
+    let Some(path) = path else { return store_on_server(&name, sources).map(Some) };
     let user = owner.map(Rights::user_and_group);
     Ok(Some(Box::new(keeper.entrust_order(&with_suffix(path), user)?)))
+}
+
+/// Returns the function that has the fetcher store the order of the disk beside the remote base
+/// `name`.
+///
+/// # Errors
+/// The server can have no file beside the base; there is no memory.
+fn store_on_server(name: &str, sources: &Arc<Sources>) -> Result<StoreOrder> {
+    let url = SourceUrl::parse(name)?;
+    let nowhere = |why: &str| {
+        let advice = "save the order with cordisk order save, and name it with --order";
+        Error::new(ErrorKind::InvalidArgument, format!("--learn: {url}: {why}: {advice}"))
+    };
+    if url.is_nbd() {
+        return Err(nowhere("an NBD server has no files beside the base"));
+    }
+    if url.url().query().is_some() {
+        return Err(nowhere("a name with a query (?) is not the beginning of other names"));
+    }
+    let (memory, sources) = (MemoryFile::new(LONGEST_LEARNED)?, Arc::clone(sources));
+    Ok(Box::new(move |bytes: &[u8]| {
+        memory.write_at(0, bytes).context(|| "--learn")?;
+        let descriptor = memory.as_fd().try_clone_to_owned().context(|| "--learn")?;
+        sources.write_order(&url, descriptor, bytes.len() as u64, LONGEST_WRITE)
+    }))
 }
 
 fn with_suffix(path: PathBuf) -> PathBuf {
@@ -291,7 +321,7 @@ impl DiskOrder {
     /// logged as warnings.
     pub(super) fn learn(&self, disk: &Disk) {
         let Some(store) = &self.learned else { return };
-        let record = disk.first_touches();
+        let record = disk.first_touches(0, usize::MAX);
         let last_ms = record.touches.last().map_or(0, |touch| touch.at_ms);
         let touches = record.touches.into_iter().filter(|touch| touch.at_ms < LEARNED_MS);
         let touches: Vec<Touch> =
@@ -308,7 +338,8 @@ impl DiskOrder {
         };
         let mut orders = vec![Order::from_touches(base.clone(), touches)];
         orders.extend(self.followed.get().cloned());
-        match Order::merge(&orders).and_then(|order| store(&order.encode())) {
+        let merged = Order::merge(&orders);
+        match merged.and_then(|order| store(&order.encode_at_most(LONGEST_LEARNED))) {
             Ok(()) => log::info!("the order of the guest was left beside the base"),
             Err(error) => log::warn!("no order is left beside the base: {error}"),
         }
@@ -339,7 +370,7 @@ impl Loader {
         let (name, bytes) = match place {
             Place::Nowhere => return self.search(search),
             Place::Read(name, bytes) => (name, Ok(bytes)),
-            Place::Remote(url, is_given) => match read_remote(&sources, &url) {
+            Place::Remote(url, is_given) => match sources.read_beside(&url, LONGEST_FILE) {
                 Err(error) if !is_given => {
                     log::debug!("there is no order beside the base: {error}");
                     return self.search(search);
@@ -398,21 +429,6 @@ impl Loader {
             Err(error) => log::warn!("the files of the base are not followed: {error}"),
         }
     }
-}
-
-/// Reads an order from its server.
-fn read_remote(sources: &Sources, url: &SourceUrl) -> Result<Vec<u8>> {
-    let file = sources.open_aside(url)?;
-    let len = file.size();
-    if len > LONGEST_FILE {
-        return Err(Error::new(
-            ErrorKind::InvalidArgument,
-            format!("{len} bytes, more than an order has ({LONGEST_FILE})"),
-        ));
-    }
-    let mut bytes = vec![0; usize::try_from(len).unwrap_or_default()];
-    file.read_at(0, &mut bytes).context(|| url.to_string())?;
-    Ok(bytes)
 }
 
 /// A pin as an order has it.

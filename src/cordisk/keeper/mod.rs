@@ -86,7 +86,6 @@ use export::{Connected, Negotiated, ShownAttributes};
 use host::error::Context;
 use host::storage::{MemoryFile, SharedBytes};
 use host::{Error, ErrorKind, Result};
-use learned::LONGEST_LEARNED;
 use remote::line::{StartedFetcher, Starter};
 
 mod estate;
@@ -103,6 +102,7 @@ mod upgrade;
 mod wire;
 
 pub use estate::Estate;
+pub use learned::LONGEST_LEARNED;
 pub use manager::{PATIENCE as MANAGER_PATIENCE, VARIABLES as MANAGER_VARIABLES};
 pub use serving::{Console, KeeperStart, PASSED_ON, close_inherited, run};
 pub use upgrade::{Contact, HANDED_OVER, socket_beside};

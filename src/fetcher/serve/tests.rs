@@ -21,7 +21,10 @@ fn fetcher(dir: &tempfile::TempDir) -> (Arc<Fetcher>, Receiver<Answer>, Receiver
     let (replies, plain) = unbounded();
     let cache = Arc::new(CacheChoice::Shared(cache));
     let fetcher = Fetcher {
-        allowed: vec![SourceUrl::parse_prefix("http://127.0.0.1:1/").unwrap()],
+        permissions: Permissions {
+            prefixes: vec![SourceUrl::parse_prefix("http://127.0.0.1:1/").unwrap()],
+            writes_orders: false,
+        },
         config: SourcesConfig::default(),
         space: SpaceMaker::new(&cache),
         cache,
@@ -53,9 +56,9 @@ fn failed(replies: &Receiver<FetchReply>) -> (u64, String) {
 fn a_file_that_is_pinned_opens_without_its_server() {
     let dir = tempfile::tempdir().unwrap();
     let (fetcher, answers, replies) = fetcher(&dir);
-    fetcher.take(open(7, Some(pin(1 << 20)), None));
+    fetcher.take(open(7, Some(pin(1 << 20)), None), None);
     // A request that comes while the file is being opened waits for it.
-    fetcher.take(want(8));
+    fetcher.take(want(8), None);
     let (answer, descriptors) = answers.recv_timeout(HANGS).unwrap();
     assert!(
         matches!(&answer, FetchReply::Opened { id: 7, pin: opened } if *opened == pin(1 << 20))
@@ -69,20 +72,16 @@ fn a_file_that_is_pinned_opens_without_its_server() {
 fn a_file_that_is_not_pinned_needs_its_server() {
     let dir = tempfile::tempdir().unwrap();
     let (fetcher, _answers, replies) = fetcher(&dir);
-    fetcher.take(open(7, None, None));
-    fetcher.take(want(8));
+    fetcher.take(open(7, None, None), None);
+    fetcher.take(want(8), None);
     let mut ids = [failed(&replies).0, failed(&replies).0];
     ids.sort_unstable();
     assert_eq!(ids, [7, 8]);
     // A file that no request has named.
-    fetcher.take(FetchRequest::Want {
-        id: 9,
-        file: 5,
-        offset: 0,
-        len: 1,
-        patience: None,
-        background: false,
-    });
+    fetcher.take(
+        FetchRequest::Want { id: 9, file: 5, offset: 0, len: 1, patience: None, background: false },
+        None,
+    );
     let (id, text) = failed(&replies);
     assert!(id == 9 && text.contains("number 5"), "{text}");
 }
@@ -93,16 +92,16 @@ fn a_file_that_is_not_pinned_needs_its_server() {
 fn a_file_that_could_not_be_opened_is_opened_again_when_it_is_wanted() {
     let dir = tempfile::tempdir().unwrap();
     let (fetcher, _answers, replies) = fetcher(&dir);
-    fetcher.take(open(7, Some(pin(1 << 20)), Some("0".repeat(64))));
+    fetcher.take(open(7, Some(pin(1 << 20)), Some("0".repeat(64))), None);
     assert_eq!(failed(&replies).0, 7);
-    fetcher.take(want(8));
+    fetcher.take(want(8), None);
     assert_eq!(failed(&replies).0, 8, "refused at once");
     assert!(replies.is_empty());
     let mut files = fetcher.files.lock();
     let Some(Slot::Failed { at, .. }) = files.get_mut(&0) else { panic!("is not failed") };
     *at = at.checked_sub(OPEN_AGAIN).expect("the clock has just begun");
     drop(files);
-    fetcher.take(want(9));
+    fetcher.take(want(9), None);
     let mut ids = [failed(&replies).0, failed(&replies).0];
     ids.sort_unstable();
     assert_eq!(ids, [7, 9], "the file is opened again, and both requests are answered");

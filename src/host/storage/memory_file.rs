@@ -54,8 +54,8 @@ impl MemoryFile {
         let what = || "a file in memory";
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         // Kernels before 6.3 do not know the flag for files that are never executed.
-        let file = rustix::fs::memfd_create(c"cordisk-journal", flags | MemfdFlags::NOEXEC_SEAL)
-            .or_else(|_| rustix::fs::memfd_create(c"cordisk-journal", flags))
+        let file = rustix::fs::memfd_create(c"cordisk-shared", flags | MemfdFlags::NOEXEC_SEAL)
+            .or_else(|_| rustix::fs::memfd_create(c"cordisk-shared", flags))
             .map_err(io::Error::from)
             .context(what)?;
         rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size)

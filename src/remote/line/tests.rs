@@ -318,7 +318,7 @@ fn a_fetcher_that_is_slow_to_read_delays_no_deadline() {
         line.tell(&hint);
         let state = line.state.lock();
         let socket = state.socket.as_ref().unwrap();
-        if !packet::try_send(&**socket, &hint, LONGEST).unwrap() {
+        if !packet::try_send(&**socket, &hint, LONGEST, &[]).unwrap() {
             break;
         }
     }

@@ -255,3 +255,93 @@ fn a_wrong_order_is_left_out() {
     let done = run_within(remote.scratch.cordisk().arg(terminal).args(["save", "/none"]), PROMPT);
     assert_eq!(done.status.code(), Some(1), "{done:?}");
 }
+
+/// A machine reads the blocks and leaves their order, and a stream of the next machine follows it.
+pub(super) fn learns(remote: &Remote) {
+    let disk = remote.mount().args(&["--learn"]).start();
+    let mut guest = remote.guest(&disk);
+    for block in descending() {
+        guest.check(block * BLOCK..block * BLOCK + 4096);
+    }
+    drop(guest.file);
+    disk.umount();
+    let overlay = remote.scratch.join("second.qcow2");
+    remote.create_at(&overlay);
+    let disk = remote.mount_as(&overlay, "drive1").args(&["--stream", "--learn"]).start();
+    wait_until("the order is there", || disk.log().contains("streams follow the order"));
+    let said = disk.log();
+    assert!(said.contains(": 12 ranges, 786432 bytes"), "{said}");
+    wait_until("the stream is complete", || is_streamed(remote, &disk));
+    remote.guest(&disk).check(descending()[0] * BLOCK..descending()[0] * BLOCK + 4096);
+    disk.umount();
+}
+
+/// Protects: `--learn` leaves the order on a web server that takes files, and the next machine
+/// follows it, also after a merge.
+#[test]
+fn a_machine_leaves_its_order_on_a_web_server() {
+    requires!("/dev/fuse", "qemu-img", "nginx", "openssl");
+    let taking = "location /golden/ { dav_methods PUT; }";
+    let Some((server, remote)) = on_nginx(SIZE, taking) else { return };
+    let remote = remote.create();
+    learns(&remote);
+    let order = server.root().join("golden/base.raw.order");
+    let order = Order::decode(&fs::read(order).expect("the file")).expect("an order");
+    let votes = |block: u64| {
+        let range = order.ranges().iter().find(|range| range.offset == block * BLOCK);
+        range.expect("the block").votes
+    };
+    assert_eq!(order.records(), 2);
+    let blocks = descending();
+    assert_eq!((votes(blocks[0]), votes(blocks[1])), (2, 1));
+    assert_eq!(fs::read(server.root().join("golden/base.raw")).expect("base"), remote.content);
+}
+
+/// Protects: the same in an object store.
+#[test]
+fn a_machine_leaves_its_order_in_an_object_store() {
+    requires!("/dev/fuse", "qemu-img", "radosgw", "ceph-mon", "ceph-osd", "python3");
+    let Some(ceph) = test_servers::radosgw() else { return };
+    let text = format!(
+        "[[source]]\nprefix = \"s3://golden/\"\nendpoint = \"{}\"\nallow-http = true\n",
+        ceph.endpoint
+    );
+    learns(&on_s3(&ceph, "images/base.raw", content(SIZE)).sources(&text).create());
+}
+
+/// Protects: a server that takes no files costs a warning, and the disk is closed all the same. A
+/// disk without `--learn` writes nothing to a server.
+#[test]
+fn a_server_that_takes_no_order_is_named() {
+    requires!("/dev/fuse", "qemu-img", "nginx", "openssl");
+    let Some((server, remote)) = on_nginx(SIZE, "") else { return };
+    let remote = remote.create();
+    for learn in [&["--learn"][..], &[]] {
+        let mut disk = remote.mount().args(learn).start();
+        remote.guest(&disk).check(0..4096);
+        crate::support::mounts::umount(disk.path());
+        disk.assert_clean_end();
+        let said = disk.log();
+        let why = "golden/base.raw.order: the server takes no file there: 405 Method Not Allowed";
+        assert_eq!(said.contains("no order is left beside the base"), !learn.is_empty(), "{said}");
+        assert!(learn.is_empty() || said.contains(why), "{said}");
+    }
+    let puts = |requests: &[String]| requests.iter().filter(|line| line.starts_with("PUT")).count();
+    assert_eq!(puts(&server.requests(1)), 1);
+    assert!(!server.root().join("golden/base.raw.order").exists());
+    assert_clean(&remote.overlay);
+}
+
+/// Protects: where no file can lie beside the base, the mount says what to do instead.
+#[test]
+fn an_order_has_no_place_beside_an_export() {
+    requires!("/dev/fuse", "qemu-img", "nbdkit");
+    let Some((_server, remote)) = on_nbdkit(SIZE) else { return };
+    let remote = remote.create();
+    let mut command = remote.command(&["mount", "--learn", "--backing-url", remote.prefix()]);
+    let refused = run_within(command.arg(&remote.overlay).arg(remote.scratch.join("none")), PROMPT);
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    let advice = "an NBD server has no files beside the base: save the order with cordisk order save, and name it with --order";
+    assert!(refused.stderr.contains(advice), "{refused:?}");
+    assert!(!remote.scratch.join("none").exists(), "the mountpoint was not left behind");
+}
