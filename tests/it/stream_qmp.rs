@@ -767,6 +767,47 @@ fn zeros_take_no_space() {
     rig.assert_standalone(&rig.content);
 }
 
+/// Protects: what no layer holds costs no space in a stream of all layers, for raw and for qcow2
+/// bases, and QEMU reads the result as equal. A stream that is cancelled half way hides nothing.
+#[test]
+fn holes_cost_nothing() {
+    requires!("/dev/fuse", "qemu-img", "qemu-io");
+    const TIB: u64 = 1 << 40;
+    let scratch = Scratch::new();
+    let base = scratch.join("base.raw");
+    let file = fs::File::create(&base).expect("base");
+    if let Err(error) = file.set_len(8 * TIB) {
+        return eprintln!("skipped: no files of 8 TiB here: {error}");
+    }
+    file.write_all_at(b"x", 5 * TIB + 77).expect("write");
+    let image = scratch.join("base.qcow2");
+    qemu::create(&image, Some(8 * TIB), "", None);
+    qemu::io(&image, &["write -q -z 1T 1M", "write -q -P 7 5T 512"]);
+    for (name, path, format) in [("raw", &base, "raw"), ("qcow2", &image, "qcow2")] {
+        let overlay = scratch.join(&format!("{name}-overlay.qcow2"));
+        qemu::create(&overlay, None, "", Some((path.to_str().expect("UTF-8"), format)));
+        let disk = Mount::named(&scratch, &overlay, name).qmp().start();
+        let mut client = disk.client();
+        client.ok("block-stream", json!({"device": "drive0", "speed": 1}));
+        client.ok("block-job-cancel", json!({"device": "drive0"}));
+        client.wait_event("BLOCK_JOB_CANCELLED");
+        let mut byte = [0];
+        let data = if format == "raw" { (5 * TIB + 77, *b"x") } else { (5 * TIB, [7]) };
+        disk.open().read_exact_at(&mut byte, data.0).expect("read");
+        assert_eq!(byte, data.1, "{name}: the chain is still there");
+        client.ok("block-stream", json!({"device": "drive0"}));
+        let event = client.wait_completed();
+        assert_eq!(event["offset"], json!(8 * TIB));
+        disk.umount();
+        qemu::assert_independent(&overlay);
+        let size = fs::metadata(&overlay).expect("stat").len();
+        assert!(size < MIB, "{name}: one cluster of data became {size} bytes");
+        let overlay = overlay.to_str().expect("UTF-8");
+        let compare = ["compare", "-f", format, "-F", "qcow2"];
+        qemu::img(&[&compare[..], &[path.to_str().expect("UTF-8"), overlay]].concat());
+    }
+}
+
 /// Protects: `--stream --speed` starts the same job without a client, and the queries return the
 /// values of the command line.
 #[test]

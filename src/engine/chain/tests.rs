@@ -124,11 +124,7 @@ fn no_layer_holds_the_holes_of_a_raw_file() {
     let chain = scratch.opened("base", BackingFormat::Raw);
     assert_eq!(
         runs(&chain, 1, 5 * MIB),
-        [
-            (Content::Unallocated, MIB),
-            (Content::Data, MIB),
-            (Content::Unallocated, 3 * MIB)
-        ]
+        [(Content::Unallocated, MIB), (Content::Data, MIB), (Content::Unallocated, 3 * MIB)]
     );
 }
 

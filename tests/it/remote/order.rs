@@ -316,8 +316,8 @@ fn a_server_that_takes_no_order_is_named() {
     requires!("/dev/fuse", "qemu-img", "nginx", "openssl");
     let Some((server, remote)) = on_nginx(SIZE, "") else { return };
     let remote = remote.create();
-    for learn in [&["--learn"][..], &[]] {
-        let mut disk = remote.mount().args(learn).start();
+    for (name, learn) in [("drive0", &["--learn"][..]), ("drive1", &[])] {
+        let mut disk = remote.mount_as(&remote.overlay, name).args(learn).start();
         remote.guest(&disk).check(0..4096);
         crate::support::mounts::umount(disk.path());
         disk.assert_clean_end();
