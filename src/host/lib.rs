@@ -4,7 +4,7 @@
 //! locks and their order. [`attributes`] has the names of the extended attributes of an image file.
 //! [`mutants`] lists the steps that a test run can leave out. [`place`] opens files of this program
 //! in directories that another user may change. [`packet`] has messages between its processes.
-//! [`background`] marks threads whose reads can wait.
+//! [`background`] marks threads whose reads can wait. [`zeros`] are written over data.
 //!
 //! This crate is below `qcow2` so that a simulated host (crate `sim`) implements the traits of a
 //! crate that is never the one under test: the unit tests of `qcow2` and `engine` run on `sim`.
@@ -24,5 +24,6 @@ pub mod packet;
 pub mod place;
 pub mod storage;
 pub mod sync;
+pub mod zeros;
 
 pub use error::{Error, ErrorKind, Result};

@@ -22,6 +22,7 @@ use crate::format::{BackingReference, Geometry, GuestOffset, Mapping, NewImage};
 use crate::image::{CheckReport, Image, ImageReader, LeakSearch, check, distrust};
 use crate::range_lock::{Exclusive, RangeLock};
 use host::storage::{Sidecar, Storage, WriteKind};
+use host::zeros::resident_zeros;
 use host::{Error, ErrorKind, Result};
 
 /// Version of new images. Version 3 has zero clusters.
@@ -430,7 +431,7 @@ impl Qcow2 {
     /// caller holds an exclusive guard of the range.
     fn write_zero_clusters(&self, held: &Exclusive<'_>, run: Range<u64>) -> Result<()> {
         let cluster_size = self.cluster_size();
-        let zeros = vec![0; PIECE.max(cluster_size).min(run.end - run.start) as usize];
+        let zeros = resident_zeros(PIECE.max(cluster_size).min(run.end - run.start) as usize);
         let mut at = run.start;
         while at < run.end {
             let len = (run.end - at).min(zeros.len() as u64);
@@ -458,7 +459,7 @@ impl Qcow2 {
         if is_zero {
             Ok(())
         } else {
-            self.write_at(range.start, &vec![0; (range.end - range.start) as usize])
+            self.write_at(range.start, &resident_zeros((range.end - range.start) as usize))
         }
     }
 

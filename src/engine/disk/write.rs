@@ -6,6 +6,7 @@ use super::{Disk, Local, Patience};
 use crate::chain::Content;
 use host::Result;
 use host::mutants::{Step, without};
+use host::zeros::resident_zeros;
 use qcow2::format::{GuestOffset, Mapping};
 use qcow2::image::Image;
 use qcow2::range_lock::Exclusive;
@@ -296,7 +297,8 @@ impl Disk {
                 None => return Ok(Local::Below),
                 Some(true) => {}
                 Some(false)
-                    if self.write_waiting(at, &vec![0; len as usize], patience)? != Local::Done =>
+                    if self.write_waiting(at, &resident_zeros(len as usize), patience)?
+                        != Local::Done =>
                 {
                     return Ok(Local::Below);
                 }
@@ -401,7 +403,7 @@ impl Disk {
                 len = len.min(known.next_multiple_of(cluster_size));
             }
             let len = len.min(ZERO_PIECE.max(cluster_size));
-            self.write_held(image, held, at, &vec![0; len as usize])?;
+            self.write_held(image, held, at, &resident_zeros(len as usize))?;
             at += len;
         }
         Ok(())
