@@ -28,7 +28,8 @@
 //! **Touches:** `disk`, `job`, the clock. **Never:** sockets, the image directly. **Locks:** those
 //! of [`Streams`], before those of the jobs.
 //! **Invariants:** the chunks of the walk are copied in guest order, in steps of [`STREAM_CHUNK`];
-//! of a long range without work only the first chunk is looked at on its own;
+//! of a long range without work only the first chunk is looked at on its own, and chunks whose
+//! blocks are shared are taken together;
 //! the chain is cut only after every byte was processed, and only if no chunk was skipped because
 //! of an error (R12, QEMU `stream_prepare`). A job that ends does not wait for its reader threads:
 //! one of them may hang in a read that never returns.
@@ -72,6 +73,11 @@ use streams::StreamProgress;
 /// Bytes per step (QEMU: STREAM_CHUNK): the unit in which a failing range is reported and in which
 /// the speed is charged.
 pub const STREAM_CHUNK: u64 = 512 << 10;
+
+/// The most that a stream without a speed clones at once, in bytes. In one extent, this much costs
+/// the file system hardly more than 512 KiB. A request of the guest for the same range waits for
+/// it.
+const CLONE_STEP: u64 = 4 << 20;
 
 /// The longest time that a stream which starts paused searches for its offset. The job obeys no
 /// command during the search.
@@ -201,6 +207,8 @@ fn copy_up(
     let mut backoff = (priority == Priority::Low).then(Backoff::default);
     let mut forecast = Forecaster::new(len);
     let mut ignored = None;
+    // Chunks before this offset are not taken together.
+    let mut alone_until = 0;
     // The scout hears of a pause before the job's thread waits in a checkpoint. If the pause begins
     // between the two, what the scout has said so far is still fetched.
     let tell_pause = || {
@@ -232,6 +240,13 @@ fn copy_up(
         };
         let Some(bytes) = ahead.take(offset, go_on) else { return Outcome::Cancelled };
         let mut end = len.min(offset + STREAM_CHUNK);
+        if scout.is_none() && speed == 0 && offset >= alone_until {
+            let cloned = cloneable_chunks(disk, end..len, depth);
+            end += cloned;
+            if cloned > 0 {
+                ahead.start_again(end);
+            }
+        }
         match disk.populate_read(offset..end, depth, bytes) {
             Ok(Populated { copied, zeroed, .. }) => {
                 control.advance(end - offset, Work { copied, zeroed, failed: 0 });
@@ -244,6 +259,13 @@ fn copy_up(
                         ahead.start_again(end);
                     }
                 }
+            }
+            // A chunk that fails fails alone.
+            Err(error) if end - offset > STREAM_CHUNK => {
+                log::debug!("stream: bytes {offset}..{end}: {error}");
+                alone_until = end;
+                ahead.start_again(offset);
+                continue;
             }
             Err(error) => {
                 log::warn!("stream: bytes {offset}..{end}: {error}");
@@ -291,6 +313,21 @@ fn passed_already(disk: &Disk, control: &Control, depth: usize, len: u64) -> u64
         offset += bytes;
     }
     offset
+}
+
+/// Returns the length of the leading chunks of a range whose blocks the overlay can share, in
+/// bytes: whole chunks, and with the chunk before them at most [`CLONE_STEP`]. 0 unless these are
+/// more than what is read ahead, which would otherwise be read in vain.
+fn cloneable_chunks(disk: &Disk, range: Range<u64>, depth: usize) -> u64 {
+    let most = (CLONE_STEP - STREAM_CHUNK).min(range.end - range.start);
+    if most <= READ_AHEAD {
+        return 0;
+    }
+    // An error ends the search; the stream meets it again and reports it.
+    match disk.to_do(range.start, most, depth) {
+        Ok((ToDo::Clone, bytes)) if bytes > READ_AHEAD => bytes - bytes % STREAM_CHUNK,
+        _ => 0,
+    }
 }
 
 /// Returns the length of the leading chunks of a range in which the stream has nothing to do, in

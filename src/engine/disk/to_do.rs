@@ -13,6 +13,8 @@ pub enum ToDo {
     Nothing,
     /// Mark the run as zero: it reads as zero, but the overlay does not say so yet.
     MarkZero,
+    /// Share the blocks of the raw file below.
+    Clone,
     /// Copy the bytes from below.
     Copy,
 }
@@ -38,7 +40,8 @@ impl Disk {
         let to_do = match way {
             CopyMethod::Leave => ToDo::Nothing,
             CopyMethod::Zero => ToDo::MarkZero,
-            CopyMethod::Clone(_) | CopyMethod::Read => ToDo::Copy,
+            CopyMethod::Clone(_) => ToDo::Clone,
+            CopyMethod::Read => ToDo::Copy,
         };
         Ok((to_do, len.clamp(1, max)))
     }

@@ -73,7 +73,9 @@ impl Forecaster {
                     break;
                 }
                 match disk.to_do(walk.at, len - walk.at, depth) {
-                    Ok((to_do, bytes)) => walk.add(to_do == ToDo::Copy, bytes),
+                    Ok((to_do, bytes)) => {
+                        walk.add(matches!(to_do, ToDo::Copy | ToDo::Clone), bytes);
+                    }
                     Err(error) => {
                         log::debug!("how much the stream has to copy cannot be told: {error}");
                         self.0 = None;

@@ -616,8 +616,8 @@ fn a_job_that_waits_for_its_base_is_paused_and_cancelled() {
     drop(held);
 }
 
-/// Protects: on a host that can clone, a job reads nothing, not even ahead. Its chunks, its
-/// progress and its speed are those of any other job.
+/// Protects: on a host that can clone, a job reads nothing, not even ahead. Its progress and its
+/// speed are those of any other job. Without a speed, one clone covers many chunks.
 #[test]
 fn what_can_be_cloned_is_not_read() {
     let (disk, base, content) = on_host(16, 8, 4096);
@@ -639,7 +639,7 @@ fn what_can_be_cloned_is_not_read() {
         (job.error, job.work.copied, job.progress.offset),
         (None, 8 * STREAM_CHUNK, 8 * STREAM_CHUNK)
     );
-    assert_eq!((held.stopped(), base.operations(), disk.stats().backing_reads.bytes), (0, 8, 0));
+    assert_eq!((held.stopped(), base.operations(), disk.stats().backing_reads.bytes), (0, 2, 0));
     drop(held);
     assert!(disk.info().unwrap().backing.is_empty());
     let mut read = vec![0; content.len()];

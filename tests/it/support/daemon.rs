@@ -180,8 +180,6 @@ pub fn server_of(main: Pid) -> Pid {
     found.unwrap_or_else(|| panic!("process {main:?} has no serving process"))
 }
 
-/// Kills the processes of a disk as a loss of power does: neither learns of the death of the other.
-/// Waits until the serving process has ended and its files are closed; the caller waits for `main`.
 /// Waits until a process has ended with its last thread, and so has released all that it had open.
 /// Its main thread alone may be a zombie long before.
 ///
@@ -195,6 +193,8 @@ pub fn wait_for_death(process: Pid) {
     assert!(ended > 0, "process {process:?} does not end");
 }
 
+/// Kills the processes of a disk as a loss of power does: neither learns of the death of the other.
+/// Waits until the serving process has ended and its files are closed; the caller waits for `main`.
 pub fn kill_all(main: Pid) {
     // The main process stands still, so it starts no process meanwhile. A process that it has just
     // started may not have its own arguments yet.
