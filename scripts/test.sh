@@ -279,7 +279,8 @@ over_io_uring() {
     [[ $before == Y || -n $switch_uring ]] || { echo "skipped: $switch is off; --switch-uring switches it on meanwhile, as root" && return 0; }
     [[ $before == Y ]] || echo Y >"$switch" 2>/dev/null || { echo "skipped: $switch is off, and only root can change that" && return 0; }
     local status=0
-    CORDISK_TEST_TRANSPORT=uring cargo test --locked --test it -- --test-threads 2 transports:: fuse_end_to_end:: fio_verify:: hung_backing:: stream_qmp:: ||
+    # The whole workspace, so that nothing is built again with other features.
+    CORDISK_TEST_TRANSPORT=uring cargo test --locked --workspace --test it -- --test-threads 2 transports:: fuse_end_to_end:: fio_verify:: hung_backing:: stream_qmp:: ||
         status=$?
     [[ $before == Y ]] || echo "$before" >"$switch"
     return $status
