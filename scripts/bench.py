@@ -19,10 +19,12 @@ import threading
 import time
 
 import bench_report
+from bench_many import many
 from bench_reflink import reflink
 from bench_targets import LIVE, Broken, all_targets
 from bench_workloads import MIB, SECTIONS, Bench
 
+SECTIONS["many"] = (many, "what 1, 10 and 100 idle disks cost: memory, threads, wake-ups")
 SECTIONS["reflink"] = (reflink, "the whole image brought up where overlay and base share blocks, on an XFS in a file (root only)")
 
 REPO = pathlib.Path(__file__).resolve().parent.parent

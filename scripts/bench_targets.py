@@ -183,8 +183,8 @@ class Target:
     def command(self, setup, path):
         raise NotImplementedError
 
-    def put_up(self, setup):
-        path, log = self.work / "disk", self.work / (self.key + ".log")
+    def put_up(self, setup, name="disk"):
+        path, log = self.work / name, self.work / (self.key + ".log")
         path.touch()
         begun = time.perf_counter()
         with open(log, "ab") as output:

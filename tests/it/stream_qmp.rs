@@ -784,7 +784,7 @@ fn holes_cost_nothing() {
     qemu::create(&image, Some(8 * TIB), "", None);
     qemu::io(&image, &["write -q -z 1T 1M", "write -q -P 7 5T 512"]);
     for (name, path, format) in [("raw", &base, "raw"), ("qcow2", &image, "qcow2")] {
-        let overlay = scratch.join(&format!("{name}-overlay.qcow2"));
+        let overlay = scratch.join(format!("{name}-overlay.qcow2"));
         qemu::create(&overlay, None, "", Some((path.to_str().expect("UTF-8"), format)));
         let disk = Mount::named(&scratch, &overlay, name).qmp().start();
         let mut client = disk.client();

@@ -3,7 +3,7 @@
 //! Where an emulator is not installed its test is skipped, also where all tools are required: the
 //! gate installs them from the package registries of other languages, which may be away.
 
-use test_servers::FakeGcs;
+use test_servers::{Azurite, FakeGcs};
 
 use super::servers::live;
 use super::*;
@@ -19,9 +19,9 @@ fn above(url: &str, content: Vec<u8>, settings: &str) -> Remote {
 }
 
 /// An object of the emulator of Google, and an overlay that is created.
-fn above_gcs() -> Option<(FakeGcs, Remote)> {
+fn above_gcs(size: u64) -> Option<(FakeGcs, Remote)> {
     let gcs = test_servers::fake_gcs()?;
-    let content = content(SIZE);
+    let content = content(size);
     gcs.make_bucket("golden");
     gcs.put("golden", "base.raw", &content);
     let settings = format!("endpoint = \"{}\"\nanonymous = true\n", gcs.endpoint);
@@ -33,7 +33,7 @@ fn above_gcs() -> Option<(FakeGcs, Remote)> {
 #[test]
 fn a_disk_above_an_emulator_of_google() {
     requires!("/dev/fuse", "qemu-img", "curl");
-    let Some((gcs, remote)) = above_gcs() else { return };
+    let Some((gcs, remote)) = above_gcs(SIZE) else { return };
     live(&remote, "a_disk_above_an_emulator_of_google", || drop(gcs));
 }
 
@@ -42,7 +42,7 @@ fn a_disk_above_an_emulator_of_google() {
 #[test]
 fn an_emulator_of_google_replaces_the_object() {
     requires!("/dev/fuse", "qemu-img", "curl");
-    let Some((gcs, remote)) = above_gcs() else { return };
+    let Some((gcs, remote)) = above_gcs(SIZE) else { return };
     let disk = remote.mount().start();
     let mut guest = remote.guest(&disk);
     guest.check(0..64 * KIB);
@@ -55,16 +55,15 @@ fn an_emulator_of_google_replaces_the_object() {
     assert_clean(&remote.overlay);
 }
 
-/// Protects: a blob of Azure, with the key of the account from a file.
-#[test]
-fn a_disk_above_an_emulator_of_azure() {
-    requires!("/dev/fuse", "qemu-img", "python3");
-    let Some(azurite) = test_servers::azurite() else { return };
-    let content = content(SIZE);
+/// A blob of the emulator of Azure, with the key of the account from a file, and an overlay that is
+/// created.
+fn above_azure(size: u64) -> Option<(Azurite, Remote)> {
+    let azurite = test_servers::azurite()?;
+    let content = content(size);
     azurite.make_container("golden");
     azurite.put("golden", "images/base.raw", &content);
     let key = azurite.directory().join("key");
-    fs::write(&key, test_servers::Azurite::KEY).expect("key");
+    fs::write(&key, Azurite::KEY).expect("key");
     std::fs::set_permissions(&key, std::os::unix::fs::PermissionsExt::from_mode(0o600))
         .expect("mode of the key");
     let settings = format!(
@@ -73,5 +72,29 @@ fn a_disk_above_an_emulator_of_azure() {
         key.display()
     );
     let remote = above("az://golden/images/base.raw", content, &settings);
+    Some((azurite, remote))
+}
+
+/// Protects: a blob of Azure, with the key of the account from a file.
+#[test]
+fn a_disk_above_an_emulator_of_azure() {
+    requires!("/dev/fuse", "qemu-img", "python3");
+    let Some((azurite, remote)) = above_azure(SIZE) else { return };
     live(&remote, "a_disk_above_an_emulator_of_azure", || drop(azurite));
+}
+
+/// Protects: `--learn` leaves the order beside an object of Google.
+#[test]
+fn a_machine_leaves_its_order_at_an_emulator_of_google() {
+    requires!("/dev/fuse", "qemu-img", "curl");
+    let Some((_gcs, remote)) = above_gcs(super::order::SIZE) else { return };
+    super::order::learns(&remote);
+}
+
+/// Protects: the same beside a blob of Azure.
+#[test]
+fn a_machine_leaves_its_order_at_an_emulator_of_azure() {
+    requires!("/dev/fuse", "qemu-img", "python3");
+    let Some((_azurite, remote)) = above_azure(super::order::SIZE) else { return };
+    super::order::learns(&remote);
 }

@@ -6,7 +6,7 @@ use ::order::{BaseIdentity, Order, Touch};
 
 use super::*;
 
-const SIZE: u64 = 32 * MIB;
+pub(super) const SIZE: u64 = 32 * MIB;
 const BLOCK: u64 = 64 * KIB;
 
 /// What an order of this content belongs to.
