@@ -70,8 +70,7 @@ mod tests {
     /// Protects: a process that was taken over neither reads nor writes elsewhere.
     #[test]
     fn only_what_lies_beside_an_allowed_file_is_read_or_written() {
-        let prefixes =
-            ["s3://golden/images/", "https://h/base.raw"].map(|name| SourceUrl::parse_prefix(name));
+        let prefixes = ["s3://golden/images/", "https://h/base.raw"].map(SourceUrl::parse_prefix);
         let prefixes = prefixes.into_iter().collect::<Result<Vec<_>>>().unwrap();
         let mut permissions = Permissions { prefixes, writes_orders: false };
         for name in ["s3://golden/images/a", "s3://golden/images/a.order", "https://h/base.raw"] {
