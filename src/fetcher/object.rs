@@ -115,6 +115,11 @@ impl ObjectSource {
 
     /// Writes the object.
     async fn put(&self, bytes: Bytes) -> Result<Head, SourceError> {
+        if self.url.scheme() == Scheme::Gs && self.config.settings(&self.url).anonymous {
+            // object_store would ask the host's metadata service for a token.
+            let text = "the source is anonymous, so it may only read: give it a service account";
+            return Err(SourceError::new(Retry::Never, text));
+        }
         let record = Record::default();
         let mut options = PutOptions::from(PutMode::Overwrite);
         options.extensions.insert(record.clone());

@@ -258,13 +258,16 @@ fn a_wrong_order_is_left_out() {
 
 /// A machine reads the blocks and leaves their order, and a stream of the next machine follows it.
 pub(super) fn learns(remote: &Remote) {
-    let disk = remote.mount().args(&["--learn"]).start();
+    let mut disk = remote.mount().args(&["--learn"]).start();
     let mut guest = remote.guest(&disk);
     for block in descending() {
         guest.check(block * BLOCK..block * BLOCK + 4096);
     }
     drop(guest.file);
-    disk.umount();
+    crate::support::mounts::umount(disk.path());
+    disk.assert_clean_end();
+    let said = disk.log();
+    assert!(said.contains("the order of the guest was left beside the base"), "{said}");
     let overlay = remote.scratch.join("second.qcow2");
     remote.create_at(&overlay);
     let disk = remote.mount_as(&overlay, "drive1").args(&["--stream", "--learn"]).start();
