@@ -27,20 +27,22 @@ def threads(pid):
 
 
 def switches(pids):
-    """How often the threads were scheduled away so far, because they waited or because they had to."""
-    total = 0
+    """For each thread, how often it was scheduled away so far, because it waited or because it had to."""
+    found = {}
     for pid in pids:
         for thread in threads(pid):
-            for line in (thread / "status").read_text().splitlines():
-                if "ctxt_switches" in line:
-                    total += int(line.split()[1])
-    return total
+            try:
+                lines = (thread / "status").read_text().splitlines()
+            except OSError:
+                continue  # it has ended
+            found[thread] = sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
+    return found
 
 
 def many(bench):
     for count in COUNTS:
         for key, label, unit in FACTS:
-            bench.row("many-%s-%d" % (key, count), TITLE, "%s, %d disks" % (label, count), unit, "low")
+            bench.row("many-%s-%d" % (key, count), TITLE, "%s, %d disk%s" % (label, count, "s" if count > 1 else ""), unit, "low")
     overlays = [bench.path("many-%d.qcow2" % number) for number in range(max(COUNTS))]
     for target in bench.turns(bench.of(qcow2_only=True)):
         disks = []
@@ -68,7 +70,8 @@ def record(bench, target, disks):
     pids = [pid for disk in disks for pid in disk.processes()]
     before, begun = switches(pids), time.monotonic()
     time.sleep(IDLE_SECONDS)
-    wakes = (switches(pids) - before) / (time.monotonic() - begun)
+    # Threads of a pool may end meanwhile, and others may begin.
+    wakes = sum(now - before.get(thread, 0) for thread, now in switches(pids).items()) / (time.monotonic() - begun)
     found = {
         "memory": sum(proportional_mib(pid) for pid in pids),
         "threads": sum(len(threads(pid)) for pid in pids),
