@@ -50,7 +50,7 @@ else
     printf 'RUSTC_BOOTSTRAP=1 with %s\n' "$(rustc --version)"
 fi
 sanitizer=(-s "${CORDISK_SANITIZER:-none}")
-"${cargo[@]}" fuzz build --fuzz-dir "$fuzz" "${sanitizer[@]}"
+"${cargo[@]}" fuzz build --fuzz-dir "$fuzz" "${sanitizer[@]}" ${target:+"$target"}
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/cordisk-fuzz.XXXXXX")
 trap 'rm -rf "$work"' EXIT
