@@ -74,9 +74,9 @@ use streams::StreamProgress;
 /// the speed is charged.
 pub const STREAM_CHUNK: u64 = 512 << 10;
 
-/// The most that a stream without a speed clones at once, in bytes. In one extent, this much costs
-/// the file system hardly more than 512 KiB. A request of the guest for the same range waits for
-/// it.
+/// The most that a stream without a speed clones at once, in bytes: a multiple of
+/// [`STREAM_CHUNK`]. In one extent, this much costs the file system hardly more than 512 KiB. A
+/// request of the guest for the same range waits for it.
 const CLONE_STEP: u64 = 4 << 20;
 
 /// The longest time that a stream which starts paused searches for its offset. The job obeys no
@@ -241,7 +241,8 @@ fn copy_up(
         let Some(bytes) = ahead.take(offset, go_on) else { return Outcome::Cancelled };
         let mut end = len.min(offset + STREAM_CHUNK);
         if scout.is_none() && speed == 0 && offset >= alone_until {
-            let cloned = cloneable_chunks(disk, end..len, depth);
+            let step = end..len.min(offset + CLONE_STEP);
+            let cloned = leading_chunks(disk, step, depth, ToDo::Clone);
             end += cloned;
             if cloned > 0 {
                 ahead.start_again(end);
@@ -252,7 +253,9 @@ fn copy_up(
                 control.advance(end - offset, Work { copied, zeroed, failed: 0 });
                 // With remote layers, this lookup could wait for a server.
                 if copied == 0 && zeroed == 0 && scout.is_none() {
-                    let idle = idle_chunks(disk, end..len, depth);
+                    // The last chunk is left over, as in `passed_already`.
+                    let rest = end..len.saturating_sub(STREAM_CHUNK);
+                    let idle = leading_chunks(disk, rest, depth, ToDo::Nothing);
                     control.advance(idle, Work::default());
                     end += idle;
                     if idle > 0 {
@@ -315,34 +318,19 @@ fn passed_already(disk: &Disk, control: &Control, depth: usize, len: u64) -> u64
     offset
 }
 
-/// Returns the length of the leading chunks of a range whose blocks the overlay can share, in
-/// bytes: whole chunks, and with the chunk before them at most [`CLONE_STEP`]. 0 unless these are
-/// more than what is read ahead, which would otherwise be read in vain.
-fn cloneable_chunks(disk: &Disk, range: Range<u64>, depth: usize) -> u64 {
-    let most = (CLONE_STEP - STREAM_CHUNK).min(range.end - range.start);
-    if most <= READ_AHEAD {
-        return 0;
-    }
-    // An error ends the search; the stream meets it again and reports it.
-    match disk.to_do(range.start, most, depth) {
-        Ok((ToDo::Clone, bytes)) if bytes > READ_AHEAD => bytes - bytes % STREAM_CHUNK,
-        _ => 0,
-    }
-}
-
-/// Returns the length of the leading chunks of a range in which the stream has nothing to do, in
-/// bytes: whole chunks, and not the last one. 0 unless these are more than what is read ahead,
-/// which would otherwise be read in vain.
+/// Returns the length of the leading chunks of a range in which the stream has `wanted` to do, in
+/// bytes: whole chunks. 0 unless these are more than what is read ahead, which would otherwise be
+/// read in vain.
 ///
 /// A disk of 8 TiB that is a single hole has 16 million chunks.
-fn idle_chunks(disk: &Disk, range: Range<u64>, depth: usize) -> u64 {
-    let most = (range.end - range.start).saturating_sub(STREAM_CHUNK);
+fn leading_chunks(disk: &Disk, range: Range<u64>, depth: usize, wanted: ToDo) -> u64 {
+    let most = range.end.saturating_sub(range.start);
     if most <= READ_AHEAD {
         return 0;
     }
     // An error ends the search; the stream meets it again and reports it.
     match disk.to_do(range.start, most, depth) {
-        Ok((ToDo::Nothing, bytes)) if bytes > READ_AHEAD => bytes - bytes % STREAM_CHUNK,
+        Ok((found, bytes)) if found == wanted && bytes > READ_AHEAD => bytes - bytes % STREAM_CHUNK,
         _ => 0,
     }
 }

@@ -20,7 +20,7 @@ use crate::job::{Batch, IoStatus, JobEvent, JobInfo, Jobs, Progress, Status};
 use host::storage::{BlockStatus, ReadAt, Sidecar, Storage, WriteKind};
 use qcow2::format::{BackingFormat, Header, NewImage};
 use qcow2::image::Image;
-use sim::{Action, SimStorage};
+use sim::{Action, Fault, HostFailure, Repeat, SimStorage};
 
 /// Longer than any step of these tests takes.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -755,4 +755,36 @@ fn a_client_that_is_faster_than_a_resumed_stream_keeps_its_note() {
         Priority::Normal,
     );
     assert!(jobs.query().is_empty() && notes.lock().is_none());
+}
+
+/// Protects: where chunks that were to be cloned together cannot be, and one of them cannot be read
+/// either, that chunk alone is reported and ignored (QEMU: one chunk at a time).
+#[test]
+fn a_chunk_that_fails_fails_alone() {
+    let (disk, base, content) = on_host(16, 16, 4096);
+    let bad = 5 * STREAM_CHUNK + 70_000;
+    base.inject(Fault {
+        matches: Box::new(move |operation| {
+            let reads = operation.action == Action::Read;
+            let range = operation.at..operation.at + operation.len;
+            operation.is_clone || reads && range.contains(&bad)
+        }),
+        after: 0,
+        failure: HostFailure::Errno(5),
+        times: Repeat::ForEver,
+    });
+    let jobs = Jobs::new();
+    let options = StreamOptions { on_error: OnError::Ignore, ..StreamOptions::new("job0") };
+    start(&disk, &jobs, options).unwrap();
+    jobs.settle("job0", PATIENCE);
+    let job = jobs.last().unwrap();
+    let work = (job.work.failed, job.work.copied, job.progress.offset);
+    assert_eq!(work, (STREAM_CHUNK, 15 * STREAM_CHUNK, 16 * STREAM_CHUNK));
+    assert_eq!(job.error.as_deref(), Some("Input/output error"));
+    assert!(!disk.info().unwrap().backing.is_empty(), "the chain is cut only after everything");
+    base.heal();
+    let mut read = vec![0; content.len()];
+    disk.read(0, &mut read).unwrap();
+    assert!(read == content);
+    disk.close().unwrap();
 }
