@@ -74,8 +74,8 @@ impl Sources {
     }
 
     /// Writes the first `len` bytes of `memory`, an order, beside the remote file `name`. The file
-    /// there has the old content or the new one, as a whole. Returns after `patience` at the
-    /// latest.
+    /// there has the old content or the new one, as a whole. The fetcher gives up after `patience`,
+    /// and this side some seconds later.
     ///
     /// # Errors
     /// The failure that the fetcher reports, among them: it was started without the permission to

@@ -167,11 +167,6 @@ impl RemoteFile {
         &self.pin
     }
 
-    /// The number by which [`FetcherLine::facts`] names the file.
-    pub fn number(&self) -> u32 {
-        self.number
-    }
-
     /// Waits until a range is in the cache; the part beyond the end of the file counts as there.
     ///
     /// # Errors
