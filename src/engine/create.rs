@@ -32,8 +32,12 @@ pub struct CreateOptions {
     pub format: BackingFormat,
     /// Virtual size in bytes, rounded up to 512 bytes. `None` means the size of the base.
     pub size: Option<u64>,
-    /// Cluster size in bytes, a power of two from 512 to 2 MiB.
+    /// Cluster size in bytes, a power of two from 512 to 2 MiB; at least 16 KiB with extended L2
+    /// entries.
     pub cluster_size: u64,
+    /// Whether L2 entries are extended, so that each of the 32 subclusters of a cluster has a mapping
+    /// of its own.
+    pub extended_l2: bool,
 }
 
 impl CreateOptions {
@@ -86,7 +90,10 @@ pub fn create(options: &CreateOptions, gate: &Gate) -> Result<()> {
     else {
         return Err(Error::new(ErrorKind::InvalidArgument, "virtual size is too large"));
     };
-    let geometry = Geometry::new(VERSION, cluster_bits, REFCOUNT_ORDER, size).map_err(asked)?;
+    let mut geometry = Geometry::new(VERSION, cluster_bits, REFCOUNT_ORDER, size).map_err(asked)?;
+    if options.extended_l2 {
+        geometry = geometry.with_extended_l2().map_err(asked)?;
+    }
     let mut writes = NewImage { geometry, backing: Some(backing) }.layout().map_err(asked)?;
     if !pins.is_empty() {
         let end = writes.iter().map(|(offset, bytes)| offset + bytes.len() as u64).max();

@@ -16,6 +16,7 @@
 //!     format: BackingFormat::Raw,
 //!     size: None,
 //!     cluster_size: 65536,
+//!     extended_l2: false,
 //! };
 //! create(&new, &Gate::default())?;
 //! let options = DiskOptions {

@@ -33,6 +33,8 @@ mutants! {
     BarrierBetweenRefcountEntries = "barrier-between-refcount-entries",
     /// R1, R2: data and refcounts are durable before L2 entries name clusters.
     BarrierBeforeL2 = "barrier-before-l2",
+    /// I6: both words of an extended L2 entry change under the write lock of the table's slot.
+    EntryChangesWhole = "entry-changes-whole",
     /// R4: an L2 table is durable before the L1 table names it.
     BarrierBeforeL1 = "barrier-before-l1",
     /// R3: the new mapping is durable before a refcount is lowered, and before a flush returns

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use crossbeam_channel::Receiver;
 
-use crate::format::{BackingReference, Geometry, GuestOffset, Mapping, NewImage};
+use crate::format::{BackingReference, FormatError, Geometry, GuestOffset, Mapping, NewImage};
 use crate::image::{CheckReport, Image, ImageReader, LeakSearch, check, distrust};
 use crate::range_lock::{Exclusive, RangeLock};
 use host::storage::{Sidecar, Storage, WriteKind};
@@ -125,6 +125,28 @@ impl Qcow2 {
         size: u64,
         cluster_size: u64,
     ) -> Result<Qcow2> {
+        Qcow2::create_as(storage, size, cluster_size, Ok)
+    }
+
+    /// Creates an image as [`Qcow2::create`] does, with extended L2 entries: each of the 32
+    /// subclusters of a cluster has a mapping of its own. QEMU reads such images since version 5.2.
+    ///
+    /// # Errors
+    /// As [`Qcow2::create`]; [`ErrorKind::InvalidArgument`] for clusters of less than 16 KiB.
+    pub fn create_with_subclusters<F: Storage + Sidecar>(
+        storage: Arc<F>,
+        size: u64,
+        cluster_size: u64,
+    ) -> Result<Qcow2> {
+        Qcow2::create_as(storage, size, cluster_size, Geometry::with_extended_l2)
+    }
+
+    fn create_as<F: Storage + Sidecar>(
+        storage: Arc<F>,
+        size: u64,
+        cluster_size: u64,
+        kind: impl FnOnce(Geometry) -> std::result::Result<Geometry, FormatError>,
+    ) -> Result<Qcow2> {
         let refused = |text: String| Err(Error::new(ErrorKind::InvalidArgument, text));
         if storage.size() != 0 {
             return refused(format!(
@@ -141,6 +163,7 @@ impl Qcow2 {
             return refused("virtual size is too large".into());
         };
         let layout = Geometry::new(VERSION, cluster_size.ilog2(), REFCOUNT_ORDER, size)
+            .and_then(kind)
             .and_then(|geometry| NewImage { geometry, backing: None }.layout())
             .map_err(|error| Error::wrap(ErrorKind::InvalidArgument, "new image", error))?;
         let write = |(at, bytes): &(u64, Vec<u8>)| {
@@ -163,8 +186,7 @@ impl Qcow2 {
     /// # Errors
     /// [`ErrorKind::UnsupportedFeature`] if the image names a backing file (see
     /// [`Qcow2::open_above`]), and for images that cannot be written correctly: internal snapshots,
-    /// persistent bitmaps, encryption, external data files, extended L2 entries;
-    /// [`ErrorKind::InvalidImage`], [`ErrorKind::Corrupt`]; I/O. An image that is refused is not
+    /// persistent bitmaps, encryption, external data files; [`ErrorKind::InvalidImage`], [`ErrorKind::Corrupt`]; I/O. An image that is refused is not
     /// changed.
     pub fn open<F: Storage + Sidecar>(storage: Arc<F>) -> Result<Qcow2> {
         let image = Image::open(storage)?;
@@ -376,26 +398,25 @@ impl Qcow2 {
         Ok(data.len())
     }
 
-    /// Makes whole clusters zero by their mapping, and partial clusters at the edges by writing.
-    /// The range is never rounded outward, except past the end of the disk.
+    /// Makes whole subclusters zero by their mapping, and partial ones at the edges by writing. The
+    /// range is never rounded outward, except past the end of the disk.
     fn make_zero(&self, range: Range<u64>, hosts: ClusterRelease) -> Result<()> {
         self.checked(range.start, range.end.saturating_sub(range.start))?;
-        let cluster_size = self.cluster_size();
         let last = self.geometry().whole_end(range.end);
-        let first = range.start.next_multiple_of(cluster_size);
+        let first = range.start.next_multiple_of(self.geometry().subcluster_size());
         self.write_zero_bytes(range.start..first.min(range.end))?;
         let mut at = first;
         while at < last {
             let end = last.min(at + ZERO_HOLD);
-            let held = self.ranges.exclusive(at..end);
-            self.make_clusters_zero(&held, at..end, hosts)?;
+            let held = self.ranges.exclusive(self.geometry().aligned(&(at..end)));
+            self.make_subclusters_zero(&held, at..end, hosts)?;
             at = end;
         }
         self.write_zero_bytes(last.max(first).min(range.end)..range.end)?;
         self.commit_if_wanted()
     }
 
-    fn make_clusters_zero(
+    fn make_subclusters_zero(
         &self,
         held: &Exclusive<'_>,
         aligned: Range<u64>,
@@ -407,18 +428,22 @@ impl Qcow2 {
         while at < end {
             let extent = self.image.map(GuestOffset(at), end - at)?;
             let run = at..at + extent.len;
-            let clusters = geometry.clusters(&geometry.aligned(&run));
+            let subclusters = geometry.subclusters_of(&geometry.aligned_to_subclusters(&run));
             at = run.end;
             match (extent.mapping, &self.below) {
+                // A compressed cluster has one mapping: its other bytes are stored again.
+                (Mapping::Compressed { .. }, _) if !geometry.is_whole_clusters(&run) => {
+                    self.write_zero_clusters(held, run)?
+                }
                 // There is no cluster here and no backing file: the run reads as zero already.
                 (Mapping::Unallocated, None) => {}
                 (_, None) if version < 3 || hosts == ClusterRelease::GiveBack => {
-                    self.image.unmap(held, clusters)?
+                    self.image.unmap(held, subclusters)?
                 }
                 _ if version >= 3 && hosts == ClusterRelease::GiveBack => {
-                    self.image.discard(held, clusters)?
+                    self.image.discard(held, subclusters)?
                 }
-                _ if version >= 3 => self.image.zero(held, clusters)?,
+                _ if version >= 3 => self.image.zero(held, subclusters)?,
                 // Version 2 has no zero clusters: only written zeros hide the content of the
                 // backing file.
                 _ => self.write_zero_clusters(held, run)?,
@@ -441,7 +466,7 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Writes zeros to a part of one cluster. Writes nothing if the bytes are known to be zero.
+    /// Writes zeros to a part of one subcluster. Writes nothing if the bytes are known to be zero.
     fn write_zero_bytes(&self, range: Range<u64>) -> Result<()> {
         if range.is_empty() {
             return Ok(());

@@ -22,7 +22,7 @@
 //! with the guest; then what holds is what is on the disk (P2, P4).
 //!
 //! The journal is memory of one host and one boot. Its numbers have the byte order of the host, and
-//! a program refuses a journal whose [`VERSION`] is not its own.
+//! a program refuses a journal whose version is not in [`VERSIONS`].
 //!
 //! **Touches:** [`SharedBytes`].
 //! **Never:** writes the image; knows tables or refcounts.
@@ -36,7 +36,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
-use crate::format::GuestCluster;
+use crate::format::{Geometry, GuestCluster, RawL2Entry};
 use host::mutants::{Step, without};
 use host::storage::SharedBytes;
 use host::sync::{Mutex, rank};
@@ -44,16 +44,17 @@ use host::{Error, ErrorKind, Result};
 
 /// The first bytes of a header.
 const MAGIC: [u8; 8] = *b"cordiskj";
-/// The version of the format. A journal of another version is refused.
-const VERSION: u32 = 1;
+/// The version of the format: that of an image with standard L2 entries, and that of an image with
+/// extended ones, whose records have a bitmap. A journal of another version is refused.
+const VERSIONS: [u32; 2] = [1, 2];
 /// Size of a header without padding, in bytes.
 const HEADER: usize = 56;
 /// Offsets of the two headers, in bytes.
 const HEADERS: [u64; 2] = [0, 64];
 /// Offset of the first record, in bytes.
 const RECORDS: u64 = 4096;
-/// Size of a record, in bytes.
-const RECORD: usize = 40;
+/// Size of a record, in bytes: without a bitmap, and with one.
+const RECORDS_OF: [usize; 2] = [40, 48];
 /// The number of the first record. Zeros are no record, so it is not 0.
 const FIRST: u64 = 1;
 
@@ -64,21 +65,24 @@ pub struct MappingChange {
     pub start: GuestCluster,
     /// The number of clusters.
     pub count: u32,
-    /// The L2 entry of the first cluster.
+    /// The descriptor in the L2 entry of the first cluster.
     pub entry: u64,
-    /// What is added to the entry from one cluster to the next: 0, or the cluster size in bytes if
-    /// the host clusters are contiguous.
+    /// The subcluster bitmap in the L2 entries of all clusters; 0 without extended L2 entries.
+    pub bitmap: u64,
+    /// What is added to the descriptor from one cluster to the next: 0, or the cluster size in
+    /// bytes if the host clusters are contiguous.
     pub step: u64,
 }
 
 impl MappingChange {
     /// Adds the cluster at `at` with this entry, if it continues the run. Host clusters of
     /// `cluster_size` bytes continue a run if they are contiguous.
-    pub fn joined_by(&mut self, at: GuestCluster, entry: u64, cluster_size: u64) -> bool {
-        if at.0 != self.start.0 + u64::from(self.count) {
+    pub fn joined_by(&mut self, at: GuestCluster, entry: RawL2Entry, cluster_size: u64) -> bool {
+        if at.0 != self.start.0 + u64::from(self.count) || entry.bitmap != self.bitmap {
             return false;
         }
-        let step = match entry.checked_sub(self.entry_of(self.count - 1)) {
+        let last = self.entry_of(self.count - 1).descriptor;
+        let step = match entry.descriptor.checked_sub(last) {
             Some(0) => 0,
             Some(step) if step == cluster_size => step,
             _ => return false,
@@ -91,8 +95,9 @@ impl MappingChange {
     }
 
     /// Returns the entry of the cluster `index` clusters after the first one.
-    pub fn entry_of(&self, index: u32) -> u64 {
-        self.entry.wrapping_add(self.step.wrapping_mul(u64::from(index)))
+    pub fn entry_of(&self, index: u32) -> RawL2Entry {
+        let descriptor = self.entry.wrapping_add(self.step.wrapping_mul(u64::from(index)));
+        RawL2Entry { descriptor, bitmap: self.bitmap }
     }
 }
 
@@ -116,6 +121,7 @@ struct JournalHeader {
     turn: u64,
     /// The number of the oldest record that is not cut.
     start: u64,
+    version: u32,
     cluster_bits: u32,
     barrier: BarrierState,
     /// The host clusters that were reserved ahead last: first and end.
@@ -126,7 +132,7 @@ impl JournalHeader {
     fn encode(&self) -> [u8; HEADER] {
         let mut bytes = [0; HEADER];
         bytes[0..8].copy_from_slice(&MAGIC);
-        bytes[8..12].copy_from_slice(&VERSION.to_ne_bytes());
+        bytes[8..12].copy_from_slice(&self.version.to_ne_bytes());
         bytes[12..16].copy_from_slice(&self.cluster_bits.to_ne_bytes());
         bytes[16..24].copy_from_slice(&self.turn.to_ne_bytes());
         bytes[24..32].copy_from_slice(&self.start.to_ne_bytes());
@@ -142,7 +148,7 @@ impl JournalHeader {
     fn decode(bytes: &[u8; HEADER]) -> Option<JournalHeader> {
         let word = |at: usize| u32_at(bytes, at);
         if bytes[0..8] != MAGIC
-            || word(8) != VERSION
+            || !VERSIONS.contains(&word(8))
             || word(HEADER - 4) != crc32fast::hash(&bytes[..HEADER - 4])
         {
             return None;
@@ -157,6 +163,7 @@ impl JournalHeader {
         Some(JournalHeader {
             turn: u64_at(bytes, 16),
             start: u64_at(bytes, 24),
+            version: word(8),
             cluster_bits: word(12),
             barrier,
             reserved: (u64_at(bytes, 36), u64_at(bytes, 44)),
@@ -176,28 +183,32 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_ne_bytes(word)
 }
 
-fn encode(number: u64, change: &MappingChange) -> [u8; RECORD] {
-    let mut bytes = [0; RECORD];
-    bytes[0..8].copy_from_slice(&number.to_ne_bytes());
-    bytes[8..16].copy_from_slice(&change.start.0.to_ne_bytes());
-    let entry = if without(Step::ZeroFlagIsJournaled) { change.entry & !1 } else { change.entry };
-    bytes[16..24].copy_from_slice(&entry.to_ne_bytes());
-    bytes[24..32].copy_from_slice(&change.step.to_ne_bytes());
-    bytes[32..36].copy_from_slice(&change.count.to_ne_bytes());
-    let sum = crc32fast::hash(&bytes[..RECORD - 4]);
-    bytes[RECORD - 4..].copy_from_slice(&sum.to_ne_bytes());
+/// Encodes a record of `len` bytes, one of [`RECORDS_OF`].
+fn encode(number: u64, change: &MappingChange, len: usize) -> Vec<u8> {
+    let (mut entry, mut bitmap) = (change.entry, change.bitmap);
+    if without(Step::ZeroFlagIsJournaled) {
+        (entry, bitmap) = (entry & !1, bitmap & u64::from(u32::MAX));
+    }
+    let mut bytes = Vec::with_capacity(len);
+    for word in [number, change.start.0, entry, change.step, bitmap] {
+        bytes.extend(word.to_ne_bytes());
+    }
+    bytes.truncate(len - 8);
+    bytes.extend(change.count.to_ne_bytes());
+    bytes.extend(crc32fast::hash(&bytes).to_ne_bytes());
     bytes
 }
 
 /// Returns `None` for bytes that are not the record of this number.
 fn decode(number: u64, bytes: &[u8]) -> Option<MappingChange> {
-    let is_good = u64_at(bytes, 0) == number
-        && u32_at(bytes, RECORD - 4) == crc32fast::hash(&bytes[..RECORD - 4]);
+    let (told, sum) = bytes.split_at(bytes.len() - 4);
+    let is_good = u64_at(told, 0) == number && u32_at(sum, 0) == crc32fast::hash(told);
     is_good.then(|| MappingChange {
-        start: GuestCluster(u64_at(bytes, 8)),
-        count: u32_at(bytes, 32),
-        entry: u64_at(bytes, 16),
-        step: u64_at(bytes, 24),
+        start: GuestCluster(u64_at(told, 8)),
+        count: u32_at(told, told.len() - 4),
+        entry: u64_at(told, 16),
+        bitmap: if bytes.len() == RECORDS_OF[1] { u64_at(told, 32) } else { 0 },
+        step: u64_at(told, 24),
     })
 }
 
@@ -205,6 +216,8 @@ fn decode(number: u64, bytes: &[u8]) -> Option<MappingChange> {
 #[derive(Debug)]
 pub(crate) struct Journal {
     bytes: Arc<dyn SharedBytes>,
+    /// Size of a record, in bytes.
+    record: usize,
     /// The number of records that the ring holds.
     slots: u64,
     state: Mutex<{ rank::LEAF }, JournalState>,
@@ -233,12 +246,12 @@ impl Drop for PromisedSpace<'_> {
 }
 
 impl Journal {
-    /// Makes an empty journal of an image with clusters of 2 ^ `cluster_bits` bytes.
+    /// Makes an empty journal of an image.
     ///
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] if there is no space for two records; I/O.
-    pub fn create(bytes: Arc<dyn SharedBytes>, cluster_bits: u32) -> Result<Journal> {
-        let journal = Journal::over(bytes, cluster_bits)?;
+    pub fn create(bytes: Arc<dyn SharedBytes>, geometry: &Geometry) -> Result<Journal> {
+        let journal = Journal::over(bytes, geometry)?;
         for _ in HEADERS {
             // Both headers are written, so that none of an earlier journal is left.
             journal.change_header(&mut journal.state.lock(), |_| ()).map_err(of_journal)?;
@@ -253,9 +266,9 @@ impl Journal {
     /// [`ErrorKind::Corrupt`] if this is no journal of such an image; I/O.
     pub fn open(
         bytes: Arc<dyn SharedBytes>,
-        cluster_bits: u32,
+        geometry: &Geometry,
     ) -> Result<(Journal, Vec<MappingChange>, BarrierState)> {
-        let journal = Journal::over(bytes, cluster_bits)?;
+        let journal = Journal::over(bytes, geometry)?;
         let mut newest: Option<JournalHeader> = None;
         for at in HEADERS {
             let mut header = [0; HEADER];
@@ -270,13 +283,16 @@ impl Journal {
         let refuse = |what: &str| Error::new(ErrorKind::Corrupt, format!("the journal {what}"));
         let header =
             newest.ok_or_else(|| refuse("has no valid header, or that of another version"))?;
-        if header.cluster_bits != cluster_bits || header.start < FIRST {
+        let expected = journal.state.lock().header;
+        if (header.version, header.cluster_bits) != (expected.version, expected.cluster_bits)
+            || header.start < FIRST
+        {
             return Err(refuse("is that of another image"));
         }
         let mut changes = Vec::new();
         let mut next = header.start;
         while next - header.start < journal.slots {
-            let mut record = [0; RECORD];
+            let mut record = vec![0; journal.record];
             journal.bytes.read_at(journal.place_of(next), &mut record).map_err(of_journal)?;
             let Some(change) = decode(next, &record) else { break };
             changes.push(change);
@@ -286,24 +302,27 @@ impl Journal {
         Ok((journal, changes, header.barrier))
     }
 
-    fn over(bytes: Arc<dyn SharedBytes>, cluster_bits: u32) -> Result<Journal> {
-        let slots = bytes.size().saturating_sub(RECORDS) / RECORD as u64;
+    fn over(bytes: Arc<dyn SharedBytes>, geometry: &Geometry) -> Result<Journal> {
+        let is_extended = usize::from(geometry.has_extended_l2());
+        let record = RECORDS_OF[is_extended];
+        let slots = bytes.size().saturating_sub(RECORDS) / record as u64;
         if slots < 2 {
             return Err(Error::new(ErrorKind::InvalidArgument, "the journal is too small"));
         }
         let header = JournalHeader {
             turn: 0,
             start: FIRST,
-            cluster_bits,
+            version: VERSIONS[is_extended],
+            cluster_bits: geometry.cluster_bits(),
             barrier: BarrierState::Succeeded,
             reserved: (0, 0),
         };
         let state = JournalState { header, next: FIRST, promised: 0 };
-        Ok(Journal { bytes, slots, state: Mutex::new(state) })
+        Ok(Journal { bytes, record, slots, state: Mutex::new(state) })
     }
 
     fn place_of(&self, number: u64) -> u64 {
-        RECORDS + number % self.slots * RECORD as u64
+        RECORDS + number % self.slots * self.record as u64
     }
 
     /// Sets space for this many records aside, so that a change that is made cannot fail to be
@@ -345,7 +364,8 @@ impl Journal {
         }
         let mut state = self.state.lock();
         for change in changes {
-            self.bytes.write_at(self.place_of(state.next), &encode(state.next, change))?;
+            self.bytes
+                .write_at(self.place_of(state.next), &encode(state.next, change, self.record))?;
             state.next += 1;
         }
         Ok(())

@@ -3,7 +3,8 @@
 //! (docs/invariants.md):
 //!
 //! ```text
-//! R1  an L2 entry shows a host cluster only after a barrier has covered a write of all of it
+//! R1  an L2 entry shows a host cluster, or a subcluster of it, only after a barrier has covered a
+//!     write of all of it
 //! R2  an entry names a cluster only if the refcount on disk is at least the number of entries that
 //!     may name the cluster
 //! R3  a refcount is lowered only to at least the number of entries that may name the cluster
@@ -26,11 +27,13 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::spec::{Contents, Layout};
+use super::spec::{Contents, Entry, Layout};
 use super::storage::Observer;
 use host::storage::WriteKind;
 
 const SECTOR: u64 = 512;
+/// The bits of all pieces of a cluster.
+const ALL: u32 = u32::MAX;
 const COPIED: u64 = 1 << 63;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
@@ -54,15 +57,16 @@ enum Slot {
 struct Naming {
     copied: bool,
     shared: bool,
-    /// The guest sees the bytes of the cluster.
-    shows: bool,
-    /// The cluster is kept for later use, and reads as zeros.
-    reserved: bool,
+    /// The pieces whose bytes the guest, or the program, sees: one bit for each.
+    shows: u32,
+    /// The pieces that are kept for later use: their bytes are not seen.
+    reserved: u32,
 }
 
 type Names = BTreeMap<(u64, Slot), Naming>;
 
-/// The moments at which a cluster was complete: all of it had been written as its present kind.
+/// The moments at which a piece was complete: all of it had been written as its present kind. A
+/// piece is a subcluster, or a cluster in an image without subclusters.
 #[derive(Debug, Default)]
 struct Cover {
     kind: Option<WriteKind>,
@@ -84,6 +88,8 @@ struct Version {
 #[derive(Debug)]
 pub struct OrderChecker {
     cluster_bits: u32,
+    /// Pieces per cluster.
+    pieces: u64,
     durable: Vec<u8>,
     /// For each sector, the versions that were written since it was durable, oldest first. A
     /// version is the whole sector, as the page cache holds it.
@@ -94,6 +100,7 @@ pub struct OrderChecker {
     durable_until: u64,
     /// The moment at which each barrier was called.
     barriers: Vec<u64>,
+    /// By the number of the piece in the file.
     covers: HashMap<u64, Cover>,
     names: Option<Names>,
     /// The moment of a header write that no barrier has covered, and whether data may be written
@@ -110,6 +117,7 @@ impl OrderChecker {
         let layout = Layout::of(&bytes).expect("an image");
         let mut checker = OrderChecker {
             cluster_bits: layout.cluster_bits,
+            pieces: layout.subclusters(),
             durable: bytes,
             pending: HashMap::new(),
             now: 0,
@@ -121,8 +129,8 @@ impl OrderChecker {
         };
         let names = checker.walk();
         for (&(cluster, _), naming) in &names {
-            if !naming.reserved {
-                checker.covers.entry(cluster).or_default().whole.push(0);
+            for piece in checker.pieces_of(cluster, !naming.reserved) {
+                checker.covers.entry(piece).or_default().whole.push(0);
             }
         }
         checker.names = Some(names);
@@ -131,6 +139,12 @@ impl OrderChecker {
 
     fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
+    }
+
+    /// Returns the numbers of the pieces of a cluster whose bits are set.
+    fn pieces_of(&self, cluster: u64, bits: u32) -> impl Iterator<Item = u64> + use<> {
+        let pieces = self.pieces;
+        (0..pieces).filter(move |piece| bits >> piece & 1 != 0).map(move |at| cluster * pieces + at)
     }
 
     /// Returns the versions of a sector that may be on disk, the newest last.
@@ -159,6 +173,26 @@ impl OrderChecker {
         }
     }
 
+    /// Calls `f` with index and value of each entry that may be on disk in an L2 table. Both words
+    /// of an extended entry are of one version: they lie in one sector.
+    fn each_l2_entry(&self, layout: &Layout, table: u64, mut f: impl FnMut(u64, Entry)) {
+        let size = layout.l2_entry_size();
+        for sector in table / SECTOR..(table + self.cluster_size()) / SECTOR {
+            for version in self.versions(sector) {
+                for (index, raw) in version.chunks_exact(size as usize).enumerate() {
+                    let word = |bytes: &[u8]| {
+                        bytes.iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
+                    };
+                    let (raw, bitmap) = raw.split_at(8);
+                    let entry = Entry { raw: word(raw), bitmap: word(bitmap) };
+                    if entry != Entry::default() {
+                        f((sector * SECTOR - table) / size + index as u64, entry);
+                    }
+                }
+            }
+        }
+    }
+
     /// Returns every header that may be on disk, the newest last.
     fn headers(&self) -> Vec<Layout> {
         self.versions(0).map(Layout::unchecked).collect()
@@ -173,37 +207,41 @@ impl OrderChecker {
         for header in self.headers() {
             let (table, clusters) = header.refcount_table;
             for cluster in table >> bits..(table >> bits) + clusters {
-                names.entry((cluster, Slot::RefcountTable)).or_default().shows = true;
+                names.entry((cluster, Slot::RefcountTable)).or_default().shows = ALL;
             }
             self.each_entry(table, clusters * cluster_size / 8, |index, raw| {
-                names.entry((raw >> bits, Slot::Block(index))).or_default().shows = true;
+                names.entry((raw >> bits, Slot::Block(index))).or_default().shows = ALL;
             });
             let (l1, entries) = header.l1;
             for cluster in l1 >> bits..(l1 >> bits) + (entries * 8).div_ceil(cluster_size) {
-                names.entry((cluster, Slot::L1Table)).or_default().shows = true;
+                names.entry((cluster, Slot::L1Table)).or_default().shows = ALL;
             }
             self.each_entry(l1, entries, |index, raw| {
                 let naming =
                     names.entry(((raw & OFFSET) >> bits, Slot::L2Table(index))).or_default();
-                naming.shows = true;
+                naming.shows = ALL;
                 *(if raw & COPIED != 0 { &mut naming.copied } else { &mut naming.shared }) = true;
                 tables.insert((index, raw & OFFSET));
             });
         }
         let layout = Layout::unchecked(&self.durable);
         for (l1_index, table) in tables {
-            self.each_entry(table, cluster_size / 8, |index, raw| {
-                let (Some((first, count)), held) = layout.l2_entry(raw) else { return };
+            self.each_l2_entry(&layout, table, |index, entry| {
+                let (Some((first, count)), held) = layout.l2_entry(entry, 0) else { return };
                 for cluster in first..first + count {
                     let naming = names
-                        .entry((cluster, Slot::Guest(l1_index * cluster_size / 8 + index)))
+                        .entry((cluster, Slot::Guest(l1_index * layout.per_table() + index)))
                         .or_default();
-                    match held {
-                        Contents::Zero => naming.reserved = true,
-                        _ => naming.shows = true,
+                    for piece in 0..self.pieces {
+                        match layout.l2_entry(entry, piece).1 {
+                            Contents::Zero | Contents::Unallocated => naming.reserved |= 1 << piece,
+                            Contents::Data(_) | Contents::Compressed(..) => {
+                                naming.shows |= 1 << piece;
+                            }
+                        }
                     }
                     if !matches!(held, Contents::Compressed(..)) {
-                        *(if raw & COPIED != 0 {
+                        *(if entry.raw & COPIED != 0 {
                             &mut naming.copied
                         } else {
                             &mut naming.shared
@@ -299,12 +337,14 @@ impl OrderChecker {
         }
     }
 
-    /// Returns whether all of the cluster was written as one of `kinds`, and a barrier has covered
-    /// that.
-    fn is_durable(&self, cluster: u64, kinds: &[WriteKind]) -> bool {
-        self.covers.get(&cluster).is_some_and(|cover| {
-            cover.whole.iter().any(|&moment| moment <= self.durable_until)
-                && cover.kind.is_none_or(|kind| kinds.contains(&kind))
+    /// Returns whether all of these pieces of the cluster were written as one of `kinds`, and a
+    /// barrier has covered that.
+    fn is_durable(&self, cluster: u64, pieces: u32, kinds: &[WriteKind]) -> bool {
+        self.pieces_of(cluster, pieces).all(|piece| {
+            self.covers.get(&piece).is_some_and(|cover| {
+                cover.whole.iter().any(|&moment| moment <= self.durable_until)
+                    && cover.kind.is_none_or(|kind| kinds.contains(&kind))
+            })
         })
     }
 
@@ -389,13 +429,21 @@ impl OrderChecker {
                 lost: false,
             });
         }
-        let cluster_size = self.cluster_size();
-        for cluster in at >> self.cluster_bits..end.div_ceil(cluster_size) {
+        // New data in a part of a cluster: what was in the other parts counts no more.
+        if kind == Some(WriteKind::NewCluster) {
+            for cluster in at >> self.cluster_bits..end.div_ceil(self.cluster_size()) {
+                for piece in self.pieces_of(cluster, ALL) {
+                    self.covers.remove(&piece);
+                }
+            }
+        }
+        let size = self.cluster_size() / self.pieces;
+        for piece in at / size..end.div_ceil(size) {
             let Some(kind) = kind else {
-                self.covers.remove(&cluster);
+                self.covers.remove(&piece);
                 continue;
             };
-            let cover = self.covers.entry(cluster).or_default();
+            let cover = self.covers.entry(piece).or_default();
             let is_new = kind == WriteKind::NewCluster;
             let is_data = |kind| matches!(kind, WriteKind::NewCluster | WriteKind::Data);
             // The cluster is reused, for new data or for another kind of table.
@@ -407,10 +455,10 @@ impl OrderChecker {
                 *cover = Cover::default();
             }
             cover.kind = Some(if is_data(kind) { WriteKind::Data } else { kind });
-            let start = cluster << self.cluster_bits;
-            let sectors = at.max(start).div_ceil(SECTOR)..end.min(start + cluster_size) / SECTOR;
+            let start = piece * size;
+            let sectors = at.max(start).div_ceil(SECTOR)..end.min(start + size) / SECTOR;
             cover.sectors.extend(sectors);
-            if cover.sectors.len() as u64 == cluster_size / SECTOR {
+            if cover.sectors.len() as u64 == size / SECTOR {
                 cover.sectors.clear();
                 cover.whole.push(now);
             }
@@ -426,7 +474,8 @@ impl OrderChecker {
             if old == naming {
                 continue;
             }
-            if naming.shows && !old.shows {
+            let shows = naming.shows & !old.shows;
+            if shows != 0 {
                 let (rule, kinds): (_, &[WriteKind]) = match slot {
                     Slot::Guest(_) => ("R1", &[WriteKind::Data, WriteKind::NewCluster]),
                     Slot::L2Table(_) => ("R4", &[WriteKind::L2Table]),
@@ -436,16 +485,16 @@ impl OrderChecker {
                     Slot::Header => ("R16", &[]),
                 };
                 assert!(
-                    self.is_durable(cluster, kinds),
-                    "{rule}: {kind:?}: {slot:?} names cluster {cluster}, which is not durable whole"
+                    self.is_durable(cluster, shows, kinds),
+                    "{rule}: {kind:?}: {slot:?} names cluster {cluster}, of which {shows:#b} is not durable whole"
                 );
             }
-            if naming.reserved && !old.reserved {
-                // Writes from before the cluster became zero do not count when it becomes visible
-                // again. The limit is the last barrier but one, because the cluster may be filled
-                // again while the pass that makes it zero on disk is running.
-                let keep = self.barriers.iter().rev().nth(1).copied().unwrap_or(0);
-                if let Some(cover) = self.covers.get_mut(&cluster) {
+            // Writes from before a piece became zero do not count when it becomes visible again. The
+            // limit is the last barrier but one, because the piece may be filled again while the
+            // pass that makes it zero on disk is running.
+            let keep = self.barriers.iter().rev().nth(1).copied().unwrap_or(0);
+            for piece in self.pieces_of(cluster, naming.reserved & !old.reserved & old.shows) {
+                if let Some(cover) = self.covers.get_mut(&piece) {
                     cover.whole.retain(|&moment| moment > keep);
                 }
             }

@@ -1,7 +1,7 @@
 //! A checker and reader of qcow2 images for all tests. It is written from the specification
 //! (docs/interop/qcow2.rst in QEMU's sources) and shares no code with the engine, so that both
-//! cannot be wrong in the same way. It does not support internal snapshots, external data files and
-//! extended L2 entries; an image with one of them is an error.
+//! cannot be wrong in the same way. It does not support internal snapshots and external data files; an
+//! image with one of them is an error.
 //!
 //! [`Verdict`] separates findings that are harmless for the data from those that are not. Each test
 //! thus chooses how strict it is: as strict as `qemu-img check`, stricter ([`Seen::sole`]), or only
@@ -51,6 +51,16 @@ impl Verdict {
     pub fn all_leaks(&self) -> u64 {
         self.leaks + self.leaks_beyond
     }
+}
+
+/// An L2 entry as it is in the file: the descriptor, and the bitmap of an extended entry (0 in an
+/// image without them).
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Entry {
+    /// The descriptor.
+    pub raw: u64,
+    /// Bits 0 to 31: the subcluster is allocated. Bits 32 to 63: it reads as zeros.
+    pub bitmap: u64,
 }
 
 /// What an image holds at a place of the virtual disk.
@@ -169,9 +179,12 @@ impl Layout {
         }
         if number(bytes, 32, 4) != 0
             || number(bytes, 60, 4) != 0
-            || layout.features[0] & !0b1011 != 0
+            || layout.features[0] & !0b1_1011 != 0
         {
             return wrong("encryption, snapshots or features that are not known here".into());
+        }
+        if layout.has_subclusters() && (layout.cluster_bits < 14 || layout.version < 3) {
+            return wrong(format!("subclusters in clusters of {cluster} bytes"));
         }
         let (offset, length) = layout.backing;
         if (offset != 0) != (length != 0)
@@ -193,7 +206,7 @@ impl Layout {
         if entries > 0 && !inside((l1, entries * 8)) {
             return wrong(format!("L1 table of {entries} entries at {l1:#x}"));
         }
-        if entries < layout.size.div_ceil(cluster * cluster / 8) {
+        if entries < layout.size.div_ceil(cluster * layout.per_table()) {
             return wrong(format!(
                 "L1 table of {entries} entries is too short for {} bytes",
                 layout.size
@@ -205,6 +218,31 @@ impl Layout {
     /// Returns the cluster size, in bytes.
     pub fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
+    }
+
+    /// Returns whether L2 entries are extended.
+    pub fn has_subclusters(&self) -> bool {
+        self.features[0] & 16 != 0
+    }
+
+    /// Returns the number of subclusters of a cluster, 1 or 32.
+    pub fn subclusters(&self) -> u64 {
+        if self.has_subclusters() { 32 } else { 1 }
+    }
+
+    /// Returns the subcluster size, in bytes.
+    pub fn subcluster_size(&self) -> u64 {
+        self.cluster_size() / self.subclusters()
+    }
+
+    /// Returns the size of an L2 entry, in bytes.
+    pub fn l2_entry_size(&self) -> u64 {
+        if self.has_subclusters() { 16 } else { 8 }
+    }
+
+    /// Returns the number of entries of an L2 table.
+    pub fn per_table(&self) -> u64 {
+        self.cluster_size() / self.l2_entry_size()
     }
 
     /// Returns the number of refcounts in a refcount block.
@@ -239,8 +277,9 @@ impl Layout {
     }
 
     /// Returns the clusters that an L2 entry names (first and count), and what the entry says about
-    /// the guest's bytes. The offset in [`Contents::Data`] is that of the cluster.
-    pub fn l2_entry(&self, raw: u64) -> (Option<(u64, u64)>, Contents) {
+    /// the guest's bytes in one subcluster. The offset in [`Contents::Data`] is that of the cluster.
+    pub fn l2_entry(&self, entry: Entry, subcluster: u64) -> (Option<(u64, u64)>, Contents) {
+        let Entry { raw, bitmap } = entry;
         if raw & COMPRESSED != 0 {
             let bits = 62 - (self.cluster_bits - 8);
             let at = raw & ((1 << bits) - 1);
@@ -254,6 +293,14 @@ impl Layout {
         }
         let at = raw & OFFSET;
         let names = (at != 0).then_some((at >> self.cluster_bits, 1));
+        if self.has_subclusters() {
+            let contents = match (bitmap >> subcluster & 1, bitmap >> (32 + subcluster) & 1) {
+                (1, _) => Contents::Data(at),
+                (_, 1) => Contents::Zero,
+                _ => Contents::Unallocated,
+            };
+            return (names, contents);
+        }
         match (raw & 1, at) {
             (0, 0) => (names, Contents::Unallocated),
             (0, at) => (names, Contents::Data(at)),
@@ -278,13 +325,19 @@ impl Layout {
     }
 
     /// Returns the non-zero entries of an L2 table with their index, up to the end of the file.
-    pub fn l2_entries(&self, bytes: &[u8], table: u64) -> impl Iterator<Item = (u64, u64)> {
-        words(bytes, table, self.cluster_size() / 8)
+    pub fn l2_entries(&self, bytes: &[u8], table: u64) -> impl Iterator<Item = (u64, Entry)> {
+        let per_entry = self.l2_entry_size() / 8;
+        let mut entries: BTreeMap<u64, Entry> = BTreeMap::new();
+        for (index, word) in words(bytes, table, self.cluster_size() / 8) {
+            let entry = entries.entry(index / per_entry).or_default();
+            if index % per_entry == 0 { entry.raw = word } else { entry.bitmap = word }
+        }
+        entries.into_iter()
     }
 
     /// Returns the non-zero entries of all L2 tables with their guest cluster.
-    fn entries(&self, bytes: &[u8]) -> impl Iterator<Item = (u64, u64)> {
-        let per_table = self.cluster_size() / 8;
+    fn entries(&self, bytes: &[u8]) -> impl Iterator<Item = (u64, Entry)> {
+        let per_table = self.per_table();
         let of = move |(l1_index, table)| {
             self.l2_entries(bytes, table)
                 .map(move |(index, raw)| (l1_index * per_table + index, raw))
@@ -295,9 +348,9 @@ impl Layout {
     /// Returns the host cluster of every guest cluster that has an uncompressed one, visible or
     /// reserved behind zeros.
     pub fn hosts(&self, bytes: &[u8]) -> BTreeMap<u64, u64> {
-        let host = |(guest, raw)| match self.l2_entry(raw) {
-            (Some((first, _)), Contents::Data(_) | Contents::Zero) => Some((guest, first)),
-            _ => None,
+        let host = |(guest, entry)| match self.l2_entry(entry, 0) {
+            (_, Contents::Compressed(..)) | (None, _) => None,
+            (Some((first, _)), _) => Some((guest, first)),
         };
         self.entries(bytes).filter_map(host).collect()
     }
@@ -340,23 +393,28 @@ impl Layout {
         }
         let file =
             |at: u64, end: u64| &bytes[bytes.len().min(at as usize)..bytes.len().min(end as usize)];
-        for (guest, raw) in self.entries(bytes) {
+        let unit = self.subcluster_size() as usize;
+        for (guest, entry) in self.entries(bytes) {
             let start = content.len().min(guest.saturating_mul(self.cluster_size()) as usize);
             let end = content.len().min(start + self.cluster_size() as usize);
-            let part = &mut content[start..end];
-            match self.l2_entry(raw).1 {
-                Contents::Unallocated => {}
-                Contents::Zero => part.fill(0),
-                Contents::Data(at) => {
-                    let data = file(at, at + part.len() as u64);
-                    part[data.len()..].fill(0);
-                    part[..data.len()].copy_from_slice(data);
-                }
-                Contents::Compressed(at, len) => {
-                    let cluster = self
-                        .decompressed(file(at, at + len))
-                        .ok_or_else(|| format!("guest cluster {guest} cannot be inflated"))?;
-                    part.copy_from_slice(&cluster[..part.len()]);
+            let cluster = &mut content[start..end];
+            if let Contents::Compressed(at, len) = self.l2_entry(entry, 0).1 {
+                let inflated = self
+                    .decompressed(file(at, at + len))
+                    .ok_or_else(|| format!("guest cluster {guest} cannot be inflated"))?;
+                cluster.copy_from_slice(&inflated[..cluster.len()]);
+                continue;
+            }
+            for (index, part) in (0..).zip(cluster.chunks_mut(unit)) {
+                match self.l2_entry(entry, index).1 {
+                    Contents::Zero => part.fill(0),
+                    Contents::Data(at) => {
+                        let at = at + index * unit as u64;
+                        let data = file(at, at + part.len() as u64);
+                        part[data.len()..].fill(0);
+                        part[..data.len()].copy_from_slice(data);
+                    }
+                    Contents::Unallocated | Contents::Compressed(..) => {}
                 }
             }
         }
@@ -377,7 +435,7 @@ impl Layout {
 
     /// Returns what the image holds at a guest offset in bytes.
     pub fn find(&self, bytes: &[u8], guest: u64) -> Contents {
-        let l2_entries = self.cluster_size() / 8;
+        let l2_entries = self.per_table();
         let cluster = guest >> self.cluster_bits;
         if cluster / l2_entries >= self.l1.1 {
             return Contents::Unallocated;
@@ -386,7 +444,10 @@ impl Layout {
         if table == 0 {
             return Contents::Unallocated;
         }
-        match self.l2_entry(number(bytes, table + cluster % l2_entries * 8, 8)).1 {
+        let at = table + cluster % l2_entries * self.l2_entry_size();
+        let bitmap = if self.has_subclusters() { number(bytes, at + 8, 8) } else { 0 };
+        let entry = Entry { raw: number(bytes, at, 8), bitmap };
+        match self.l2_entry(entry, guest % self.cluster_size() / self.subcluster_size()).1 {
             Contents::Data(at) => Contents::Data(at + guest % self.cluster_size()),
             other => other,
         }
@@ -452,7 +513,7 @@ impl Seen {
         if !wrong.is_empty() {
             return Err(wrong.join("; "));
         }
-        if self.layout.features[0] != 0 {
+        if self.layout.features[0] & !16 != 0 {
             return Err(format!("incompatible features {:#x}", self.layout.features[0]));
         }
         if !self.verdict.sole {
@@ -560,10 +621,16 @@ impl Walk<'_> {
         }
     }
 
-    fn l2_entry(&mut self, l1_index: u64, index: u64, raw: u64) {
+    fn l2_entry(&mut self, l1_index: u64, index: u64, entry: Entry) {
         let layout = self.layout;
-        let say = |what: &str| format!("L2 table {l1_index}, index {index}: {raw:#x} {what}");
-        let (names, held) = layout.l2_entry(raw);
+        let Entry { raw, bitmap } = entry;
+        let say =
+            |what: &str| format!("L2 table {l1_index}, index {index}: {raw:#x} {bitmap:#x} {what}");
+        let (names, held) = layout.l2_entry(entry, 0);
+        let (allocated, zero) = (bitmap & 0xffff_ffff, bitmap >> 32);
+        if allocated & zero != 0 {
+            self.wrong(say("has a subcluster that is allocated and zero"));
+        }
         let copied = raw & COPIED != 0;
         if let Contents::Compressed(at, len) = held {
             self.verdict.sole = false;
@@ -573,6 +640,9 @@ impl Walk<'_> {
             if at >= 1 << 56 {
                 self.wrong(say("is compressed beyond 2^56"));
             }
+            if bitmap != 0 {
+                self.wrong(say("is compressed and has a bitmap"));
+            }
             if at + len > (self.bytes.len() as u64).next_multiple_of(512) {
                 self.verdict.tolerated.push(say("ends behind the file"));
             }
@@ -580,8 +650,11 @@ impl Walk<'_> {
             if raw & 0x3f00_0000_0000_01fe != 0 {
                 self.wrong(say("has reserved bits"));
             }
-            if raw & 1 != 0 && layout.version < 3 {
-                self.verdict.tolerated.push(say("is zero, which version 2 does not know"));
+            if raw & 1 != 0 && (layout.version < 3 || layout.has_subclusters()) {
+                self.verdict.tolerated.push(say("has the zero flag, which is not known here"));
+            }
+            if allocated != 0 && names.is_none() {
+                self.wrong(say("has allocated subclusters, and names nothing"));
             }
             if !(raw & OFFSET).is_multiple_of(layout.cluster_size()) {
                 self.wrong(say("is not aligned"));

@@ -11,6 +11,9 @@ pub enum Fill {
     Zero,
     /// Zeros, with a host cluster that contains [`pattern`] of this tag.
     Reserved(u64),
+    /// A host cluster that contains [`pattern`] of this tag, in an image with extended L2 entries:
+    /// bits 0 to 31 say which subclusters are allocated, bits 32 to 63 which read as zeros.
+    Parts(u64, u64),
 }
 
 /// The description of an image.
@@ -41,6 +44,8 @@ pub struct Start {
     pub table: u64,
     /// Autoclear feature bits.
     pub autoclear: u64,
+    /// Whether L2 entries are extended.
+    pub extended: bool,
 }
 
 /// Returns 512 bytes that occur for no other tag and sector.
@@ -96,6 +101,7 @@ impl Start {
             free,
             table: 1,
             autoclear: 0,
+            extended: false,
         }
     }
 
@@ -105,7 +111,8 @@ impl Start {
     /// If the tables do not fit this layout.
     pub fn bytes(&self) -> Vec<u8> {
         let cluster = 1usize << self.cluster_bits;
-        let l2_entries = cluster as u64 / 8;
+        let entry_size = if self.extended { 16 } else { 8 };
+        let l2_entries = cluster as u64 / entry_size;
         let block_entries = (cluster as u64 * 8) >> self.refcount_order;
         let l1_entries = self.size.div_ceil(cluster as u64 * l2_entries);
         let l1_clusters = (l1_entries * 8).div_ceil(cluster as u64);
@@ -123,7 +130,10 @@ impl Start {
             }
             blocks = needed;
         };
-        assert!(blocks <= l2_entries * self.table, "so many blocks do not fit the refcount table");
+        assert!(
+            blocks <= cluster as u64 / 8 * self.table,
+            "so many blocks do not fit the refcount table"
+        );
         let mut bytes = vec![0; used as usize * cluster];
         let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
         let (block_at, l1_at) = (1 + self.table, 1 + self.table + blocks);
@@ -140,6 +150,7 @@ impl Start {
         put(56, &(self.table as u32).to_be_bytes());
         let mut end = 72;
         if self.version >= 3 {
+            put(72, &(if self.extended { 16_u64 } else { 0 }).to_be_bytes());
             put(88, &self.autoclear.to_be_bytes());
             put(96, &self.refcount_order.to_be_bytes());
             put(100, &104u32.to_be_bytes());
@@ -166,9 +177,11 @@ impl Start {
         for &(guest, fill) in &self.clusters {
             let table =
                 l2_at + tables.binary_search(&(guest / l2_entries)).expect("listed above") as u64;
-            let entry = match fill {
-                Fill::Zero => 1,
-                Fill::Data(tag) | Fill::Reserved(tag) => {
+            // The zero flag is in the descriptor or in the bitmap.
+            let zero = u64::from(!self.extended);
+            let (descriptor, bitmap) = match fill {
+                Fill::Zero => (zero, u64::from(u32::MAX) << 32),
+                Fill::Data(tag) | Fill::Reserved(tag) | Fill::Parts(tag, _) => {
                     for sector in 0..cluster as u64 / 512 {
                         put(
                             (offset(next) + sector * 512) as usize,
@@ -176,10 +189,19 @@ impl Start {
                         );
                     }
                     next += 1;
-                    1 << 63 | offset(next - 1) | u64::from(matches!(fill, Fill::Reserved(_)))
+                    let named = 1 << 63 | offset(next - 1);
+                    match fill {
+                        Fill::Reserved(_) => (named | zero, u64::from(u32::MAX) << 32),
+                        Fill::Parts(_, bitmap) => (named, bitmap),
+                        Fill::Data(_) | Fill::Zero => (named, u64::from(u32::MAX)),
+                    }
                 }
             };
-            put((offset(table) + guest % l2_entries * 8) as usize, &entry.to_be_bytes());
+            let at = (offset(table) + guest % l2_entries * entry_size) as usize;
+            put(at, &descriptor.to_be_bytes());
+            if self.extended {
+                put(at + 8, &bitmap.to_be_bytes());
+            }
         }
         assert_eq!(next, used);
         for counted in (0..used).chain(used + self.free..self.counted) {

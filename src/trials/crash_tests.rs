@@ -11,7 +11,7 @@ use sim::random::{Random, mix};
 use sim::start::{Fill, Start, base_bytes};
 
 /// Minimum number of different states that all tests of this module check together.
-const STATES: usize = 150_000;
+const STATES: usize = 180_000;
 
 /// Minimum number of longer random workloads above each image.
 const LONGER: usize = 150;
@@ -72,7 +72,28 @@ pub(super) fn starts() -> Vec<Start> {
             clones: 4096,
             ..start("v3-4k-cloned", 3, 12, 4, (125 << 10) + 512, 150 << 10, &some)
         },
+        // Subclusters of 512 bytes. The disk ends inside a cluster, and its table has entries with
+        // every mix of subclusters.
+        subclusters(start("v3-subclusters", 3, 14, 4, (220 << 10) + 512, 240 << 10, &some)),
+        Start {
+            clones: 4096,
+            ..subclusters(start("v3-subclusters-cloned", 3, 14, 4, 224 << 10, 130 << 10, &some))
+        },
+        subclusters(start("v3-subclusters-alone", 3, 14, 4, 224 << 10, 0, &some)),
     ]
+}
+
+/// Returns a start with extended L2 entries.
+fn subclusters(start: Start) -> Start {
+    let mixed = [
+        (3, Fill::Parts(8, 0x00ff_0000_0000_ff00)),
+        (4, Fill::Parts(9, 0x5555_5554_8888_8881)),
+        (5, Fill::Parts(10, 0)),
+    ];
+    let mut clusters = start.clusters.clone();
+    clusters.retain(|(cluster, _)| *cluster < 3 || *cluster == 7);
+    clusters.extend(mixed);
+    Start { clusters, extended: true, ..start }
 }
 
 pub(super) fn files(start: &Start) -> Files {
@@ -84,7 +105,17 @@ pub(super) fn alphabet(start: &Start) -> Vec<Op> {
     let cluster = 1 << start.cluster_bits;
     let half = start.size / 2;
     let l2_span = (cluster * cluster / 8).min(half - half % cluster);
-    vec![
+    let part = cluster / 32;
+    let of_subclusters = vec![
+        Op::Write(3 * part, part),
+        Op::Write(cluster + part / 2 + 100, part),
+        Op::Write(9 * cluster - 5 * part, 7 * part),
+        Op::Read(8 * cluster + 4 * part + 5, 6 * part),
+        Op::Populate(4 * cluster, cluster),
+        Op::Discard(cluster + part / 2, 40 * part),
+        Op::Zero(3 * cluster + part, 7 * part),
+    ];
+    let of_clusters = vec![
         Op::Write(3 * cluster, cluster),
         Op::Write(cluster / 2 + 100, cluster),
         Op::Write(5 * cluster + 70, 30),
@@ -105,11 +136,15 @@ pub(super) fn alphabet(start: &Start) -> Vec<Op> {
         Op::During(1, Box::new(Op::Zero(cluster, 2 * cluster))),
         Op::Full(1, Box::new(Op::Write(2 * cluster, 6 * cluster))),
         Op::Full(2, Box::new(Op::Flush)),
-    ]
+    ];
+    let of_subclusters = of_subclusters.into_iter().filter(|_| start.extended);
+    of_clusters.into_iter().chain(of_subclusters).collect()
 }
 
 pub(super) fn random_op(random: &mut Random, start: &Start, depth: u32) -> Op {
     let cluster = 1 << start.cluster_bits;
+    let is_small = start.extended && random.below(2) == 0;
+    let cluster = if is_small { cluster / 32 } else { cluster };
     let at = random.below(start.size - 1);
     let at = if random.below(2) == 0 { at } else { at - at % cluster };
     let most = (start.size - at).min(12 * cluster);
@@ -291,6 +326,9 @@ crash_tests! {
     power_cuts_large_clusters_of_eight_bits: "v3-4k-8bit",
     power_cuts_after_clones: "v3-cloned",
     power_cuts_after_clones_of_large_clusters: "v3-4k-cloned",
+    power_cuts_subclusters: "v3-subclusters",
+    power_cuts_subclusters_after_clones: "v3-subclusters-cloned",
+    power_cuts_subclusters_alone: "v3-subclusters-alone",
 }
 
 /// P7: each barrier in turn fails. The writes that it should have covered are on disk or lost.

@@ -374,7 +374,7 @@ impl Cutter<'_> {
             return Err(wrong.join("; "));
         }
         let layout = Layout::of(bytes)?;
-        if layout.features[0] != 0 {
+        if layout.features[0] & !16 != 0 {
             return Err(format!("incompatible features {:#x}", layout.features[0]));
         }
         for (_, fact) in self.story.facts.iter().filter(|(from, _)| *from <= prefix) {

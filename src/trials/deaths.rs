@@ -360,6 +360,9 @@ deaths! {
     deaths_large_clusters_of_eight_bits: "v3-4k-8bit",
     deaths_after_clones: "v3-cloned",
     deaths_after_clones_of_large_clusters: "v3-4k-cloned",
+    deaths_subclusters: "v3-subclusters",
+    deaths_subclusters_after_clones: "v3-subclusters-cloned",
+    deaths_subclusters_alone: "v3-subclusters-alone",
 }
 
 /// P7: each barrier in turn fails, and the process dies at any moment. A successor of a process

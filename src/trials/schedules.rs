@@ -43,6 +43,7 @@ use ledger::{Ledger, Moment, UNIT};
 const SCHEDULES: usize = 1500;
 /// Number of priority changes in a PCT schedule.
 const DEPTH: usize = 4;
+/// Size of a cluster, or of a subcluster where there are some, in bytes.
 const CLUSTER: u64 = 512;
 /// Guest clusters that one L2 table maps.
 const PER_TABLE: u64 = CLUSTER / 8;
@@ -111,12 +112,26 @@ struct Shape {
     /// Memory for L2 tables, bytes.
     tables: usize,
     faulty: bool,
+    /// Whether L2 entries are extended. What counts as a cluster elsewhere is a subcluster then.
+    extended: bool,
 }
 
 impl Shape {
     /// Eight clusters under one L2 table.
     fn small() -> Shape {
-        Shape { version: 3, window: 0..8, based: true, tables: usize::MAX, faulty: false }
+        Shape {
+            version: 3,
+            window: 0..8,
+            based: true,
+            tables: usize::MAX,
+            faulty: false,
+            extended: false,
+        }
+    }
+
+    /// Eight subclusters, half of them in either of two clusters.
+    fn of_subclusters() -> Shape {
+        Shape { window: 28..36, extended: true, ..Shape::small() }
     }
 
     /// Six clusters around the end of an L2 table, with memory for one.
@@ -137,7 +152,11 @@ impl Shape {
             name: "base.raw".into(),
             format: Some(BackingFormat::Raw),
         });
-        let geometry = Geometry::new(3, 9, 4, window.end).unwrap();
+        let geometry = if self.extended {
+            Geometry::new(3, 14, 4, window.end).and_then(Geometry::with_extended_l2).unwrap()
+        } else {
+            Geometry::new(3, 9, 4, window.end).unwrap()
+        };
         let overlay = SimStorage::new(Vec::new());
         let mut bytes = Vec::new();
         for (at, piece) in (NewImage { geometry, backing }).layout().unwrap() {
@@ -477,6 +496,30 @@ fn schedules_of_reuse() {
 #[test]
 fn schedules_of_evicted_tables() {
     explore(1, || together(&Shape::of_two_tables().build(), &[guest, guest, commit_timer]));
+}
+
+/// Subclusters of one cluster are used at the same time, and passes copy their entry meanwhile: no
+/// thread sees words of two different entries (I6, H1 to H8).
+#[test]
+fn schedules_of_subclusters() {
+    explore(1, || together(&Shape::of_subclusters().build(), &[guest, guest, commit_timer]));
+}
+
+/// A stream and guests in the same clusters (H1 to H4, H16, H17, I6).
+#[test]
+fn schedules_of_a_stream_of_subclusters() {
+    explore(1, || together(&Shape::of_subclusters().build(), &[guest, guest, streamer]));
+}
+
+/// Freed subclusters and clusters are used again, without a backing file (H5 to H7, I6).
+#[test]
+fn schedules_of_reuse_of_subclusters() {
+    explore(1, || {
+        together(
+            &Shape { based: false, ..Shape::of_subclusters() }.build(),
+            &[recycler, guest, commit_timer],
+        )
+    });
 }
 
 /// Version 2 has no zero clusters (H3, H17).

@@ -578,7 +578,7 @@ impl Layer {
                 LayerAnswer::Here(Content::Zero | Content::Unallocated, len) => {
                     Ok((Location::Zero { offset: Some(at) }, len))
                 }
-                LayerAnswer::Below(len) => Ok((Location::Below, len)),
+                LayerAnswer::Below(len) => Ok((Location::Below { offset: None }, len)),
             },
             Body::Qcow2(reader) => {
                 let holes = *self.holes.get_or_init(|| reader.holes(deadline));

@@ -56,7 +56,7 @@ impl MapEntry {
     pub(crate) fn of(start: u64, length: u64, place: Location) -> Option<MapEntry> {
         let there = MapEntry { present: true, zero: false, ..MapEntry::absent(start, length, 0) };
         match place {
-            Location::Below => None,
+            Location::Below { .. } => None,
             Location::Zero { offset } => Some(MapEntry { zero: true, offset, ..there }),
             Location::Data { offset, hole } => {
                 Some(MapEntry { data: true, zero: hole, offset: Some(offset), ..there })
@@ -93,6 +93,8 @@ impl Chain {
     /// I/O errors, corruption.
     pub fn locate(&self, offset: u64, max: u64, deadline: Instant) -> Result<MapEntry> {
         let mut asked = 0;
+        // The place that the last layer asked has reserved for the run, without holding it.
+        let mut reserved = None;
         let decided = self.decide(
             usize::MAX,
             (offset, max),
@@ -100,14 +102,21 @@ impl Chain {
             &mut asked,
             |layer, len| {
                 let (place, len) = layer.place(offset, len, deadline)?;
+                if let Location::Below { offset } = place {
+                    reserved = offset;
+                }
                 Ok(MapEntry::of(offset, len, place)
                     .map_or(LayerAnswer::Below(len), |entry| LayerAnswer::Here(entry, len)))
             },
         );
+        let absent = |len, depth: usize| MapEntry {
+            offset: reserved,
+            ..MapEntry::absent(offset, len, depth.saturating_sub(1))
+        };
         let entry = decided.map(|(decision, len)| match decision {
             Decision::By(depth, entry) => MapEntry { depth, ..entry },
-            Decision::PastEnd(depth) => MapEntry::absent(offset, len, depth.saturating_sub(1)),
-            Decision::Nobody => MapEntry::absent(offset, len, self.layers.len().saturating_sub(1)),
+            Decision::PastEnd(depth) => absent(len, depth),
+            Decision::Nobody => absent(len, self.layers.len()),
         });
         self.proven(asked, entry)
     }

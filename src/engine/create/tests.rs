@@ -31,6 +31,7 @@ fn options(dir: &Path) -> CreateOptions {
         format: BackingFormat::Raw,
         size: None,
         cluster_size: 65536,
+        extended_l2: false,
     }
 }
 
@@ -182,6 +183,7 @@ fn a_partial_file_is_removed() {
         format: BackingFormat::Raw,
         size: None,
         cluster_size: 65536,
+        extended_l2: false,
     };
     let error = create(&options).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");

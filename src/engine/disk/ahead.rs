@@ -21,7 +21,7 @@ use qcow2::format::Mapping;
 /// The runs that must be read before a range can be copied up.
 #[derive(Debug, Default)]
 pub struct ToRead {
-    /// Runs of whole clusters (the last run may end with the disk), in order.
+    /// Runs of whole subclusters (the last run may end with the disk), in order.
     runs: Vec<Range<u64>>,
     /// The range that could not be examined, and the error.
     unknown: Option<(Range<u64>, Error)>,
@@ -51,11 +51,11 @@ impl ToRead {
 #[derive(Debug, Default)]
 pub struct Ahead(Vec<ReadRun>);
 
-/// One run of whole clusters (the last one may end with the disk).
+/// One run of whole subclusters (the last one may end with the disk).
 #[derive(Debug)]
 struct ReadRun {
     range: Range<u64>,
-    /// The bytes of the whole clusters, or the error of reading them.
+    /// The bytes of the whole subclusters, or the error of reading them.
     bytes: Result<Bounce, Error>,
 }
 
@@ -72,13 +72,13 @@ impl Ahead {
         }
     }
 
-    /// The bytes of these clusters, if they were read ahead.
-    pub(super) fn get(&self, range: &Range<u64>, cluster_size: u64) -> Option<&[u8]> {
+    /// The bytes of these subclusters, if they were read ahead. `subcluster_size` is in bytes.
+    pub(super) fn get(&self, range: &Range<u64>, subcluster_size: u64) -> Option<&[u8]> {
         let run = self.0.iter().find(|run| {
             run.bytes.is_ok() && run.range.start <= range.start && range.end <= run.range.end
         })?;
         let start = (range.start - run.range.start) as usize;
-        let len = (range.end - range.start).next_multiple_of(cluster_size) as usize;
+        let len = (range.end - range.start).next_multiple_of(subcluster_size) as usize;
         run.bytes.as_ref().ok().map(|bytes| &bytes[start..start + len])
     }
 }
@@ -184,8 +184,10 @@ impl Disk {
     /// Reads the runs from below, for [`Disk::populate_read`]. Changes nothing and holds no range.
     pub(crate) fn read_ahead(&self, to_read: ToRead) -> Ahead {
         let Some(chain) = self.chain() else { return Ahead::default() };
-        let read =
-            |range: Range<u64>| ReadRun { bytes: self.read_clusters(&chain, range.clone()), range };
+        let read = |range: Range<u64>| ReadRun {
+            bytes: self.read_subclusters(&chain, range.clone()),
+            range,
+        };
         let unknown = to_read.unknown.map(|(range, error)| ReadRun { range, bytes: Err(error) });
         Ahead(to_read.runs.into_iter().map(read).chain(unknown).collect())
     }

@@ -7,7 +7,7 @@ use super::Disk;
 use crate::chain::{Chain, MapEntry};
 use host::Result;
 use qcow2::format::GuestOffset;
-use qcow2::image::Holes;
+use qcow2::image::{Holes, Location};
 
 /// A snapshot of the disk's size and chain, for one walk over the disk.
 #[derive(Debug)]
@@ -48,12 +48,16 @@ impl Locator<'_> {
     pub fn locate(&self, at: u64) -> Result<MapEntry> {
         let (place, len) = self.disk.reader().place(GuestOffset(at), self.size - at, self.holes)?;
         let below = self.chain.as_ref().filter(|chain| chain.reaches(at));
+        let reserved = match place {
+            Location::Below { offset } => offset,
+            _ => None,
+        };
         match (MapEntry::of(at, len, place), below) {
             (None, Some(chain)) => {
                 let entry = chain.locate(at, len, self.deadline)?;
                 Ok(MapEntry { depth: entry.depth + 1, ..entry })
             }
-            (None, None) => Ok(MapEntry::absent(at, len, 0)),
+            (None, None) => Ok(MapEntry { offset: reserved, ..MapEntry::absent(at, len, 0) }),
             (Some(entry), _) => Ok(entry),
         }
     }

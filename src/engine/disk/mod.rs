@@ -35,7 +35,7 @@ use host::error::Context;
 use host::storage::Sidecar;
 use host::sync::{Mutex, RwLock, rank};
 use host::{Error, ErrorKind, Result};
-use qcow2::format::{Geometry, GuestCluster};
+use qcow2::format::{Geometry, GuestSubcluster};
 use qcow2::image::{Image, ImageReader, SearchStep};
 use qcow2::range_lock::{Exclusive, RangeLock, Shared};
 
@@ -250,7 +250,7 @@ impl Disk {
     #[cfg(any(test, feature = "testing"))]
     #[expect(clippy::unwrap_used, reason = "for tests")]
     pub fn uncover_for_tests(&self, held: &Exclusive<'_>, range: Range<u64>) {
-        self.image().unwrap().uncover(held, self.clusters(&range)).unwrap();
+        self.image().unwrap().uncover(held, self.subclusters(&range)).unwrap();
     }
 
     fn reader(&self) -> &ImageReader {
@@ -420,13 +420,20 @@ impl Disk {
         Ok(())
     }
 
-    /// `range` rounded outward to whole clusters. The end may lie beyond the end of the disk.
+    /// `range` rounded outward to whole clusters, as it is held when the mapping of a part changes.
+    /// The end may lie beyond the end of the disk.
     fn aligned(&self, range: &Range<u64>) -> Range<u64> {
         self.geometry().aligned(range)
     }
 
-    /// The clusters of a cluster-aligned range.
-    fn clusters(&self, aligned: &Range<u64>) -> Range<GuestCluster> {
-        self.geometry().clusters(aligned)
+    /// `range` rounded outward to whole subclusters: what is copied or made zero for it. The end may
+    /// lie beyond the end of the disk. Without extended L2 entries, a subcluster is a cluster.
+    fn aligned_to_subclusters(&self, range: &Range<u64>) -> Range<u64> {
+        self.geometry().aligned_to_subclusters(range)
+    }
+
+    /// The subclusters of a range that starts and ends at subclusters.
+    fn subclusters(&self, aligned: &Range<u64>) -> Range<GuestSubcluster> {
+        self.geometry().subclusters_of(aligned)
     }
 }

@@ -27,7 +27,7 @@ use host::Result;
 use host::mutants::{Step, without};
 use host::storage::{Ask, Storage};
 use host::sync::{Mutex, rank};
-use qcow2::format::{GuestCluster, GuestOffset, Mapping};
+use qcow2::format::{GuestOffset, Mapping};
 use qcow2::image::Image;
 use qcow2::range_lock::Exclusive;
 
@@ -47,25 +47,25 @@ pub struct Populated {
     pub skipped: u64,
 }
 
-/// Clusters that a read has brought from below and not yet stored in the overlay. As long as this
-/// value exists, its exclusive guard keeps all other requests away from these clusters.
+/// Subclusters that a read has brought from below and not yet stored in the overlay. As long as this
+/// value exists, its exclusive guard keeps all other requests away from their clusters.
 #[derive(Debug)]
 pub(super) struct PendingCopy<'a> {
     held: Exclusive<'a>,
     /// Guest offset of the reader's buffer.
     offset: u64,
-    /// Guest offset of the first cluster, and the bytes of the whole clusters from there on.
+    /// Guest offset of the first subcluster, and the bytes of the whole subclusters from there on.
     copies: Vec<(u64, Copied)>,
 }
 
 impl PendingCopy<'_> {
-    /// The same clusters, for a reader's buffer that begins earlier, at guest offset `offset`.
+    /// The same subclusters, for a reader's buffer that begins earlier, at guest offset `offset`.
     pub(super) fn seen_from(self, offset: u64) -> Self {
         PendingCopy { offset, ..self }
     }
 }
 
-/// The buffer that holds the bytes of whole clusters.
+/// The buffer that holds the bytes of whole subclusters.
 #[derive(Debug)]
 enum Copied {
     /// The reader's own buffer: this many bytes of it.
@@ -73,12 +73,12 @@ enum Copied {
     Bounce(Bounce),
 }
 
-/// How to copy up clusters that the overlay does not hold.
+/// How to copy up subclusters that the overlay does not hold.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum CopyMethod<'a> {
     /// Do nothing: no layer below holds anything.
     Leave,
-    /// Mark them as zero clusters.
+    /// Mark them as zero.
     Zero,
     /// Share the blocks of the raw file below.
     Clone(Cloneable<'a>),
@@ -212,7 +212,7 @@ impl Disk {
         let image = self.image()?;
         let mut populated = Populated::default();
         let size = self.size();
-        let aligned = self.aligned(&range);
+        let aligned = self.aligned_to_subclusters(&range);
         let end = aligned.end.min(size);
         let mut at = aligned.start;
         while at < end {
@@ -234,7 +234,8 @@ impl Disk {
             match way {
                 CopyMethod::Leave => populated.skipped += len,
                 CopyMethod::Zero => {
-                    image.zero(held, self.clusters(&self.aligned(&(at..at + len))))?;
+                    let zero = self.aligned_to_subclusters(&(at..at + len));
+                    image.zero(held, self.subclusters(&zero))?;
                     populated.skipped += len;
                 }
                 CopyMethod::Clone(from) => {
@@ -262,7 +263,7 @@ impl Disk {
         Ok(populated)
     }
 
-    /// Decides how to copy up the clusters at `at`, which the overlay does not hold. Returns the
+    /// Decides how to copy up the subclusters at `at`, which the overlay does not hold. Returns the
     /// way, and the number of bytes of `missing` to which it applies.
     pub(super) fn how_to_copy<'a>(
         &self,
@@ -272,10 +273,10 @@ impl Disk {
         missing: u64,
     ) -> Result<(CopyMethod<'a>, u64)> {
         let (content, known) = chain.content(depth, at, missing)?;
-        let cluster_size = self.cluster_size();
-        // Only whole clusters count (the last one may end with the disk). A cluster of which only a
-        // part is known to be zero or absent is data.
-        let whole = if at + known == self.size() { known } else { known - known % cluster_size };
+        let (cluster_size, unit) = (self.cluster_size(), self.geometry().subcluster_size());
+        // Only whole subclusters count (the last one may end with the disk). A subcluster of which
+        // only a part is known to be zero or absent is data.
+        let whole = if at + known == self.size() { known } else { known - known % unit };
         let data = match content {
             Content::Unallocated if whole > 0 => return Ok((CopyMethod::Leave, whole)),
             Content::Zero if whole > 0 && self.geometry().version() >= 3 => {
@@ -283,8 +284,8 @@ impl Disk {
             }
             // Version 2 has no zero flag: zeros are copied like any data.
             Content::Zero if whole > 0 => return Ok((CopyMethod::Read, whole)),
-            Content::Data => known.next_multiple_of(cluster_size).min(missing),
-            Content::Zero | Content::Unallocated => cluster_size.min(missing),
+            Content::Data => known.next_multiple_of(unit).min(missing),
+            Content::Zero | Content::Unallocated => unit.min(missing),
         };
         let (from, run) = chain.cloneable(depth, at, data)?;
         Ok(match from {
@@ -294,18 +295,19 @@ impl Disk {
                     .writable()
                     .is_some_and(|image| from.is_possible(&**image.storage())) =>
             {
-                (CopyMethod::Read, run.next_multiple_of(cluster_size).min(data))
+                (CopyMethod::Read, run.next_multiple_of(unit).min(data))
             }
-            Some(from) if run >= cluster_size => {
+            Some(from) if run >= cluster_size && at.is_multiple_of(cluster_size) => {
                 (CopyMethod::Clone(from), run - run % cluster_size)
             }
-            // The cluster that contains the end of the file, or the boundary to another layer.
-            Some(_) => (CopyMethod::Read, cluster_size.min(data)),
-            None => (CopyMethod::Read, run.next_multiple_of(cluster_size).min(data)),
+            // The cluster that contains the end of the file, or the boundary to another layer, or a
+            // cluster of which the overlay holds other subclusters.
+            Some(_) => (CopyMethod::Read, (cluster_size - at % cluster_size).min(data)),
+            None => (CopyMethod::Read, run.next_multiple_of(unit).min(data)),
         })
     }
 
-    /// Copies up clusters that must be read. They are read now, unless they were read ahead.
+    /// Copies up subclusters that must be read. They are read now, unless they were read ahead.
     fn read_up(
         &self,
         image: &Image,
@@ -315,10 +317,11 @@ impl Disk {
         ahead: &Ahead,
         placed: &mut Placed,
     ) -> Result<Populated> {
-        match ahead.get(&run, self.cluster_size()) {
-            Some(clusters) => self.fill(image, held, run.start, clusters, placed),
+        match ahead.get(&run, self.geometry().subcluster_size()) {
+            Some(bytes) => self.fill(image, held, run.start, bytes, placed),
             None => {
-                self.fill(image, held, run.start, &self.read_clusters(chain, run.clone())?, placed)
+                let bytes = self.read_subclusters(chain, run.clone())?;
+                self.fill(image, held, run.start, &bytes, placed)
             }
         }
     }
@@ -350,7 +353,8 @@ impl Disk {
                     if !without(Step::LayersUnchangedBeforePublish) {
                         unchanged()?;
                     }
-                    image.publish(held, GuestCluster(at >> bits), filled)?;
+                    let start = self.geometry().guest_subcluster(GuestOffset(at));
+                    image.publish(held, start, filled)?;
                 }
                 Err(error) => {
                     from.refused(&error);
@@ -362,8 +366,8 @@ impl Disk {
         Ok(at - run.start)
     }
 
-    /// Reads a range of which some clusters are missing. Each missing run is read from below once,
-    /// for the guest and for the overlay. The clusters to store are returned with their guard, so
+    /// Reads a range of which some subclusters are missing. Each missing run is read from below once,
+    /// for the guest and for the overlay. The subclusters to store are returned with their guard, so
     /// that the caller can send the reply first.
     pub(super) fn read_missing<'a>(
         &self,
@@ -381,21 +385,20 @@ impl Disk {
                     if run.mapping() == Mapping::Unallocated
                         || without(Step::LookAgainBeforeFill) =>
                 {
-                    let aligned = self.aligned(&run.range);
+                    let aligned = self.aligned_to_subclusters(&run.range);
                     if aligned == run.range {
                         self.read_below(&chain, at, part)?;
                         copies.push((at, Copied::Buffer(part.len())));
                     } else {
-                        match self
-                            .read_clusters(&chain, aligned.start..aligned.end.min(self.size()))
-                        {
+                        let inside = aligned.start..aligned.end.min(self.size());
+                        match self.read_subclusters(&chain, inside) {
                             Ok(bounce) => {
                                 let start = (at - aligned.start) as usize;
                                 part.copy_from_slice(&bounce[start..start + part.len()]);
                                 copies.push((aligned.start, Copied::Bounce(bounce)));
                             }
-                            // P8: the unreadable bytes may lie in the part of the cluster that only
-                            // the copy needs.
+                            // P8: the unreadable bytes may lie in the part of the subcluster that
+                            // only the copy needs.
                             Err(_) => self.read_below(&chain, at, part)?,
                         }
                     }
@@ -408,37 +411,42 @@ impl Disk {
 
     /// As [`Disk::read_missing`], if the host has the bytes in memory; `None` otherwise.
     ///
-    /// All of `buf` is missing in the overlay. `aligned` is `buf`'s range rounded to whole
-    /// clusters, which end inside the disk.
+    /// All of `buf` is missing in the overlay. `copied` is `buf`'s range rounded to whole
+    /// subclusters, which end inside the disk.
     pub(super) fn copy_cached<'a>(
         &self,
         chain: &Chain,
         held: Exclusive<'a>,
-        aligned: &Range<u64>,
+        copied: Range<u64>,
         offset: u64,
         buf: &mut [u8],
     ) -> Result<Option<PendingCopy<'a>>> {
-        let mut bounce = self.bounces.take((aligned.end - aligned.start) as usize);
-        let read = || {
-            Ok(if chain.read_cached(aligned.start, &mut bounce) {
-                Local::Done
-            } else {
-                Local::Below
-            })
+        let len = (copied.end - copied.start) as usize;
+        let read = |bytes: &mut [u8]| -> Result<bool> {
+            let is_there = self.stats.read_below(len, || {
+                Ok(match chain.read_cached(copied.start, bytes) {
+                    true => Local::Done,
+                    false => Local::Below,
+                })
+            });
+            Ok(is_there? == Local::Done)
         };
-        if self.stats.read_below((aligned.end - aligned.start) as usize, read)? != Local::Done {
-            return Ok(None);
-        }
-        let start = (offset - aligned.start) as usize;
-        buf.copy_from_slice(&bounce[start..start + buf.len()]);
-        Ok(Some(PendingCopy {
-            held,
-            offset,
-            copies: vec![(aligned.start, Copied::Bounce(bounce))],
-        }))
+        let bytes = if len == buf.len() {
+            read(buf)?.then_some(Copied::Buffer(len))
+        } else {
+            let mut bounce = self.bounces.take(len);
+            if read(&mut bounce)? {
+                let start = (offset - copied.start) as usize;
+                buf.copy_from_slice(&bounce[start..start + buf.len()]);
+                Some(Copied::Bounce(bounce))
+            } else {
+                None
+            }
+        };
+        Ok(bytes.map(|bytes| PendingCopy { held, offset, copies: vec![(copied.start, bytes)] }))
     }
 
-    /// Stores the clusters of `pending`. `buf` is the buffer that [`Disk::read_missing`] has
+    /// Stores the subclusters of `pending`. `buf` is the buffer that [`Disk::read_missing`] has
     /// filled, and it is unchanged since then: guest memory may change at any time, but this buffer
     /// belongs to the daemon (H15). P5: a copy that fails does not fail the read.
     pub(super) fn store_copies(&self, pending: PendingCopy<'_>, buf: &[u8]) -> Result<()> {
@@ -463,19 +471,21 @@ impl Disk {
         Ok(())
     }
 
-    /// Reads whole clusters from below. `range` starts at a cluster boundary and may end with the
-    /// disk; the rest of the last cluster is filled with zeros (H19).
-    pub(super) fn read_clusters(&self, chain: &Chain, range: Range<u64>) -> Result<Bounce> {
+    /// Reads whole subclusters from below. `range` starts at a subcluster and may end with the disk;
+    /// the rest of the last subcluster is filled with zeros (H19).
+    pub(super) fn read_subclusters(&self, chain: &Chain, range: Range<u64>) -> Result<Bounce> {
         let len = range.end - range.start;
-        let mut clusters = self.bounces.take(len.next_multiple_of(self.cluster_size()) as usize);
-        let (inside, beyond) = clusters.split_at_mut(len as usize);
+        let whole = len.next_multiple_of(self.geometry().subcluster_size());
+        let mut bytes = self.bounces.take(whole as usize);
+        let (inside, beyond) = bytes.split_at_mut(len as usize);
         beyond.fill(0);
         self.read_below(chain, range.start, inside)?;
-        Ok(clusters)
+        Ok(bytes)
     }
 
-    /// Stores whole clusters from guest offset `at` on: zeros as zero clusters if the image version
-    /// has them, other data in contiguous runs.
+    /// Stores whole subclusters from guest offset `at` on: zeros by their mapping if the image
+    /// version has that, other data in contiguous runs. What lies in one cluster is one or the
+    /// other, so that a cluster takes one write.
     fn fill(
         &self,
         image: &Image,
@@ -485,27 +495,33 @@ impl Disk {
         placed: &mut Placed,
     ) -> Result<Populated> {
         let geometry = self.geometry();
-        let cluster_size = geometry.cluster_size() as usize;
-        let first = at >> geometry.cluster_bits();
-        let zero = |cluster: usize| {
-            geometry.version() >= 3 && is_zero(&data[cluster * cluster_size..][..cluster_size])
+        let cluster_size = geometry.cluster_size();
+        // The end of the part of the data that lies in the cluster of this byte of it.
+        let end_of_part = |from: usize| {
+            let position = at + from as u64;
+            let rest = cluster_size - position % cluster_size;
+            from + rest.min((data.len() - from) as u64) as usize
         };
-        let count = data.len() / cluster_size;
+        let is_zero = |part: &[u8]| geometry.version() >= 3 && is_zero(part);
         let mut populated = Populated::default();
         let mut done = 0;
-        while done < count {
-            let zeros = zero(done);
-            let run = 1 + (done + 1..count).take_while(|&cluster| zero(cluster) == zeros).count();
-            let start = GuestCluster(first + done as u64);
-            if zeros {
-                image.zero(held, start..GuestCluster(start.0 + run as u64))?;
-                populated.zeroed += (run * cluster_size) as u64;
-            } else {
-                let clusters = &data[done * cluster_size..][..run * cluster_size];
-                image.store(held, start, clusters, |place| placed.note(place))?;
-                populated.copied += (run * cluster_size) as u64;
+        while done < data.len() {
+            let mut end = end_of_part(done);
+            let zeros = is_zero(&data[done..end]);
+            while end < data.len() && is_zero(&data[end..end_of_part(end)]) == zeros {
+                end = end_of_part(end);
             }
-            done += run;
+            let run = at + done as u64..at + end as u64;
+            let subclusters = self.subclusters(&run);
+            if zeros {
+                image.zero(held, subclusters)?;
+                populated.zeroed += run.end - run.start;
+            } else {
+                let start = subclusters.start;
+                image.store(held, start, &data[done..end], |place| placed.note(place))?;
+                populated.copied += run.end - run.start;
+            }
+            done = end;
         }
         // The entries name the clusters now: reads of them do not go below.
         if let Some(chain) = self.backing.read().as_ref() {

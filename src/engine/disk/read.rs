@@ -105,10 +105,10 @@ impl Disk {
         let range = offset..offset.saturating_add(buf.len() as u64);
         self.check_range(&range)?;
         let Some(image) = self.overlay.writable() else { return Ok(None) };
-        let aligned = self.aligned(&range);
+        let copied = self.aligned_to_subclusters(&range);
         if !self.copy_on_read
-            || aligned.end > self.size()
-            || aligned.end - aligned.start > AT_ONCE
+            || copied.end > self.size()
+            || copied.end - copied.start > AT_ONCE
             || !self.fills.are_welcome(&**image.storage())
         {
             return Ok(None);
@@ -119,7 +119,7 @@ impl Disk {
             return Ok(None);
         }
         let (Some(held), Some(chain)) =
-            (self.in_flight.try_exclusive(aligned.clone()), self.chain())
+            (self.in_flight.try_exclusive(self.aligned(&range)), self.chain())
         else {
             return Ok(None);
         };
@@ -127,7 +127,7 @@ impl Disk {
         if extent.mapping != Mapping::Unallocated || extent.len < buf.len() as u64 {
             return Ok(None);
         }
-        self.copy_cached(&chain, held, &aligned, offset, buf)
+        self.copy_cached(&chain, held, copied, offset, buf)
     }
 
     /// Reads, and copies up the missing clusters if copy-on-read is on. A copy that fails does not

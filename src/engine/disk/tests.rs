@@ -16,6 +16,7 @@ use sim::random::Random;
 
 mod changed_layers;
 mod leak_finder;
+mod subclusters;
 mod successor;
 
 fn drawn(random: &mut Random, len: usize) -> Vec<u8> {
@@ -199,11 +200,26 @@ fn model_base_longer_than_the_overlay() {
     model("cluster_size=4k", 2_000_000, (1 << 20) + 1536, 200, 7);
 }
 
+#[test]
+fn model_subclusters() {
+    model("extended_l2=on,cluster_size=16k", 700_001, (1 << 20) + 1536, 400, 8);
+    model("extended_l2=on", 3_000_000, 4 << 20, 300, 9);
+    model("extended_l2=on,cluster_size=2M,refcount_bits=64", 5_000_000, 9 << 20, 150, 10);
+}
+
 /// Protects: compressed clusters are read, and copied when they are written to. Both of their host
-/// clusters then lose a reference.
+/// clusters then lose a reference. With subclusters, a part of a compressed cluster that becomes zero
+/// leaves its other bytes.
 #[test]
 fn compressed_overlay_is_rewritten_without_leaks() {
-    for (kind, cluster) in [("zlib", "64k"), ("zstd", "64k"), ("zlib", "4k"), ("zlib", "2M")] {
+    for (kind, cluster) in [
+        ("zlib", "64k"),
+        ("zstd", "64k"),
+        ("zlib", "4k"),
+        ("zlib", "2M"),
+        ("zlib", "64k,extended_l2=on"),
+        ("zstd", "16k,extended_l2=on"),
+    ] {
         let mut random = Random::of_test(20);
         let dir = tempfile::tempdir().unwrap();
         let mut bytes = vec![0; 3 << 20];
@@ -239,8 +255,19 @@ fn compressed_overlay_is_rewritten_without_leaks() {
             let data = drawn(&mut random, len as usize);
             disk.write(offset, &data).unwrap();
             bytes[offset as usize..(offset + len) as usize].copy_from_slice(&data);
-            if random.below(10) == 0 {
-                disk.flush().unwrap();
+            let zeros = offset / 2..offset / 2 + len / 2;
+            let place = zeros.start as usize..zeros.end as usize;
+            match random.below(10) {
+                0 => disk.flush().unwrap(),
+                1 => {
+                    disk.write_zeroes(zeros).unwrap();
+                    bytes[place].fill(0);
+                }
+                2 => {
+                    disk.discard(zeros).unwrap();
+                    bytes[place].fill(0);
+                }
+                _ => {}
             }
         }
         disk.discard(0..700_000).unwrap();
@@ -349,6 +376,7 @@ fn partial_stream_keeps_the_base_and_its_relative_name() {
         format: BackingFormat::Raw,
         size: Some(mid_size),
         cluster_size: 4096,
+        extended_l2: false,
     })
     .unwrap();
     let disk = open(&middle);
@@ -367,6 +395,7 @@ fn partial_stream_keeps_the_base_and_its_relative_name() {
         format: BackingFormat::Qcow2,
         size: Some(2 << 20),
         cluster_size: 65536,
+        extended_l2: false,
     })
     .unwrap();
     let _ = base;

@@ -122,13 +122,13 @@ impl Disk {
         Ok(Local::Done)
     }
 
-    /// Whether a write begins or ends inside a cluster that must be completed from below. A hint,
+    /// Whether a write begins or ends inside a subcluster that must be completed from below. A hint,
     /// unless the caller holds the range.
     fn completes_from_below(&self, offset: u64, len: usize) -> Result<bool> {
         for run in self.runs(offset..offset + len as u64) {
             let run = run?;
             if run.mapping() == Mapping::Unallocated {
-                let aligned = self.aligned(&run.range);
+                let aligned = self.aligned_to_subclusters(&run.range);
                 let head =
                     aligned.start < run.range.start && self.chain_below(aligned.start).is_some();
                 let tail = run.range.end < aligned.end.min(self.size())
@@ -174,8 +174,8 @@ impl Disk {
         }
     }
 
-    /// Writes a range that is held exclusively. Each run is written in place, or into new clusters
-    /// that are completed with the bytes that the guest sees there now.
+    /// Writes a range whose clusters are held exclusively. Each run is written in place, or stored in
+    /// whole subclusters, which are completed with the bytes that the guest sees there now.
     fn write_held(
         &self,
         image: &Image,
@@ -239,8 +239,8 @@ impl Disk {
         self.note_overwritten(local, range)
     }
 
-    /// Makes a range zero: whole clusters by changing their mapping, partial clusters at the edges
-    /// by writing zeros. The range is never rounded outward.
+    /// Makes a range zero: whole subclusters by changing their mapping, partial ones at the edges by
+    /// writing zeros. The range is never rounded outward.
     fn make_zero(
         &self,
         range: Range<u64>,
@@ -253,9 +253,8 @@ impl Disk {
         if patience == Patience::Brief && self.geometry().version() < 3 && self.chain().is_some() {
             return Ok(Local::Below);
         }
-        let cluster_size = self.cluster_size();
         let end_whole = || self.geometry().whole_end(range.end);
-        let mut at = range.start.next_multiple_of(cluster_size);
+        let mut at = range.start.next_multiple_of(self.geometry().subcluster_size());
         let tail = |at: u64| at.min(range.end)..range.end;
         // Both edges are checked before anything is written, so that little is written twice.
         if patience == Patience::Brief
@@ -269,19 +268,21 @@ impl Disk {
         }
         while at < end_whole() {
             let end = end_whole().min(at + ZERO_HOLD);
-            let Some(held) = self.hold(at..end, patience) else { return Ok(Local::Below) };
+            let Some(held) = self.hold(self.aligned(&(at..end)), patience) else {
+                return Ok(Local::Below);
+            };
             // The size cannot change while the range is held. If the disk has grown since the last
-            // check, its former last cluster no longer counts as whole: it may hold data that was
-            // written behind the range.
+            // check, its former last subcluster no longer counts as whole: it may hold data that
+            // was written behind the range.
             let end = end.min(end_whole());
-            self.make_clusters_zero(&held, at..end, hosts)?;
+            self.make_subclusters_zero(&held, at..end, hosts)?;
             at = end;
         }
         self.write_zero_bytes(tail(at), patience)
     }
 
-    /// Whether the cluster at an edge of a range exists only in a backing file. An empty edge has
-    /// no cluster.
+    /// Whether the subcluster at an edge of a range exists only in a backing file. An empty edge has
+    /// no subcluster.
     fn edge_is_below(&self, edge: &Range<u64>) -> Result<bool> {
         Ok(!edge.is_empty()
             && self.map(edge.start, 1)?.mapping == Mapping::Unallocated
@@ -292,7 +293,8 @@ impl Disk {
     fn write_zero_bytes(&self, range: Range<u64>, patience: Patience) -> Result<Local> {
         let mut at = range.start;
         while at < range.end {
-            let len = (range.end - at).min(self.cluster_size() - at % self.cluster_size());
+            let size = self.geometry().subcluster_size();
+            let len = (range.end - at).min(size - at % size);
             match self.reads_as_zero(at..at + len, patience)? {
                 None => return Ok(Local::Below),
                 Some(true) => {}
@@ -309,11 +311,11 @@ impl Disk {
         Ok(Local::Done)
     }
 
-    /// Whether a part of one cluster already reads as zero; `None` where `patience` does not allow
+    /// Whether a part of one subcluster already reads as zero; `None` where `patience` does not allow
     /// the wait. A hint: a concurrent write counts as a write after this request.
     ///
-    /// The bytes of an unallocated cluster are read from below. If they are zeros, nothing has to
-    /// be written, whereas writing zeros would copy up the rest of the cluster. This pays off
+    /// The bytes of an unallocated subcluster are read from below. If they are zeros, nothing has to
+    /// be written, whereas writing zeros would copy up the rest of the subcluster. This pays off
     /// because fstrim(8) of a fresh overlay begins and ends inside clusters, and the free space of
     /// a base image is often zeros.
     fn reads_as_zero(&self, part: Range<u64>, patience: Patience) -> Result<Option<bool>> {
@@ -348,7 +350,7 @@ impl Disk {
         Ok(Some(true))
     }
 
-    fn make_clusters_zero(
+    fn make_subclusters_zero(
         &self,
         held: &Exclusive<'_>,
         aligned: Range<u64>,
@@ -361,26 +363,30 @@ impl Disk {
         while at < aligned.end.min(size) {
             let extent = image.map(GuestOffset(at), aligned.end.min(size) - at)?;
             let run = at..at + extent.len;
-            let clusters = self.clusters(&self.aligned(&run));
+            let subclusters = self.subclusters(&self.aligned_to_subclusters(&run));
             at = run.end;
             let shows_below = self.chain().is_some();
             match (extent.mapping, hosts) {
+                // A compressed cluster has one mapping: its other bytes are stored again.
+                (Mapping::Compressed { .. }, _) if !self.geometry().is_whole_clusters(&run) => {
+                    self.write_zero_clusters(image, held, extent.mapping, run)?
+                }
                 // Unallocated without a chain is zero already. A chain counts even where it ends
                 // before this cluster, because a shorter backing file may be exchanged for a longer
                 // one.
                 (Mapping::Unallocated, _) if !shows_below => {}
-                (_, HostClusters::Keep) if version >= 3 => image.zero(held, clusters)?,
-                (_, HostClusters::GiveBack) if version >= 3 => image.discard(held, clusters)?,
-                (_, HostClusters::GiveBack) if !shows_below => image.unmap(held, clusters)?,
+                (_, HostClusters::Keep) if version >= 3 => image.zero(held, subclusters)?,
+                (_, HostClusters::GiveBack) if version >= 3 => image.discard(held, subclusters)?,
+                (_, HostClusters::GiveBack) if !shows_below => image.unmap(held, subclusters)?,
                 _ => self.write_zero_clusters(image, held, extent.mapping, run)?,
             }
         }
         Ok(())
     }
 
-    /// Writes zeros over a run in a version 2 image with a backing file: version 2 has no zero
-    /// clusters, so only written zeros can hide the backing file. Where the backing file is known
-    /// to be zero, nothing is written: a guest that trims its free space must not fill the host.
+    /// Writes zeros over a run that cannot be mapped to zero: in a version 2 image with a backing
+    /// file, where only written zeros can hide the backing file, or in a part of a compressed
+    /// cluster. Where the backing file is known to be zero, nothing is written: a guest that trims its free space must not fill the host.
     fn write_zero_clusters(
         &self,
         image: &Image,

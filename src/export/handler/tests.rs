@@ -54,6 +54,7 @@ fn rig(read_only: bool) -> Rig {
         format: BackingFormat::Raw,
         size: None,
         cluster_size: 65536,
+        extended_l2: false,
     };
     create(&options, &engine::chain::Gate::default()).unwrap();
     Rig { handler: open_handler(scratch.path(), read_only), _scratch: scratch }

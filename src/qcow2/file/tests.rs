@@ -4,7 +4,7 @@
 use super::*;
 use host::storage::{Access, FileStorage, OpenMark, Sidecar};
 use sim::random::Random;
-use sim::start::{Fill, Start, base_bytes, pattern};
+use sim::start::{Fill, Start, base_bytes, pattern, set_refcount};
 use sim::{Action, Fault, HostFailure, Repeat, SimStorage, spec};
 
 /// A backing file in memory.
@@ -32,6 +32,17 @@ impl Below for Broken {
     fn read_at(&self, _offset: u64, _buf: &mut [u8]) -> Result<()> {
         Err(Error::new(ErrorKind::Io, "the backing file is broken"))
     }
+}
+
+/// Makes the image of [`start`] with extended L2 entries.
+fn extended(size: u64, base: u64) -> Start {
+    let mut start = start(3, 14, size, base);
+    start.clusters.extend([
+        (7, Fill::Parts(7, 0x0000_ff00_8000_00ff)),
+        (8, Fill::Parts(8, 0)),
+        (9, Fill::Parts(9, 0x5555_5554_8888_8881)),
+    ]);
+    Start { extended: true, ..start }
 }
 
 fn start(version: u32, cluster_bits: u32, size: u64, base: u64) -> Start {
@@ -93,6 +104,9 @@ fn random_requests_are_those_of_a_vector() {
         (3, 9, 20_000),
         (3, 12, 100_000),
         (3, 9, 60_000),
+        (3, 14, 0),
+        (3, 14, 100_000),
+        (3, 14, 400_000),
     ];
     for (version, cluster_bits, base) in shapes {
         let cluster_size = 1 << cluster_bits;
@@ -101,11 +115,20 @@ fn random_requests_are_those_of_a_vector() {
         let what = format!(
             "CORDISK_SEED={seed}, version {version}, clusters of {cluster_size}, base of {base}"
         );
-        let start = start(version, cluster_bits, size, base);
+        let has_subclusters = cluster_bits == 14;
+        let start = if has_subclusters {
+            extended(size, base)
+        } else {
+            start(version, cluster_bits, size, base)
+        };
         let (file, mut model) = (SimStorage::checked(start.bytes()), seen_at_start(&start));
         let mut random = Random(seed);
         let mut disk = open(&file, base);
-        for step in 0..400u64 {
+        let whole = cluster_size;
+        for step in 0..if has_subclusters { 1200 } else { 400u64 } {
+            // Half of the requests have the size and the place of subclusters.
+            let is_small = has_subclusters && random.below(2) == 0;
+            let cluster_size = if is_small { whole / 32 } else { whole };
             let at = random.below(size);
             let most =
                 if random.below(4) == 0 { size - at } else { (size - at).min(2 * cluster_size) };
@@ -405,4 +428,84 @@ fn qemu_reads_what_was_written() {
         qemu_img(&["convert", "-f", "qcow2", "-O", "raw", "disk.qcow2", "disk.raw"]).unwrap();
     assert!(converted.status.success(), "{converted:?}");
     assert!(std::fs::read(scratch.path().join("disk.raw")).unwrap() == model);
+}
+
+/// Returns the host offsets, in bytes, of the entry of a guest cluster in the first L2 table, and of
+/// its host cluster.
+fn entry_of(image: &[u8], cluster: u64) -> (usize, u64) {
+    let layout = spec::Layout::of(image).unwrap();
+    let (_, table) = layout.l2_tables(image).next().unwrap();
+    let at = (table + cluster * layout.l2_entry_size()) as usize;
+    let descriptor = u64::from_be_bytes(image[at..at + 8].try_into().unwrap());
+    (at, descriptor & 0x00ff_ffff_ffff_fe00)
+}
+
+/// Protects: R9, R10. A subcluster is written whose host cluster is counted twice: the cluster moves
+/// with all its other subclusters, and the old one loses a reference and no byte.
+#[test]
+fn a_shared_cluster_moves_with_its_subclusters() {
+    let start = extended(20 << 14, 400_000);
+    let mut bytes = start.bytes();
+    let (at, host) = entry_of(&bytes, 7);
+    bytes[at] &= 0x7f;
+    let block = spec::Layout::of(&bytes).unwrap().blocks(&bytes).next().unwrap().1 as usize;
+    set_refcount(&mut bytes[block..block + (1 << 14)], 4, host >> 14, 2);
+    let old = bytes[host as usize..][..1 << 14].to_vec();
+    let file = SimStorage::checked(bytes);
+    let mut model = seen_at_start(&start);
+    let disk = open(&file, 400_000);
+    // The second half of subcluster 3 (allocated), 4 (allocated) and the first half of 5.
+    let place = (7 << 14) + 3 * 512 + 256..(7 << 14) + 5 * 512 + 256;
+    disk.write_at(place.start as u64, &vec![0xab; place.len()]).unwrap();
+    model[place].fill(0xab);
+    // A part of it becomes zero while it is shared no more, and one that was zero is written.
+    disk.write_zeroes((7 << 14) + 512..(7 << 14) + 1024).unwrap();
+    model[(7 << 14) + 512..(7 << 14) + 1024].fill(0);
+    disk.write_at((7 << 14) + 9 * 512, &[0xcd; 512]).unwrap();
+    model[(7 << 14) + 9 * 512..][..512].fill(0xcd);
+    disk.close().unwrap();
+    let after = file.bytes();
+    assert_ne!(entry_of(&after, 7).1, host);
+    assert!(after[host as usize..][..1 << 14] == old, "the cluster of the others");
+    let mut below = base_bytes(400_000);
+    below.resize(model.len(), 0);
+    let seen = spec::look(&after, &below).unwrap();
+    assert_eq!((seen.verdict.errors, seen.verdict.leaks), (vec![], 1), "counted, and not named");
+    assert!(seen.guest == model);
+}
+
+/// Protects: V30. What an extended entry cannot say is an error where it is used, for reads and
+/// writes; the clusters beside it can be read.
+#[test]
+fn extended_entries_that_cannot_be_are_reported() {
+    let start = extended(20 << 14, 400_000);
+    let shown = seen_at_start(&start);
+    let (_, host) = entry_of(&start.bytes(), 7);
+    let named = 1 << 63 | host;
+    for (descriptor, bitmap, what) in [
+        (named, 1_u64 << 40 | 1 << 8, "both allocated and zero"),
+        (0, 1, "without a host cluster"),
+        (named | 1, 0xff, "zero flag"),
+        (1 << 62 | host, 1 << 63, "compressed and has a subcluster bitmap"),
+        (named | 0x200, 0xff, "not cluster aligned"),
+    ] {
+        let mut bytes = start.bytes();
+        let (at, _) = entry_of(&bytes, 7);
+        bytes[at..at + 8].copy_from_slice(&descriptor.to_be_bytes());
+        bytes[at + 8..at + 16].copy_from_slice(&bitmap.to_be_bytes());
+        let disk = open(&SimStorage::new(bytes.clone()), 400_000);
+        let mut buf = vec![0; 6 << 14];
+        disk.read_at(0, &mut buf).unwrap();
+        assert!(buf == shown[..6 << 14], "{what}");
+        for error in [
+            disk.read_at(7 << 14, &mut [0; 512]).unwrap_err(),
+            disk.write_at(7 << 14, &[0; 512]).unwrap_err(),
+        ] {
+            assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+            assert!(error.to_string().contains(what), "{error}: {what}");
+        }
+        assert!(!disk.is_usable(), "{what}");
+        let report = Qcow2::check(&*SimStorage::new(bytes)).unwrap();
+        assert!(report.corruptions > 0 || what == "zero flag", "{what}: {report:?}");
+    }
 }

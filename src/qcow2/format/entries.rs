@@ -137,6 +137,19 @@ impl Mapping {
         })
     }
 
+    /// Returns the mapping of the cluster that follows by `clusters` in the same run: its host
+    /// cluster is contiguous.
+    pub fn moved_by(self, clusters: u64) -> Mapping {
+        let moved = |host: HostCluster| HostCluster(host.0 + clusters);
+        match self {
+            Mapping::Data { host, in_place } => Mapping::Data { host: moved(host), in_place },
+            Mapping::Zero { reserved } => {
+                Mapping::Zero { reserved: reserved.map(|(host, in_place)| (moved(host), in_place)) }
+            }
+            Mapping::Unallocated | Mapping::Compressed { .. } => self,
+        }
+    }
+
     /// Encodes an L2 entry. Never sets COPIED on a compressed entry (R9).
     ///
     /// # Panics
@@ -156,6 +169,166 @@ impl Mapping {
                 geometry.host_offset(host).0 | if in_place { COPIED } else { 0 }
             }
             Mapping::Compressed { .. } => panic!("compressed clusters are never written"),
+        }
+    }
+}
+
+/// The words of an L2 entry as they are in the file.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct RawL2Entry {
+    /// The cluster descriptor.
+    pub descriptor: u64,
+    /// The subcluster bitmap of an extended L2 entry; 0 without extended L2 entries.
+    pub bitmap: u64,
+}
+
+/// A decoded L2 entry: what it says of all subclusters of its cluster.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum L2Entry {
+    /// A standard cluster, or none. No subcluster is both allocated and zero, and none is allocated
+    /// without a host cluster.
+    Standard {
+        /// The host cluster, and whether its refcount is exactly one (COPIED).
+        host: Option<(HostCluster, bool)>,
+        /// One bit for each subcluster whose data is in the host cluster.
+        allocated: u32,
+        /// One bit for each subcluster that reads as zero.
+        zero: u32,
+    },
+    /// A compressed cluster: host offset of the bytes, and their number, as in
+    /// [`Mapping::Compressed`].
+    Compressed {
+        /// Host offset of the compressed bytes.
+        at: HostOffset,
+        /// Upper bound of their number.
+        len: u32,
+    },
+}
+
+impl From<Mapping> for L2Entry {
+    /// Returns the entry of a cluster with one subcluster.
+    fn from(mapping: Mapping) -> L2Entry {
+        match mapping {
+            Mapping::Unallocated => L2Entry::EMPTY,
+            Mapping::Zero { reserved } => {
+                L2Entry::Standard { host: reserved, allocated: 0, zero: 1 }
+            }
+            Mapping::Data { host, in_place } => {
+                L2Entry::Standard { host: Some((host, in_place)), allocated: 1, zero: 0 }
+            }
+            Mapping::Compressed { at, len } => L2Entry::Compressed { at, len },
+        }
+    }
+}
+
+impl L2Entry {
+    /// The entry that says nothing: no host cluster, and all subclusters unallocated.
+    pub const EMPTY: L2Entry = L2Entry::Standard { host: None, allocated: 0, zero: 0 };
+
+    /// Decodes an L2 entry.
+    ///
+    /// # Errors
+    /// As [`Mapping::decode`]. For an extended entry (V30): the zero flag in the descriptor, a
+    /// subcluster that is both allocated and zero, an allocated subcluster without a host cluster,
+    /// a compressed cluster with a bitmap.
+    pub fn decode(raw: RawL2Entry, geometry: &Geometry) -> Result<L2Entry, FormatError> {
+        if !geometry.has_extended_l2() {
+            return Mapping::decode(raw.descriptor, geometry).map(L2Entry::from);
+        }
+        let corrupt = |what: &str| {
+            let RawL2Entry { descriptor, bitmap } = raw;
+            Err(FormatError::Corrupt(format!("L2 entry {descriptor:#018x} {bitmap:#018x} {what}")))
+        };
+        // The low half says which subclusters are allocated, the high half which read as zero.
+        let (allocated, zero) = (raw.bitmap as u32, (raw.bitmap >> 32) as u32);
+        if allocated & zero != 0 {
+            return corrupt("has a subcluster that is both allocated and zero");
+        }
+        Ok(match Mapping::decode(raw.descriptor, geometry)? {
+            Mapping::Zero { .. } => {
+                return corrupt("has the zero flag, which extended L2 entries do not have");
+            }
+            Mapping::Unallocated if allocated != 0 => {
+                return corrupt("has an allocated subcluster without a host cluster");
+            }
+            Mapping::Unallocated => L2Entry::Standard { host: None, allocated, zero },
+            Mapping::Data { host, in_place } => {
+                L2Entry::Standard { host: Some((host, in_place)), allocated, zero }
+            }
+            Mapping::Compressed { .. } if raw.bitmap != 0 => {
+                return corrupt("is compressed and has a subcluster bitmap");
+            }
+            Mapping::Compressed { at, len } => L2Entry::Compressed { at, len },
+        })
+    }
+
+    /// Encodes the entry.
+    ///
+    /// # Panics
+    /// As [`Mapping::encode`].
+    pub fn encode(&self, geometry: &Geometry) -> RawL2Entry {
+        let L2Entry::Standard { host, allocated, zero } = *self else {
+            panic!("compressed clusters are never written");
+        };
+        assert!(
+            allocated & zero == 0 && (allocated == 0 || host.is_some()),
+            "no entry can say this: {self:?}"
+        );
+        if !geometry.has_extended_l2() {
+            return RawL2Entry { descriptor: self.mapping(0).encode(geometry), bitmap: 0 };
+        }
+        let data = |(host, in_place)| Mapping::Data { host, in_place }.encode(geometry);
+        RawL2Entry {
+            descriptor: host.map_or(0, data),
+            bitmap: u64::from(zero) << 32 | u64::from(allocated),
+        }
+    }
+
+    /// Returns the mapping of one subcluster.
+    pub fn mapping(&self, subcluster: u32) -> Mapping {
+        match *self {
+            L2Entry::Compressed { at, len } => Mapping::Compressed { at, len },
+            L2Entry::Standard { host, zero, .. } if zero >> subcluster & 1 != 0 => {
+                Mapping::Zero { reserved: host }
+            }
+            L2Entry::Standard { host: Some((host, in_place)), allocated, .. }
+                if allocated >> subcluster & 1 != 0 =>
+            {
+                Mapping::Data { host, in_place }
+            }
+            L2Entry::Standard { .. } => Mapping::Unallocated,
+        }
+    }
+
+    /// Returns how many of the `subclusters` of the cluster have the mapping of this one, from this
+    /// one on without a gap.
+    pub fn run(&self, subcluster: u32, subclusters: u32) -> u32 {
+        let L2Entry::Standard { allocated, zero, .. } = *self else {
+            return subclusters - subcluster;
+        };
+        let same = |bits: u32| {
+            let bits = bits >> subcluster;
+            if bits & 1 != 0 { bits.trailing_ones() } else { bits.trailing_zeros() }
+        };
+        same(allocated).min(same(zero)).min(subclusters - subcluster)
+    }
+
+    /// Returns the host cluster, and whether its refcount is exactly one; `None` also for a
+    /// compressed cluster.
+    pub fn host(&self) -> Option<(HostCluster, bool)> {
+        match *self {
+            L2Entry::Standard { host, .. } => host,
+            L2Entry::Compressed { .. } => None,
+        }
+    }
+
+    /// Returns the same entry without COPIED.
+    pub fn not_in_place(self) -> L2Entry {
+        match self {
+            L2Entry::Standard { host: Some((host, _)), allocated, zero } => {
+                L2Entry::Standard { host: Some((host, false)), allocated, zero }
+            }
+            other => other,
         }
     }
 }
@@ -183,6 +356,56 @@ mod tests {
             assert_eq!(Mapping::decode(mapping.encode(&g), &g), Ok(mapping));
         }
         assert_eq!(Mapping::Data { host, in_place: true }.encode(&g), 0x8000_0000_0005_0000);
+    }
+
+    #[test]
+    fn extended_entries_go_round() {
+        let g = geometry(3, 16).with_extended_l2().unwrap();
+        let host = Some((HostCluster(5), true));
+        for entry in [
+            L2Entry::EMPTY,
+            L2Entry::Standard { host: None, allocated: 0, zero: 0xf0 },
+            L2Entry::Standard { host, allocated: 0, zero: 0 },
+            L2Entry::Standard { host, allocated: 0x8000_0001, zero: 0x7000_0000 },
+            L2Entry::Standard { host: Some((HostCluster(9), false)), allocated: u32::MAX, zero: 0 },
+        ] {
+            assert_eq!(L2Entry::decode(entry.encode(&g), &g), Ok(entry));
+        }
+        let entry = L2Entry::Standard { host, allocated: 0b0110, zero: 0b1000 };
+        assert_eq!(
+            entry.encode(&g),
+            RawL2Entry { descriptor: 0x8000_0000_0005_0000, bitmap: 0x0000_0008_0000_0006 }
+        );
+        let data = Mapping::Data { host: HostCluster(5), in_place: true };
+        let mappings = [0, 1, 2, 3, 4].map(|subcluster| entry.mapping(subcluster));
+        let zero = Mapping::Zero { reserved: host };
+        assert_eq!(mappings, [Mapping::Unallocated, data, data, zero, Mapping::Unallocated]);
+        assert_eq!([0, 1, 2, 3, 4, 31].map(|from| entry.run(from, 32)), [1, 2, 1, 1, 28, 1]);
+        let compressed = RawL2Entry { descriptor: COMPRESSED | 0x5_0123, bitmap: 0 };
+        let decoded = L2Entry::decode(compressed, &g).unwrap();
+        assert_eq!((decoded.run(7, 32), decoded.host()), (25, None));
+        assert!(matches!(decoded.mapping(31), Mapping::Compressed { .. }));
+    }
+
+    #[test]
+    fn corrupt_extended_entries_are_refused() {
+        let g = geometry(3, 16).with_extended_l2().unwrap();
+        for (descriptor, bitmap, what) in [
+            (0x5_0000, 1 << 32 | 1, "both allocated and zero"),
+            (0, 1 << 31, "without a host cluster"),
+            (0x5_0001, 1, "zero flag"),
+            (ZERO, 0, "zero flag"),
+            (COMPRESSED | 0x5_0123, 1 << 40, "compressed and has a subcluster bitmap"),
+            (0x5_0002, 1, "reserved bits"),
+        ] {
+            let error = L2Entry::decode(RawL2Entry { descriptor, bitmap }, &g).unwrap_err();
+            assert!(error.to_string().contains(what), "{error}");
+        }
+        assert_eq!(
+            L2Entry::decode(RawL2Entry { descriptor: 0x5_0001, bitmap: 7 }, &geometry(3, 16)),
+            Ok(L2Entry::Standard { host: Some((HostCluster(5), false)), allocated: 0, zero: 1 }),
+            "without extended L2 entries there is no bitmap"
+        );
     }
 
     #[test]

@@ -285,6 +285,11 @@ impl Header {
         let [incompatible, compatible, autoclear] =
             if v3 { [72, 80, 88].map(|at| be64(cluster, at)) } else { [0; 3] };
         check_features(incompatible, autoclear, &cluster[length..])?;
+        let geometry = if incompatible & feature::EXTENDED_L2 != 0 {
+            geometry.with_extended_l2()?
+        } else {
+            geometry
+        };
         let crypt_method = be32(cluster, 32);
         if crypt_method != 0 {
             return Err(FormatError::Unsupported(format!(
@@ -403,11 +408,6 @@ fn check_features(incompatible: u64, autoclear: u64, extensions: &[u8]) -> Resul
     if incompatible & feature::DATA_FILE != 0 || autoclear & feature::AUTOCLEAR_RAW_DATA_FILE != 0 {
         return Err(FormatError::Unsupported(
             "images with an external data file are not supported".into(),
-        ));
-    }
-    if incompatible & feature::EXTENDED_L2 != 0 {
-        return Err(FormatError::Unsupported(
-            "extended L2 entries (subclusters) are not supported".into(),
         ));
     }
     Ok(())

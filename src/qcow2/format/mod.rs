@@ -13,8 +13,10 @@ mod refcounts;
 mod signature;
 
 pub use compressed::decompress;
-pub use coords::{ClusterCount, Geometry, GuestCluster, GuestOffset, HostCluster, HostOffset};
-pub use entries::{L1Entry, Mapping};
+pub use coords::{
+    ClusterCount, Geometry, GuestCluster, GuestOffset, GuestSubcluster, HostCluster, HostOffset,
+};
+pub use entries::{L1Entry, L2Entry, Mapping, RawL2Entry};
 pub use header::{
     BackingFormat, BackingReference, CompressionType, Header, HeaderPatch, NewImage, Qcow2Facts,
     feature, patch, printable,

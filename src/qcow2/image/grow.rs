@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::Image;
-use crate::format::{GuestCluster, HostCluster, Mapping, patch};
+use crate::format::{GuestCluster, HostCluster, L2Entry, patch};
 use crate::range_lock::Exclusive;
 use host::storage::WriteKind;
 use host::{Error, ErrorKind, Result};
@@ -82,7 +82,7 @@ impl Image {
     }
 
     /// Returns the first run of clusters in a range beyond the end of the disk that an L2 table
-    /// maps to anything but plain zero, inside one table. There should be none, but another program
+    /// maps to a host cluster, inside one table. There should be none, but another program
     /// may have left some, which no check reports as an error. The L1 table already covers the
     /// range.
     ///
@@ -100,8 +100,8 @@ impl Image {
                 (clusters.end.0 - at.0).min(geometry.l2_entries() - l2_index as u64) as usize;
             let found = self.watch(self.reader.tables.with(l1_index, |table| -> Result<_> {
                 let shows = |index: usize| -> Result<bool> {
-                    let mapping = table.mapping(l2_index + index, &geometry)?;
-                    Ok(!matches!(mapping, Mapping::Unallocated | Mapping::Zero { reserved: None }))
+                    let entry = table.entry(l2_index + index, &geometry)?;
+                    Ok(!matches!(entry, L2Entry::Standard { host: None, .. }))
                 };
                 let mut first = 0;
                 while first < count && !shows(first)? {

@@ -1,7 +1,7 @@
 //! The entries of an L2 table that cannot be used as they are (V24 to V27). They are found when the
 //! table is loaded and reported when the entry is used; the other entries of the table stay usable.
 
-use crate::format::{Geometry, HostCluster, Mapping};
+use crate::format::{Geometry, HostCluster, L2Entry, RawL2Entry};
 use host::sync::atomic::{AtomicU64, Ordering};
 use host::{Error, ErrorKind, Result};
 
@@ -83,27 +83,21 @@ impl Judged {
 
     /// Decodes the entry `raw` at `index` of the table in cluster `host`. A bad entry is an error;
     /// an unproven one has no COPIED bit in the result.
-    pub fn mapping(
+    pub fn entry(
         &self,
         index: usize,
-        raw: u64,
+        raw: RawL2Entry,
         host: HostCluster,
         geometry: &Geometry,
-    ) -> Result<Mapping> {
+    ) -> Result<L2Entry> {
         match self.fault(index) {
-            Fault::None => Ok(Mapping::decode(raw, geometry)?),
-            Fault::Unproven => Ok(match Mapping::decode(raw, geometry)? {
-                Mapping::Data { host, .. } => Mapping::Data { host, in_place: false },
-                Mapping::Zero { reserved: Some((host, _)) } => {
-                    Mapping::Zero { reserved: Some((host, false)) }
-                }
-                other => other,
-            }),
+            Fault::None => Ok(L2Entry::decode(raw, geometry)?),
+            Fault::Unproven => Ok(L2Entry::decode(raw, geometry)?.not_in_place()),
             Fault::Bad => {
                 let known =
                     self.reasons.iter().find(|(of, _)| *of == index).map(|(_, why)| why.clone());
                 let why = known.unwrap_or_else(|| {
-                    format!("index {index}: L2 entry {raw:#018x} cannot be right")
+                    format!("index {index}: L2 entry {:#018x} cannot be right", raw.descriptor)
                 });
                 Err(Error::new(
                     ErrorKind::Corrupt,

@@ -1,15 +1,21 @@
 //! One L2 table in memory: its entries, which change one by one, and the pieces that are not on
 //! disk yet. Entries are checked when the table is loaded; a bad entry affects only the range that
 //! it maps.
+//!
+//! A standard entry is one atomic word, so threads read it while another thread changes it. An
+//! extended entry has two words, and words of two different entries could name the data of one
+//! cluster and the host cluster of another. All reads of entries, those of the write-back pass
+//! included, therefore happen under the read lock of the table's slot, and extended entries change
+//! under its write lock ([`super::tables::Tables::change`]).
 
 use super::judged::{Fault, Judged};
-use crate::format::{Geometry, HostCluster, Mapping};
+use crate::format::{Geometry, HostCluster, L2Entry, RawL2Entry};
 use host::Result;
 use host::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 /// Size of the pieces in which an L2 table is written back, in bytes: one page of the host.
 const PIECE: usize = 4096;
-const PIECE_ENTRIES: usize = PIECE / 8;
+const PIECE_WORDS: usize = PIECE / 8;
 
 /// One L2 table, shared by all threads that use the image. `host` and `in_place` change only under
 /// the write lock of the table's slot.
@@ -19,7 +25,10 @@ pub(super) struct L2Table {
     pub host: HostCluster,
     /// COPIED in the L1 entry: this table may be overwritten in place.
     pub in_place: bool,
-    entries: Box<[AtomicU64]>,
+    /// The words of the entries: one for each, or descriptor and bitmap.
+    words: Box<[AtomicU64]>,
+    /// Words per entry, 1 or 2.
+    entry_words: usize,
     /// The entries that were faulty when the table was loaded; `None` if all were good.
     judged: Option<Box<Judged>>,
     /// One bit per piece.
@@ -31,19 +40,21 @@ pub(super) struct L2Table {
 }
 
 impl L2Table {
-    /// Makes a table from the entries that are on disk or are about to be written.
+    /// Makes a table from the words of the entries that are on disk or are about to be written.
     pub fn new(
         host: HostCluster,
         in_place: bool,
-        entries: Box<[AtomicU64]>,
+        words: Box<[AtomicU64]>,
         judged: Option<Box<Judged>>,
+        geometry: &Geometry,
     ) -> Self {
-        let pieces = entries.len().div_ceil(PIECE_ENTRIES);
+        let pieces = words.len().div_ceil(PIECE_WORDS);
         let dirty = (0..pieces.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
         L2Table {
             host,
             in_place,
-            entries,
+            words,
+            entry_words: geometry.l2_entry_words(),
             judged,
             dirty,
             queued: AtomicBool::new(false),
@@ -52,8 +63,10 @@ impl L2Table {
     }
 
     /// Returns the raw entry at `index`.
-    pub fn entry(&self, index: usize) -> &AtomicU64 {
-        &self.entries[index]
+    pub fn raw(&self, index: usize) -> RawL2Entry {
+        let word =
+            |word: usize| self.words[index * self.entry_words + word].load(Ordering::Acquire);
+        RawL2Entry { descriptor: word(0), bitmap: if self.entry_words > 1 { word(1) } else { 0 } }
     }
 
     /// Returns the fault of the entry at `index`.
@@ -66,32 +79,39 @@ impl L2Table {
     ///
     /// # Errors
     /// [`host::ErrorKind::Corrupt`] for a bad entry.
-    pub fn mapping(&self, index: usize, geometry: &Geometry) -> Result<Mapping> {
-        let raw = self.entries[index].load(Ordering::Acquire);
+    pub fn entry(&self, index: usize, geometry: &Geometry) -> Result<L2Entry> {
+        let raw = self.raw(index);
         match &self.judged {
-            None => Ok(Mapping::decode(raw, geometry)?),
-            Some(judged) => judged.mapping(index, raw, self.host, geometry),
+            None => Ok(L2Entry::decode(raw, geometry)?),
+            Some(judged) => judged.entry(index, raw, self.host, geometry),
         }
     }
 
     /// Sets the raw entry at `index`, then marks its piece dirty. Returns the previous entry.
-    pub fn set(&self, index: usize, raw: u64) -> u64 {
-        let before = self.entries[index].swap(raw, Ordering::AcqRel);
+    pub fn set(&self, index: usize, raw: RawL2Entry) -> RawL2Entry {
+        let swap = |word: usize, value: u64| {
+            self.words[index * self.entry_words + word].swap(value, Ordering::AcqRel)
+        };
+        let before = RawL2Entry {
+            descriptor: swap(0, raw.descriptor),
+            bitmap: if self.entry_words > 1 { swap(1, raw.bitmap) } else { 0 },
+        };
         if let Some(judged) = &self.judged {
             judged.replaced(index);
         }
-        self.mark_dirty(index);
+        self.mark_dirty(index * self.entry_words);
         before
     }
 
-    fn mark_dirty(&self, index: usize) {
-        let piece = index / PIECE_ENTRIES;
+    /// Marks the piece of a word dirty. An entry lies in one piece.
+    fn mark_dirty(&self, word: usize) {
+        let piece = word / PIECE_WORDS;
         self.dirty[piece / 64].fetch_or(1 << (piece % 64), Ordering::AcqRel);
     }
 
     /// Marks all pieces dirty.
     pub fn mark_all_dirty(&self) {
-        for first in (0..self.entries.len()).step_by(PIECE_ENTRIES) {
+        for first in (0..self.words.len()).step_by(PIECE_WORDS) {
             self.mark_dirty(first);
         }
     }
@@ -106,8 +126,8 @@ impl L2Table {
                 let piece = word * 64 + bits.trailing_zeros() as usize;
                 bits &= bits - 1;
                 let offset = start + (piece * PIECE) as u64;
-                let entries = self.entries[piece * PIECE_ENTRIES..].iter().take(PIECE_ENTRIES);
-                let bytes = entries.flat_map(|entry| entry.load(Ordering::Acquire).to_be_bytes());
+                let words = self.words[piece * PIECE_WORDS..].iter().take(PIECE_WORDS);
+                let bytes = words.flat_map(|word| word.load(Ordering::Acquire).to_be_bytes());
                 match pieces.last_mut() {
                     Some((at, run)) if *at + run.len() as u64 == offset => run.extend(bytes),
                     _ => pieces.push((offset, bytes.collect())),
@@ -139,6 +159,6 @@ impl L2Table {
 
     /// Returns the size of the table in bytes.
     pub fn bytes(&self) -> usize {
-        self.entries.len() * 8
+        self.words.len() * 8
     }
 }

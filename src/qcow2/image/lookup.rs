@@ -3,16 +3,18 @@
 use super::ImageReader;
 use super::judged::Fault;
 use super::l2_table::L2Table;
-use crate::format::{Geometry, GuestCluster, GuestOffset, HostOffset, Mapping, decompress};
+use crate::format::{
+    Geometry, GuestCluster, GuestOffset, HostOffset, L2Entry, Mapping, decompress,
+};
 use host::storage::Need;
-use host::sync::atomic::Ordering;
 use host::{Error, Result};
 
-/// One run of equal mapping.
+/// One run of equal mapping. With extended L2 entries it starts and ends at any subcluster.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Extent {
-    /// The mapping of the first cluster of the run. The host clusters of the run, if any, are
-    /// contiguous.
+    /// The mapping of the first subcluster of the run; its host cluster is that of the cluster that
+    /// contains it. The host clusters of the run, if any, are contiguous. Unallocated subclusters
+    /// may have a host cluster too, which says nothing about the guest's bytes.
     pub mapping: Mapping,
     /// Bytes from the requested offset to the end of the run.
     pub len: u64,
@@ -67,13 +69,13 @@ impl ImageReader {
         (Err(error), bad.unwrap_or(len))
     }
 
-    /// Returns the mapping of one cluster. The cluster may lie beyond the virtual size, because
+    /// Returns the entry of one cluster. The cluster may lie beyond the virtual size, because
     /// clusters there are prepared before a disk grows.
-    pub(super) fn mapping(&self, cluster: GuestCluster) -> Result<Mapping> {
+    pub(super) fn entry(&self, cluster: GuestCluster) -> Result<L2Entry> {
         let geometry = self.geometry();
         let (l1_index, l2_index) = geometry.table_indexes(cluster);
-        let mapping = self.tables.with(l1_index, |table| table.mapping(l2_index, &geometry))?;
-        Ok(mapping.transpose()?.unwrap_or(Mapping::Unallocated))
+        let entry = self.tables.with(l1_index, |table| table.entry(l2_index, &geometry))?;
+        Ok(entry.transpose()?.unwrap_or(L2Entry::EMPTY))
     }
 
     /// Reads from the start of a run that [`ImageReader::map`] returned for the same `at`.
@@ -188,8 +190,11 @@ fn run_at(
     max: u64,
     geometry: &Geometry,
 ) -> Result<Extent> {
-    let first = table.entry(index).load(Ordering::Acquire);
-    let mapping = table.mapping(index, geometry)?;
+    if geometry.has_extended_l2() {
+        return subcluster_run_at(table, index, in_cluster, max, geometry);
+    }
+    let first = table.raw(index).descriptor;
+    let mapping = table.entry(index, geometry)?.mapping(0);
     let fault = table.fault(index);
     let cluster_size = geometry.cluster_size();
     // Difference between the raw entries of two neighbouring clusters of one run.
@@ -205,7 +210,7 @@ fn run_at(
     let mut expected = first;
     while clusters < wanted {
         expected = expected.wrapping_add(step);
-        if table.entry(index + clusters).load(Ordering::Acquire) != expected
+        if table.raw(index + clusters).descriptor != expected
             || table.fault(index + clusters) != fault
         {
             break;
@@ -213,4 +218,34 @@ fn run_at(
         clusters += 1;
     }
     Ok(Extent { mapping, len: max.min(clusters as u64 * cluster_size - in_cluster) })
+}
+
+/// Does what [`run_at`] does, with extended entries.
+fn subcluster_run_at(
+    table: &L2Table,
+    index: usize,
+    in_cluster: u64,
+    max: u64,
+    geometry: &Geometry,
+) -> Result<Extent> {
+    let (bits, subclusters) = (geometry.subcluster_bits(), geometry.subclusters());
+    let first = (in_cluster >> bits) as u32;
+    let entry = table.entry(index, geometry)?;
+    let mapping = entry.mapping(first);
+    // The subclusters from the start of the cluster to the end of the run.
+    let mut end = u64::from(first + entry.run(first, subclusters));
+    let mut cluster = 1;
+    while end == cluster * u64::from(subclusters)
+        && end << bits < in_cluster + max
+        && !matches!(mapping, Mapping::Compressed { .. })
+    {
+        // A bad entry ends the run, and is an error for the next lookup.
+        let Ok(next) = table.entry(index + cluster as usize, geometry) else { break };
+        if next.mapping(0) != mapping.moved_by(cluster) {
+            break;
+        }
+        end += u64::from(next.run(0, subclusters));
+        cluster += 1;
+    }
+    Ok(Extent { mapping, len: max.min((end << bits) - in_cluster) })
 }

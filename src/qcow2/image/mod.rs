@@ -2,7 +2,7 @@
 //! cluster.
 //!
 //! ```text
-//!            L1 slot ──► L2 table (entries are atomic words) ──► host cluster
+//!            L1 slot ──► L2 table (entries: one word, or two) ──► host cluster
 //!   allocate ─► fill ─► publish    life of a new cluster: refcount, then data, then the L2 entry
 //!   zero, unmap                    the entry is cleared, the old cluster joins the pending frees
 //!   flush                          the write-back pass: [`write_back`]
@@ -13,8 +13,14 @@
 //! **Locks:** ranks `WRITE_BACK` to `SLOT` of [`host::sync::rank`], taken in that order.
 //! **Invariants** (docs/invariants.md): I1 the mapping of a cluster changes only under an exclusive
 //! guard of its range; I2 on disk, refcounts are never below the number of references; I3 a
-//! published cluster was filled first (only [`Image::fill`] and [`Image::fill_by_cloning`] make a
-//! [`Filled`]).
+//! published cluster was filled first (only [`Image::fill`], [`Image::fill_by_cloning`] and
+//! [`Image::fill_own`] make a [`Filled`]); I6 both words of an extended entry change together.
+//!
+//! With extended L2 entries, each of the 32 subclusters of a cluster has a mapping of its own.
+//! Everything in this module counts in subclusters; without extended entries a cluster is one. The
+//! entry belongs to the cluster, so a range guard covers whole clusters whichever part changes.
+//! Subclusters share their host cluster: the first one that is stored allocates it, the others are
+//! written into it, and it is freed with the last of them.
 
 use std::ops::Range;
 use std::sync::Arc;

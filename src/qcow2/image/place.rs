@@ -13,8 +13,12 @@ use host::{Error, Result};
 /// a chain of images makes of it is decided above this crate.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Location {
-    /// Not in this image: the layers below decide.
-    Below,
+    /// Not in this image: the layers below decide; `offset` is the place that is reserved in the
+    /// cluster of other subclusters.
+    Below {
+        /// Host offset in bytes, if there is a cluster.
+        offset: Option<u64>,
+    },
     /// Zeros, known without reading; `offset` is the host cluster that is reserved for them.
     Zero {
         /// Host offset in bytes, if there is a reserved cluster.
@@ -91,7 +95,8 @@ impl ImageReader {
         let offset = |host| geometry.host_offset(host).0 + geometry.in_cluster(at);
         let Ok(mapping) = mapping else { return Ok((Location::Unreadable, len)) };
         Ok(match mapping {
-            Mapping::Unallocated => (Location::Below, len),
+            Mapping::Unallocated if geometry.has_extended_l2() => self.unallocated(at, len)?,
+            Mapping::Unallocated => (Location::Below { offset: None }, len),
             Mapping::Zero { reserved } => {
                 (Location::Zero { offset: reserved.map(|(host, _)| offset(host)) }, len)
             }
@@ -105,6 +110,27 @@ impl ImageReader {
                 (Location::Data { offset, hole }, len)
             }
         })
+    }
+
+    /// Returns where unallocated subclusters would be stored in the cluster of others, and for how
+    /// many of the `len` bytes at `at`, all of them unallocated, that holds.
+    fn unallocated(&self, at: GuestOffset, len: u64) -> Result<(Location, u64)> {
+        let geometry = self.geometry();
+        let mut known = 0;
+        while known < len {
+            let here = GuestOffset(at.0 + known);
+            let in_cluster = geometry.in_cluster(here);
+            match self.entry(geometry.guest_cluster(here))?.host() {
+                None => known += geometry.cluster_size() - in_cluster,
+                Some((host, _)) if known == 0 => {
+                    let offset = Some(geometry.host_offset(host).0 + in_cluster);
+                    let len = len.min(geometry.cluster_size() - in_cluster);
+                    return Ok((Location::Below { offset }, len));
+                }
+                Some(_) => break,
+            }
+        }
+        Ok((Location::Below { offset: None }, known.min(len)))
     }
 
     /// Returns whether the file has a hole at `offset`, and for how many bytes. Where the host

@@ -1,51 +1,121 @@
-//! Stores guest data: in place, in reserved clusters, or in new ones.
+//! Stores guest data: in place, in host clusters that are reserved for it, or in new ones.
 
 use std::borrow::Cow;
 use std::ops::Range;
 
 use super::{Extent, Image};
-use crate::format::{GuestCluster, GuestOffset, Mapping};
+use crate::format::{GuestOffset, GuestSubcluster, HostCluster, L2Entry, Mapping};
 use crate::range_lock::Exclusive;
 use host::Result;
 
+/// Where the data of a run of guest clusters goes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Destination {
+    /// Into the host clusters that the entries name, from this one on: no other entry names them.
+    Own(HostCluster),
+    /// Into new host clusters: nothing of what the entries name stays in use.
+    New,
+    /// Into a new host cluster, with the rest of this one: other entries may name it.
+    Moved(HostCluster),
+}
+
 impl Image {
-    /// Allocates, fills and publishes whole clusters of data, from guest cluster `start` on. Calls
-    /// `placed` with the range of each run of new clusters in the file, in bytes, before the run is
-    /// published.
+    /// Stores whole subclusters of data, from guest subcluster `start` on: fills host clusters that
+    /// are reserved for their guest clusters, and new ones, and publishes them. Calls `placed` with
+    /// the range of each run in new clusters of the file, in bytes, before the run is published.
     ///
     /// # Errors
-    /// As [`Image::allocate`], [`Image::fill`] and [`Image::publish`]. Clusters that were published
-    /// before the error stay.
+    /// As [`Image::allocate`], [`Image::fill`] and [`Image::publish`]. What was published before
+    /// the error stays.
     ///
     /// # Panics
-    /// If `held` does not cover the clusters (I1), or if `data` is not whole clusters.
+    /// If `held` does not cover the clusters (I1), if `data` is not whole subclusters, or if it is
+    /// a part of a compressed cluster.
     pub fn store(
         &self,
         held: &Exclusive<'_>,
-        start: GuestCluster,
+        start: GuestSubcluster,
         data: &[u8],
         mut placed: impl FnMut(Range<u64>),
     ) -> Result<()> {
-        let bits = self.reader().geometry().cluster_bits();
+        let geometry = self.reader().geometry();
+        let bits = geometry.subcluster_bits();
         let (mut at, mut rest) = (start, data);
         while !rest.is_empty() {
-            let allocation = self.allocate(rest.len() as u64 >> bits)?;
-            let clusters = allocation.clusters();
-            let (now, later) = rest.split_at((clusters << bits) as usize);
-            let filled = self.fill(allocation, now)?;
-            placed(filled.place());
-            self.publish(held, at, filled)?;
-            at.0 += clusters;
-            rest = later;
+            let end = GuestSubcluster(at.0 + (rest.len() as u64 >> bits));
+            let (destination, subclusters) = self.destination(at..end)?;
+            let skip = u64::from(geometry.cluster_of(at).1) << bits;
+            let len = (subclusters << bits) as usize;
+            let stored = match destination {
+                Destination::Own(host) => {
+                    self.publish(held, at, self.fill_own(host, skip, &rest[..len])?)?;
+                    len
+                }
+                Destination::New => {
+                    let cluster_bits = geometry.cluster_bits();
+                    let wanted = (skip + len as u64).div_ceil(geometry.cluster_size());
+                    let allocation = self.allocate(wanted)?;
+                    let there = (allocation.clusters() << cluster_bits) - skip;
+                    let len = len.min(there as usize);
+                    let filled = self.fill(allocation, skip, &rest[..len])?;
+                    placed(filled.place());
+                    self.publish(held, at, filled)?;
+                    len
+                }
+                Destination::Moved(host) => {
+                    placed(self.move_cluster(held, at, host, &rest[..len])?);
+                    len
+                }
+            };
+            at.0 += stored as u64 >> bits;
+            rest = &rest[stored..];
         }
         Ok(())
+    }
+
+    /// Returns where the data of the first subclusters of a range goes, and the number of
+    /// subclusters that go there.
+    fn destination(&self, range: Range<GuestSubcluster>) -> Result<(Destination, u64)> {
+        let geometry = self.reader().geometry();
+        let per_cluster = u64::from(geometry.subclusters());
+        let of = |at: GuestSubcluster| -> Result<(Destination, u64)> {
+            let (cluster, place) = geometry.cluster_of(at);
+            let there = (per_cluster - u64::from(place)).min(range.end.0 - at.0);
+            let filled = ((1_u64 << (u64::from(place) + there)) - (1_u64 << place)) as u32;
+            let destination = match self.watch(self.reader.entry(cluster))? {
+                L2Entry::Standard { host: Some((host, true)), .. } => Destination::Own(host),
+                L2Entry::Standard { host: Some((host, false)), allocated, .. }
+                    if allocated & !filled != 0 =>
+                {
+                    Destination::Moved(host)
+                }
+                L2Entry::Standard { .. } | L2Entry::Compressed { .. } => Destination::New,
+            };
+            Ok((destination, there))
+        };
+        let (first, mut subclusters) = of(range.start)?;
+        let mut clusters = 1;
+        while range.start.0 + subclusters < range.end.0 {
+            let (next, more) = of(GuestSubcluster(range.start.0 + subclusters))?;
+            let continues = match (first, next) {
+                (Destination::Own(host), Destination::Own(next)) => next.0 == host.0 + clusters,
+                (Destination::New, Destination::New) => true,
+                _ => false,
+            };
+            if !continues {
+                break;
+            }
+            subclusters += more;
+            clusters += 1;
+        }
+        Ok((first, subclusters))
     }
 
     /// Writes `data` over a run of equal mapping, which is `extent` at `at`, mapped under `held`.
     /// Overwrites clusters that belong to this image alone; fills reserved clusters, or else new
     /// ones. `around` fills a buffer with the bytes that the guest sees from an offset on. It is
-    /// called to complete the clusters at the ends of the data, and not if the data is whole
-    /// clusters.
+    /// called to complete the subclusters at the ends of the data, and not if the data is whole
+    /// subclusters; a cluster that is compressed is completed as a whole.
     ///
     /// # Errors
     /// I/O, [`host::ErrorKind::NoSpace`], corruption; the error of `around`, before which nothing
@@ -66,42 +136,40 @@ impl Image {
             return self.write_in_place(at, extent, data);
         }
         let geometry = self.reader().geometry();
-        let whole = self.completed(at, data, around)?;
-        match extent.mapping {
-            Mapping::Zero { reserved: Some((host, true)) } => {
-                self.fill_reserved(host, &whole)?;
-                let aligned = geometry.aligned(&(at.0..at.0 + data.len() as u64));
-                self.publish_reserved(held, geometry.clusters(&aligned))
-            }
-            _ => self.store(held, geometry.guest_cluster(at), &whole, |_| {}),
-        }
+        let range = at.0..at.0 + data.len() as u64;
+        let whole = match extent.mapping {
+            Mapping::Compressed { .. } => geometry.aligned(&range),
+            _ => geometry.aligned_to_subclusters(&range),
+        };
+        let start = geometry.guest_subcluster(GuestOffset(whole.start));
+        self.store(held, start, &self.completed(whole, at, data, around)?, |_| {})
     }
 
-    /// Returns `data` at guest offset `at`, extended to whole clusters with the bytes that the
-    /// guest reads around it, and with zeros beyond the end of the disk (H19).
+    /// Returns `data` at guest offset `at`, extended to `whole` with the bytes that the guest reads
+    /// around it, and with zeros beyond the end of the disk (H19).
     fn completed<'a>(
         &self,
+        whole: Range<u64>,
         at: GuestOffset,
         data: &'a [u8],
         mut around: impl FnMut(u64, &mut [u8]) -> Result<()>,
     ) -> Result<Cow<'a, [u8]>> {
-        let geometry = self.reader().geometry();
         let range = at.0..at.0 + data.len() as u64;
-        let aligned = geometry.aligned(&range);
-        if aligned == range {
+        if whole == range {
             return Ok(Cow::Borrowed(data));
         }
-        let mut whole = vec![0; (aligned.end - aligned.start) as usize];
-        let head = geometry.in_cluster(at) as usize;
+        let size = self.reader().geometry().size();
+        let mut bytes = vec![0; (whole.end - whole.start) as usize];
+        let head = (range.start - whole.start) as usize;
         let tail = head + data.len();
         if head > 0 {
-            around(aligned.start, &mut whole[..head])?;
+            around(whole.start, &mut bytes[..head])?;
         }
-        let readable = (aligned.end.min(geometry.size()) - aligned.start) as usize;
+        let readable = (whole.end.min(size) - whole.start) as usize;
         if tail < readable {
-            around(range.end, &mut whole[tail..readable])?;
+            around(range.end, &mut bytes[tail..readable])?;
         }
-        whole[head..tail].copy_from_slice(data);
-        Ok(Cow::Owned(whole))
+        bytes[head..tail].copy_from_slice(data);
+        Ok(Cow::Owned(bytes))
     }
 }

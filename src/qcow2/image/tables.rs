@@ -9,7 +9,7 @@ use super::allocator::Allocator;
 use super::judged::Judged;
 use super::l2_table::L2Table;
 use super::slots::{CHUNK, L1Chunk, Slot, Slots, claimed_chunks};
-use crate::format::{Geometry, Header, HostCluster, L1Entry, Mapping};
+use crate::format::{Geometry, Header, HostCluster, L1Entry, L2Entry, RawL2Entry};
 use host::mutants::{Step, without};
 use host::storage::ReadAt;
 use host::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -21,7 +21,8 @@ mod entries;
 /// Number of locks for table loads, and so the number of tables that can be loaded concurrently.
 const LOADERS: usize = 16;
 
-/// Value in memory of a table entry that lies outside the file. It is no valid L1 or L2 entry.
+/// Value in memory of a word of a table entry that lies outside the file. It is no valid L1 entry
+/// and no valid descriptor of an L2 entry.
 const OUTSIDE: u64 = u64::MAX;
 
 /// L1 indexes of tables that a pass has to write, and of tables that changed since a watch began.
@@ -33,6 +34,9 @@ pub(super) struct Dirty {
     watched: Vec<(u64, BTreeSet<usize>)>,
     watches: u64,
 }
+
+/// Sets the raw entry at an index of a table, and returns the previous one.
+pub(super) type SetEntry<'a> = dyn FnMut(usize, RawL2Entry) -> RawL2Entry + 'a;
 
 /// The parts of one L2 table that the write-back pass has to write.
 #[derive(Debug)]
@@ -169,18 +173,24 @@ impl Tables {
     /// Calls `f` with the L2 table of an L1 index, ready to be changed: the table is allocated if
     /// missing, and moved to a cluster of its own if it is shared. `f` gets a closure that sets a
     /// raw entry and returns the previous one.
-    pub fn change<R>(
-        &self,
-        l1_index: usize,
-        f: impl FnOnce(&mut dyn FnMut(usize, u64) -> u64) -> R,
-    ) -> Result<R> {
+    ///
+    /// Extended entries have two words, and are set under the write lock of the table's slot:
+    /// lookups and the write-back pass, which hold the read lock, see both words of one entry.
+    pub fn change<R>(&self, l1_index: usize, f: impl FnOnce(&mut SetEntry<'_>) -> R) -> Result<R> {
+        let is_one_word = !self.geometry.has_extended_l2() || without(Step::EntryChangesWhole);
         loop {
             self.make_writable(l1_index)?;
             let slots = self.slots.read();
-            let guard = slots.of_table(l1_index).table.read();
+            let slot = slots.of_table(l1_index);
+            let (shared, whole) = if is_one_word {
+                (Some(slot.table.read()), None)
+            } else {
+                (None, Some(slot.table.write()))
+            };
+            let table = shared.as_deref().or(whole.as_deref()).and_then(Option::as_deref);
             // The table was evicted meanwhile, or may not be changed in place: try again.
-            let Some(table) = guard.as_deref().filter(|table| table.in_place) else { continue };
-            let mut set = |index: usize, raw: u64| table.set(index, raw);
+            let Some(table) = table.filter(|table| table.in_place) else { continue };
+            let mut set = |index: usize, raw: RawL2Entry| table.set(index, raw);
             let result = f(&mut set);
             // The table is queued after its dirty bits are set; see [`Tables::take_dirty`].
             self.queue(table, l1_index);
@@ -220,8 +230,9 @@ impl Tables {
                 allocator.queue_free(old, 1);
             }
             None if slot.l1_entry.load(Ordering::Acquire) == 0 => {
-                let entries = (0..geometry.l2_entries()).map(|_| AtomicU64::new(0)).collect();
-                let table = Box::new(L2Table::new(host, true, entries, None));
+                let words = geometry.l2_entries() as usize * geometry.l2_entry_words();
+                let words = (0..words).map(|_| AtomicU64::new(0)).collect();
+                let table = Box::new(L2Table::new(host, true, words, None, &geometry));
                 table.l1_dirty.store(true, Ordering::Release);
                 table.mark_all_dirty();
                 self.set_l1_entry(slot, host, &geometry);
@@ -305,19 +316,31 @@ impl Tables {
         Ok(())
     }
 
-    /// Reads table entries up to the end of the file. Entries beyond it become [`OUTSIDE`].
-    fn read_table(&self, which: &str, offset: u64, entries: usize) -> Result<Vec<u64>> {
-        let inside = (self.storage.size().saturating_sub(offset) / 8).min(entries as u64) as usize;
+    /// Reads the words of a table up to the end of the file. Words beyond it become [`OUTSIDE`].
+    fn read_table(&self, which: &str, offset: u64, words: usize) -> Result<Vec<u64>> {
+        let inside = (self.storage.size().saturating_sub(offset) / 8).min(words as u64) as usize;
         let mut raw = vec![0; inside * 8];
         if !raw.is_empty() {
             self.storage
                 .read_at(offset, &mut raw)
                 .map_err(|error| Error::io(format!("{which} table at {offset:#x}"), error))?;
         }
-        let mut table = Vec::with_capacity(entries);
+        let mut table = Vec::with_capacity(words);
         table.extend(raw.chunks_exact(8).map(be64));
-        table.resize(entries, OUTSIDE);
+        table.resize(words, OUTSIDE);
         Ok(table)
+    }
+
+    /// Reads the entries of the L2 table at a host offset in bytes, as [`Tables::read_table`] does.
+    fn read_l2_table(&self, offset: u64, geometry: &Geometry) -> Result<Vec<RawL2Entry>> {
+        let per_entry = geometry.l2_entry_words();
+        let words = self.read_table("L2", offset, geometry.l2_entries() as usize * per_entry)?;
+        let entry = |words: &[u64]| RawL2Entry {
+            // An entry that lies only in part inside the file lies outside.
+            descriptor: if words.contains(&OUTSIDE) { OUTSIDE } else { words[0] },
+            bitmap: words.get(1).copied().unwrap_or(0),
+        };
+        Ok(words.chunks_exact(per_entry).map(entry).collect())
     }
 
     /// Loads a table into memory. The lock in `loaders` admits one thread per table, so that a
@@ -347,7 +370,7 @@ impl Tables {
         if offset.0 >= self.storage.size() {
             return Err(of_l1(corrupt(format!("L2 table at {offset} is outside the file"))));
         }
-        let entries = self.read_table("L2", offset.0, geometry.l2_entries() as usize)?;
+        let entries = self.read_l2_table(offset.0, &geometry)?;
         let judged = self.judge(&entries, &geometry);
         if let Some(why) = judged.as_ref().and_then(|judged| judged.first_bad()) {
             self.found_corruption(format!("L2 table at {offset}, {why}"));
@@ -370,16 +393,22 @@ impl Tables {
             }
         }
         self.evict();
-        let entries = entries.into_iter().map(AtomicU64::new).collect();
-        let table = Box::new(L2Table::new(entry.table, in_place, entries, judged));
+        let words = entries
+            .iter()
+            .flat_map(|raw| {
+                [raw.descriptor, raw.bitmap].into_iter().take(geometry.l2_entry_words())
+            })
+            .map(AtomicU64::new)
+            .collect();
+        let table = Box::new(L2Table::new(entry.table, in_place, words, judged, &geometry));
         self.account(l1_index, &table);
         *self.slots.read().of_table(l1_index).table.write() = Some(table);
         Ok(())
     }
 
-    /// Checks the entries of a table as read from disk (V24 to V27). Returns the bad ones, if any.
-    /// For a backing file it checks only what reading needs.
-    fn judge(&self, entries: &[u64], geometry: &Geometry) -> Option<Box<Judged>> {
+    /// Checks the entries of a table as read from disk (V24 to V27, V30). Returns the bad ones, if
+    /// any. For a backing file it checks only what reading needs.
+    fn judge(&self, entries: &[RawL2Entry], geometry: &Geometry) -> Option<Box<Judged>> {
         let size = self.storage.size();
         let mut judged: Option<Box<Judged>> = None;
         let new = || Box::new(Judged::new(entries.len()));
@@ -392,7 +421,8 @@ impl Tables {
                 }
                 Ok(_) => {}
                 Err(error) => {
-                    lost_its_end |= raw == OUTSIDE || Mapping::decode(raw, geometry).is_ok();
+                    lost_its_end |=
+                        raw.descriptor == OUTSIDE || L2Entry::decode(raw, geometry).is_ok();
                     judged
                         .get_or_insert_with(new)
                         .set_bad(index, &error.context(format!("index {index}")));
@@ -404,8 +434,11 @@ impl Tables {
         // there.
         if lost_its_end {
             for (index, &raw) in entries.iter().enumerate() {
-                if let Ok(Mapping::Data { host, .. }) = Mapping::decode(raw, geometry)
-                    && size.saturating_sub(geometry.host_offset(host).0) < geometry.cluster_size()
+                if let Ok(entry) = L2Entry::decode(raw, geometry)
+                    && let L2Entry::Standard { host: Some((host, _)), allocated, .. } = entry
+                    && size.saturating_sub(geometry.host_offset(host).0)
+                        < u64::from(u32::BITS - allocated.leading_zeros())
+                            << geometry.subcluster_bits()
                 {
                     let error = corrupt(format!(
                         "index {index}: the file ends inside the cluster at {}",
@@ -603,13 +636,13 @@ impl Tables {
 
 /// Returns the host clusters that an L2 entry names, and whether the entry says COPIED. `size` is
 /// the size of the file in bytes.
-fn referenced(raw: u64, geometry: &Geometry, size: u64) -> Result<(Range<u64>, bool)> {
-    if raw == OUTSIDE {
+fn referenced(raw: RawL2Entry, geometry: &Geometry, size: u64) -> Result<(Range<u64>, bool)> {
+    if raw.descriptor == OUTSIDE {
         return Err(corrupt("the entry is outside the file".into()));
     }
-    match Mapping::decode(raw, geometry)? {
-        Mapping::Unallocated | Mapping::Zero { reserved: None } => Ok((0..0, false)),
-        Mapping::Compressed { at, len } => {
+    match L2Entry::decode(raw, geometry)? {
+        L2Entry::Standard { host: None, .. } => Ok((0..0, false)),
+        L2Entry::Compressed { at, len } => {
             let end =
                 at.0.checked_add(u64::from(len)).filter(|&end| end <= size.next_multiple_of(512));
             let Some(end) = end else {
@@ -617,7 +650,7 @@ fn referenced(raw: u64, geometry: &Geometry, size: u64) -> Result<(Range<u64>, b
             };
             Ok((geometry.host_cluster(at).0..((end - 1) >> geometry.cluster_bits()) + 1, false))
         }
-        Mapping::Zero { reserved: Some((host, in_place)) } | Mapping::Data { host, in_place } => {
+        L2Entry::Standard { host: Some((host, in_place)), .. } => {
             if geometry.host_offset(host).0 >= size {
                 return Err(corrupt(format!(
                     "cluster at {} is outside the file",

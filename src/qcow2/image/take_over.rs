@@ -37,7 +37,7 @@ use std::sync::Arc;
 
 use super::Image;
 use super::publish::released;
-use crate::format::{GuestCluster, Header, HostCluster, Mapping, feature};
+use crate::format::{GuestCluster, Header, HostCluster, L2Entry, feature};
 use crate::journal::{BarrierState, Journal, MappingChange};
 use host::mutants::{Step, without};
 use host::storage::{SharedBytes, Sidecar, Storage};
@@ -49,7 +49,7 @@ impl Image {
     /// # Errors
     /// [`ErrorKind::InvalidArgument`] if `bytes` is too small; I/O.
     pub fn with_journal(self, bytes: Arc<dyn SharedBytes>) -> Result<Image> {
-        let journal = Journal::create(bytes, self.reader.geometry().cluster_bits())?;
+        let journal = Journal::create(bytes, &self.reader.geometry())?;
         let journal = Arc::new(journal);
         self.allocator.record_in(&journal);
         Ok(Image { journal: Some(journal), ..self })
@@ -77,8 +77,7 @@ impl Image {
         let is_corrupt = header.incompatible & feature::CORRUPT != 0;
         header.incompatible &= !feature::CORRUPT;
         header.check_writable()?;
-        let bits = image.reader.geometry().cluster_bits();
-        let (journal, changes, barrier) = Journal::open(journal, bits)?;
+        let (journal, changes, barrier) = Journal::open(journal, &image.reader.geometry())?;
         image.is_taken_over = true;
         image.prepare_late_search();
         image.repeat(&changes, &journal.reserved())?;
@@ -153,15 +152,19 @@ impl Image {
             return Err(unfit("names clusters beyond the end of the disk"));
         }
         let host_of = |raw| -> Result<Option<u64>> {
-            match Mapping::decode(raw, &geometry)? {
-                Mapping::Unallocated | Mapping::Zero { reserved: None } => Ok(None),
-                Mapping::Data { host, in_place: true }
-                | Mapping::Zero { reserved: Some((host, true)) } => Ok(Some(host.0)),
+            match L2Entry::decode(raw, &geometry)? {
+                L2Entry::Standard { host: None, .. } => Ok(None),
+                L2Entry::Standard { host: Some((host, true)), .. } => Ok(Some(host.0)),
+                // The entry on disk names this cluster already, and so it is counted: see
+                // [`Image::repeat_one`].
+                L2Entry::Standard { host: Some((_, false)), .. } if geometry.has_extended_l2() => {
+                    Ok(None)
+                }
                 _ => Err(unfit("has an entry that this program does not make")),
             }
         };
         let end = host_of(change.entry_of(change.count - 1))?;
-        match (host_of(change.entry)?, end) {
+        match (host_of(change.entry_of(0))?, end) {
             (None, None) => Ok(None),
             (Some(first), Some(last))
                 if last.checked_sub(first) == Some(u64::from(change.count) - 1)
@@ -190,8 +193,14 @@ impl Image {
                 }
             })?;
             for (before, after) in replaced {
-                let before = Mapping::decode(before, &geometry)?;
-                let after = Mapping::decode(after, &geometry)?;
+                let before = L2Entry::decode(before, &geometry)?;
+                let after = L2Entry::decode(after, &geometry)?;
+                // A cluster that other entries may name only stays where it is.
+                if let Some((host, false)) = after.host()
+                    && before.host().is_none_or(|(before, _)| before != host)
+                {
+                    return Err(unfit("uses a cluster that others use"));
+                }
                 if let Some((start, len)) = released(before, after, &geometry) {
                     let next = named.partition_point(|hosts| hosts.end <= start.0);
                     if named.get(next).is_some_and(|hosts| hosts.start < start.0 + len) {
@@ -234,7 +243,8 @@ fn last_changes(changes: &[MappingChange]) -> Result<Vec<MappingChange>> {
             pieces.push(MappingChange {
                 start: GuestCluster(at),
                 count: (stop - at) as u32,
-                entry: change.entry_of(skipped),
+                entry: change.entry_of(skipped).descriptor,
+                bitmap: change.bitmap,
                 step: change.step,
             });
             at = stop;
@@ -278,6 +288,7 @@ mod tests {
                     start: GuestCluster(random.below(40)),
                     count: 1 + random.below(12) as u32,
                     entry: 1000 * (number + 1),
+                    bitmap: number,
                     step: random.below(2),
                 })
                 .collect();

@@ -4,7 +4,7 @@
 use std::io;
 
 use super::*;
-use crate::format::{GuestCluster, NewImage};
+use crate::format::{GuestSubcluster, NewImage};
 use crate::range_lock::RangeLock;
 use host::storage::{BlockStatus, OpenMark};
 use sim::start::Start;
@@ -15,6 +15,7 @@ mod late_search;
 mod leaks;
 mod refcount_growth;
 mod take_over;
+mod two_words;
 
 #[derive(Clone, Debug, Eq, PartialEq)]
 enum Op {
@@ -180,13 +181,13 @@ fn reopen(memory: Arc<Memory>) -> Bench {
 impl Bench {
     fn store(&self, cluster: u64, byte: u8) -> Result<()> {
         let held = self.lock.exclusive(cluster * CLUSTER..(cluster + 1) * CLUSTER);
-        let filled = self.image.fill(self.image.allocate(1)?, &[byte; CLUSTER as usize])?;
-        self.image.publish(&held, GuestCluster(cluster), filled)
+        let filled = self.image.fill(self.image.allocate(1)?, 0, &[byte; CLUSTER as usize])?;
+        self.image.publish(&held, GuestSubcluster(cluster), filled)
     }
 
     fn discard(&self, cluster: u64) {
         let held = self.lock.exclusive(cluster * CLUSTER..(cluster + 1) * CLUSTER);
-        self.image.discard(&held, GuestCluster(cluster)..GuestCluster(cluster + 1)).unwrap();
+        self.image.discard(&held, GuestSubcluster(cluster)..GuestSubcluster(cluster + 1)).unwrap();
     }
 
     fn host(&self, cluster: u64) -> Option<u64> {
@@ -632,8 +633,8 @@ fn header_write_that_failed_is_undone_before_the_next_pass() {
     assert!(image.is_dirty(), "the timer looks after it");
 
     let held = lock.exclusive(9000 * CLUSTER..9001 * CLUSTER);
-    let filled = image.fill(image.allocate(1).unwrap(), &[8; CLUSTER as usize]).unwrap();
-    image.publish(&held, GuestCluster(9000), filled).unwrap();
+    let filled = image.fill(image.allocate(1).unwrap(), 0, &[8; CLUSTER as usize]).unwrap();
+    image.publish(&held, GuestSubcluster(9000), filled).unwrap();
     image.flush().unwrap();
     assert_eq!(file.bytes()[..512], before);
     let again = Image::open(SimStorage::new(file.bytes())).unwrap();

@@ -1,7 +1,12 @@
 use super::*;
 use sim::{SimJournal, SimStorage};
 
-const BITS: u32 = 16;
+/// Size of a record of standard L2 entries, in bytes.
+const RECORD: usize = RECORDS_OF[0];
+
+fn geometry(cluster_bits: u32) -> Geometry {
+    Geometry::new(3, cluster_bits, 4, 1 << 30).unwrap()
+}
 
 /// Memory for this many records.
 fn memory(slots: u64) -> Arc<SimJournal> {
@@ -9,7 +14,7 @@ fn memory(slots: u64) -> Arc<SimJournal> {
 }
 
 fn change(start: u64) -> MappingChange {
-    MappingChange { start: GuestCluster(start), count: 1, entry: start << 20, step: 0 }
+    MappingChange { start: GuestCluster(start), count: 1, entry: start << 20, bitmap: 0, step: 0 }
 }
 
 fn append(journal: &Journal, starts: std::ops::Range<u64>) {
@@ -18,7 +23,7 @@ fn append(journal: &Journal, starts: std::ops::Range<u64>) {
 }
 
 fn starts_in(memory: Vec<u8>) -> Result<Vec<u64>> {
-    let (_, changes, _) = Journal::open(SimJournal::of(memory, None), BITS)?;
+    let (_, changes, _) = Journal::open(SimJournal::of(memory, None), &geometry(16))?;
     Ok(changes.iter().map(|change| change.start.0).collect())
 }
 
@@ -27,7 +32,7 @@ fn starts_in(memory: Vec<u8>) -> Result<Vec<u64>> {
 #[test]
 fn what_is_not_cut_is_read_again() {
     let memory = memory(5);
-    let journal = Journal::create(memory.clone(), BITS).unwrap();
+    let journal = Journal::create(memory.clone(), &geometry(16)).unwrap();
     assert!(starts_in(memory.bytes()).unwrap().is_empty());
     let mut expected: Vec<u64> = Vec::new();
     for round in 0..20 {
@@ -40,7 +45,7 @@ fn what_is_not_cut_is_read_again() {
         expected.drain(..expected.len() - 2);
         assert_eq!(starts_in(memory.bytes()).unwrap(), expected);
     }
-    let (again, changes, barrier) = Journal::open(memory.clone(), BITS).unwrap();
+    let (again, changes, barrier) = Journal::open(memory.clone(), &geometry(16)).unwrap();
     assert_eq!((changes.len(), barrier), (2, BarrierState::Succeeded));
     append(&again, 100..103);
     assert_eq!(starts_in(memory.bytes()).unwrap(), [58, 59, 100, 101, 102]);
@@ -51,7 +56,7 @@ fn what_is_not_cut_is_read_again() {
 #[test]
 fn torn_writes_are_noticed() {
     let memory = memory(4);
-    let journal = Journal::create(memory.clone(), BITS).unwrap();
+    let journal = Journal::create(memory.clone(), &geometry(16)).unwrap();
     append(&journal, 0..4);
     journal.cut(journal.position() - 1).unwrap();
     let before = memory.bytes();
@@ -80,7 +85,7 @@ fn torn_writes_are_noticed() {
 #[test]
 fn damage_is_noticed() {
     let memory = memory(2);
-    let journal = Journal::create(memory.clone(), BITS).unwrap();
+    let journal = Journal::create(memory.clone(), &geometry(16)).unwrap();
     append(&journal, 7..9);
     journal.cut(journal.position() - 1).unwrap();
     journal.cut(journal.position() - 1).unwrap();
@@ -100,16 +105,19 @@ fn damage_is_noticed() {
         let error = starts_in(bad).unwrap_err().to_string();
         assert!(error.contains("no valid header"), "bit {bit} of the headers: {error}");
     }
-    let other = Journal::open(SimJournal::of(good, None), BITS + 1).unwrap_err();
+    let other = Journal::open(SimJournal::of(good, None), &geometry(17)).unwrap_err();
     assert_eq!(other.kind(), ErrorKind::Corrupt);
-    assert!(Journal::create(SimJournal::of(vec![0; 4100], None), BITS).is_err(), "too small");
+    assert!(
+        Journal::create(SimJournal::of(vec![0; 4100], None), &geometry(16)).is_err(),
+        "too small"
+    );
 }
 
 /// Protects: P7. A failure is never taken back.
 #[test]
 fn a_failed_barrier_stays_failed() {
     let memory = memory(2);
-    let journal = Journal::create(memory.clone(), BITS).unwrap();
+    let journal = Journal::create(memory.clone(), &geometry(16)).unwrap();
     for (set, seen) in [
         (BarrierState::Called, BarrierState::Called),
         (BarrierState::Succeeded, BarrierState::Succeeded),
@@ -118,7 +126,7 @@ fn a_failed_barrier_stays_failed() {
         (BarrierState::Succeeded, BarrierState::Failed),
     ] {
         journal.set_barrier(set).unwrap();
-        assert_eq!(Journal::open(memory.clone(), BITS).unwrap().2, seen);
+        assert_eq!(Journal::open(memory.clone(), &geometry(16)).unwrap().2, seen);
     }
 }
 
@@ -126,7 +134,7 @@ fn a_failed_barrier_stays_failed() {
 #[test]
 fn promises_are_kept() {
     let memory = memory(4);
-    let journal = Journal::create(memory, BITS).unwrap();
+    let journal = Journal::create(memory, &geometry(16)).unwrap();
     let first = journal.promise(3).unwrap();
     assert!(journal.promise(2).is_none());
     let second = journal.promise(1).unwrap();
@@ -139,15 +147,43 @@ fn promises_are_kept() {
 
 #[test]
 fn clusters_that_continue_a_run_join_it() {
-    let size = 1 << BITS;
-    let mut run = MappingChange { start: GuestCluster(5), count: 1, entry: 7 * size, step: 0 };
-    assert!(run.joined_by(GuestCluster(6), 8 * size, size));
-    assert!(!run.joined_by(GuestCluster(8), 9 * size, size), "a gap between guest clusters");
-    assert!(!run.joined_by(GuestCluster(7), 8 * size, size), "another step");
-    assert!(run.joined_by(GuestCluster(7), 9 * size, size));
-    assert_eq!((run.count, run.entry_of(2)), (3, 9 * size));
-    let mut zeros = MappingChange { start: GuestCluster(0), count: 1, entry: 1, step: 0 };
-    assert!(zeros.joined_by(GuestCluster(1), 1, size) && zeros.joined_by(GuestCluster(2), 1, size));
+    let size = 1 << 16;
+    let raw = |descriptor, bitmap| RawL2Entry { descriptor, bitmap };
+    let change = |start, entry, bitmap| MappingChange {
+        start: GuestCluster(start),
+        count: 1,
+        entry,
+        bitmap,
+        step: 0,
+    };
+    let mut run = change(5, 7 * size, 9);
+    assert!(run.joined_by(GuestCluster(6), raw(8 * size, 9), size));
+    assert!(!run.joined_by(GuestCluster(8), raw(9 * size, 9), size), "a gap between clusters");
+    assert!(!run.joined_by(GuestCluster(7), raw(8 * size, 9), size), "another step");
+    assert!(!run.joined_by(GuestCluster(7), raw(9 * size, 8), size), "another bitmap");
+    assert!(run.joined_by(GuestCluster(7), raw(9 * size, 9), size));
+    assert_eq!((run.count, run.entry_of(2)), (3, raw(9 * size, 9)));
+    let mut zeros = change(0, 1, 0);
+    let one = raw(1, 0);
+    assert!(zeros.joined_by(GuestCluster(1), one, size));
+    assert!(zeros.joined_by(GuestCluster(2), one, size));
     assert_eq!((zeros.count, zeros.step), (3, 0));
-    assert!(!zeros.joined_by(GuestCluster(3), 0, size));
+    assert!(!zeros.joined_by(GuestCluster(3), raw(0, 0), size));
+}
+
+/// Protects: P17. The records of an image with extended L2 entries have their bitmaps, and a journal
+/// is not taken for that of the other kind.
+#[test]
+fn bitmaps_are_in_the_journal_of_an_image_with_subclusters() {
+    let extended = geometry(16).with_extended_l2().unwrap();
+    let memory = memory(6);
+    let journal = Journal::create(memory.clone(), &extended).unwrap();
+    let changes = [3, 4].map(|start| MappingChange { bitmap: start << 40 | 1, ..change(start) });
+    journal.append(journal.promise(2).unwrap(), &changes).unwrap();
+    assert!(journal.promise(4).is_none(), "larger records: five slots");
+    let (_, read, _) = Journal::open(memory.clone(), &extended).unwrap();
+    assert_eq!(read, changes);
+    assert!(Journal::open(memory.clone(), &geometry(16)).is_err());
+    Journal::create(memory.clone(), &geometry(16)).unwrap();
+    assert!(Journal::open(memory, &extended).is_err());
 }

@@ -32,6 +32,16 @@ fn starts() -> Vec<Start> {
         }
         starts.push(start);
     }
+    let mut extended = Start::new("extended", 3, 14, 4, 320 << 10);
+    extended.extended = true;
+    extended.clusters = vec![
+        (0, Fill::Data(1)),
+        (1, Fill::Parts(2, 0x0000_ff00_8000_00ff)),
+        (2, Fill::Zero),
+        (3, Fill::Reserved(5)),
+        (19, Fill::Parts(6, 0)),
+    ];
+    starts.push(extended);
     starts
 }
 

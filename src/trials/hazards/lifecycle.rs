@@ -203,6 +203,7 @@ fn h34_a_renamed_base_stays_the_base() {
         format: BackingFormat::Raw,
         size: None,
         cluster_size: 65536,
+        extended_l2: false,
     };
     create(&options, &Gate::default()).unwrap();
     let options = DiskOptions {

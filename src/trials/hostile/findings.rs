@@ -45,7 +45,7 @@ fn entry(image: &[u8], index: u64) -> (u64, u64) {
     let layout = Layout::of(image).unwrap();
     let (_, table) = layout.l2_tables(image).next().unwrap();
     let found = layout.l2_entries(image, table).find(|(at, _)| *at == index);
-    (table + index * 8, found.map_or(0, |(_, raw)| raw))
+    (table + index * 8, found.map_or(0, |(_, entry)| entry.raw))
 }
 
 /// R16: two guest clusters share a host cluster of refcount one, which only a full check finds.

@@ -79,7 +79,7 @@ impl Places {
             entries: l2
                 .iter()
                 .flat_map(|&at| layout.l2_entries(image, at))
-                .map(|(_, raw)| raw)
+                .map(|(_, entry)| entry.raw)
                 .collect(),
             l2,
         }

@@ -2,7 +2,9 @@
 
 use super::extensions::encode_backing_format;
 use super::tables::{MAX_L1_TABLE, MAX_REFCOUNT_TABLE};
-use super::{BackingReference, FormatError, Geometry, MAGIC, MAX_BACKING_NAME, be64, invalid};
+use super::{
+    BackingReference, FormatError, Geometry, MAGIC, MAX_BACKING_NAME, be64, feature, invalid,
+};
 use crate::format::{HostCluster, RefcountBlock};
 
 /// Length of the header in bytes, including compression_type and its padding.
@@ -11,7 +13,7 @@ const HEADER_LENGTH: usize = 112;
 /// Parameters of a new image.
 #[derive(Clone, Debug)]
 pub struct NewImage {
-    /// Version 3, cluster size, 16-bit refcounts, virtual size.
+    /// Version 3, cluster size, 16-bit refcounts, virtual size, and whether L2 entries are extended.
     pub geometry: Geometry,
     /// The backing file, if there is one.
     pub backing: Option<BackingReference>,
@@ -104,6 +106,8 @@ impl NewImage {
         put(40, &l1_offset.to_be_bytes());
         put(48, &cluster_size.to_be_bytes());
         put(56, &(plan.refcount_table as u32).to_be_bytes());
+        let extended_l2 = if geometry.has_extended_l2() { feature::EXTENDED_L2 } else { 0 };
+        put(72, &extended_l2.to_be_bytes());
         put(96, &geometry.refcount_order().to_be_bytes());
         put(100, &(HEADER_LENGTH as u32).to_be_bytes());
         if let Some(format) = self.backing.as_ref().and_then(|backing| backing.format) {

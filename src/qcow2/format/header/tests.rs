@@ -53,6 +53,9 @@ fn qemu_img_images_have_the_right_numbers() {
         ("refcount_bits=64,cluster_size=4k", 12, 3, 6),
         ("compression_type=zstd", 16, 3, 4),
         ("lazy_refcounts=on", 16, 3, 4),
+        ("extended_l2=on", 16, 3, 4),
+        ("extended_l2=on,cluster_size=16k", 14, 3, 4),
+        ("extended_l2=on,cluster_size=2M", 21, 3, 4),
     ] {
         let (bytes, len) = made(options, "64M", &[]);
         let header = parse(&bytes).unwrap();
@@ -67,6 +70,9 @@ fn qemu_img_images_have_the_right_numbers() {
             (64 << 20, geometry.l1_entries_needed()),
             "{options}"
         );
+        let extended = options.contains("extended");
+        assert_eq!(geometry.has_extended_l2(), extended, "{options}");
+        assert_eq!(header.facts().extended_l2, (version > 2).then_some(extended), "{options}");
         assert_eq!(header.refcount_table_offset, geometry.cluster_size(), "{options}");
         assert!(header.l1_table_offset + 8 <= len);
         assert_eq!(header.compression == CompressionType::Zstd, options.contains("zstd"));
@@ -159,7 +165,6 @@ fn unsupported_images_of_qemu_img_are_refused_by_name() {
     for (options, word) in [
         ("data_file=data.raw", "external data file"),
         ("data_file=data.raw,data_file_raw=on", "external data file"),
-        ("extended_l2=on", "extended L2"),
         // Not LUKS: qemu-img measures its key derivation in CPU time of a thread, and fails if
         // other programs leave that at 0 ms.
         ("encrypt.format=aes,encrypt.key-secret=s", "encrypted"),
@@ -247,7 +252,6 @@ fn every_field_out_of_bounds_is_refused_by_name() {
         ("V6", 0x210, b"ba\xffse".to_vec(), "not UTF-8"),
         ("V7", 72, u64s(1 << 63 | 1 << 5), "bit 5, bit 63"),
         ("V7", 72, u64s(4), "external data file"),
-        ("V7", 72, u64s(16), "extended L2"),
         ("V7", 88, u64s(2), "external data file"),
         ("V8", 96, u32s(7), "refcount_order is 7"),
         ("V9", 56, u32s(0), "refcount_table_clusters is 0"),
@@ -775,7 +779,7 @@ fn the_fields_are_what_a_rewrite_writes() {
 
 #[test]
 fn new_images_pass_qemu_img_check() {
-    for (bits, size, name) in [
+    for (bits, size, name, is_extended) in [
         (9, 0, "b"),
         (9, 512, "b"),
         (9, (128 << 30) - 512, "b"),
@@ -786,12 +790,18 @@ fn new_images_pass_qemu_img_check() {
         (16, 2 << 50, "b"),
         (21, 1 << 30, "b"),
         (21, 1 << 60, "b"),
-    ] {
+    ]
+    .into_iter()
+    .flat_map(|case| [(case, false), (case, true)])
+    .filter(|((bits, size, _), is_extended)| !is_extended || *bits > 12 && *size < 2 << 50)
+    .map(|((bits, size, name), is_extended)| (bits, size, name, is_extended))
+    {
         let backing = Some(raw(name));
-        let image = NewImage {
-            geometry: Geometry::new(3, bits, 4, size).unwrap(),
-            backing: backing.clone(),
-        };
+        let mut geometry = Geometry::new(3, bits, 4, size).unwrap();
+        if is_extended {
+            geometry = geometry.with_extended_l2().unwrap();
+        }
+        let image = NewImage { geometry, backing: backing.clone() };
         let mut end = 0;
         let mut bytes = Vec::new();
         for (offset, data) in image.layout().unwrap() {
@@ -807,6 +817,7 @@ fn new_images_pass_qemu_img_check() {
         let text = info(&bytes);
         assert!(text.contains(&format!("\"virtual-size\": {size}")), "{text}");
         assert!(text.contains(&format!("\"cluster-size\": {}", 1 << bits)), "{text}");
+        assert!(text.contains(&format!("\"extended-l2\": {is_extended}")), "{text}");
         assert!(
             text.contains("\"backing-filename-format\": \"raw\"") && text.contains(name),
             "{text}"

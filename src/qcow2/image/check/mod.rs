@@ -100,6 +100,20 @@ pub enum Finding {
         /// Host offset of the cluster, in bytes.
         offset: u64,
     },
+    /// The extended entry of a compressed cluster has a subcluster bitmap (V30).
+    CompressedWithBitmap {
+        /// Index of the entry in its L2 table.
+        index: usize,
+        /// The descriptor.
+        entry: u64,
+    },
+    /// An extended entry has a subcluster that is both allocated and zero (V30).
+    CorruptBitmap {
+        /// Host offset of the cluster, in bytes.
+        offset: u64,
+    },
+    /// An extended entry has an allocated subcluster and no host cluster (V30).
+    AllocatedWithoutCluster,
     /// An entry of the refcount table has reserved bits (V23).
     ReservedBitsInRefcountTable {
         /// Index of the entry.
@@ -177,6 +191,21 @@ impl fmt::Display for Finding {
                     f,
                     "ERROR: coffset={offset:#x}: copied flag must never be set for compressed clusters"
                 )
+            }
+            Finding::CompressedWithBitmap { index, entry } => {
+                write!(
+                    f,
+                    "ERROR compressed cluster {index} with non-zero subcluster allocation bitmap, entry={entry:#x}"
+                )
+            }
+            Finding::CorruptBitmap { offset } => {
+                write!(
+                    f,
+                    "ERROR offset={offset:x}: Allocated cluster has corrupted subcluster allocation bitmap"
+                )
+            }
+            Finding::AllocatedWithoutCluster => {
+                write!(f, "ERROR: Unallocated cluster has non-zero subcluster allocation map")
             }
             Finding::ReservedBitsInRefcountTable { index } => {
                 write!(f, "ERROR refcount table entry {index} has reserved bits set")

@@ -199,20 +199,41 @@ impl<'a> Walk<'a> {
     fn l2_table(&mut self, table: &[u8], flags: bool) -> Result<()> {
         let cluster_size = self.geometry.cluster_size();
         let mut contiguous = None;
-        for entry in table.chunks_exact(8).map(be64) {
+        let entry_bytes = 8 * self.geometry.l2_entry_words();
+        for (index, raw) in table.chunks_exact(entry_bytes).enumerate() {
+            let (entry, bitmap) = (be64(&raw[..8]), be64(&raw[8..]));
             if entry & COMPRESSED != 0 {
-                self.compressed(entry);
+                if entry & COPIED != 0 {
+                    self.corruption(Finding::CopiedCompressed { offset: self.compressed(entry).0 });
+                }
+                if bitmap == 0 {
+                    self.count_compressed(entry);
+                } else {
+                    self.corruption(Finding::CompressedWithBitmap { index, entry });
+                }
                 continue;
             }
             if entry & L2_RESERVED != 0 {
                 self.corruption(Finding::ReservedBitsInL2 { entry });
             }
             let offset = entry & OFFSET;
+            let (allocated, zero) = (bitmap as u32, (bitmap >> 32) as u32);
             if offset == 0 {
+                if allocated != 0 {
+                    self.corruption(Finding::AllocatedWithoutCluster);
+                }
                 continue;
             }
+            if allocated & zero != 0 {
+                self.corruption(Finding::CorruptBitmap { offset });
+            }
             if !offset.is_multiple_of(cluster_size) {
-                self.corruption(Finding::UnalignedCluster { offset, zero: entry & ZERO != 0 });
+                let has_data = if self.geometry.has_extended_l2() {
+                    allocated != 0
+                } else {
+                    entry & ZERO == 0
+                };
+                self.corruption(Finding::UnalignedCluster { offset, zero: !has_data });
             }
             self.report.allocated_clusters += 1;
             if contiguous.is_some_and(|expected| expected != offset) {
@@ -227,14 +248,17 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    fn compressed(&mut self, entry: u64) {
+    /// Returns host offset and size, in bytes, of the data of a compressed cluster.
+    fn compressed(&self, entry: u64) -> (u64, u64) {
         let offset_bits = 62 - (self.geometry.cluster_bits() - 8);
         let offset = entry & ((1 << offset_bits) - 1);
-        if entry & COPIED != 0 {
-            self.corruption(Finding::CopiedCompressed { offset });
-        }
         let more_sectors = (entry & (COMPRESSED - 1)) >> offset_bits;
-        self.count(offset, (more_sectors + 1) * 512 - offset % 512);
+        (offset, (more_sectors + 1) * 512 - offset % 512)
+    }
+
+    fn count_compressed(&mut self, entry: u64) {
+        let (offset, size) = self.compressed(entry);
+        self.count(offset, size);
         // Compressed clusters share sectors, so each counts as fragmented.
         self.report.allocated_clusters += 1;
         self.report.compressed_clusters += 1;

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::{LOADERS, Tables, referenced};
-use crate::format::{L1Entry, Mapping};
+use crate::format::{L1Entry, L2Entry, RawL2Entry};
 use crate::image::slots::CHUNK;
 use host::sync::atomic::Ordering;
 use host::{Error, Result};
@@ -51,7 +51,7 @@ impl Tables {
             let mut reference = || -> Result<()> {
                 let (clusters, in_place) = referenced(raw, &geometry, size)?;
                 let is_compressed =
-                    matches!(Mapping::decode(raw, &geometry)?, Mapping::Compressed { .. });
+                    matches!(L2Entry::decode(raw, &geometry)?, L2Entry::Compressed { .. });
                 f(clusters, in_place || is_compressed)
             };
             reference().map_err(|error| {
@@ -64,7 +64,7 @@ impl Tables {
     /// Returns the entries of a table: those in memory if the table is there, and those on disk
     /// otherwise, which are the same until the table is loaded. A thread that loads the table or
     /// gives it another cluster waits for the lock in `loaders`.
-    fn raw_entries(&self, l1_index: usize) -> Result<Vec<u64>> {
+    fn raw_entries(&self, l1_index: usize) -> Result<Vec<RawL2Entry>> {
         let geometry = self.geometry();
         let count = geometry.l2_entries() as usize;
         let _loader = self.loaders[l1_index % LOADERS].lock();
@@ -72,13 +72,12 @@ impl Tables {
             let slots = self.slots.read();
             let Some(slot) = slots.get(l1_index) else { return Ok(Vec::new()) };
             if let Some(table) = slot.table.read().as_deref() {
-                let entry = |index| table.entry(index).load(Ordering::Acquire);
-                return Ok((0..count).map(entry).collect());
+                return Ok((0..count).map(|index| table.raw(index)).collect());
             }
             slot.l1_entry.load(Ordering::Acquire)
         };
         let entry = L1Entry::decode(l1_entry, &geometry).map_err(Error::from)?;
         let Some(entry) = entry else { return Ok(Vec::new()) };
-        self.read_table("L2", geometry.host_offset(entry.table).0, count)
+        self.read_l2_table(geometry.host_offset(entry.table).0, &geometry)
     }
 }

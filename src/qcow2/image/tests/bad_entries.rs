@@ -228,8 +228,8 @@ fn an_unreadable_refcount_block_costs_nothing() {
     storage.heal();
     let lock = RangeLock::new(CLUSTER);
     let held = lock.exclusive(2 * CLUSTER..3 * CLUSTER);
-    let filled = image.fill(image.allocate(1).unwrap(), &[77; CLUSTER as usize]).unwrap();
-    image.publish(&held, GuestCluster(2), filled).unwrap();
+    let filled = image.fill(image.allocate(1).unwrap(), 0, &[77; CLUSTER as usize]).unwrap();
+    image.publish(&held, GuestSubcluster(2), filled).unwrap();
     assert!(sole(2) && !sole(3));
     assert_eq!((reads(image.reader(), 2).unwrap(), reads(image.reader(), 3).unwrap()), (77, 4));
     image.close().unwrap();

@@ -48,17 +48,17 @@ impl Process {
     }
 
     fn fill(&self, byte: u8) -> Filled<'_> {
-        self.image.fill(self.image.allocate(1).unwrap(), &[byte; CLUSTER as usize]).unwrap()
+        self.image.fill(self.image.allocate(1).unwrap(), 0, &[byte; CLUSTER as usize]).unwrap()
     }
 
     fn publish(&self, cluster: u64, filled: Filled<'_>) {
         let held = self.lock.exclusive(0..SIZE);
-        self.image.publish(&held, GuestCluster(cluster), filled).unwrap();
+        self.image.publish(&held, GuestSubcluster(cluster), filled).unwrap();
     }
 
     fn discard(&self, cluster: u64) {
         let held = self.lock.exclusive(0..SIZE);
-        self.image.discard(&held, GuestCluster(cluster)..GuestCluster(cluster + 1)).unwrap();
+        self.image.discard(&held, GuestSubcluster(cluster)..GuestSubcluster(cluster + 1)).unwrap();
     }
 
     /// Allocates clusters that are never published.

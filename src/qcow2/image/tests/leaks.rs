@@ -81,7 +81,7 @@ fn what_a_crash_leaked_is_allocated_again() {
 fn space_is_given_back_behind_a_barrier() {
     let bench = bench();
     let reserved = bench.image.allocate(3).unwrap();
-    let reserved = bench.image.fill(reserved, &[7; 3 * CLUSTER as usize]).unwrap();
+    let reserved = bench.image.fill(reserved, 0, &[7; 3 * CLUSTER as usize]).unwrap();
     bench.image.flush().unwrap();
     let killed = bench.memory.killed();
     drop(reserved);
@@ -111,10 +111,10 @@ fn a_hundred_crashes_do_not_grow_the_file() {
         // the end of the file.
         let filled = bench.image.allocate(4).unwrap();
         let bytes = vec![0xee; filled.clusters() as usize * 512];
-        let filled = bench.image.fill(filled, &bytes).unwrap();
+        let filled = bench.image.fill(filled, 0, &bytes).unwrap();
         let reserved = bench.image.allocate(60).unwrap();
         let held = bench.lock.exclusive(0..8 * 512);
-        bench.image.discard(&held, GuestCluster(0)..GuestCluster(8)).unwrap();
+        bench.image.discard(&held, GuestSubcluster(0)..GuestSubcluster(8)).unwrap();
         drop(held);
         bench.store_small(0..8).unwrap();
         bench.image.flush().unwrap();

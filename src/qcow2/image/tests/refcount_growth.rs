@@ -46,7 +46,11 @@ impl Bench {
             let allocation = self.image.allocate(clusters.end - at)?;
             let count = allocation.clusters();
             let data: Vec<u8> = (at..at + count).flat_map(small_data).collect();
-            self.image.publish(&held, GuestCluster(at), self.image.fill(allocation, &data)?)?;
+            self.image.publish(
+                &held,
+                GuestSubcluster(at),
+                self.image.fill(allocation, 0, &data)?,
+            )?;
             at += count;
         }
         Ok(())
@@ -187,11 +191,11 @@ fn refcount_blocks_are_dropped_and_come_back() {
         let held = bench.lock.exclusive(0..u64::MAX);
         bench
             .image
-            .discard(&held, GuestCluster(round * 400 + 100)..GuestCluster(round * 400 + 300))
+            .discard(&held, GuestSubcluster(round * 400 + 100)..GuestSubcluster(round * 400 + 300))
             .unwrap();
         bench
             .image
-            .discard(&held, GuestCluster(round * 97)..GuestCluster(round * 97 + 31))
+            .discard(&held, GuestSubcluster(round * 97)..GuestSubcluster(round * 97 + 31))
             .unwrap();
         drop(held);
         bench.image.flush().unwrap();
@@ -219,10 +223,12 @@ fn close_writes_back_although_the_reserve_cannot_be_given_up() {
     let lock = RangeLock::new(4096);
     let held = lock.exclusive(0..u64::MAX);
     let allocation = image.allocate(1).unwrap();
-    image.publish(&held, GuestCluster(0), image.fill(allocation, &[1; 4096]).unwrap()).unwrap();
+    image
+        .publish(&held, GuestSubcluster(0), image.fill(allocation, 0, &[1; 4096]).unwrap())
+        .unwrap();
     image.flush().unwrap();
     // The discard is acknowledged and exists in memory only.
-    image.discard(&held, GuestCluster(0)..GuestCluster(1)).unwrap();
+    image.discard(&held, GuestSubcluster(0)..GuestSubcluster(1)).unwrap();
     image.allocator.limit_memory(0);
     image.allocator.refcount(crate::format::HostCluster(1 << 30)).unwrap(); // evicts
     assert_eq!(image.allocator.resident_blocks(), 0);

@@ -1,6 +1,7 @@
 //! Tests of the journal of an image, and of the image that a successor opens.
 
 use super::*;
+use crate::format::GuestCluster;
 use sim::SimJournal;
 
 const CLUSTER: u64 = 512;
@@ -15,6 +16,10 @@ fn journaled(records: u64) -> (Arc<SimStorage>, Arc<SimJournal>, Image) {
     (file, journal, image)
 }
 
+fn geometry() -> crate::format::Geometry {
+    crate::format::Geometry::new(3, 9, 4, 64 << 10).unwrap()
+}
+
 fn successor(file: &SimStorage, journal: &SimJournal) -> Result<Image> {
     let file = SimStorage::new(file.bytes());
     Image::take_over(file, SimJournal::of(journal.bytes(), None), || Ok(()))
@@ -24,8 +29,8 @@ fn successor(file: &SimStorage, journal: &SimJournal) -> Result<Image> {
 fn put(image: &Image, cluster: u64, byte: u8) -> Result<()> {
     let lock = RangeLock::new(CLUSTER);
     let held = lock.exclusive(0..64 << 10);
-    let filled = image.fill(image.allocate(1)?, &[byte; CLUSTER as usize])?;
-    image.publish(&held, GuestCluster(cluster), filled)
+    let filled = image.fill(image.allocate(1)?, 0, &[byte; CLUSTER as usize])?;
+    image.publish(&held, GuestSubcluster(cluster), filled)
 }
 
 fn byte_of(image: &Image, cluster: u64) -> Option<u8> {
@@ -52,7 +57,7 @@ fn a_full_journal_is_a_pass() {
     assert!(image.commits() >= 9, "{} passes", image.commits());
     let lock = RangeLock::new(CLUSTER);
     let held = lock.exclusive(0..64 << 10);
-    image.zero(&held, GuestCluster(0)..GuestCluster(80)).unwrap();
+    image.zero(&held, GuestSubcluster(0)..GuestSubcluster(80)).unwrap();
     let next = successor(&file, &journal).unwrap();
     assert!((0..80).all(|cluster| byte_of(&next, cluster) == Some(0)));
 }
@@ -142,21 +147,32 @@ fn a_cluster_that_was_shared_is_counted_once() {
     let mut bytes = file.bytes();
     bytes[block.0..block.0 + 2].copy_from_slice(&block.1);
     let shared = SimStorage::new(bytes);
-    let made = Journal::create(journal.clone(), 9).unwrap();
+    let made = Journal::create(journal.clone(), &geometry()).unwrap();
     let entry = (1 << 63) | (host.0 * CLUSTER);
-    let moved = crate::journal::MappingChange { start: GuestCluster(9), count: 1, entry, step: 0 };
-    let gone =
-        crate::journal::MappingChange { start: GuestCluster(1), count: 1, entry: 1, step: 0 };
+    let moved = crate::journal::MappingChange {
+        start: GuestCluster(9),
+        count: 1,
+        entry,
+        bitmap: 0,
+        step: 0,
+    };
+    let gone = crate::journal::MappingChange {
+        start: GuestCluster(1),
+        count: 1,
+        entry: 1,
+        bitmap: 0,
+        step: 0,
+    };
     made.append(made.promise(2).unwrap(), &[gone, moved]).unwrap();
     let error = successor(&shared, &journal).map(drop).unwrap_err();
     assert!(error.to_string().contains("still needs"), "the old entry is on disk: {error}");
     // Once the removal is durable, the cluster is free for another guest cluster.
     let lock = RangeLock::new(CLUSTER);
-    image.discard(&lock.exclusive(0..64 << 10), GuestCluster(1)..GuestCluster(2)).unwrap();
+    image.discard(&lock.exclusive(0..64 << 10), GuestSubcluster(1)..GuestSubcluster(2)).unwrap();
     image.flush().unwrap();
     let mut bytes = file.bytes();
     bytes[block.0..block.0 + 2].copy_from_slice(&block.1);
-    let made = Journal::create(journal.clone(), 9).unwrap();
+    let made = Journal::create(journal.clone(), &geometry()).unwrap();
     made.append(made.promise(1).unwrap(), &[moved]).unwrap();
     let next = successor(&SimStorage::new(bytes), &journal).unwrap();
     assert_eq!(next.allocator.refcount(host).unwrap(), 1);
@@ -183,9 +199,14 @@ fn a_journal_of_another_image_is_refused() {
     ];
     for (start, entry, why) in entries {
         let journal = SimJournal::of(vec![0; 8192], None);
-        let made = Journal::create(journal.clone(), 9).unwrap();
-        let change =
-            crate::journal::MappingChange { start: GuestCluster(start), count: 1, entry, step: 0 };
+        let made = Journal::create(journal.clone(), &geometry()).unwrap();
+        let change = crate::journal::MappingChange {
+            start: GuestCluster(start),
+            count: 1,
+            entry,
+            bitmap: 0,
+            step: 0,
+        };
         made.append(made.promise(1).unwrap(), &[change]).unwrap();
         let error = successor(&file, &journal).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
@@ -202,7 +223,7 @@ fn the_mark_of_a_dead_process_stays() {
     put(&image, 1, 1).unwrap();
     // The refcounts of the clusters that are reserved ahead are on disk after this.
     image.flush().unwrap();
-    let unpublished = image.fill(image.allocate(1).unwrap(), &[9; CLUSTER as usize]).unwrap();
+    let unpublished = image.fill(image.allocate(1).unwrap(), 0, &[9; CLUSTER as usize]).unwrap();
     std::mem::forget(unpublished);
     let next_file = SimStorage::new(file.bytes());
     next_file.set_open_mark().unwrap();
