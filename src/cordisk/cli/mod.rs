@@ -27,6 +27,7 @@ use qcow2::check::{CheckOptions, Output, Repair};
 mod cache;
 mod completion;
 mod control;
+mod create;
 mod helper;
 mod manual;
 mod mount;
@@ -43,10 +44,10 @@ pub use mount::{Ground, MountConfig, OrderSource, Role, StreamSpeed};
 
 use cache::{CacheArgs, SumsArgs};
 use control::{JobArgs, StatusArgs, StreamArgs, UmountArgs, UpgradeArgs};
+use create::CreateArgs;
 use mount::MountArgs;
 use order::OrderArgs;
-use sources::SourceArgs;
-use values::{FormatArg, OutputArgs, parse_cluster_size, parse_size};
+use values::OutputArgs;
 use views::{InfoArgs, MapArgs, TopArgs};
 
 /// The commands of a first session.
@@ -210,32 +211,6 @@ struct CheckArgs {
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum RepairArg {
     Leaks,
-}
-
-#[derive(Debug, clap::Args)]
-struct CreateArgs {
-    /// The file to create; it must not exist
-    overlay: PathBuf,
-    /// Backing file: a file or block device of this host, or a file on a server (https://, http://,
-    /// s3://, gs://, az://, nbd://, nbds://, nbd+unix://). The name is stored as given; a relative
-    /// one is relative to the directory of OVERLAY
-    #[arg(short, long = "backing", value_name = "BASE")]
-    base: String,
-    /// Format of the backing file; it is never guessed
-    #[arg(short = 'F', long = "backing-format", value_name = "FORMAT")]
-    format: FormatArg,
-    /// Size of the disk in bytes, such as 20G or 1.5TiB [default: that of the backing file]
-    #[arg(value_parser = parse_size)]
-    size: Option<u64>,
-    /// Unit of allocation and of copying up, a power of two from 512 to 2M
-    #[arg(long, value_name = "SIZE", default_value = "64K", value_parser = parse_cluster_size)]
-    cluster_size: u64,
-    /// Let the backing file, if it is a remote image with a backing file of its own, name remote
-    /// files below this prefix; may be given several times [default: none]
-    #[arg(long = "backing-url", value_name = "PREFIX")]
-    backing_urls: Vec<String>,
-    #[command(flatten)]
-    sources: SourceArgs,
 }
 
 /// A checked command.
@@ -428,16 +403,7 @@ impl Args {
     /// The second step: turns the typed arguments into a checked command.
     fn check(self) -> std::result::Result<Command, Refused> {
         Ok(match self.command {
-            Typed::Create(args) => {
-                let options = CreateOptions {
-                    overlay: args.overlay,
-                    base: args.base,
-                    format: args.format.into(),
-                    size: args.size,
-                    cluster_size: args.cluster_size,
-                };
-                Command::Create(options, Box::new(args.sources.check(&args.backing_urls)?))
-            }
+            Typed::Create(args) => args.check()?,
             Typed::Cache(args) => Command::Cache(args.check()?),
             Typed::Sums(args) => Command::Sums(args.into()),
             Typed::Order(args) => Command::Order(args.check()?),
@@ -466,7 +432,6 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use qcow2::format::BackingFormat;
 
     fn command(line: &[&str]) -> Command {
         Args::try_parse_from(line).unwrap().check().unwrap()
@@ -479,37 +444,6 @@ mod tests {
     #[test]
     fn clap_finds_no_contradiction_in_the_definition() {
         Args::command().debug_assert();
-    }
-
-    #[test]
-    fn create_takes_the_size_as_an_option() {
-        let Command::Create(options, _) =
-            command(&["cordisk", "create", "o", "-b", "base", "-F", "raw"])
-        else {
-            panic!("not create")
-        };
-        assert_eq!(
-            (options.size, options.cluster_size, options.base.as_str()),
-            (None, 65536, "base")
-        );
-        let Command::Create(options, _) = command(&[
-            "cordisk",
-            "create",
-            "o",
-            "-b",
-            "base",
-            "-F",
-            "qcow2",
-            "1G",
-            "--cluster-size",
-            "4K",
-        ]) else {
-            panic!("not create")
-        };
-        assert_eq!(
-            (options.size, options.cluster_size, options.format),
-            (Some(1 << 30), 4096, BackingFormat::Qcow2)
-        );
     }
 
     #[test]
