@@ -251,6 +251,7 @@ fn what_a_kill_leaked_is_given_back() {
         "cluster_size=4k,compat=0.10",
         "cluster_size=4k,refcount_bits=1",
         "cluster_size=512",
+        "cluster_size=16k,extended_l2=on",
     ] {
         let size = 8 * MIB;
         let rig = Rig::with(Pattern::new(81, 1).bytes(0, size), options);

@@ -497,9 +497,6 @@ fn features_that_we_do_not_do() {
     qemu_img(&["create", "-q", "-f", "qcow2"]);
     header::poke(&top, header::AT_CRYPT_METHOD, &1u32.to_be_bytes());
     top_refused(&scratch, &["encrypt"]);
-    qemu_img(&["create", "-q", "-f", "qcow2", "-o", "extended_l2=on"]);
-    top_refused(&scratch, &["extended l2"]);
-    refused(&scratch, &["--read-only", "top.qcow2", "disk"], &["extended l2"]);
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", "data_file=data.raw"]);
     top_refused(&scratch, &["data file"]);
     refused(&scratch, &["--read-only", "top.qcow2", "disk"], &["data file"]);

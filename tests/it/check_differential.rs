@@ -103,6 +103,8 @@ fn templates(scratch: &Scratch) -> Vec<PathBuf> {
         "cluster_size=2M,refcount_bits=32",
         "compat=0.10,cluster_size=4k",
         "compat=0.10,cluster_size=512",
+        "cluster_size=16k,extended_l2=on",
+        "cluster_size=64k,extended_l2=on",
     ];
     let mut images = Vec::new();
     for (index, options) in kinds.iter().enumerate() {
@@ -120,6 +122,12 @@ fn templates(scratch: &Scratch) -> Vec<PathBuf> {
             commands.push(format!("write -z {} {}", at(20), at(2)));
             commands.push(format!("write -z {} {}", at(9), at(1)));
         }
+        if options.contains("extended_l2") {
+            let sub = if options.contains("16k") { 512 } else { 2048 };
+            commands.push(format!("write -P 5 {} {}", at(30) + 3 * sub, 2 * sub));
+            commands.push(format!("write -z {} {}", at(30) + 7 * sub, 5 * sub));
+            commands.push(format!("write -z {} {}", at(1) + sub, 2 * sub));
+        }
         if !options.contains("2M") {
             commands.push(format!("write -c -P 4 {} {}", at(12), at(1)));
         }
@@ -131,7 +139,11 @@ fn templates(scratch: &Scratch) -> Vec<PathBuf> {
         "raw",
         &Pattern::new(60, 1).bytes(0, 300_000).iter().map(|byte| byte & 3).collect::<Vec<u8>>(),
     );
-    for options in ["cluster_size=4k", "cluster_size=64k,compression_type=zstd"] {
+    for options in [
+        "cluster_size=4k",
+        "cluster_size=64k,compression_type=zstd",
+        "cluster_size=16k,extended_l2=on",
+    ] {
         let image = scratch.join(format!("{}.qcow2", images.len()));
         let (raw, image_name) = (raw.to_str().expect("UTF-8"), image.to_str().expect("UTF-8"));
         qemu::img(&["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, image_name]);

@@ -33,7 +33,7 @@ fn templates(dir: &Path) -> Vec<PathBuf> {
         .map(|index| if index / 50_000 % 3 == 0 { 0 } else { (index / 100) as u8 })
         .collect();
     std::fs::write(&raw, bytes).unwrap();
-    let kinds: [(&[&str], &str); 7] = [
+    let kinds: [(&[&str], &str); 9] = [
         (&[], ""),
         (&[], "cluster_size=512"),
         (&[], "cluster_size=4k,refcount_bits=1"),
@@ -41,6 +41,8 @@ fn templates(dir: &Path) -> Vec<PathBuf> {
         (&["-c"], "cluster_size=4k"),
         (&["-c"], "compression_type=zstd"),
         (&[], "cluster_size=512,refcount_bits=64"),
+        (&[], "cluster_size=16k,extended_l2=on"),
+        (&["-c"], "cluster_size=16k,extended_l2=on"),
     ];
     let mut images = Vec::new();
     for (index, (flags, options)) in kinds.iter().enumerate() {

@@ -18,7 +18,7 @@ use crate::support::{
 };
 
 const CLUSTERS: [u64; 4] = [512, 4 * KIB, 64 * KIB, 2 * MIB];
-const FORMATS: [&str; 8] = [
+const FORMATS: [&str; 9] = [
     "compat=0.10",
     "compat=1.1,refcount_bits=1",
     "compat=1.1,refcount_bits=2",
@@ -27,6 +27,7 @@ const FORMATS: [&str; 8] = [
     "compat=1.1,refcount_bits=16",
     "compat=1.1,refcount_bits=32",
     "compat=1.1,refcount_bits=64",
+    "compat=1.1,extended_l2=on",
 ];
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -58,7 +59,7 @@ struct Case {
 }
 
 /// Number of values of each factor, in the order of [`Case`]'s fields.
-const FACTORS: [usize; 7] = [4, 8, 3, 5, 3, 2, 2];
+const FACTORS: [usize; 7] = [4, 9, 3, 5, 3, 2, 2];
 
 impl Case {
     fn of(index: [usize; 7]) -> Case {
@@ -76,12 +77,15 @@ impl Case {
     }
 }
 
-/// Version 2 has no zstd; without a backing file, the length of one has no meaning.
+/// Version 2 has no zstd; without a backing file, the length of one has no meaning; subclusters need
+/// clusters of 16 KiB.
 fn possible(a: (usize, usize), b: (usize, usize)) -> bool {
     let both = |x: fn((usize, usize)) -> bool, y: fn((usize, usize)) -> bool| {
         (x(a) && y(b)) || (x(b) && y(a))
     };
-    !both(|p| p == (1, 0), |p| p == (2, 2)) && !both(|p| p == (3, 0), |p| p.0 == 4 && p.1 != 0)
+    !both(|p| p == (1, 0), |p| p == (2, 2))
+        && !both(|p| p == (3, 0), |p| p.0 == 4 && p.1 != 0)
+        && !both(|p| p == (1, 8), |p| p.0 == 0 && CLUSTERS[p.1] < 16 * KIB)
 }
 
 /// Greedy all-pairs selection: deterministic, with a few cases more than the minimum of 40.
@@ -148,7 +152,11 @@ fn build(scratch: &Scratch, case: &Case) -> &'static str {
         let below = (depth + 1 < case.chain.len()).then(|| name_of(depth + 1));
         let below = below.as_deref().map(|name| (name, case.chain[depth + 1]));
         // A cluster size different from the overlay's, so that their runs do not end together.
-        let options = if case.cluster == 64 * KIB { "cluster_size=4k" } else { "cluster_size=64k" };
+        let options = match case.cluster {
+            _ if depth == 1 => "cluster_size=16k,extended_l2=on",
+            cluster if cluster == 64 * KIB => "cluster_size=4k",
+            _ => "cluster_size=64k",
+        };
         qemu::create(&path, Some(len), options, below);
         let eighth = len / 8 / 512 * 512;
         qemu::write_pattern(&path, pattern, &[0..eighth, 3 * eighth..5 * eighth, len - 512..len]);
@@ -385,14 +393,28 @@ fn what_create_makes_is_what_qemu_understands() {
             (Some("1M"), MIB),
             (Some("1536K"), 1536 * KIB),
         ] {
-            for cluster in [512, 4 * KIB, 64 * KIB, 2 * MIB] {
+            for (cluster, extended) in [
+                (512, false),
+                (4 * KIB, false),
+                (64 * KIB, false),
+                (2 * MIB, false),
+                (16 * KIB, true),
+                (64 * KIB, true),
+                (2 * MIB, true),
+            ] {
                 let overlay = scratch.join("overlay.qcow2");
                 let mut command = Command::new(CORDISK);
                 command.arg("create").arg(&overlay).args(["-b", name, "-F", format]).args(size);
                 // A relative name is relative to the overlay, not to the current directory of the
                 // program.
-                run_ok(command.args(["--cluster-size", &cluster.to_string()]).current_dir("/"));
+                command.args(["--cluster-size", &cluster.to_string()]).current_dir("/");
+                run_ok(command.args(extended.then_some("--extended-l2")));
                 let info = qemu::info(&overlay);
+                assert_eq!(
+                    info["format-specific"]["data"]["extended-l2"],
+                    json!(extended),
+                    "{info}"
+                );
                 assert_eq!(info["virtual-size"], json!(want_size), "{info}");
                 assert_eq!(info["cluster-size"], json!(cluster), "{info}");
                 assert_eq!(info["backing-filename"], json!(name), "{info}");
@@ -409,8 +431,16 @@ fn what_create_makes_is_what_qemu_understands() {
             }
         }
     }
-    // The default cluster size, an absolute name, and a cluster size with a suffix.
+    // Subclusters in the words of qemu-img, and the cluster size that goes with them.
     let overlay = scratch.join("overlay.qcow2");
+    let mut command = Command::new(CORDISK);
+    command.arg("create").arg(&overlay).arg("-b").arg(&base).args(["-F", "raw"]);
+    run_ok(command.args(["-o", "extended_l2=on"]));
+    let info = qemu::info(&overlay);
+    assert_eq!(info["format-specific"]["data"]["extended-l2"], json!(true));
+    assert_eq!(info["cluster-size"], json!(128 * KIB));
+    fs::remove_file(&overlay).expect("overlay");
+    // The default cluster size, an absolute name, and a cluster size with a suffix.
     run_ok(Command::new(CORDISK).arg("create").arg(&overlay).arg("-b").arg(&base).args([
         "-F",
         "raw",

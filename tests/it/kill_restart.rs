@@ -19,8 +19,14 @@ use crate::support::{CLUSTER, KIB, MIB, Pattern, Rig, Rng, assert_same, qemu};
 fn killed_right_after_completion_every_byte_is_there() {
     requires!("/dev/fuse", "qemu-img");
     for round in 0..20u64 {
-        let options = ["", "cluster_size=4k", "cluster_size=2M", "compat=0.10", "cluster_size=512"]
-            [usize::try_from(round % 5).expect("small")];
+        let options = [
+            "",
+            "cluster_size=4k",
+            "cluster_size=2M",
+            "extended_l2=on",
+            "compat=0.10",
+            "cluster_size=512",
+        ][usize::try_from(round % 6).expect("small")];
         let size = 2 * MIB + round * 50 * KIB;
         let rig = Rig::with(Pattern::new(30, 1).bytes(0, size), options);
         let disk = rig.mount().qmp().start();
@@ -128,9 +134,13 @@ impl Ledger {
 fn killed_in_the_middle_of_a_stream_flushed_data_is_there() {
     requires!("/dev/fuse", "qemu-img");
     let mut rng = Rng::for_test("killed in the middle of a stream");
-    for options in
-        ["cluster_size=64k", "cluster_size=512", "cluster_size=4k,compat=0.10", "cluster_size=2M"]
-    {
+    for options in [
+        "cluster_size=64k",
+        "cluster_size=64k,extended_l2=on",
+        "cluster_size=512",
+        "cluster_size=4k,compat=0.10",
+        "cluster_size=2M",
+    ] {
         let size = if options.contains("2M") { 24 * MIB } else { 8 * MIB };
         let rig = Rig::with(Pattern::new(SEED, BASE_VERSION).bytes(0, size), options);
         let mut ledger = Ledger::new(size);
@@ -284,7 +294,7 @@ fn unflushed_writes_are_committed_by_the_timer() {
 #[test]
 fn killed_after_copy_on_read_nothing_is_wrong() {
     requires!("/dev/fuse", "qemu-img");
-    for options in ["", "cluster_size=512"] {
+    for options in ["", "cluster_size=512", "extended_l2=on"] {
         let rig = Rig::with(Pattern::new(33, 1).bytes(0, 4 * MIB), options);
         let disk = rig.mount().start();
         let path = disk.path().to_owned();

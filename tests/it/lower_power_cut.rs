@@ -103,8 +103,8 @@ fn power_cuts(fstype: &'static str, size: u64) {
         if cycle % 5 == 0 {
             // Makes a new overlay, durable before the cycle begins. The ledger continues with the
             // content of the last one.
-            let options = ["", "cluster_size=4k", "cluster_size=512"]
-                [usize::try_from(cycle / 5 % 3).expect("small")];
+            let options = ["", "cluster_size=4k", "extended_l2=on", "cluster_size=512"]
+                [usize::try_from(cycle / 5 % 4).expect("small")];
             let below = if content.is_empty() {
                 base.clone()
             } else {

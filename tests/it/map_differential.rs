@@ -96,6 +96,9 @@ fn image(path: &Path, below: Option<&(PathBuf, &str)>, preallocation: &str, rand
     let cluster = 512 << random.below(9);
     let mut options =
         format!("cluster_size={cluster},compat={}", if version_2 { "0.10" } else { "1.1" });
+    if !version_2 && cluster >= 16 << 10 && random.below(2) == 0 {
+        options += ",extended_l2=on";
+    }
     if below.is_none() {
         options += &format!(",preallocation={preallocation}");
     }

@@ -168,6 +168,7 @@ fn a_stream_clones_on_xfs() {
     requires!("/dev/fuse", "root", "qemu-img", "losetup", "mkfs.xfs", "fs:xfs", "filefrag");
     clones("xfs", "cluster_size=64k", WHOLE);
     clones("xfs", "cluster_size=4k", SIZE);
+    clones("xfs", "cluster_size=64k,extended_l2=on", WHOLE);
 }
 
 /// Protects: the same on btrfs, and in an image of version 2, which has no zero clusters.

@@ -685,6 +685,8 @@ fn guests_always_win_over_the_stream() {
         ("cluster_size=4k,compat=0.10", 0),
         ("cluster_size=2M", 0),
         ("cluster_size=2M", 8 * MIB),
+        ("extended_l2=on", 0),
+        ("extended_l2=on,cluster_size=2M", 8 * MIB),
     ] {
         eprintln!("{options:?} at speed {speed}");
         let rig = Rig::with(Pattern::new(22, 1).bytes(0, 8 * MIB + 1536), options);
@@ -729,7 +731,7 @@ fn guests_always_win_over_the_stream() {
 #[test]
 fn a_discarded_disk_stays_empty() {
     requires!("/dev/fuse", "qemu-img");
-    for options in ["", "compat=0.10", "cluster_size=512"] {
+    for options in ["", "compat=0.10", "cluster_size=512", "extended_l2=on"] {
         let rig = Rig::with(Pattern::new(23, 1).bytes(0, 4 * MIB), options);
         let disk = rig.mount().qmp().start();
         let mut guest = rig.guest(&disk);

@@ -107,6 +107,7 @@ impl Generation {
             "cluster_size=4k,compat=0.10",
             "cluster_size=512",
             "cluster_size=64k,refcount_bits=1",
+            "cluster_size=64k,extended_l2=on",
         ];
         let options = all[usize::try_from(rng.below(all.len() as u64)).expect("small")];
         qemu::create(&scratch.join("overlay.qcow2"), None, options, Some(("golden.raw", "raw")));

@@ -448,8 +448,14 @@ fn create_over(
     cluster_size: u64,
 ) {
     let base = base.to_str().unwrap().to_string();
-    let options =
-        CreateOptions { overlay: overlay.to_path_buf(), base, format, size, cluster_size };
+    let options = CreateOptions {
+        overlay: overlay.to_path_buf(),
+        base,
+        format,
+        size,
+        cluster_size,
+        extended_l2: false,
+    };
     create(&options, &engine::chain::Gate::default()).unwrap();
 }
 
