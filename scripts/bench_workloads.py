@@ -78,11 +78,11 @@ class Bench:
     def base(self, kind):
         return self.path({"raw": "base.raw", "qcow2": "base.qcow2", "zlib": "base-zlib.qcow2"}[kind])
 
-    def overlay(self, kind):
-        """A fresh, empty overlay above a base."""
+    def overlay(self, kind, options=()):
+        """A fresh, empty overlay above a base, made with these further words."""
         path = self.path("overlay.qcow2")
         path.unlink(missing_ok=True)
-        run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw" if kind == "raw" else "qcow2", "-b", self.base(kind), path)
+        run("qemu-img", "create", "-q", "-f", "qcow2", *options, "-F", "raw" if kind == "raw" else "qcow2", "-b", self.base(kind), path)
         return path
 
     def settle(self, *paths):
@@ -270,8 +270,7 @@ def steady(bench):
 
 def touch(bench):
     title = "First touch (copy-on-read, fresh overlay)"
-    # With blockalign each read goes to another cluster: every one is a miss, and none is a hit.
-    misses = ("--rw=randread", "--bs=4k", "--blockalign=64k", "--io_size=%d" % (bench.size // CLUSTER * PAGE))
+    misses = misses_of(bench)
     ways = (
         ("seq", "1 MiB sequential", "MiB/s", ("--rw=read", "--bs=1M", "--ioengine=psync")),
         ("rand", "4 KiB random, depth 1", "IOPS", (*misses, "--ioengine=psync")),
@@ -291,6 +290,36 @@ def touch(bench):
                 bench.check(disk)
                 disk.take_down()
                 bench.settle(overlay)
+
+
+def misses_of(bench):
+    """With blockalign each read goes to another cluster: every one is a miss, and none is a hit."""
+    return "--rw=randread", "--bs=4k", "--blockalign=64k", "--io_size=%d" % (bench.size // CLUSTER * PAGE)
+
+
+def subclusters(bench):
+    """First reads and first writes of 4 KiB without and with subclusters, of 2 KiB and of 4 KiB."""
+    title = "First touch of 4 KiB at random, depth 1, raw base"
+    kinds = (("", "clusters of 64 KiB", ()), ("-sub2k", "64 KiB, subclusters", ("-o", "extended_l2=on")),
+             ("-sub4k", "128 KiB, subclusters", ("-o", "extended_l2=on,cluster_size=128k")), ("-4k", "clusters of 4 KiB", ("-o", "cluster_size=4k")))
+    misses = misses_of(bench)
+    writes = [word.replace("randread", "randwrite") for word in misses]
+    for way, words in (("read", misses), ("write", writes)):
+        for kind, label, options in kinds:
+            key = "first%s%s" % (way, kind)
+            bench.row(key, title, "%s, %s" % (way, label), "IOPS", "high")
+            bench.row(key + "-space", title, "  space that it takes", "MiB", "low")
+            for target in bench.turns(bench.of(qcow2_only=True)):
+                overlay = bench.overlay("raw", options)
+                bench.set_cache(bench.base("raw"))
+                disk = target.put_up(Setup(str(bench.path("base.raw")), str(overlay), copy_on_read=True))
+                iops, _, _, _ = bench.fio(disk, bench.size, *words, "--ioengine=psync")
+                bench.record(key, target, iops)
+                if way == "read":
+                    bench.check(disk)
+                disk.take_down()
+                bench.settle(overlay)
+                bench.record(key + "-space", target, os.stat(overlay).st_blocks * 512 / MIB)
 
 
 # ---- stream ----
@@ -576,6 +605,7 @@ def fragments(bench):
 
 SECTIONS = {
     "steady": (steady, "random and sequential reads and writes, everything allocated; CPU time per GiB"),
+    "subclusters": (subclusters, "first reads and writes of 4 KiB with and without subclusters"),
     "touch": (touch, "copy-on-read first touch, from raw, qcow2 and zlib-compressed qcow2"),
     "stream": (stream, "the whole image brought up, beside cp and qemu-img convert"),
     "during": (during, "read and fsync latency while an unlimited stream runs"),

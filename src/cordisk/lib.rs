@@ -95,7 +95,8 @@
 //! # The path of a write
 //!
 //! `Disk::write_local` overwrites clusters that the overlay owns, on the server thread, with the
-//! range held shared. Any other write goes to a worker: `Disk::write_without_base`, or
+//! range held shared, and stores small writes in new clusters if neither another request nor a
+//! backing file is in the way. Any other write goes to a worker: `Disk::write_without_base`, or
 //! `Disk::write` if a cluster must be completed with data of the backing chain. The worker holds
 //! the range exclusively, [`qcow2::image`] allocates clusters and fills them, and `publish` puts
 //! their L2 entries into the tables in memory. Nothing is durable yet. A flush, a write with

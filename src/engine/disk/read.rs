@@ -8,9 +8,9 @@ use host::Result;
 use host::mutants::{Step, without};
 use qcow2::format::{GuestOffset, Mapping};
 
-/// Largest copy, in bytes, that [`Disk::read_cached`] makes. The limit keeps it short, because it
-/// runs on a server thread, which other requests wait for.
-const AT_ONCE: u64 = 128 << 10;
+/// Most bytes that [`Disk::read_cached`] and [`Disk::write_local`] store in new clusters. The limit
+/// keeps them short, because they run on a server thread, which other requests wait for.
+pub(super) const AT_ONCE: u64 = 128 << 10;
 
 impl Disk {
     /// Reads if the overlay alone can answer at once. Never waits for another request or a backing

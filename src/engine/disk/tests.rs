@@ -646,7 +646,15 @@ fn what_needs_no_base_is_done_without_it() {
     let disk = open(&overlay_on(&base, "raw", None, ""));
     let whole = vec![1; 2 * CLUSTER as usize];
     // Whole clusters, which the base holds as well.
-    assert_eq!(disk.write_local(2 * CLUSTER, &whole).unwrap(), Local::Miss);
+    let held = disk.hold_for_tests(3 * CLUSTER..4 * CLUSTER);
+    let beside = std::thread::scope(|scope| {
+        scope.spawn(|| disk.write_local(2 * CLUSTER, &whole).unwrap()).join().unwrap()
+    });
+    assert_eq!(beside, Local::Miss, "another request has one of the clusters");
+    drop(held);
+    assert_eq!(disk.write_local(2 * CLUSTER, &whole).unwrap(), Local::Done);
+    let large = vec![1; 3 * CLUSTER as usize];
+    assert_eq!(disk.write_local(9 * CLUSTER, &large).unwrap(), Local::Miss, "too long at once");
     assert_eq!(disk.write_without_base(2 * CLUSTER, &whole).unwrap(), Local::Done);
     // The first write begins inside a cluster of the overlay and ends with a whole new cluster. The
     // next ones end inside another cluster.

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::read::AT_ONCE;
 use super::{Disk, Local, Patience};
 use crate::chain::Content;
 use host::Result;
@@ -27,7 +28,9 @@ enum HostClusters {
 }
 
 impl Disk {
-    /// Writes if every byte can be overwritten in place at once.
+    /// Writes if that needs no waiting: every byte can be overwritten in place, or a small write is
+    /// stored in new or reserved clusters, and no backing file is needed to complete them. The new
+    /// clusters are written to the overlay's file alone, as a write in place is.
     ///
     /// # Errors
     /// I/O errors, corruption, a read-only disk.
@@ -36,12 +39,18 @@ impl Disk {
             let image = self.image()?;
             let range = offset..offset.saturating_add(data.len() as u64);
             self.check_range(&range)?;
-            let range = if without(Step::WritersHoldTheirRange) { 0..0 } else { range };
-            match self.in_flight.try_shared(range) {
-                Some(_shared) if self.write_in_place(image, offset, data)? => Ok(Local::Done),
-                Some(_shared) if self.completes_from_below(offset, data.len())? => Ok(Local::Below),
-                _ => Ok(Local::Miss),
+            let held = if without(Step::WritersHoldTheirRange) { 0..0 } else { range.clone() };
+            match self.in_flight.try_shared(held) {
+                Some(_shared) if self.write_in_place(image, offset, data)? => {
+                    return Ok(Local::Done);
+                }
+                Some(_shared) if self.completes_from_below(offset, data.len())? => {
+                    return Ok(Local::Below);
+                }
+                Some(_shared) => {}
+                None => return Ok(Local::Miss),
             }
+            self.store_now(image, &range, data)
         });
         self.note_overwritten(local, offset..offset.saturating_add(data.len() as u64))
     }
@@ -119,6 +128,22 @@ impl Disk {
             }
             done += part.len();
         }
+        Ok(Local::Done)
+    }
+
+    /// Stores a small write if no other request uses its clusters and no backing file is needed.
+    /// Otherwise writes nothing.
+    fn store_now(&self, image: &Image, range: &Range<u64>, data: &[u8]) -> Result<Local> {
+        let clusters = self.aligned(range);
+        if clusters.end - clusters.start > AT_ONCE.max(self.cluster_size()) {
+            return Ok(Local::Miss);
+        }
+        let Some(held) = self.in_flight.try_exclusive(clusters) else { return Ok(Local::Miss) };
+        // The mapping may have changed since the shared guard was dropped.
+        if self.completes_from_below(range.start, data.len())? {
+            return Ok(Local::Below);
+        }
+        self.write_held(image, &held, range.start, data)?;
         Ok(Local::Done)
     }
 
