@@ -428,7 +428,7 @@ impl Qcow2 {
         while at < end {
             let extent = self.image.map(GuestOffset(at), end - at)?;
             let run = at..at + extent.len;
-            let subclusters = geometry.subclusters_of(&geometry.aligned_to_subclusters(&run));
+            let subclusters = geometry.mapped_with(extent.mapping, &run);
             at = run.end;
             match (extent.mapping, &self.below) {
                 // A compressed cluster has one mapping: its other bytes are stored again.

@@ -388,7 +388,7 @@ impl Disk {
         while at < aligned.end.min(size) {
             let extent = image.map(GuestOffset(at), aligned.end.min(size) - at)?;
             let run = at..at + extent.len;
-            let subclusters = self.subclusters(&self.aligned_to_subclusters(&run));
+            let subclusters = self.geometry().mapped_with(extent.mapping, &run);
             at = run.end;
             let shows_below = self.chain().is_some();
             match (extent.mapping, hosts) {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::FormatError;
+use super::{FormatError, Mapping};
 
 macro_rules! coordinate {
     ($(#[$doc:meta])* $name:ident) => {
@@ -271,6 +271,16 @@ impl Geometry {
         debug_assert!((aligned.start | aligned.end).is_multiple_of(self.subcluster_size()));
         self.guest_subcluster(GuestOffset(aligned.start))
             ..self.guest_subcluster(GuestOffset(aligned.end))
+    }
+
+    /// Returns the subclusters that a run of guest bytes with this mapping touches. Those of a
+    /// compressed cluster share its mapping, also beyond the end of the disk, so they are all
+    /// returned.
+    pub fn mapped_with(&self, mapping: Mapping, run: &Range<u64>) -> Range<GuestSubcluster> {
+        self.subclusters_of(&match mapping {
+            Mapping::Compressed { .. } => self.aligned(run),
+            _ => self.aligned_to_subclusters(run),
+        })
     }
 
     /// Returns the guest subcluster that contains `offset`.

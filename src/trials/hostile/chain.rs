@@ -155,6 +155,7 @@ fn image(directory: &Path, index: u64, count: u64, straight: bool, input: &mut I
         bits: 9,
         order: 4,
         zstd: false,
+        extended: false,
         size: clusters * 512,
         l1_slack: 0,
         backing: backing.clone(),

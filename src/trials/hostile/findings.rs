@@ -17,7 +17,16 @@ const CLUSTER: u64 = 512;
 const SPAN: u64 = CLUSTER * CLUSTER / 8;
 
 fn shape(size: u64) -> Shape {
-    Shape { version: 3, bits: 9, order: 4, zstd: false, size, l1_slack: 0, backing: None }
+    Shape {
+        version: 3,
+        bits: 9,
+        order: 4,
+        zstd: false,
+        extended: false,
+        size,
+        l1_slack: 0,
+        backing: None,
+    }
 }
 
 /// A shape with a backing file, where a discard needs a table and no data.

@@ -33,6 +33,7 @@ fn edited(input: &mut Input<'_>) -> Vec<u8> {
         bits: input.pick(&[9, 12, 16]),
         order: 4,
         zstd: input.one_in(4),
+        extended: false,
         size: input.below(1 << 20) / 512 * 512,
         l1_slack: input.below(4),
         backing: input

@@ -24,6 +24,8 @@ pub(super) struct Shape {
     pub bits: u32,
     pub order: u32,
     pub zstd: bool,
+    /// Whether L2 entries are extended.
+    pub extended: bool,
     /// Virtual size in bytes.
     pub size: u64,
     /// Number of L1 entries beyond those that the size needs.
@@ -42,12 +44,15 @@ pub(super) enum Kind {
     Zero,
     ZeroReserved(u8),
     Compressed(u8),
+    /// Subclusters: bits 0 to 31 are allocated, and bits 32 to 63 read as zeros unless they are
+    /// allocated. All of the data where entries are not extended.
+    Parts(u8, u64),
 }
 
 /// Returns an image whose parameters the input chooses.
 pub(super) fn template(input: &mut Input<'_>) -> Template {
     // Small clusters are fast, and with them the operations reach every table.
-    let bits = input.pick(&[9, 9, 9, 9, 9, 9, 10, 10, 12, 12, 12, 12, 12, 14, 14, 16]);
+    let bits = input.pick(&[9, 9, 9, 9, 9, 10, 10, 12, 12, 12, 12, 14, 14, 14, 14, 16]);
     let version = input.pick(&[3, 3, 3, 2]);
     let order = if version == 2 { 4 } else { input.pick(&[4, 4, 0, 1, 2, 3, 5, 6]) };
     let most = match bits {
@@ -78,6 +83,7 @@ pub(super) fn template(input: &mut Input<'_>) -> Template {
         bits,
         order,
         zstd: version == 3 && input.one_in(2),
+        extended: version == 3 && bits >= 14 && !input.one_in(4),
         size,
         l1_slack: input.below(3),
         backing: backing.as_ref().map(|_| (b"base.raw".to_vec(), Some(b"raw".to_vec()))),
@@ -89,6 +95,7 @@ pub(super) fn template(input: &mut Input<'_>) -> Template {
             7 => Kind::Shared,
             8 => Kind::Zero,
             9 => Kind::ZeroReserved(input.byte()),
+            10 => Kind::Parts(input.byte(), input.number(8)),
             _ => Kind::Compressed(input.byte()),
         })
         .collect();
@@ -105,12 +112,14 @@ pub(super) fn build(shape: &Shape, kinds: &[Kind], unused: [u64; 2]) -> Vec<u8> 
         most: most_of(shape.order),
     };
     let cluster = 1u64 << shape.bits;
-    let span_entries = cluster / 8;
+    let span_entries = cluster / if shape.extended { 16 } else { 8 };
     file.take(1);
     let table_at = file.take(1);
     let l1_entries = shape.size.div_ceil(cluster * span_entries) + shape.l1_slack;
     let l1_at = file.take((l1_entries * 8).div_ceil(cluster).max(1));
-    let mut l2_tables: Vec<(u64, Vec<u64>)> = Vec::new();
+    // The descriptor and the bitmap of each entry.
+    let mut l2_tables: Vec<(u64, Vec<(u64, u64)>)> = Vec::new();
+    let all = u64::from(u32::MAX);
     let mut shared = None;
     let mut packed = 0;
     for (index, kind) in kinds.iter().enumerate() {
@@ -122,7 +131,7 @@ pub(super) fn build(shape: &Shape, kinds: &[Kind], unused: [u64; 2]) -> Vec<u8> 
         let value = match kind {
             Kind::Unallocated => continue,
             Kind::Zero => ZERO,
-            Kind::Data(seed) => file.data(&pattern(seed, cluster as usize)),
+            Kind::Data(seed) | Kind::Parts(seed, _) => file.data(&pattern(seed, cluster as usize)),
             Kind::ZeroReserved(seed) => file.data(&pattern(seed, cluster as usize)) | ZERO,
             Kind::Shared => {
                 match shared.filter(|at: &u64| file.counts[(at / cluster) as usize] < file.most) {
@@ -138,16 +147,23 @@ pub(super) fn build(shape: &Shape, kinds: &[Kind], unused: [u64; 2]) -> Vec<u8> 
             }
         };
         if l2_tables.last().is_none_or(|(last, _)| *last < table) {
-            l2_tables.push((table, vec![0; span_entries as usize]));
+            l2_tables.push((table, vec![(0, 0); span_entries as usize]));
         }
-        l2_tables.last_mut().expect("just made").1[entry as usize] = value;
+        let (value, bitmap) = match kind {
+            _ if !shape.extended => (value, 0),
+            _ if value & COMPRESSED != 0 => (value, 0),
+            Kind::Zero | Kind::ZeroReserved(_) => (value & !ZERO, all << 32),
+            Kind::Parts(_, bits) => (value, bits & !((bits & all) << 32)),
+            _ => (value, all),
+        };
+        l2_tables.last_mut().expect("just made").1[entry as usize] = (value, bitmap);
     }
     file.take(unused[1]);
     let free = file.take(unused[0]);
     file.counts[free as usize..].fill(0);
     // COPIED marks a cluster with one reference (specification: bit 63 of an L2 entry).
     for (table, mut entries) in l2_tables {
-        for entry in &mut entries {
+        for (entry, _) in &mut entries {
             if *entry & COMPRESSED == 0
                 && *entry >= cluster
                 && file.counts[((*entry & !ZERO) / cluster) as usize] == 1
@@ -156,7 +172,10 @@ pub(super) fn build(shape: &Shape, kinds: &[Kind], unused: [u64; 2]) -> Vec<u8> 
             }
         }
         let at = file.take(1);
-        file.put(at * cluster, &words(&entries));
+        let words_of = |&(entry, bitmap): &(u64, u64)| {
+            [entry, bitmap].into_iter().take(if shape.extended { 2 } else { 1 })
+        };
+        file.put(at * cluster, &words(&entries.iter().flat_map(words_of).collect::<Vec<_>>()));
         file.put(l1_at * cluster + table * 8, &((at * cluster) | COPIED).to_be_bytes());
     }
     file.refcounts(shape, table_at);
@@ -177,7 +196,8 @@ fn header(shape: &Shape, (table, l1): (u64, u64), l1_entries: u64) -> Vec<u8> {
     put(48, &table.to_be_bytes());
     put(56, &1u32.to_be_bytes());
     if shape.version == 3 {
-        put(72, &(u64::from(shape.zstd) << 3).to_be_bytes());
+        let features = u64::from(shape.zstd) << 3 | u64::from(shape.extended) << 4;
+        put(72, &features.to_be_bytes());
         put(96, &shape.order.to_be_bytes());
         put(100, &112u32.to_be_bytes());
         put(104, &[u8::from(shape.zstd)]);

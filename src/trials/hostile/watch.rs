@@ -107,6 +107,7 @@ mod tests {
             bits: 9,
             order: 4,
             zstd: false,
+            extended: false,
             size: 1024,
             l1_slack: 0,
             backing: None,
