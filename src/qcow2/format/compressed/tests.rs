@@ -14,6 +14,14 @@ fn deflated(data: &[u8]) -> Vec<u8> {
     output
 }
 
+/// A deflate stream that does not mark its end: an encoder that is only flushed writes it.
+fn endless(data: &[u8]) -> Vec<u8> {
+    let mut stream = flate2::Compress::new(flate2::Compression::default(), false);
+    let mut output = Vec::with_capacity(data.len() + 1024);
+    stream.compress_vec(data, &mut output, flate2::FlushCompress::Sync).unwrap();
+    output
+}
+
 fn zstd_frame(data: &[u8]) -> Vec<u8> {
     compress_to_vec(data, CompressionLevel::Fastest)
 }
@@ -79,6 +87,31 @@ fn anything_but_one_cluster_is_refused() {
     let mut output = vec![0; 1024];
     decompress(CompressionType::Zstd, &frames, &mut output).unwrap();
     assert_eq!(output, [text(512), text(512)].concat());
+}
+
+/// Protects: the two decoders of deflate make one. A stream that only the second one decodes is a
+/// cluster, and an error says what the second one has found.
+#[test]
+fn what_the_first_decoder_of_deflate_refuses_is_left_to_the_second() {
+    let data = text(65536);
+    let mut output = vec![0xee; 65536];
+    for input in [endless(&data), deflated(&text(65536 + 512))] {
+        output.fill(0xee);
+        decompress(CompressionType::Zlib, &input, &mut output).unwrap();
+        assert!(output == data);
+    }
+    let input = deflated(&data);
+    let mut broken = input.clone();
+    broken[200..220].fill(0xff);
+    for (input, expected) in [
+        (&deflated(&data[..65535])[..], "deflate stream has 65535 bytes instead of 65536"),
+        (&endless(&data[..1000]), "deflate stream has 1000 bytes instead of 65536"),
+        (&input[..input.len() / 2], "bytes instead of 65536"),
+        (&broken, "deflate stream is broken: "),
+    ] {
+        let error = decompress(CompressionType::Zlib, input, &mut output).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
 }
 
 #[test]
