@@ -9,6 +9,7 @@ use std::cell::Cell;
 
 thread_local! {
     static IS_MARKED: Cell<bool> = const { Cell::new(false) };
+    static HAS_LOWER_PRIORITY: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Marks the calling thread for the rest of its life.
@@ -19,6 +20,22 @@ pub fn mark_thread() {
 /// Whether the calling thread is marked.
 pub fn is_marked() -> bool {
     IS_MARKED.get()
+}
+
+/// Lowers the priority of the calling thread for the rest of its life, to a nice value of `nice` or
+/// the present one, whichever is higher. On Linux the nice value is that of a single thread.
+pub fn lower_priority(nice: i32) {
+    HAS_LOWER_PRIORITY.set(true);
+    if rustix::process::getpriority_process(None).is_ok_and(|now| now < nice) {
+        // If the system refuses, the thread competes with the guest at its old priority.
+        let _ = rustix::process::setpriority_process(None, nice);
+    }
+}
+
+/// Whether the priority of the calling thread was lowered: other threads must not do its work at
+/// theirs.
+pub fn has_lower_priority() -> bool {
+    HAS_LOWER_PRIORITY.get()
 }
 
 /// Takes the mark off the calling thread until it is dropped: while the thread holds what a guest

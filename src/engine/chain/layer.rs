@@ -479,11 +479,10 @@ impl Layer {
                 if extent.mapping == Mapping::Unallocated {
                     return Ok(LayerAnswer::Below(extent.len));
                 }
-                let len = extent.len as usize;
-                reader
-                    .read_extent(at, &extent, &mut buf[..len])
+                let len = reader
+                    .read_run(at, &extent, buf)
                     .context(|| self.path.display().to_string())?;
-                Ok(LayerAnswer::Here((), extent.len))
+                Ok(LayerAnswer::Here((), len))
             }
         }
     }

@@ -183,15 +183,6 @@ impl ReadAhead {
     }
 }
 
-/// Lowers the priority of the calling thread to [`NICE`], unless it is lower already. On Linux the
-/// nice value is that of a single thread.
-fn step_back() {
-    if rustix::process::getpriority_process(None).is_ok_and(|nice| nice < NICE) {
-        // If the system refuses, the thread competes with the guest at its old priority.
-        let _ = rustix::process::setpriority_process(None, NICE);
-    }
-}
-
 /// Starts the reader threads, which serve requests until the returned sender is dropped. If no
 /// thread can be started, sending fails.
 fn start_readers(priority: Priority) -> Sender<ReadAheadRequest> {
@@ -201,7 +192,7 @@ fn start_readers(priority: Priority) -> Sender<ReadAheadRequest> {
         let started = thread::Builder::new().name("stream-read".into()).spawn(move || {
             host::background::mark_thread();
             if priority == Priority::Low {
-                step_back();
+                host::background::lower_priority(NICE);
             }
             for ReadAheadRequest { disk, work, answer } in requests {
                 let bytes = match work {

@@ -4,7 +4,7 @@ use super::ImageReader;
 use super::judged::Fault;
 use super::l2_table::L2Table;
 use crate::format::{
-    Geometry, GuestCluster, GuestOffset, HostOffset, L2Entry, Mapping, decompress,
+    CompressionType, Geometry, GuestCluster, GuestOffset, HostOffset, L2Entry, Mapping, decompress,
 };
 use host::storage::Need;
 use host::{Error, Result};
@@ -170,15 +170,24 @@ impl ImageReader {
     }
 
     /// Reads and decompresses one cluster. After an error the content of `cluster` is undefined.
-    fn inflate(&self, host: HostOffset, len: u32, cluster: &mut [u8]) -> Result<()> {
+    pub(super) fn inflate(&self, host: HostOffset, len: u32, cluster: &mut [u8]) -> Result<()> {
         let mut compressed = vec![0; len as usize];
         self.storage()
             .read_at(host.0, &mut compressed)
             .map_err(|error| Error::io(format!("compressed data at {host}"), error))?;
-        let compression = self.header.read().compression;
-        decompress(compression, &compressed, cluster)
-            .map_err(|error| Error::from(error).context(format!("compressed data at {host}")))
+        inflate(self.header.read().compression, host, &compressed, cluster)
     }
+}
+
+/// Decompresses the bytes at `host`. After an error the content of `cluster` is undefined.
+pub(super) fn inflate(
+    compression: CompressionType,
+    host: HostOffset,
+    compressed: &[u8],
+    cluster: &mut [u8],
+) -> Result<()> {
+    decompress(compression, compressed, cluster)
+        .map_err(|error| Error::from(error).context(format!("compressed data at {host}")))
 }
 
 /// Returns the run that starts at byte `in_cluster` of the cluster of entry `index`, at most `max`

@@ -8,8 +8,8 @@
 //!   flush                          the write-back pass: [`write_back`]
 //! ```
 //!
-//! **Touches:** `format`, `storage`; range guards as proof only. **Never:** opens a backing file,
-//! knows what lies below the image, replies to a guest.
+//! **Touches:** `format`, `storage`, threads that decompress; range guards as proof only.
+//! **Never:** opens a backing file, knows what lies below the image, replies to a guest.
 //! **Locks:** ranks `WRITE_BACK` to `SLOT` of [`host::sync::rank`], taken in that order.
 //! **Invariants** (docs/invariants.md): I1 the mapping of a cluster changes only under an exclusive
 //! guard of its range; I2 on disk, refcounts are never below the number of references; I3 a
@@ -23,7 +23,7 @@
 //! written into it, and it is freed with the last of them.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
@@ -41,8 +41,10 @@ use host::{Error, ErrorKind, Result};
 mod allocator;
 mod changed;
 mod check;
+mod compressed_run;
 mod gaps;
 mod grow;
+mod helpers;
 mod inflated;
 mod judged;
 mod l2_table;
@@ -71,6 +73,7 @@ pub use settle::distrust;
 pub use start::LeakSearch;
 
 use allocator::Allocator;
+use helpers::Helpers;
 use inflated::Inflated;
 use late_search::LateSearch;
 use tables::Tables;
@@ -99,6 +102,8 @@ pub struct ImageReader {
     header: RwLock<{ rank::LEAF }, Header>,
     tables: Tables,
     inflated: Inflated,
+    /// Made by the first read of several compressed clusters.
+    helpers: OnceLock<Helpers>,
 }
 
 impl ImageReader {
@@ -117,6 +122,7 @@ impl ImageReader {
             header: RwLock::new(header),
             tables,
             inflated: Inflated::default(),
+            helpers: OnceLock::new(),
         })
     }
 
@@ -268,6 +274,7 @@ impl Image {
             header: RwLock::new(header),
             tables,
             inflated: Inflated::default(),
+            helpers: OnceLock::new(),
         };
         Ok(Image {
             reader,

@@ -11,6 +11,7 @@ use sim::start::Start;
 use sim::{Action, Fault, HostFailure, Operation, Repeat, SimStorage};
 
 mod bad_entries;
+mod compressed_run;
 mod late_search;
 mod leaks;
 mod refcount_growth;
