@@ -2,18 +2,16 @@
 //! zstd frames.
 //!
 //! The bytes come from the image and are not trusted: memory is bounded by the cluster size and
-//! [`MAX_WINDOW`].
+//! [`MAX_WINDOW_LOG`].
 
-use std::io::Read;
-
-use ruzstd::decoding::errors::{FrameDecoderError, ReadFrameHeaderError};
-use ruzstd::decoding::{BlockDecodingStrategy, FrameDecoder};
+use zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer, get_error_name};
 
 use super::{CompressionType, FormatError};
 
-/// The largest accepted zstd window, in bytes. It is the window that zstd's documentation asks
-/// every decoder to support, and four times the largest cluster.
-const MAX_WINDOW: u64 = 8 << 20;
+/// log2 of the largest zstd window, in bytes, for which memory is taken. 8 MiB is the window that
+/// zstd's documentation asks every decoder to support, and four times the largest cluster. A frame
+/// whose header states the length of its content needs no window if the content fits the cluster.
+const MAX_WINDOW_LOG: u32 = 23;
 
 /// Decompresses one cluster. `input` may continue after the compressed bytes, because the format
 /// counts in sectors. `output` is one cluster, and the compressed bytes must fill exactly that.
@@ -56,53 +54,31 @@ fn inflate(input: &[u8], output: &mut [u8]) -> Result<(), FormatError> {
 
 /// Decompresses zstd frames. As in QEMU, frames are read one after the other until the output is
 /// full, and the last frame must end exactly there.
-fn zstd(mut input: &[u8], output: &mut [u8]) -> Result<(), FormatError> {
-    let mut decoder = FrameDecoder::new();
-    decoder.set_max_window_size(MAX_WINDOW);
-    let mut filled = 0;
-    while filled < output.len() {
-        match decoder.reset(&mut input) {
-            Ok(()) => filled += zstd_frame(&mut decoder, &mut input, &mut output[filled..])?,
-            Err(FrameDecoderError::ReadFrameHeaderError(ReadFrameHeaderError::SkipFrame {
-                length,
-                ..
-            })) => {
-                input = input.get(length as usize..).unwrap_or_default();
-            }
-            Err(error) => return corrupt(format!("zstd frame is broken: {error}")),
+fn zstd(input: &[u8], output: &mut [u8]) -> Result<(), FormatError> {
+    let broken = |code| corrupt(format!("zstd frame is broken: {}", get_error_name(code)));
+    let Some(mut decoder) = DCtx::try_create() else {
+        return corrupt("no memory to decode zstd".into());
+    };
+    if let Err(code) = decoder.set_parameter(DParameter::WindowLogMax(MAX_WINDOW_LOG)) {
+        return broken(code);
+    }
+    let len = output.len();
+    let (mut input, mut output) = (InBuffer::around(input), OutBuffer::around(output));
+    let mut is_frame_over = false;
+    while output.pos() < len {
+        if input.pos == input.src.len() {
+            return corrupt(format!("zstd frames have {} bytes instead of {len}", output.pos()));
+        }
+        match decoder.decompress_stream(&mut output, &mut input) {
+            Ok(more) => is_frame_over = more == 0,
+            Err(code) => return broken(code),
         }
     }
-    Ok(())
-}
-
-/// Decodes one frame to its end and returns the number of decompressed bytes. Decodes block by
-/// block, so that memory holds no more than a window and a block.
-fn zstd_frame(
-    decoder: &mut FrameDecoder,
-    input: &mut &[u8],
-    output: &mut [u8],
-) -> Result<usize, FormatError> {
-    let mut filled = 0;
-    while !decoder.is_finished() {
-        if let Err(error) = decoder.decode_blocks(&mut *input, BlockDecodingStrategy::UptoBlocks(1))
-        {
-            return corrupt(format!("zstd frame is broken: {error}"));
-        }
-        loop {
-            match decoder.read(&mut output[filled..]) {
-                Ok(0) => break,
-                Ok(len) => filled += len,
-                Err(error) => return corrupt(format!("zstd frame is broken: {error}")),
-            }
-        }
-        if decoder.can_collect() > 0 {
-            return corrupt(format!(
-                "zstd frame has more than the {} bytes there is room for",
-                output.len()
-            ));
-        }
+    if is_frame_over {
+        Ok(())
+    } else {
+        corrupt(format!("zstd frame has more than the {len} bytes there is room for"))
     }
-    Ok(filled)
 }
 
 fn corrupt<T>(text: String) -> Result<T, FormatError> {

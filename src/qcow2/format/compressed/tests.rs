@@ -122,7 +122,7 @@ fn large_windows_and_dictionaries_are_refused() {
     let mut output = [0];
     decompress(CompressionType::Zstd, &frame((23 - 10) << 3), &mut output).unwrap();
     let error = decompress(CompressionType::Zstd, &frame((27 - 10) << 3), &mut output).unwrap_err();
-    assert!(error.to_string().contains("window"), "{error}");
+    assert!(error.to_string().contains("too much memory"), "{error}");
     // The same size, claimed as the content size of a single segment.
     let huge = [&[0x28, 0xb5, 0x2f, 0xfd, 0xe0][..], &u64::MAX.to_le_bytes(), &[0x09, 0, 0, b'x']]
         .concat();
