@@ -44,6 +44,7 @@ const NO_OFFSET: u64 = i64::MAX as u64 - 1024;
 /// File system types of statfs(2) for /proc and /sys (linux/magic.h).
 const PROC_SUPER_MAGIC: u64 = 0x9fa0;
 const SYSFS_MAGIC: u64 = 0x6265_6572;
+const TMPFS_MAGIC: u64 = 0x0102_1994;
 /// How an image file is opened, and what is locked against other programs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Access {
@@ -76,6 +77,9 @@ pub struct FileStorage {
     is_file: bool,
     /// Whether the host records when the file was changed last.
     keeps_time: AtomicBool,
+    /// Whether the file is on a tmpfs: the host has all of it in memory, unless it has swapped some
+    /// of it out.
+    is_in_memory: bool,
 }
 
 impl FileStorage {
@@ -198,6 +202,8 @@ impl FileStorage {
                 format!("{}: not a regular file or block device", path.display()),
             ));
         };
+        let is_in_memory = rustix::fs::fstatfs(&file)
+            .is_ok_and(|kind| kind.f_type as u64 & 0xffff_ffff == TMPFS_MAGIC);
         Ok(FileStorage {
             path: path.to_path_buf(),
             file,
@@ -211,6 +217,7 @@ impl FileStorage {
             is_shared: false,
             is_file: kind.is_file(),
             keeps_time: AtomicBool::new(kind.is_file()),
+            is_in_memory,
         })
     }
 
@@ -409,15 +416,16 @@ impl ReadAt for FileStorage {
         if offset.checked_add(buf.len() as u64).is_none_or(|end| end > self.size()) {
             return false;
         }
-        // The read is short if a page is not in memory. Devices, tmpfs and most network file
-        // systems do not support the flag.
         let len = buf.len();
-        match rustix::io::preadv2(
-            &self.file,
-            &mut [IoSliceMut::new(buf)],
-            offset,
-            ReadWriteFlags::NOWAIT,
-        ) {
+        // The read is short if a page is not in memory. Devices, tmpfs and most network file
+        // systems do not support the flag, and a tmpfs needs none.
+        let read = if self.is_in_memory {
+            rustix::io::pread(&self.file, buf, offset)
+        } else {
+            let buf = &mut [IoSliceMut::new(buf)];
+            rustix::io::preadv2(&self.file, buf, offset, ReadWriteFlags::NOWAIT)
+        };
+        match read {
             Ok(read) => read == len || without(Step::ShortCachedReadIsAMiss),
             Err(_) => false,
         }

@@ -382,6 +382,7 @@ fn a_file_without_attributes_says_so() {
         is_shared: false,
         is_file: true,
         keeps_time: AtomicBool::new(true),
+        is_in_memory: false,
     };
     assert_eq!(storage.open_mark().unwrap(), OpenMark::Unsupported);
     storage.set_open_mark().unwrap();
@@ -561,6 +562,29 @@ fn a_range_that_is_partly_in_memory_is_a_miss() {
     // After a read that waits for the disk, the whole range is in memory.
     file.read_at(0, &mut buf).unwrap();
     assert!(buf == content);
+}
+
+/// Protects: a file on a tmpfs is read without waiting, although preadv2(2) does not know that it is
+/// in memory. One that has become shorter is a miss, and the read that may wait reports it.
+#[test]
+fn a_file_on_a_tmpfs_is_in_memory() {
+    let Ok(dir) = tempfile::tempdir_in("/dev/shm") else {
+        println!("skipped: there is no /dev/shm");
+        return;
+    };
+    let path = dir.path().join("file");
+    std::fs::write(&path, [7; 10_000]).unwrap();
+    let file = FileStorage::open(&path, Access::ReadOnly).unwrap();
+    if !file.is_in_memory {
+        println!("skipped: /dev/shm is not a tmpfs");
+        return;
+    }
+    let mut buf = [0; 5000];
+    assert!(file.read_cached(5000, &mut buf) && buf == [7; 5000]);
+    assert!(!file.read_cached(5001, &mut buf), "beyond the end");
+    File::options().write(true).open(&path).unwrap().set_len(9000).unwrap();
+    assert!(!file.read_cached(5000, &mut buf));
+    assert!(file.read_at(5000, &mut buf).is_err());
 }
 
 /// Protects: P9, P10. Every way to change the bytes of a file changes its version, also directly
