@@ -22,6 +22,7 @@ use super::dispatch::{Dispatcher, LaterReply, MAX_IO, Reply};
 use super::session::ServerThread;
 #[cfg(any(test, feature = "testing"))]
 use super::session::SessionEnding;
+use super::turns::{ReaderTurn, Turns};
 use super::wire::{self, OUT_HEADER, WRITE_HEADER};
 use host::Result;
 use host::error::Context;
@@ -42,33 +43,42 @@ pub(super) fn serve(
     number: usize,
     device: Arc<OwnedFd>,
     dispatcher: Dispatcher,
+    turns: Arc<Turns>,
     server: ServerThread,
 ) -> Result<()> {
     thread::Builder::new()
         .name(format!("fuse-{number}"))
         .spawn(move || {
-            server
-                .ends(serve_all(&device, &dispatcher).context(|| "reading requests from /dev/fuse"))
+            let turn = ReaderTurn::new(turns, number);
+            let served = serve_all(&device, &dispatcher, turn);
+            server.ends(served.context(|| "reading requests from /dev/fuse"));
         })
         .map(drop)
         .context(|| "starting a thread for /dev/fuse")
 }
 
-fn serve_all(device: &Arc<OwnedFd>, dispatcher: &Dispatcher) -> io::Result<()> {
+fn serve_all(
+    device: &Arc<OwnedFd>,
+    dispatcher: &Dispatcher,
+    mut turn: ReaderTurn,
+) -> io::Result<()> {
     // The data of a write, and the bytes of a reply, start at a page boundary. The kernel then pins
     // one page fewer.
     let mut requests = IoMemory::new(WRITE_HEADER + MAX_IO, WRITE_HEADER);
     requests.make_resident();
     let mut scratch = IoMemory::new(MAX_IO, 0);
-    while let Some(bytes) = next(device, requests.bytes())? {
+    loop {
+        turn.wait(device);
+        let Some(bytes) = next(device, requests.bytes())? else { return Ok(()) };
+        turn.begins(device);
         let Some(request) = wire::request(bytes) else {
             return Err(io::Error::other(format!("{} bytes that are no request", bytes.len())));
         };
         let reply =
             DeviceReply { device, unique: request.unique, data: request.data, is_owed: true };
         dispatcher.serve(request.operation, reply, scratch.bytes());
+        turn.ends();
     }
-    Ok(())
 }
 
 /// Waits for the next request. Returns `None` once the disk is unmounted.

@@ -44,6 +44,7 @@ mod notify;
 mod pulse;
 mod ring;
 mod session;
+mod turns;
 mod wire;
 mod workers;
 

@@ -24,6 +24,7 @@ use super::negotiated::{self, Negotiated};
 use super::notify::Notifier;
 use super::pulse::{Echoes, Pulse};
 use super::ring::WantedTransport;
+use super::turns::Turns;
 use super::workers::Workers;
 use super::{Mounted, device};
 use host::{Error, ErrorKind, Result};
@@ -184,9 +185,10 @@ impl Connected {
         };
         let threads = devices.len().max(SESSION_THREADS);
         let servers: Vec<ServerThread> = (0..threads).map(|_| ServerThread::new(&ending)).collect();
+        let turns = Turns::new(threads);
         for (number, server) in servers.into_iter().enumerate() {
             let own = Arc::clone(devices.get(number).unwrap_or(device));
-            device::serve(number, own, dispatcher.clone(), server)?;
+            device::serve(number, own, dispatcher.clone(), Arc::clone(&turns), server)?;
         }
         Ok(Mounted { session, rings, workers: workers_ended, notifier, pulse })
     }

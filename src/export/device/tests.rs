@@ -21,6 +21,8 @@ const MISS: u64 = 1 << 40;
 const CACHED: u64 = MISS + (1 << 20);
 /// The task of a request at this offset panics.
 const PANIC: u64 = MISS + (2 << 20);
+/// A read at this offset waits on the thread that has received it, until the test lets it go on.
+const HANG: u64 = 1 << 30;
 
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
@@ -39,6 +41,7 @@ struct Stub {
     writes: AtomicUsize,
     flushes: AtomicUsize,
     covered: AtomicUsize,
+    hang: parking_lot::Mutex<()>,
 }
 
 impl FileSystem for Stub {
@@ -61,6 +64,9 @@ impl FileSystem for Stub {
     fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Answer<usize>, Errno> {
         if offset >= MISS {
             return Ok(if offset == CACHED { Answer::Below } else { Answer::Miss });
+        }
+        if offset == HANG {
+            let _until = self.hang.lock();
         }
         buf.fill(b'l');
         Ok(Answer::Done(buf.len()))
@@ -134,6 +140,11 @@ struct Kernel {
 }
 
 fn start() -> Kernel {
+    start_with(1, &Turns::new(1))
+}
+
+/// Starts this many threads, which share one socket.
+fn start_with(threads: usize, turns: &Arc<Turns>) -> Kernel {
     let (socket, device) = rustix::net::socketpair(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,
@@ -155,8 +166,12 @@ fn start() -> Kernel {
     let (ending, ended) = SessionEnding::new();
     let (device, echoes) = (Arc::new(device), Arc::default());
     let pulse = Pulse::new(&echoes, &device, false);
-    serve(0, device, Dispatcher::new(file_system, workers, echoes), ServerThread::new(&ending))
-        .unwrap();
+    let dispatcher = Dispatcher::new(file_system, workers, echoes);
+    let servers: Vec<_> = (0..threads).map(|_| ServerThread::new(&ending)).collect();
+    for (number, server) in servers.into_iter().enumerate() {
+        let (device, turns) = (Arc::clone(&device), Arc::clone(turns));
+        serve(number, device, dispatcher.clone(), turns, server).unwrap();
+    }
     Kernel { socket, stub, ended, pulse }
 }
 
@@ -300,6 +315,53 @@ fn a_reply_that_the_kernel_does_not_take_is_eio() {
     assert_eq!(kernel.ask(READ, &range(0, 1 << 20, 0)), eio());
     assert_eq!(kernel.ask(READ, &range(MISS, 1 << 20, 0)), eio());
     assert_eq!(kernel.ask(READ, &range(0, 4, 0)), (0, b"llll".to_vec()));
+}
+
+/// Asks one request at a time until one of two threads polls and the other one is parked.
+fn polled(look: std::time::Duration) -> (Kernel, Arc<Turns>) {
+    let turns = Turns::for_tests(2, look);
+    let kernel = start_with(2, &turns);
+    for asked in 0.. {
+        assert_eq!(kernel.ask(READ, &range(0, 8, 0)), (0, vec![b'l'; 8]));
+        if turns.one_polls() {
+            break;
+        }
+        assert!(asked < 10_000, "no thread polls");
+    }
+    (kernel, turns)
+}
+
+/// Protects: a client that asks one request at a time is served by one thread that polls, and at the
+/// end of the mount the parked thread ends as well.
+#[test]
+fn one_thread_polls_for_a_client_that_asks_one_at_a_time() {
+    let (kernel, turns) = polled(std::time::Duration::from_secs(3600));
+    for _ in 0..1000 {
+        assert_eq!(kernel.ask(READ, &range(0, 8, 0)), (0, vec![b'l'; 8]));
+        assert_eq!(kernel.ask(READ, &range(MISS, 8, 0)), (0, vec![b'w'; 8]));
+    }
+    assert!(turns.one_polls());
+    let Kernel { socket, ended, .. } = kernel;
+    drop(socket);
+    // Ends when both threads have ended. The end of a socket is no request, and so an error.
+    assert!(ended.iter().all(|result| result.is_err()));
+    assert_eq!(Arc::strong_count(&turns), 1);
+}
+
+/// Protects: if the thread that polls hangs in a request, the parked one serves the others.
+#[test]
+fn a_thread_that_hangs_does_not_keep_the_others_parked() {
+    let (kernel, turns) = polled(std::time::Duration::from_millis(1));
+    let stub = Arc::clone(&kernel.stub);
+    let held = stub.hang.lock();
+    kernel.send(READ, 1, &range(HANG, 8, 0));
+    for unique in 2..100 {
+        kernel.send(READ, unique, &range(0, 8, 0));
+        assert_eq!(kernel.receive(), (unique, 0, vec![b'l'; 8]), "while another one hangs");
+    }
+    assert!(!turns.one_polls());
+    drop(held);
+    assert_eq!(kernel.receive(), (1, 0, vec![b'l'; 8]));
 }
 
 /// Protects: any content of a request, including times that other representations cannot hold, gets

@@ -1,0 +1,261 @@
+//! Decides which threads wait for requests at /dev/fuse: all of them, or one that polls.
+//!
+//! A client that sends one request at a time waits for two wake-ups per request: that of a thread
+//! here, and its own. Where the threads sleep on idle processors, these wake-ups cost more than
+//! everything else together (half of 37 µs on a virtual machine). A thread that polls needs none.
+//! But the kernel wakes a thread that waits in read(2) for every request, even if another one takes
+//! it, so the others must not wait there meanwhile.
+//!
+//! ```text
+//! all read   every thread waits in read(2); the kernel gives each request to one of them
+//!    │ ▲
+//!    │ └── the next request did not come within POLL, or there was one more when a request was
+//!    │     read, MOST_CROWDED times in a row, or a request was served for longer than LOOK
+//!    ▼
+//! one polls  ALONE requests in a row came one at a time and soon: the thread that has served the
+//!            last one polls /dev/fuse before it waits. The others park, each after the next
+//!            request that the kernel gives it.
+//! ```
+//! A parked thread looks every [`LOOK`] whether the one that polls has served a request. If it has
+//! not, because it hangs in one or there is none, all read again: a file that hangs stops at most
+//! one thread, and a disk without requests has all its threads in read(2), and no timer.
+//!
+//! QEMU's event loop polls in the same way, for at most 32 µs by default (`poll-max-ns`).
+//!
+//! **Touches:** poll(2) with a timeout of zero, parking of threads.
+//! **Never:** reads a request; waits while no other thread reads.
+//! **Locks:** none.
+//! **Invariants:** a thread parks only while another one polls or serves, and that one unparks it
+//! before it waits in read(2) or ends.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// The longest time that a thread polls before it waits in read(2).
+const POLL: Duration = Duration::from_micros(32);
+/// Requests that come one at a time, each within [`SOON`] of the last one of the same thread, before
+/// a thread polls. They become twice as many each time that it has polled in vain, and as few again
+/// when it has polled [`ALONE`] times with success.
+const ALONE: u32 = 32;
+const MOST_ALONE: u32 = 8192;
+/// Two threads that take turns have each every second request, so this is twice the longest time
+/// between two requests of a client for which polling pays.
+const SOON: Duration = Duration::from_micros(200);
+/// How many requests in a row may find one more behind them, before all threads read again.
+const MOST_CROWDED: u32 = 4;
+/// How often a parked thread looks whether the thread that polls still comes forward.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Value of [`Turns::polling`]: all threads wait in read(2).
+const ALL_READ: usize = usize::MAX;
+
+/// What the threads of one session share.
+#[derive(Debug)]
+pub(super) struct Turns {
+    /// Number of the thread that polls, or [`ALL_READ`].
+    polling: AtomicUsize,
+    /// Threads that are parked.
+    parked: AtomicUsize,
+    /// Threads that serve a request.
+    serving: AtomicU32,
+    /// Requests that were served by the thread that polls.
+    served: AtomicU64,
+    threads: Vec<OnceLock<Thread>>,
+    /// Whether a thread may poll: it must not take the only processor from its client.
+    may_poll: bool,
+    /// [`POLL`], [`SOON`] and [`LOOK`].
+    poll: Duration,
+    soon: Duration,
+    look: Duration,
+}
+
+impl Turns {
+    /// For this many threads.
+    pub(super) fn new(threads: usize) -> Arc<Turns> {
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        Turns::with(threads, processors > 1, [POLL, SOON, LOOK])
+    }
+
+    fn with(threads: usize, may_poll: bool, [poll, soon, look]: [Duration; 3]) -> Arc<Turns> {
+        Arc::new(Turns {
+            polling: AtomicUsize::new(ALL_READ),
+            parked: AtomicUsize::new(0),
+            serving: AtomicU32::new(0),
+            served: AtomicU64::new(0),
+            threads: (0..threads).map(|_| OnceLock::new()).collect(),
+            may_poll,
+            poll,
+            soon,
+            look,
+        })
+    }
+
+    /// Also on a single processor, for a client that takes any time, and with a parked thread that
+    /// looks at these intervals.
+    #[cfg(test)]
+    pub(super) fn for_tests(threads: usize, look: Duration) -> Arc<Turns> {
+        const HOUR: Duration = Duration::from_secs(3600);
+        Turns::with(threads, true, [HOUR, HOUR, look])
+    }
+
+    /// Lets all threads wait in read(2), if the thread of this number is the one that polls.
+    fn all_read(&self, polling: usize) {
+        if self
+            .polling
+            .compare_exchange(polling, ALL_READ, Ordering::SeqCst, Ordering::SeqCst)
+            .is_ok()
+        {
+            for thread in self.threads.iter().filter_map(OnceLock::get) {
+                thread.unpark();
+            }
+        }
+    }
+
+    /// Whether a thread polls and all others are parked.
+    #[cfg(test)]
+    pub(super) fn one_polls(&self) -> bool {
+        self.polling.load(Ordering::SeqCst) != ALL_READ
+            && self.parked.load(Ordering::SeqCst) + 1 == self.threads.len()
+    }
+}
+
+/// The place of one thread among those of its session.
+#[derive(Debug)]
+pub(super) struct ReaderTurn {
+    turns: Arc<Turns>,
+    number: usize,
+    /// Requests in a row that came alone and soon.
+    alone: u32,
+    /// So many let this thread poll.
+    needed: u32,
+    /// Requests in a row that came while this thread polled.
+    found: u32,
+    /// Requests in a row that had one more behind them.
+    crowded: u32,
+    /// When the last request was served.
+    done: Instant,
+}
+
+impl ReaderTurn {
+    /// Of the calling thread, which has this number among those of [`Turns::new`].
+    pub(super) fn new(turns: Arc<Turns>, number: usize) -> ReaderTurn {
+        let _ = turns.threads[number].set(thread::current());
+        let done = Instant::now();
+        ReaderTurn { turns, number, alone: 0, needed: ALONE, found: 0, crowded: 0, done }
+    }
+
+    /// Returns when this thread is to read a request from `device`: at once, after it was parked, or
+    /// when a request has come while it has polled.
+    pub(super) fn wait(&mut self, device: &OwnedFd) {
+        loop {
+            match self.turns.polling.load(Ordering::SeqCst) {
+                ALL_READ => return,
+                polling if polling != self.number => self.park(polling),
+                // The kernel wakes those that still wait in read(2). Each of them gets one of the
+                // next requests, and parks after it.
+                _ if self.turns.parked.load(Ordering::SeqCst) + 1 < self.turns.threads.len() => {
+                    return;
+                }
+                _ => {
+                    if !self.poll(device) {
+                        self.turns.all_read(self.number);
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Parks until the thread of this number does not poll any more, or serves nothing.
+    fn park(&mut self, polling: usize) {
+        let turns = &self.turns;
+        self.alone = 0;
+        turns.parked.fetch_add(1, Ordering::SeqCst);
+        let is_polling = || turns.polling.load(Ordering::SeqCst) == polling;
+        let (mut served, mut looked) = (turns.served.load(Ordering::SeqCst), Instant::now());
+        while is_polling() {
+            // Returns at once if this thread was unparked when it was not parked.
+            thread::park_timeout(turns.look.saturating_sub(looked.elapsed()));
+            if looked.elapsed() < turns.look {
+                continue;
+            }
+            let now = turns.served.load(Ordering::SeqCst);
+            if now == served {
+                turns.all_read(polling);
+            }
+            (served, looked) = (now, Instant::now());
+        }
+        turns.parked.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Polls for a request, for [`POLL`] at most. Returns whether one has come.
+    fn poll(&mut self, device: &OwnedFd) -> bool {
+        while self.done.elapsed() < self.turns.poll {
+            if has_request(device) {
+                self.found += 1;
+                if self.found >= ALONE {
+                    self.needed = ALONE;
+                }
+                return true;
+            }
+            // The client may have to run on this processor.
+            thread::yield_now();
+        }
+        if self.found < ALONE {
+            self.needed = MOST_ALONE.min(self.needed * 2);
+        }
+        self.found = 0;
+        false
+    }
+
+    /// Notes that this thread has read a request from `device`.
+    pub(super) fn begins(&mut self, device: &OwnedFd) {
+        if self.turns.polling.load(Ordering::Relaxed) == self.number {
+            self.crowded = if has_request(device) { self.crowded + 1 } else { 0 };
+            if self.crowded >= MOST_CROWDED {
+                self.crowded = 0;
+                self.turns.all_read(self.number);
+            }
+        }
+        let others = self.turns.serving.fetch_add(1, Ordering::SeqCst);
+        let is_alone = others == 0 && self.done.elapsed() < self.turns.soon;
+        self.alone = if is_alone { self.alone + 1 } else { 0 };
+    }
+
+    /// Notes that the request is served, or passed on to another thread.
+    pub(super) fn ends(&mut self) {
+        let turns = &self.turns;
+        turns.served.fetch_add(1, Ordering::SeqCst);
+        turns.serving.fetch_sub(1, Ordering::SeqCst);
+        self.done = Instant::now();
+        if self.alone >= self.needed && turns.may_poll {
+            self.alone = 0;
+            // If another thread polls, this one parks.
+            let _ = turns.polling.compare_exchange(
+                ALL_READ,
+                self.number,
+                Ordering::SeqCst,
+                Ordering::SeqCst,
+            );
+        }
+    }
+}
+
+/// Whether the kernel has a request. True also for an error and at the end of the mount, which are
+/// left to read(2).
+fn has_request(device: &OwnedFd) -> bool {
+    let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+    !matches!(poll(&mut [PollFd::new(device, PollFlags::IN)], Some(&at_once)), Ok(0))
+}
+
+impl Drop for ReaderTurn {
+    /// The thread ends: the others must see the end of the mount as well.
+    fn drop(&mut self) {
+        self.turns.all_read(self.number);
+    }
+}
