@@ -35,8 +35,8 @@ pub struct CreateOptions {
     /// Cluster size in bytes, a power of two from 512 to 2 MiB; at least 16 KiB with extended L2
     /// entries.
     pub cluster_size: u64,
-    /// Whether L2 entries are extended, so that each of the 32 subclusters of a cluster has a mapping
-    /// of its own.
+    /// Whether L2 entries are extended, so that each of the 32 subclusters of a cluster has a
+    /// mapping of its own.
     pub extended_l2: bool,
 }
 

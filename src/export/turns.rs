@@ -38,9 +38,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// The longest time that a thread polls before it waits in read(2).
 const POLL: Duration = Duration::from_micros(32);
-/// Requests that come one at a time, each within [`SOON`] of the last one of the same thread, before
-/// a thread polls. They become twice as many each time that it has polled in vain, and as few again
-/// when it has polled [`ALONE`] times with success.
+/// Requests that come one at a time, each within [`SOON`] of the last one of the same thread,
+/// before a thread polls. They become twice as many each time that it has polled in vain, and as
+/// few again when it has polled [`ALONE`] times with success.
 const ALONE: u32 = 32;
 const MOST_ALONE: u32 = 8192;
 /// Two threads that take turns have each every second request, so this is twice the longest time
@@ -149,8 +149,8 @@ impl ReaderTurn {
         ReaderTurn { turns, number, alone: 0, needed: ALONE, found: 0, crowded: 0, done }
     }
 
-    /// Returns when this thread is to read a request from `device`: at once, after it was parked, or
-    /// when a request has come while it has polled.
+    /// Returns when this thread is to read a request from `device`: at once, after it was parked,
+    /// or when a request has come while it has polled.
     pub(super) fn wait(&mut self, device: &OwnedFd) {
         loop {
             match self.turns.polling.load(Ordering::SeqCst) {

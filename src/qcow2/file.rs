@@ -186,8 +186,8 @@ impl Qcow2 {
     /// # Errors
     /// [`ErrorKind::UnsupportedFeature`] if the image names a backing file (see
     /// [`Qcow2::open_above`]), and for images that cannot be written correctly: internal snapshots,
-    /// persistent bitmaps, encryption, external data files; [`ErrorKind::InvalidImage`], [`ErrorKind::Corrupt`]; I/O. An image that is refused is not
-    /// changed.
+    /// persistent bitmaps, encryption, external data files; [`ErrorKind::InvalidImage`],
+    /// [`ErrorKind::Corrupt`]; I/O. An image that is refused is not changed.
     pub fn open<F: Storage + Sidecar>(storage: Arc<F>) -> Result<Qcow2> {
         let image = Image::open(storage)?;
         match image.reader().backing() {

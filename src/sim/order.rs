@@ -27,7 +27,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::spec::{Contents, Entry, Layout};
+use super::spec::{Contents, Layout, RawEntry};
 use super::storage::Observer;
 use host::storage::WriteKind;
 
@@ -175,7 +175,7 @@ impl OrderChecker {
 
     /// Calls `f` with index and value of each entry that may be on disk in an L2 table. Both words
     /// of an extended entry are of one version: they lie in one sector.
-    fn each_l2_entry(&self, layout: &Layout, table: u64, mut f: impl FnMut(u64, Entry)) {
+    fn each_l2_entry(&self, layout: &Layout, table: u64, mut f: impl FnMut(u64, RawEntry)) {
         let size = layout.l2_entry_size();
         for sector in table / SECTOR..(table + self.cluster_size()) / SECTOR {
             for version in self.versions(sector) {
@@ -184,8 +184,8 @@ impl OrderChecker {
                         bytes.iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
                     };
                     let (raw, bitmap) = raw.split_at(8);
-                    let entry = Entry { raw: word(raw), bitmap: word(bitmap) };
-                    if entry != Entry::default() {
+                    let entry = RawEntry { raw: word(raw), bitmap: word(bitmap) };
+                    if entry != RawEntry::default() {
                         f((sector * SECTOR - table) / size + index as u64, entry);
                     }
                 }
@@ -489,9 +489,9 @@ impl OrderChecker {
                     "{rule}: {kind:?}: {slot:?} names cluster {cluster}, of which {shows:#b} is not durable whole"
                 );
             }
-            // Writes from before a piece became zero do not count when it becomes visible again. The
-            // limit is the last barrier but one, because the piece may be filled again while the
-            // pass that makes it zero on disk is running.
+            // Writes from before a piece became zero do not count when it becomes visible again.
+            // The limit is the last barrier but one, because the piece may be filled again while
+            // the pass that makes it zero on disk is running.
             let keep = self.barriers.iter().rev().nth(1).copied().unwrap_or(0);
             for piece in self.pieces_of(cluster, naming.reserved & !old.reserved & old.shows) {
                 if let Some(cover) = self.covers.get_mut(&piece) {

@@ -1,7 +1,7 @@
 //! A checker and reader of qcow2 images for all tests. It is written from the specification
 //! (docs/interop/qcow2.rst in QEMU's sources) and shares no code with the engine, so that both
-//! cannot be wrong in the same way. It does not support internal snapshots and external data files; an
-//! image with one of them is an error.
+//! cannot be wrong in the same way. It does not support internal snapshots and external data files;
+//! an image with one of them is an error.
 //!
 //! [`Verdict`] separates findings that are harmless for the data from those that are not. Each test
 //! thus chooses how strict it is: as strict as `qemu-img check`, stricter ([`Seen::sole`]), or only
@@ -56,7 +56,7 @@ impl Verdict {
 /// An L2 entry as it is in the file: the descriptor, and the bitmap of an extended entry (0 in an
 /// image without them).
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub struct Entry {
+pub struct RawEntry {
     /// The descriptor.
     pub raw: u64,
     /// Bits 0 to 31: the subcluster is allocated. Bits 32 to 63: it reads as zeros.
@@ -277,9 +277,10 @@ impl Layout {
     }
 
     /// Returns the clusters that an L2 entry names (first and count), and what the entry says about
-    /// the guest's bytes in one subcluster. The offset in [`Contents::Data`] is that of the cluster.
-    pub fn l2_entry(&self, entry: Entry, subcluster: u64) -> (Option<(u64, u64)>, Contents) {
-        let Entry { raw, bitmap } = entry;
+    /// the guest's bytes in one subcluster. The offset in [`Contents::Data`] is that of the
+    /// cluster.
+    pub fn l2_entry(&self, entry: RawEntry, subcluster: u64) -> (Option<(u64, u64)>, Contents) {
+        let RawEntry { raw, bitmap } = entry;
         if raw & COMPRESSED != 0 {
             let bits = 62 - (self.cluster_bits - 8);
             let at = raw & ((1 << bits) - 1);
@@ -325,9 +326,9 @@ impl Layout {
     }
 
     /// Returns the non-zero entries of an L2 table with their index, up to the end of the file.
-    pub fn l2_entries(&self, bytes: &[u8], table: u64) -> impl Iterator<Item = (u64, Entry)> {
+    pub fn l2_entries(&self, bytes: &[u8], table: u64) -> impl Iterator<Item = (u64, RawEntry)> {
         let per_entry = self.l2_entry_size() / 8;
-        let mut entries: BTreeMap<u64, Entry> = BTreeMap::new();
+        let mut entries: BTreeMap<u64, RawEntry> = BTreeMap::new();
         for (index, word) in words(bytes, table, self.cluster_size() / 8) {
             let entry = entries.entry(index / per_entry).or_default();
             if index % per_entry == 0 { entry.raw = word } else { entry.bitmap = word }
@@ -336,7 +337,7 @@ impl Layout {
     }
 
     /// Returns the non-zero entries of all L2 tables with their guest cluster.
-    fn entries(&self, bytes: &[u8]) -> impl Iterator<Item = (u64, Entry)> {
+    fn entries(&self, bytes: &[u8]) -> impl Iterator<Item = (u64, RawEntry)> {
         let per_table = self.per_table();
         let of = move |(l1_index, table)| {
             self.l2_entries(bytes, table)
@@ -446,7 +447,7 @@ impl Layout {
         }
         let at = table + cluster % l2_entries * self.l2_entry_size();
         let bitmap = if self.has_subclusters() { number(bytes, at + 8, 8) } else { 0 };
-        let entry = Entry { raw: number(bytes, at, 8), bitmap };
+        let entry = RawEntry { raw: number(bytes, at, 8), bitmap };
         match self.l2_entry(entry, guest % self.cluster_size() / self.subcluster_size()).1 {
             Contents::Data(at) => Contents::Data(at + guest % self.cluster_size()),
             other => other,
@@ -621,9 +622,9 @@ impl Walk<'_> {
         }
     }
 
-    fn l2_entry(&mut self, l1_index: u64, index: u64, entry: Entry) {
+    fn l2_entry(&mut self, l1_index: u64, index: u64, entry: RawEntry) {
         let layout = self.layout;
-        let Entry { raw, bitmap } = entry;
+        let RawEntry { raw, bitmap } = entry;
         let say =
             |what: &str| format!("L2 table {l1_index}, index {index}: {raw:#x} {bitmap:#x} {what}");
         let (names, held) = layout.l2_entry(entry, 0);

@@ -240,7 +240,7 @@ fn formats_that_contradict_are_refused_or_warned_of() {
         "{warning}"
     );
     let warning = created(&["-b", "base.raw", "-F", "raw", "4K"]);
-    assert!(warning.contains("less than one cluster of 65536"), "{warning}");
+    assert!(warning.contains("less than one cluster of 131072"), "{warning}");
 
     qemu::create(&scratch.join("top"), None, "", Some(("base.raw", "raw")));
     refused(

@@ -77,8 +77,8 @@ impl Case {
     }
 }
 
-/// Version 2 has no zstd; without a backing file, the length of one has no meaning; subclusters need
-/// clusters of 16 KiB.
+/// Version 2 has no zstd; without a backing file, the length of one has no meaning; subclusters
+/// need clusters of 16 KiB.
 fn possible(a: (usize, usize), b: (usize, usize)) -> bool {
     let both = |x: fn((usize, usize)) -> bool, y: fn((usize, usize)) -> bool| {
         (x(a) && y(b)) || (x(b) && y(a))

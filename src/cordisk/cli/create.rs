@@ -7,10 +7,11 @@ use super::values::{FormatArg, parse_cluster_size, parse_size};
 use super::{Command, Refused};
 use engine::create::CreateOptions;
 
-/// Cluster size of a new overlay, in bytes. docs/performance.md has the measurement.
+/// Cluster size of a new overlay without subclusters, in bytes: QEMU's default.
 const CLUSTER_SIZE: u64 = 64 << 10;
 /// Cluster size of a new overlay with subclusters, in bytes: a subcluster has 4 KiB then, which is
-/// the page of most guests and the block of most file systems.
+/// the page of most guests and the block of most file systems, and the tables are as large as those
+/// of clusters of 64 KiB without subclusters. docs/performance.md has the measurement.
 const EXTENDED_CLUSTER_SIZE: u64 = 128 << 10;
 
 #[derive(Debug, clap::Args)]
@@ -28,13 +29,14 @@ pub(super) struct CreateArgs {
     /// Size of the disk in bytes, such as 20G or 1.5TiB [default: that of the backing file]
     #[arg(value_parser = parse_size)]
     size: Option<u64>,
-    /// Unit of allocation, a power of two from 512 to 2M [default: 64K, 128K with subclusters]
+    /// Unit of allocation, a power of two from 512 to 2M [default: 128K with subclusters, otherwise
+    /// 64K]
     #[arg(long, value_name = "SIZE", value_parser = parse_cluster_size)]
     cluster_size: Option<u64>,
-    /// Divide each cluster into 32 subclusters, which are copied up one by one; QEMU reads such an
-    /// image since version 5.2. Clusters have at least 16K
-    #[arg(long)]
-    extended_l2: bool,
+    /// Whether each cluster has 32 subclusters, which are copied up one by one. QEMU reads such an
+    /// image since version 5.2; clusters have at least 16K [default: on, off with --cluster-size]
+    #[arg(long, value_name = "on|off", num_args = 0..=1, default_missing_value = "on", value_parser = parse_switch)]
+    extended_l2: Option<bool>,
     /// The same options in the words of qemu-img: cluster_size=SIZE, extended_l2=on|off, separated
     /// by commas; may be given several times
     #[arg(short, value_name = "OPTIONS", value_delimiter = ',', value_parser = parse_option)]
@@ -58,10 +60,16 @@ fn parse_option(text: &str) -> Result<ImageOption, String> {
     let (name, value) = text.split_once('=').unwrap_or((text, "on"));
     match (name, value) {
         ("cluster_size", size) => parse_cluster_size(size).map(ImageOption::ClusterSize),
-        ("extended_l2", "on") => Ok(ImageOption::ExtendedL2(true)),
-        ("extended_l2", "off") => Ok(ImageOption::ExtendedL2(false)),
-        ("extended_l2", _) => Err("expected extended_l2=on or extended_l2=off".to_string()),
+        ("extended_l2", switch) => parse_switch(switch).map(ImageOption::ExtendedL2),
         _ => Err("expected cluster_size=SIZE or extended_l2=on|off".to_string()),
+    }
+}
+
+fn parse_switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("expected on or off".to_string()),
     }
 }
 
@@ -73,9 +81,11 @@ impl CreateArgs {
         for option in self.options {
             match option {
                 ImageOption::ClusterSize(size) => cluster_size = Some(size),
-                ImageOption::ExtendedL2(is_on) => extended_l2 = is_on,
+                ImageOption::ExtendedL2(is_on) => extended_l2 = Some(is_on),
             }
         }
+        // A cluster size alone is the unit of copying up as well.
+        let extended_l2 = extended_l2.unwrap_or(cluster_size.is_none());
         let default = if extended_l2 { EXTENDED_CLUSTER_SIZE } else { CLUSTER_SIZE };
         let options = CreateOptions {
             overlay: self.overlay,
@@ -110,12 +120,12 @@ mod tests {
         let options = created(&["-F", "raw"]);
         assert_eq!(
             (options.size, options.cluster_size, options.extended_l2, options.base.as_str()),
-            (None, 65536, false, "base")
+            (None, 128 << 10, true, "base")
         );
         let options = created(&["-F", "qcow2", "1G", "--cluster-size", "4K"]);
         assert_eq!(
-            (options.size, options.cluster_size, options.format),
-            (Some(1 << 30), 4096, BackingFormat::Qcow2)
+            (options.size, options.cluster_size, options.extended_l2, options.format),
+            (Some(1 << 30), 4096, false, BackingFormat::Qcow2)
         );
     }
 
@@ -123,6 +133,9 @@ mod tests {
     fn subclusters_are_asked_for_in_our_words_and_in_those_of_qemu_img() {
         for (asked, cluster_size, extended_l2) in [
             (&["--extended-l2"] as &[&str], 128 << 10, true),
+            (&["--extended-l2", "on"], 128 << 10, true),
+            (&["--extended-l2=off"], 64 << 10, false),
+            (&["-o", "extended_l2=off"], 64 << 10, false),
             (&["--extended-l2", "--cluster-size", "64K"], 64 << 10, true),
             (&["-o", "extended_l2=on"], 128 << 10, true),
             (&["-o", "extended_l2"], 128 << 10, true),
@@ -137,7 +150,9 @@ mod tests {
                 "{asked:?}"
             );
         }
-        for wrong in ["extended_l2=yes", "cluster_size=1000", "lazy_refcounts=on", ""] {
+        for wrong in
+            ["extended_l2=yes", "extended_l2=", "cluster_size=1000", "lazy_refcounts=on", ""]
+        {
             let line = ["cordisk", "create", "o", "-b", "base", "-F", "raw", "-o", wrong];
             assert!(Args::try_parse_from(line).is_err(), "{wrong:?}");
         }

@@ -426,8 +426,8 @@ impl Disk {
         self.geometry().aligned(range)
     }
 
-    /// `range` rounded outward to whole subclusters: what is copied or made zero for it. The end may
-    /// lie beyond the end of the disk. Without extended L2 entries, a subcluster is a cluster.
+    /// `range` rounded outward to whole subclusters: what is copied or made zero for it. The end
+    /// may lie beyond the end of the disk. Without extended L2 entries, a subcluster is a cluster.
     fn aligned_to_subclusters(&self, range: &Range<u64>) -> Range<u64> {
         self.geometry().aligned_to_subclusters(range)
     }

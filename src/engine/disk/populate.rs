@@ -47,8 +47,8 @@ pub struct Populated {
     pub skipped: u64,
 }
 
-/// Subclusters that a read has brought from below and not yet stored in the overlay. As long as this
-/// value exists, its exclusive guard keeps all other requests away from their clusters.
+/// Subclusters that a read has brought from below and not yet stored in the overlay. As long as
+/// this value exists, its exclusive guard keeps all other requests away from their clusters.
 #[derive(Debug)]
 pub(super) struct PendingCopy<'a> {
     held: Exclusive<'a>,
@@ -366,9 +366,9 @@ impl Disk {
         Ok(at - run.start)
     }
 
-    /// Reads a range of which some subclusters are missing. Each missing run is read from below once,
-    /// for the guest and for the overlay. The subclusters to store are returned with their guard, so
-    /// that the caller can send the reply first.
+    /// Reads a range of which some subclusters are missing. Each missing run is read from below
+    /// once, for the guest and for the overlay. The subclusters to store are returned with their
+    /// guard, so that the caller can send the reply first.
     pub(super) fn read_missing<'a>(
         &self,
         held: Exclusive<'a>,
@@ -471,8 +471,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Reads whole subclusters from below. `range` starts at a subcluster and may end with the disk;
-    /// the rest of the last subcluster is filled with zeros (H19).
+    /// Reads whole subclusters from below. `range` starts at a subcluster and may end with the
+    /// disk; the rest of the last subcluster is filled with zeros (H19).
     pub(super) fn read_subclusters(&self, chain: &Chain, range: Range<u64>) -> Result<Bounce> {
         let len = range.end - range.start;
         let whole = len.next_multiple_of(self.geometry().subcluster_size());

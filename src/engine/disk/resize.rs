@@ -51,8 +51,8 @@ impl Disk {
         image.set_size(&drained, size)
     }
 
-    /// Makes the part of the last subcluster beyond the end of the disk zero. A compressed cluster is
-    /// stored again as a whole.
+    /// Makes the part of the last subcluster beyond the end of the disk zero. A compressed cluster
+    /// is stored again as a whole.
     ///
     /// Another program may have left data there (H19): QEMU copies up whole clusters, and keeps the
     /// bytes that it cuts off when it shrinks a disk. The layers below may also hold more bytes

@@ -208,8 +208,8 @@ fn model_subclusters() {
 }
 
 /// Protects: compressed clusters are read, and copied when they are written to. Both of their host
-/// clusters then lose a reference. With subclusters, a part of a compressed cluster that becomes zero
-/// leaves its other bytes.
+/// clusters then lose a reference. With subclusters, a part of a compressed cluster that becomes
+/// zero leaves its other bytes.
 #[test]
 fn compressed_overlay_is_rewritten_without_leaks() {
     for (kind, cluster) in [

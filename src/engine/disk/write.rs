@@ -147,8 +147,8 @@ impl Disk {
         Ok(Local::Done)
     }
 
-    /// Whether a write begins or ends inside a subcluster that must be completed from below. A hint,
-    /// unless the caller holds the range.
+    /// Whether a write begins or ends inside a subcluster that must be completed from below. A
+    /// hint, unless the caller holds the range.
     fn completes_from_below(&self, offset: u64, len: usize) -> Result<bool> {
         for run in self.runs(offset..offset + len as u64) {
             let run = run?;
@@ -199,8 +199,8 @@ impl Disk {
         }
     }
 
-    /// Writes a range whose clusters are held exclusively. Each run is written in place, or stored in
-    /// whole subclusters, which are completed with the bytes that the guest sees there now.
+    /// Writes a range whose clusters are held exclusively. Each run is written in place, or stored
+    /// in whole subclusters, which are completed with the bytes that the guest sees there now.
     fn write_held(
         &self,
         image: &Image,
@@ -264,8 +264,8 @@ impl Disk {
         self.note_overwritten(local, range)
     }
 
-    /// Makes a range zero: whole subclusters by changing their mapping, partial ones at the edges by
-    /// writing zeros. The range is never rounded outward.
+    /// Makes a range zero: whole subclusters by changing their mapping, partial ones at the edges
+    /// by writing zeros. The range is never rounded outward.
     fn make_zero(
         &self,
         range: Range<u64>,
@@ -306,8 +306,8 @@ impl Disk {
         self.write_zero_bytes(tail(at), patience)
     }
 
-    /// Whether the subcluster at an edge of a range exists only in a backing file. An empty edge has
-    /// no subcluster.
+    /// Whether the subcluster at an edge of a range exists only in a backing file. An empty edge
+    /// has no subcluster.
     fn edge_is_below(&self, edge: &Range<u64>) -> Result<bool> {
         Ok(!edge.is_empty()
             && self.map(edge.start, 1)?.mapping == Mapping::Unallocated
@@ -336,11 +336,11 @@ impl Disk {
         Ok(Local::Done)
     }
 
-    /// Whether a part of one subcluster already reads as zero; `None` where `patience` does not allow
-    /// the wait. A hint: a concurrent write counts as a write after this request.
+    /// Whether a part of one subcluster already reads as zero; `None` where `patience` does not
+    /// allow the wait. A hint: a concurrent write counts as a write after this request.
     ///
-    /// The bytes of an unallocated subcluster are read from below. If they are zeros, nothing has to
-    /// be written, whereas writing zeros would copy up the rest of the subcluster. This pays off
+    /// The bytes of an unallocated subcluster are read from below. If they are zeros, nothing has
+    /// to be written, whereas writing zeros would copy up the rest of the subcluster. This pays off
     /// because fstrim(8) of a fresh overlay begins and ends inside clusters, and the free space of
     /// a base image is often zeros.
     fn reads_as_zero(&self, part: Range<u64>, patience: Patience) -> Result<Option<bool>> {
@@ -411,7 +411,8 @@ impl Disk {
 
     /// Writes zeros over a run that cannot be mapped to zero: in a version 2 image with a backing
     /// file, where only written zeros can hide the backing file, or in a part of a compressed
-    /// cluster. Where the backing file is known to be zero, nothing is written: a guest that trims its free space must not fill the host.
+    /// cluster. Where the backing file is known to be zero, nothing is written: a guest that trims
+    /// its free space must not fill the host.
     fn write_zero_clusters(
         &self,
         image: &Image,

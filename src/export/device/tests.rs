@@ -331,8 +331,8 @@ fn polled(look: std::time::Duration) -> (Kernel, Arc<Turns>) {
     (kernel, turns)
 }
 
-/// Protects: a client that asks one request at a time is served by one thread that polls, and at the
-/// end of the mount the parked thread ends as well.
+/// Protects: a client that asks one request at a time is served by one thread that polls, and at
+/// the end of the mount the parked thread ends as well.
 #[test]
 fn one_thread_polls_for_a_client_that_asks_one_at_a_time() {
     let (kernel, turns) = polled(std::time::Duration::from_secs(3600));

@@ -430,8 +430,8 @@ fn qemu_reads_what_was_written() {
     assert!(std::fs::read(scratch.path().join("disk.raw")).unwrap() == model);
 }
 
-/// Returns the host offsets, in bytes, of the entry of a guest cluster in the first L2 table, and of
-/// its host cluster.
+/// Returns the host offsets, in bytes, of the entry of a guest cluster in the first L2 table, and
+/// of its host cluster.
 fn entry_of(image: &[u8], cluster: u64) -> (usize, u64) {
     let layout = spec::Layout::of(image).unwrap();
     let (_, table) = layout.l2_tables(image).next().unwrap();
@@ -440,8 +440,8 @@ fn entry_of(image: &[u8], cluster: u64) -> (usize, u64) {
     (at, descriptor & 0x00ff_ffff_ffff_fe00)
 }
 
-/// Protects: R9, R10. A subcluster is written whose host cluster is counted twice: the cluster moves
-/// with all its other subclusters, and the old one loses a reference and no byte.
+/// Protects: R9, R10. A subcluster is written whose host cluster is counted twice: the cluster
+/// moves with all its other subclusters, and the old one loses a reference and no byte.
 #[test]
 fn a_shared_cluster_moves_with_its_subclusters() {
     let start = extended(20 << 14, 400_000);

@@ -97,8 +97,8 @@ impl Geometry {
         Ok(Geometry { version, cluster_bits, refcount_order, size, extended_l2: false })
     }
 
-    /// Returns the geometry of the same image with extended L2 entries: 16 bytes each, and a mapping
-    /// for each of the 32 subclusters of a cluster.
+    /// Returns the geometry of the same image with extended L2 entries: 16 bytes each, and a
+    /// mapping for each of the 32 subclusters of a cluster.
     ///
     /// # Errors
     /// [`FormatError::Invalid`] in version 2, and for clusters of less than 16 KiB (QEMU:
@@ -247,8 +247,8 @@ impl Geometry {
         range.start - range.start % cluster_size..range.end.next_multiple_of(cluster_size)
     }
 
-    /// Returns whether a range of guest bytes is whole clusters. The last cluster of the disk counts
-    /// as whole if the range reaches the end of the disk.
+    /// Returns whether a range of guest bytes is whole clusters. The last cluster of the disk
+    /// counts as whole if the range reaches the end of the disk.
     pub fn is_whole_clusters(&self, range: &Range<u64>) -> bool {
         let ends = |end: u64| end == self.size || end.is_multiple_of(self.cluster_size());
         range.start.is_multiple_of(self.cluster_size()) && ends(range.end)

@@ -245,8 +245,8 @@ impl Image {
         Ok(placed)
     }
 
-    /// Makes subclusters read as zero. A host cluster that only their entry refers to stays reserved
-    /// for its guest cluster. Version 3 only.
+    /// Makes subclusters read as zero. A host cluster that only their entry refers to stays
+    /// reserved for its guest cluster. Version 3 only.
     ///
     /// # Errors
     /// If an L2 table cannot be loaded or allocated; subclusters before it are zero by then.

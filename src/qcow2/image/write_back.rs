@@ -20,9 +20,9 @@
 //! it was published, so the later copy of the refcounts contains it. Step 2 comes before step 3: an
 //! entry is changed before its old cluster is queued as a free, so the copied table no longer names
 //! the clusters of step 2. A crash at any point causes leaks at worst. A torn table write is
-//! harmless: an entry, of 8 or 16 aligned bytes, lies in one sector, which a disk writes as a whole,
-//! and in one page, which the host's page cache copies from resident memory as a whole. Each entry
-//! on disk is old or new, both of which are valid.
+//! harmless: an entry, of 8 or 16 aligned bytes, lies in one sector, which a disk writes as a
+//! whole, and in one page, which the host's page cache copies from resident memory as a whole. Each
+//! entry on disk is old or new, both of which are valid.
 
 use super::Image;
 use crate::format::patch;

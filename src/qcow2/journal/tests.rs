@@ -171,8 +171,8 @@ fn clusters_that_continue_a_run_join_it() {
     assert!(!zeros.joined_by(GuestCluster(3), raw(0, 0), size));
 }
 
-/// Protects: P17. The records of an image with extended L2 entries have their bitmaps, and a journal
-/// is not taken for that of the other kind.
+/// Protects: P17. The records of an image with extended L2 entries have their bitmaps, and a
+/// journal is not taken for that of the other kind.
 #[test]
 fn bitmaps_are_in_the_journal_of_an_image_with_subclusters() {
     let extended = geometry(16).with_extended_l2().unwrap();

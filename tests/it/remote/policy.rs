@@ -14,8 +14,9 @@ use crate::support::errno;
 
 const SIZE: u64 = 16 * MIB;
 
-/// The shortest and the longest time of a read that fails with `--source-timeout 2`.
-const DEADLINE: Range<Duration> = Duration::from_secs(2)..Duration::from_secs(15);
+/// The shortest and the longest time of a read that fails with `--source-timeout 2`. A request that
+/// fails less than 100 ms before the deadline is not made again.
+const DEADLINE: Range<Duration> = Duration::from_millis(1900)..Duration::from_secs(15);
 
 /// Reads at `at` fail with EIO after the deadline; meanwhile the disk does everything that needs no
 /// server. The fetcher must not have a part of the last 4 MiB.

@@ -564,8 +564,8 @@ fn a_range_that_is_partly_in_memory_is_a_miss() {
     assert!(buf == content);
 }
 
-/// Protects: a file on a tmpfs is read without waiting, although preadv2(2) does not know that it is
-/// in memory. One that has become shorter is a miss, and the read that may wait reports it.
+/// Protects: a file on a tmpfs is read without waiting, although preadv2(2) does not know that it
+/// is in memory. One that has become shorter is a miss, and the read that may wait reports it.
 #[test]
 fn a_file_on_a_tmpfs_is_in_memory() {
     let Ok(dir) = tempfile::tempdir_in("/dev/shm") else {

@@ -13,7 +13,8 @@ const HEADER_LENGTH: usize = 112;
 /// Parameters of a new image.
 #[derive(Clone, Debug)]
 pub struct NewImage {
-    /// Version 3, cluster size, 16-bit refcounts, virtual size, and whether L2 entries are extended.
+    /// Version 3, cluster size, 16-bit refcounts, virtual size, and whether L2 entries are
+    /// extended.
     pub geometry: Geometry,
     /// The backing file, if there is one.
     pub backing: Option<BackingReference>,
