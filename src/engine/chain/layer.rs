@@ -453,12 +453,23 @@ impl Layer {
         matches!(self.body, Body::Raw(_))
     }
 
-    /// Fills `buf` if this is a raw file, the range is inside it, and the bytes are in the host's
-    /// memory. Returns whether it did.
-    pub fn read_cached(&self, offset: u64, buf: &mut [u8]) -> bool {
+    /// As [`Layer::read`], but waits for no I/O. The answer is false if the bytes, or the table
+    /// that maps them, are not in memory.
+    pub(super) fn read_cached(&self, at: u64, buf: &mut [u8]) -> LayerAnswer<bool> {
+        let len = buf.len() as u64;
         match &self.body {
-            Body::Raw(storage) => storage.read_cached(offset, buf),
-            Body::Qcow2(_) => false,
+            Body::Raw(storage) => LayerAnswer::Here(storage.read_cached(at, buf), len),
+            Body::Qcow2(reader) => {
+                let at = GuestOffset(at);
+                match reader.map_resident(at, len) {
+                    Some(Extent { mapping: Mapping::Unallocated, len }) => LayerAnswer::Below(len),
+                    Some(extent) => {
+                        let part = &mut buf[..extent.len as usize];
+                        LayerAnswer::Here(reader.read_cached(at, &extent, part), extent.len)
+                    }
+                    None => LayerAnswer::Here(false, len),
+                }
+            }
         }
     }
 

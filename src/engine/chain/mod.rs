@@ -263,19 +263,29 @@ impl Chain {
         self.proven(asked, read)
     }
 
-    /// Whether [`Chain::read_cached`] can ever succeed. If not, the caller can skip its
-    /// preparations.
-    pub(crate) fn has_cached(&self) -> bool {
-        self.layers.first().is_some_and(|layer| layer.is_raw())
-    }
-
-    /// As [`Chain::read`], but only if the uppermost layer is a raw file and the host has the bytes
-    /// in memory. Returns whether `buf` was filled.
+    /// As [`Chain::read`], but only if the bytes, and the tables that map them, are in memory.
+    /// Returns whether `buf` was filled.
     pub fn read_cached(&self, offset: u64, buf: &mut [u8]) -> bool {
-        let unchanged = |layer: &Layer| {
-            without(Step::LayersUnchangedBeforePublish) || layer.unchanged(Ask::Known).is_ok()
-        };
-        self.layers.first().is_some_and(|layer| layer.read_cached(offset, buf) && unchanged(layer))
+        let (mut done, mut asked) = (0, 0);
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let rest = &mut buf[done..];
+            let most = rest.len() as u64;
+            let decided =
+                self.decide(usize::MAX, (at, most), Layer::size, &mut asked, |layer, len| {
+                    Ok(layer.read_cached(at, &mut rest[..len as usize]))
+                });
+            let run = match decided {
+                Ok((Decision::By(_, true), run)) => run as usize,
+                Ok((Decision::PastEnd(_) | Decision::Nobody, run)) => {
+                    rest[..run as usize].fill(0);
+                    run as usize
+                }
+                Ok((Decision::By(_, false), _)) | Err(_) => return false,
+            };
+            done += run;
+        }
+        without(Step::LayersUnchangedBeforePublish) || self.unchanged(asked, Ask::Known).is_ok()
     }
 
     /// Walks over the layers and determines which of the first `depth` decides the run at `offset`.

@@ -113,9 +113,8 @@ impl Disk {
         {
             return Ok(None);
         }
-        // Cheap check without the lock: nothing is cached below a qcow2 base. The chain is loaded
-        // again under the exclusive guard.
-        if !self.chain().is_some_and(|chain| chain.has_cached()) {
+        // A check without the lock. The chain is loaded again under the exclusive guard.
+        if self.chain().is_none() {
             return Ok(None);
         }
         let (Some(held), Some(chain)) =

@@ -20,6 +20,16 @@ pub struct Extent {
     pub len: u64,
 }
 
+/// How many of `max` bytes from `at` on lie inside the disk and are mapped by one L2 table.
+///
+/// # Panics
+/// If `at` is not inside the virtual size.
+fn one_table(geometry: &Geometry, at: GuestOffset, max: u64) -> u64 {
+    assert!(at.0 < geometry.size(), "lookup at {at:?} beyond the virtual size");
+    let span = geometry.l2_span();
+    max.min(geometry.size() - at.0).min(span - at.0 % span)
+}
+
 impl ImageReader {
     /// Returns the run of equal mapping that starts at `at` (any byte): at most `max` bytes (> 0),
     /// never beyond the virtual size or the range of one L2 table. Holds no lock on return.
@@ -31,14 +41,27 @@ impl ImageReader {
     /// If `at` is not inside the virtual size: the caller checks requests.
     pub fn map(&self, at: GuestOffset, max: u64) -> Result<Extent> {
         let geometry = self.geometry();
-        assert!(at.0 < geometry.size(), "lookup at {at:?} beyond the virtual size");
-        let span = geometry.l2_span();
-        let len = max.min(geometry.size() - at.0).min(span - at.0 % span);
+        let len = one_table(&geometry, at, max);
         let (l1_index, l2_index) = geometry.table_indexes(geometry.guest_cluster(at));
         let run = self.tables.with(l1_index, |table| {
             run_at(table, l2_index, geometry.in_cluster(at), len, &geometry)
         })?;
         run.unwrap_or(Ok(Extent { mapping: Mapping::Unallocated, len }))
+    }
+
+    /// As [`ImageReader::map`], but waits for no I/O: returns `None` if the L2 table is not in
+    /// memory, or if its entry is bad.
+    ///
+    /// # Panics
+    /// As [`ImageReader::map`].
+    pub fn map_resident(&self, at: GuestOffset, max: u64) -> Option<Extent> {
+        let geometry = self.geometry();
+        let len = one_table(&geometry, at, max);
+        let (l1_index, l2_index) = geometry.table_indexes(geometry.guest_cluster(at));
+        let run = self.tables.with_resident(l1_index, |table| {
+            run_at(table, l2_index, geometry.in_cluster(at), len, &geometry)
+        });
+        run.ok()?.unwrap_or(Ok(Extent { mapping: Mapping::Unallocated, len })).ok()
     }
 
     /// Returns the mapping at `at`, or its error, and for how many bytes from `at` on it applies,
@@ -53,8 +76,7 @@ impl ImageReader {
             Err(error) => error,
         };
         let geometry = self.geometry();
-        let span = geometry.l2_span();
-        let len = max.min(geometry.size() - at.0).min(span - at.0 % span);
+        let len = one_table(&geometry, at, max);
         let (l1_index, l2_index) = geometry.table_indexes(geometry.guest_cluster(at));
         let in_cluster = geometry.in_cluster(at);
         // If the table could not be loaded, the error applies to everything that it maps.
@@ -116,6 +138,33 @@ impl ImageReader {
                 buf.copy_from_slice(&cluster[start..start + buf.len()]);
                 self.inflated.put((host, len), cluster.into());
                 Ok(())
+            }
+        }
+    }
+
+    /// As [`ImageReader::read_extent`], but only if the host has the bytes in memory. Returns
+    /// whether `buf` was filled. Of compressed clusters, those that were decompressed lately are in
+    /// memory.
+    ///
+    /// # Panics
+    /// As [`ImageReader::read_extent`].
+    pub fn read_cached(&self, at: GuestOffset, extent: &Extent, buf: &mut [u8]) -> bool {
+        assert!(buf.len() as u64 <= extent.len);
+        let geometry = self.geometry();
+        match extent.mapping {
+            Mapping::Unallocated | Mapping::Zero { .. } => {
+                buf.fill(0);
+                true
+            }
+            Mapping::Data { host, .. } => {
+                let offset = geometry.host_offset(host).0 + geometry.in_cluster(at);
+                self.storage().read_cached(offset, buf)
+            }
+            Mapping::Compressed { at: host, len } => {
+                let Some(cluster) = self.inflated.get((host, len)) else { return false };
+                let start = geometry.in_cluster(at) as usize;
+                buf.copy_from_slice(&cluster[start..start + buf.len()]);
+                true
             }
         }
     }

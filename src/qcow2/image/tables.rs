@@ -77,6 +77,14 @@ pub(super) struct Tables {
     corruption: Mutex<{ rank::LEAF }, Option<String>>,
 }
 
+/// A table is not in memory.
+pub(super) struct NotResident<F> {
+    /// What was to be called with it.
+    f: F,
+    /// Whether the slot of the table is in memory.
+    has_slot: bool,
+}
+
 impl Tables {
     /// Opens the tables of an image. For writing (with an allocator), reads and checks the whole L1
     /// table (V22); for reading, reads nothing yet.
@@ -137,30 +145,36 @@ impl Tables {
     /// Calls `f` with the L2 table of an L1 index and loads the table first if needed; returns
     /// `None` if there is no table.
     pub fn with<R>(&self, l1_index: usize, f: impl FnOnce(&L2Table) -> R) -> Result<Option<R>> {
+        let mut f = f;
         loop {
-            let has_slot = {
-                let slots = self.slots.read();
-                match slots.get(l1_index) {
-                    Some(slot) => {
-                        if let Some(table) = slot.table.read().as_deref() {
-                            return Ok(Some(f(table)));
-                        }
-                        if slot.l1_entry.load(Ordering::Acquire) == 0 {
-                            return Ok(None);
-                        }
-                        true
-                    }
-                    None if slots.chunks[l1_index / CHUNK].is_empty.load(Ordering::Acquire) => {
-                        return Ok(None);
-                    }
-                    None => false,
-                }
+            let NotResident { f: unused, has_slot } = match self.with_resident(l1_index, f) {
+                Ok(found) => return Ok(found),
+                Err(missing) => missing,
             };
+            f = unused;
             if has_slot {
                 self.load(l1_index)?;
             } else {
                 self.load_chunk(l1_index)?;
             }
+        }
+    }
+
+    /// As [`Tables::with`], but loads nothing: returns `f` unused where that would be needed.
+    pub fn with_resident<R, F: FnOnce(&L2Table) -> R>(
+        &self,
+        l1_index: usize,
+        f: F,
+    ) -> std::result::Result<Option<R>, NotResident<F>> {
+        let slots = self.slots.read();
+        match slots.get(l1_index) {
+            Some(slot) => match slot.table.read().as_deref() {
+                Some(table) => Ok(Some(f(table))),
+                None if slot.l1_entry.load(Ordering::Acquire) == 0 => Ok(None),
+                None => Err(NotResident { f, has_slot: true }),
+            },
+            None if slots.chunks[l1_index / CHUNK].is_empty.load(Ordering::Acquire) => Ok(None),
+            None => Err(NotResident { f, has_slot: false }),
         }
     }
 

@@ -227,3 +227,41 @@ fn bad_place_below_hurts_only_its_readers() {
     assert_eq!(Some(buf.clone()), rig.shown(5 * CLUSTER + 1536, 1024));
     assert!(!rig.is_local(5));
 }
+
+/// Protects: runs of several layers are put together, each from the layer that decides it, and
+/// nothing is read to find out which one does.
+#[test]
+fn layers_in_memory_are_answered_at_once() {
+    let middle =
+        SimStorage::new(NewImage::file_for_tests(12, SIZE, Some(("base.raw", BackingFormat::Raw))));
+    let below = rig();
+    let image = Image::open(middle.clone()).unwrap();
+    let writer = Disk::for_tests(image, Some(Chain::of_raw(below.base.clone())));
+    writer.write(3 * CLUSTER, &[0xab; CLUSTER as usize]).unwrap();
+    writer.write_zeroes(5 * CLUSTER..6 * CLUSTER).unwrap();
+    writer.close().unwrap();
+    let mut content = below.content.clone();
+    content[3 * CLUSTER as usize..4 * CLUSTER as usize].fill(0xab);
+    content[5 * CLUSTER as usize..6 * CLUSTER as usize].fill(0);
+
+    let middle = SimStorage::new(middle.bytes());
+    middle.keep_in_memory(true);
+    let overlay = SimStorage::checked(NewImage::file_for_tests(
+        12,
+        SIZE,
+        Some(("middle.qcow2", BackingFormat::Qcow2)),
+    ));
+    let chain = Chain::of_two(middle.clone(), below.base.clone()).unwrap();
+    let disk = Disk::for_tests(Image::open(overlay.clone()).unwrap(), Some(chain));
+    let disk = Arc::new(disk.copying_up(true));
+    let rig = Rig { disk, base: Arc::clone(&below.base), overlay, content };
+    assert_eq!(rig.cached(2 * CLUSTER, 4 * CLUSTER), None, "the table is not in memory");
+    rig.disk.read(40 * CLUSTER, &mut [0; 512]).unwrap();
+    let before = (rig.base.operations(), middle.operations());
+    assert_eq!(rig.cached(2 * CLUSTER, 5 * CLUSTER), rig.shown(2 * CLUSTER, 5 * CLUSTER));
+    assert_eq!((rig.base.operations(), middle.operations()), before, "not read in any other way");
+    assert!([2, 3, 4, 6].iter().all(|cluster| rig.is_local(*cluster)));
+    rig.base.keep_in_memory(false);
+    assert_eq!(rig.cached(10 * CLUSTER, CLUSTER), None, "the lower layer is not in memory");
+    rig.disk.close().unwrap();
+}
