@@ -192,7 +192,8 @@ impl Reply for DeviceReply<'_> {
     }
 
     fn has_time(&mut self) -> bool {
-        // The other thread takes the requests that arrive meanwhile.
+        // The other thread takes the requests that arrive meanwhile; if it is parked because this
+        // one polls, after two of its looks at the latest.
         true
     }
 

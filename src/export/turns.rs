@@ -12,9 +12,9 @@
 //!    │ └── the next request did not come within POLL, or there was one more when a request was
 //!    │     read, MOST_CROWDED times in a row, or a request was served for longer than LOOK
 //!    ▼
-//! one polls  ALONE requests in a row came one at a time and soon: the thread that has served the
-//!            last one polls /dev/fuse before it waits. The others park, each after the next
-//!            request that the kernel gives it.
+//! one polls  ALONE or more requests in a row came one at a time and soon: the thread that has
+//!            served the last one polls /dev/fuse before it waits. The others park, each after the
+//!            next request that the kernel gives it.
 //! ```
 //! A parked thread looks every [`LOOK`] whether the one that polls has served a request. If it has
 //! not, because it hangs in one or there is none, all read again: a file that hangs stops at most
@@ -23,10 +23,11 @@
 //! QEMU's event loop polls in the same way, for at most 32 µs by default (`poll-max-ns`).
 //!
 //! **Touches:** poll(2) with a timeout of zero, parking of threads.
-//! **Never:** reads a request; waits while no other thread reads.
+//! **Never:** reads a request; parks the thread that is to poll.
 //! **Locks:** none.
-//! **Invariants:** a thread parks only while another one polls or serves, and that one unparks it
-//! before it waits in read(2) or ends.
+//! **Invariants:** a thread parks only while another one is to poll. That one unparks it when it
+//! has polled in vain, and when it ends; and a parked thread frees itself after at most two
+//! [`LOOK`]s in which no request was served.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -43,13 +44,13 @@ const POLL: Duration = Duration::from_micros(32);
 /// few again when it has polled [`ALONE`] times with success.
 const ALONE: u32 = 32;
 const MOST_ALONE: u32 = 8192;
-/// Two threads that take turns have each every second request, so this is twice the longest time
-/// between two requests of a client for which polling pays.
+/// Two threads that take turns have each every second request, so this is twice the time of one
+/// request as the client sees it, wake-ups included.
 const SOON: Duration = Duration::from_micros(200);
 /// How many requests in a row may find one more behind them, before all threads read again.
 const MOST_CROWDED: u32 = 4;
 /// How often a parked thread looks whether the thread that polls still comes forward.
-const LOOK: Duration = Duration::from_millis(5);
+const LOOK: Duration = Duration::from_millis(2);
 
 /// Value of [`Turns::polling`]: all threads wait in read(2).
 const ALL_READ: usize = usize::MAX;
@@ -63,7 +64,7 @@ pub(super) struct Turns {
     parked: AtomicUsize,
     /// Threads that serve a request.
     serving: AtomicU32,
-    /// Requests that were served by the thread that polls.
+    /// Requests that were served.
     served: AtomicU64,
     threads: Vec<OnceLock<Thread>>,
     /// Whether a thread may poll: it must not take the only processor from its client.
@@ -197,7 +198,7 @@ impl ReaderTurn {
     fn poll(&mut self, device: &OwnedFd) -> bool {
         while self.done.elapsed() < self.turns.poll {
             if has_request(device) {
-                self.found += 1;
+                self.found = self.found.saturating_add(1);
                 if self.found >= ALONE {
                     self.needed = ALONE;
                 }
@@ -215,16 +216,17 @@ impl ReaderTurn {
 
     /// Notes that this thread has read a request from `device`.
     pub(super) fn begins(&mut self, device: &OwnedFd) {
-        if self.turns.polling.load(Ordering::Relaxed) == self.number {
-            self.crowded = if has_request(device) { self.crowded + 1 } else { 0 };
-            if self.crowded >= MOST_CROWDED {
-                self.crowded = 0;
-                self.turns.all_read(self.number);
-            }
+        let is_polling = self.turns.polling.load(Ordering::Relaxed) == self.number;
+        let is_crowded = is_polling && has_request(device);
+        self.crowded = if is_crowded { self.crowded + 1 } else { 0 };
+        if self.crowded >= MOST_CROWDED {
+            self.crowded = 0;
+            self.turns.all_read(self.number);
         }
         let others = self.turns.serving.fetch_add(1, Ordering::SeqCst);
-        let is_alone = others == 0 && self.done.elapsed() < self.turns.soon;
-        self.alone = if is_alone { self.alone + 1 } else { 0 };
+        let is_soon = self.done.elapsed() < self.turns.soon;
+        let is_alone = others == 0 && is_soon && !is_crowded;
+        self.alone = if is_alone { self.alone.saturating_add(1) } else { 0 };
     }
 
     /// Notes that the request is served, or passed on to another thread.

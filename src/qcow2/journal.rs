@@ -344,6 +344,12 @@ impl Journal {
         (state.next - state.header.start) * 2 > self.slots
     }
 
+    /// Returns whether so many records wait that a change may soon have to wait for a pass.
+    pub fn is_nearly_full(&self) -> bool {
+        let state = self.state.lock();
+        (state.next - state.header.start + state.promised) * 4 > self.slots * 3
+    }
+
     /// Returns how many clusters one change may have at most, so that several threads that wait for
     /// space do not keep each other waiting.
     pub fn most_at_once(&self) -> u64 {

@@ -33,9 +33,10 @@ pub(super) struct CreateArgs {
     /// 64K]
     #[arg(long, value_name = "SIZE", value_parser = parse_cluster_size)]
     cluster_size: Option<u64>,
-    /// Whether each cluster has 32 subclusters, which are copied up one by one. QEMU reads such an
-    /// image since version 5.2; clusters have at least 16K [default: on, off with --cluster-size]
-    #[arg(long, value_name = "on|off", num_args = 0..=1, default_missing_value = "on", value_parser = parse_switch)]
+    /// Whether each cluster has 32 subclusters, which are copied up one by one. QEMU can read such
+    /// an image from version 5.2 on; clusters have at least 16K [default: on, off with a cluster
+    /// size]
+    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = parse_switch)]
     extended_l2: Option<bool>,
     /// The same options in the words of qemu-img: cluster_size=SIZE, extended_l2=on|off, separated
     /// by commas; may be given several times
@@ -133,7 +134,8 @@ mod tests {
     fn subclusters_are_asked_for_in_our_words_and_in_those_of_qemu_img() {
         for (asked, cluster_size, extended_l2) in [
             (&["--extended-l2"] as &[&str], 128 << 10, true),
-            (&["--extended-l2", "on"], 128 << 10, true),
+            (&["--extended-l2=on"], 128 << 10, true),
+            (&["--extended-l2", "4G"], 128 << 10, true),
             (&["--extended-l2=off"], 64 << 10, false),
             (&["-o", "extended_l2=off"], 64 << 10, false),
             (&["--extended-l2", "--cluster-size", "64K"], 64 << 10, true),

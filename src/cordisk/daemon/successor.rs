@@ -29,9 +29,9 @@ use host::Result;
 use host::error::Context;
 use host::storage::MemoryFile;
 
-/// Size of the journal in bytes. It has 65,536 records, of which a busy guest writes about 30,000
-/// between two passes.
-const JOURNAL: u64 = 4096 + 65_536 * 40;
+/// Size of the journal in bytes. It has 131,072 records with bitmaps, of which a busy guest writes
+/// about 60,000 between two passes. What was not used takes no memory.
+const JOURNAL: u64 = 4096 + 131_072 * 48;
 
 /// Returns what a step of the start has made. If it failed in a successor, logs the error and goes
 /// on without: the guest lives, and needs the disk more than a pidfile or a socket.

@@ -109,6 +109,7 @@ impl Disk {
         if !self.copy_on_read
             || copied.end > self.size()
             || copied.end - copied.start > AT_ONCE
+            || image.is_pressed()
             || !self.fills.are_welcome(&**image.storage())
         {
             return Ok(None);

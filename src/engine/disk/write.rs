@@ -134,14 +134,22 @@ impl Disk {
     /// Stores a small write if no other request uses its clusters and no backing file is needed.
     /// Otherwise writes nothing.
     fn store_now(&self, image: &Image, range: &Range<u64>, data: &[u8]) -> Result<Local> {
-        let clusters = self.aligned(range);
-        if clusters.end - clusters.start > AT_ONCE.max(self.cluster_size()) {
+        let stored = self.aligned_to_subclusters(range);
+        if stored.end - stored.start > AT_ONCE || image.is_pressed() {
             return Ok(Local::Miss);
         }
+        let clusters = self.aligned(range);
         let Some(held) = self.in_flight.try_exclusive(clusters) else { return Ok(Local::Miss) };
         // The mapping may have changed since the shared guard was dropped.
         if self.completes_from_below(range.start, data.len())? {
             return Ok(Local::Below);
+        }
+        for run in self.runs(range.clone()) {
+            // Such a cluster is decompressed and stored as a whole.
+            if matches!(run?.mapping(), Mapping::Compressed { .. }) && self.cluster_size() > AT_ONCE
+            {
+                return Ok(Local::Miss);
+            }
         }
         self.write_held(image, &held, range.start, data)?;
         Ok(Local::Done)

@@ -7,7 +7,7 @@
 //! which also makes the stream shorter. A disk that cannot keep up then slows down the stream, for
 //! which no guest request waits, instead of the flush.
 //!
-//! **Invariants:** only the new clusters of a stream are written out early, and only after their
+//! **Invariants:** only what a stream has stored is written out early, and only after their
 //! range guard is released. Clusters written by a guest, or copied up by its reads, are not: their
 //! requests must not be delayed.
 

@@ -58,7 +58,7 @@ impl L1Entry {
     }
 }
 
-/// A decoded L2 entry.
+/// What an L2 entry says of one subcluster; without extended L2 entries, a decoded L2 entry.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Mapping {
     /// The image has no cluster: reads come from the backing file, or are zero.

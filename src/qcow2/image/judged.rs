@@ -1,5 +1,6 @@
-//! The entries of an L2 table that cannot be used as they are (V24 to V27). They are found when the
-//! table is loaded and reported when the entry is used; the other entries of the table stay usable.
+//! The entries of an L2 table that cannot be used as they are (V24 to V27, V30). They are found
+//! when the table is loaded and reported when the entry is used; the other entries of the table
+//! stay usable.
 
 use crate::format::{Geometry, HostCluster, L2Entry, RawL2Entry};
 use host::sync::atomic::{AtomicU64, Ordering};

@@ -86,8 +86,8 @@ const HEADER_AREA: u64 = 2 << 20;
 /// Memory for the L2 tables of the overlay, in bytes. It is exceeded only while all tables in
 /// memory are dirty. 64 MiB map 512 GiB at 64 KiB clusters.
 const OVERLAY_TABLE_MEMORY: usize = 64 << 20;
-/// A commit is requested when new clusters of this many bytes are not committed. The limit bounds
-/// what a crash leaks and how long the next flush of the guest takes.
+/// A commit is requested when this many bytes in new clusters are not committed. The limit bounds
+/// how long the next flush of the guest takes, and, with the journal, what a crash leaks.
 const UNCOMMITTED_DATA: u64 = 256 << 20;
 
 /// Memory for the L2 tables of one backing file, in bytes. It is smaller than the overlay's because
@@ -207,7 +207,7 @@ pub struct Image {
     /// concurrent calls the wrong one could succeed. A barrier that waits here sees the latch
     /// `failed` afterwards (P7, H21).
     barriers: Mutex<{ rank::BARRIER }, ()>,
-    /// Bytes of new clusters that were filled since the last pass began.
+    /// Bytes that were written into new clusters since the last pass began.
     uncommitted: AtomicU64,
     /// Whether the last pass failed to lower the refcounts of the clusters it had freed.
     unreleased: AtomicBool,
@@ -376,6 +376,12 @@ impl Image {
             // The channel is full if a request is already pending.
             let _ = self.commit_wanted.0.try_send(());
         }
+    }
+
+    /// Returns whether a change of the mapping may have to wait for a pass, because the journal is
+    /// nearly full. Threads that must not wait leave such a change to others.
+    pub fn is_pressed(&self) -> bool {
+        self.journal.as_deref().is_some_and(Journal::is_nearly_full)
     }
 
     /// Returns the end, in bytes, of the highest cluster that was allocated since the image was

@@ -116,6 +116,11 @@ impl ImageReader {
     /// many of the `len` bytes at `at`, all of them unallocated, that holds.
     fn unallocated(&self, at: GuestOffset, len: u64) -> Result<(Location, u64)> {
         let geometry = self.geometry();
+        let (l1_index, _) = geometry.table_indexes(geometry.guest_cluster(at));
+        // The run lies in what one table maps.
+        if self.tables.with(l1_index, |_| ())?.is_none() {
+            return Ok((Location::Below { offset: None }, len));
+        }
         let mut known = 0;
         while known < len {
             let here = GuestOffset(at.0 + known);

@@ -22,7 +22,7 @@ enum Destination {
 impl Image {
     /// Stores whole subclusters of data, from guest subcluster `start` on: fills host clusters that
     /// are reserved for their guest clusters, and new ones, and publishes them. Calls `placed` with
-    /// the range of each run in new clusters of the file, in bytes, before the run is published.
+    /// the range of each run in the file, in bytes, before the run is published.
     ///
     /// # Errors
     /// As [`Image::allocate`], [`Image::fill`] and [`Image::publish`]. What was published before
@@ -46,29 +46,44 @@ impl Image {
             let (destination, subclusters) = self.destination(at..end)?;
             let skip = u64::from(geometry.cluster_of(at).1) << bits;
             let len = (subclusters << bits) as usize;
-            let stored = match destination {
+            let (now, later) = rest.split_at(len);
+            match destination {
                 Destination::Own(host) => {
-                    self.publish(held, at, self.fill_own(host, skip, &rest[..len])?)?;
-                    len
-                }
-                Destination::New => {
-                    let cluster_bits = geometry.cluster_bits();
-                    let wanted = (skip + len as u64).div_ceil(geometry.cluster_size());
-                    let allocation = self.allocate(wanted)?;
-                    let there = (allocation.clusters() << cluster_bits) - skip;
-                    let len = len.min(there as usize);
-                    let filled = self.fill(allocation, skip, &rest[..len])?;
+                    let filled = self.fill_own(host, skip, now)?;
                     placed(filled.place());
                     self.publish(held, at, filled)?;
-                    len
                 }
-                Destination::Moved(host) => {
-                    placed(self.move_cluster(held, at, host, &rest[..len])?);
-                    len
-                }
-            };
-            at.0 += stored as u64 >> bits;
-            rest = &rest[stored..];
+                Destination::New => self.store_in_new(held, at, now, &mut placed)?,
+                Destination::Moved(host) => placed(self.move_cluster(held, at, host, now)?),
+            }
+            at.0 += subclusters;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Stores whole subclusters in new clusters: in as few runs of them as there are.
+    fn store_in_new(
+        &self,
+        held: &Exclusive<'_>,
+        start: GuestSubcluster,
+        data: &[u8],
+        placed: &mut impl FnMut(Range<u64>),
+    ) -> Result<()> {
+        let geometry = self.reader().geometry();
+        let bits = geometry.subcluster_bits();
+        let (mut at, mut rest) = (start, data);
+        while !rest.is_empty() {
+            let skip = u64::from(geometry.cluster_of(at).1) << bits;
+            let wanted = (skip + rest.len() as u64).div_ceil(geometry.cluster_size());
+            let allocation = self.allocate(wanted)?;
+            let there = (allocation.clusters() << geometry.cluster_bits()) - skip;
+            let (now, later) = rest.split_at(rest.len().min(there as usize));
+            let filled = self.fill(allocation, skip, now)?;
+            placed(filled.place());
+            self.publish(held, at, filled)?;
+            at.0 += now.len() as u64 >> bits;
+            rest = later;
         }
         Ok(())
     }
