@@ -37,7 +37,7 @@ impl Drop for Allocation<'_> {
 }
 
 /// Host clusters whose data is written. Only [`Image::fill`], [`Image::fill_by_cloning`] and
-/// [`Image::fill_own`] make one, so that no subcluster is published before its data (I3).
+/// `fill_own` make one, so that no subcluster is published before its data (I3).
 #[derive(Debug)]
 pub struct Filled<'a> {
     start: HostCluster,
