@@ -20,14 +20,38 @@ pub struct Extent {
     pub len: u64,
 }
 
-/// How many of `max` bytes from `at` on lie inside the disk and are mapped by one L2 table.
-///
-/// # Panics
-/// If `at` is not inside the virtual size.
-fn one_table(geometry: &Geometry, at: GuestOffset, max: u64) -> u64 {
-    assert!(at.0 < geometry.size(), "lookup at {at:?} beyond the virtual size");
-    let span = geometry.l2_span();
-    max.min(geometry.size() - at.0).min(span - at.0 % span)
+/// The L2 entry at which a lookup begins, and how many bytes one L2 table maps from there on.
+struct Start {
+    geometry: Geometry,
+    l1_index: usize,
+    l2_index: usize,
+    /// Bytes from the start of the cluster to the offset that is looked up.
+    in_cluster: u64,
+    /// Bytes from that offset on, inside the virtual size and the range of the L2 table.
+    len: u64,
+}
+
+impl Start {
+    /// Of a lookup of at most `max` bytes from `at` on.
+    ///
+    /// # Panics
+    /// If `at` is not inside the virtual size.
+    fn new(geometry: Geometry, at: GuestOffset, max: u64) -> Start {
+        assert!(at.0 < geometry.size(), "lookup at {at:?} beyond the virtual size");
+        let span = geometry.l2_span();
+        let len = max.min(geometry.size() - at.0).min(span - at.0 % span);
+        let (l1_index, l2_index) = geometry.table_indexes(geometry.guest_cluster(at));
+        Start { geometry, l1_index, l2_index, in_cluster: geometry.in_cluster(at), len }
+    }
+
+    fn run(&self, table: &L2Table) -> Result<Extent> {
+        run_at(table, self.l2_index, self.in_cluster, self.len, &self.geometry)
+    }
+
+    /// The run if there is no L2 table.
+    fn unallocated(&self) -> Extent {
+        Extent { mapping: Mapping::Unallocated, len: self.len }
+    }
 }
 
 impl ImageReader {
@@ -40,13 +64,9 @@ impl ImageReader {
     /// # Panics
     /// If `at` is not inside the virtual size: the caller checks requests.
     pub fn map(&self, at: GuestOffset, max: u64) -> Result<Extent> {
-        let geometry = self.geometry();
-        let len = one_table(&geometry, at, max);
-        let (l1_index, l2_index) = geometry.table_indexes(geometry.guest_cluster(at));
-        let run = self.tables.with(l1_index, |table| {
-            run_at(table, l2_index, geometry.in_cluster(at), len, &geometry)
-        })?;
-        run.unwrap_or(Ok(Extent { mapping: Mapping::Unallocated, len }))
+        let start = Start::new(self.geometry(), at, max);
+        let run = self.tables.with(start.l1_index, |table| start.run(table))?;
+        run.unwrap_or_else(|| Ok(start.unallocated()))
     }
 
     /// As [`ImageReader::map`], but waits for no I/O: returns `None` if the L2 table is not in
@@ -55,13 +75,9 @@ impl ImageReader {
     /// # Panics
     /// As [`ImageReader::map`].
     pub fn map_resident(&self, at: GuestOffset, max: u64) -> Option<Extent> {
-        let geometry = self.geometry();
-        let len = one_table(&geometry, at, max);
-        let (l1_index, l2_index) = geometry.table_indexes(geometry.guest_cluster(at));
-        let run = self.tables.with_resident(l1_index, |table| {
-            run_at(table, l2_index, geometry.in_cluster(at), len, &geometry)
-        });
-        run.ok()?.unwrap_or(Ok(Extent { mapping: Mapping::Unallocated, len })).ok()
+        let start = Start::new(self.geometry(), at, max);
+        let run = self.tables.with_resident(start.l1_index, |table| start.run(table));
+        run.ok()?.unwrap_or_else(|| Ok(start.unallocated())).ok()
     }
 
     /// Returns the mapping at `at`, or its error, and for how many bytes from `at` on it applies,
@@ -75,10 +91,8 @@ impl ImageReader {
             Ok(extent) => return (Ok(extent.mapping), extent.len),
             Err(error) => error,
         };
-        let geometry = self.geometry();
-        let len = one_table(&geometry, at, max);
-        let (l1_index, l2_index) = geometry.table_indexes(geometry.guest_cluster(at));
-        let in_cluster = geometry.in_cluster(at);
+        let Start { geometry, l1_index, l2_index, in_cluster, len } =
+            Start::new(self.geometry(), at, max);
         // If the table could not be loaded, the error applies to everything that it maps.
         let bad = self.tables.if_resident(l1_index, |table| {
             let wanted = (in_cluster + len).div_ceil(geometry.cluster_size()) as usize;
@@ -189,15 +203,11 @@ impl ImageReader {
         let geometry = self.geometry();
         let (mut at, end) = (at.0, at.0.saturating_add(len).min(geometry.size()));
         while at < end {
-            let span = geometry.l2_span();
-            let rest = (end - at).min(span - at % span);
             let guest = GuestOffset(at);
-            let (l1_index, l2_index) = geometry.table_indexes(geometry.guest_cluster(guest));
-            let run = self.tables.if_resident(l1_index, |table| {
-                run_at(table, l2_index, geometry.in_cluster(guest), rest, &geometry)
-            });
+            let start = Start::new(geometry, guest, end - at);
+            let run = self.tables.if_resident(start.l1_index, |table| start.run(table));
             let Some(Ok(extent)) = run else {
-                at += rest;
+                at += start.len;
                 continue;
             };
             if let Some(offset) = self.data_offset(guest, &extent) {
