@@ -82,7 +82,9 @@ class Bench:
         """A fresh, empty overlay above a base, made with these further words."""
         path = self.path("overlay.qcow2")
         path.unlink(missing_ok=True)
-        run("qemu-img", "create", "-q", "-f", "qcow2", *options, "-F", "raw" if kind == "raw" else "qcow2", "-b", self.base(kind), path)
+        base_format = "raw" if kind == "raw" else "qcow2"
+        run("qemu-img", "create", "-q", "-f", "qcow2", *options,
+            "-F", base_format, "-b", self.base(kind), path)
         return path
 
     def settle(self, *paths):
@@ -294,14 +296,19 @@ def touch(bench):
 
 def misses_of(bench):
     """With blockalign each read goes to another cluster: every one is a miss, and none is a hit."""
-    return "--rw=randread", "--bs=4k", "--blockalign=64k", "--io_size=%d" % (bench.size // CLUSTER * PAGE)
+    io_size = bench.size // CLUSTER * PAGE
+    return "--rw=randread", "--bs=4k", "--blockalign=64k", "--io_size=%d" % io_size
 
 
 def subclusters(bench):
     """First reads and first writes of 4 KiB without and with subclusters, of 2 KiB and of 4 KiB."""
     title = "First touch of 4 KiB at random, depth 1, raw base"
-    kinds = (("", "clusters of 64 KiB", ()), ("-sub2k", "64 KiB, subclusters", ("-o", "extended_l2=on")),
-             ("-sub4k", "128 KiB, subclusters", ("-o", "extended_l2=on,cluster_size=128k")), ("-4k", "clusters of 4 KiB", ("-o", "cluster_size=4k")))
+    kinds = (
+        ("", "clusters of 64 KiB", ()),
+        ("-sub2k", "64 KiB, subclusters", ("-o", "extended_l2=on")),
+        ("-sub4k", "128 KiB, subclusters", ("-o", "extended_l2=on,cluster_size=128k")),
+        ("-4k", "clusters of 4 KiB", ("-o", "cluster_size=4k")),
+    )
     misses = misses_of(bench)
     writes = [word.replace("randread", "randwrite") for word in misses]
     for way, words in (("read", misses), ("write", writes)):
@@ -312,7 +319,8 @@ def subclusters(bench):
             for target in bench.turns(bench.of(qcow2_only=True)):
                 overlay = bench.overlay("raw", options)
                 bench.set_cache(bench.base("raw"))
-                disk = target.put_up(Setup(str(bench.path("base.raw")), str(overlay), copy_on_read=True))
+                base = str(bench.path("base.raw"))
+                disk = target.put_up(Setup(base, str(overlay), copy_on_read=True))
                 iops, _, _, _ = bench.fio(disk, bench.size, *words, "--ioengine=psync")
                 bench.record(key, target, iops)
                 if way == "read":
