@@ -96,8 +96,8 @@ impl Turns {
         })
     }
 
-    /// Also on a single processor, for a client that takes any time, and with a parked thread that
-    /// looks at these intervals.
+    /// As [`Turns::new`], but a thread may poll on a single processor, the client may take any time
+    /// between two requests, and a parked thread looks at intervals of `look`.
     #[cfg(test)]
     pub(super) fn for_tests(threads: usize, look: Duration) -> Arc<Turns> {
         const HOUR: Duration = Duration::from_secs(3600);
@@ -132,7 +132,7 @@ pub(super) struct ReaderTurn {
     number: usize,
     /// Requests in a row that came alone and soon.
     alone: u32,
-    /// So many let this thread poll.
+    /// The thread polls when `alone` reaches this number.
     needed: u32,
     /// Requests in a row that came while this thread polled.
     found: u32,

@@ -180,6 +180,12 @@ impl Geometry {
         u32::MAX >> (u32::BITS - self.subclusters())
     }
 
+    /// Returns the bits of the subclusters at these places in their cluster.
+    pub(crate) fn subcluster_mask(&self, places: Range<u64>) -> u32 {
+        assert!(places.end <= self.subclusters().into(), "places in one cluster: {places:?}");
+        ((1_u64 << places.end) - (1_u64 << places.start)) as u32
+    }
+
     /// Returns log2 of the subcluster size.
     pub fn subcluster_bits(&self) -> u32 {
         self.cluster_bits - self.subclusters_bits()

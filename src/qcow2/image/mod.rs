@@ -28,8 +28,8 @@ use std::sync::{Arc, OnceLock};
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use crate::format::{
-    BackingReference, FormatError, Geometry, GuestOffset, Header, HeaderPatch, Mapping, feature,
-    patch,
+    BackingReference, FormatError, Geometry, GuestOffset, Header, HeaderPatch, HostCluster,
+    Mapping, feature, patch,
 };
 use crate::journal::{BarrierState, Journal};
 use host::mutants::{Step, without};
@@ -612,10 +612,20 @@ impl Image {
         };
         assert!(data.len() as u64 <= extent.len);
         self.check_usable()?;
-        let geometry = self.reader.geometry();
-        let offset = geometry.host_offset(host).0 + geometry.in_cluster(at);
+        self.write_data(WriteKind::Data, host, self.reader.geometry().in_cluster(at), data)
+    }
+
+    /// Writes guest data to contiguous host clusters, from byte `skip` of the first one on.
+    fn write_data(
+        &self,
+        kind: WriteKind,
+        start: HostCluster,
+        skip: u64,
+        data: &[u8],
+    ) -> Result<()> {
+        let offset = self.reader.geometry().host_offset(start).0 + skip;
         self.storage
-            .write_at(WriteKind::Data, offset, data)
+            .write_at(kind, offset, data)
             .map_err(|error| Error::io(format!("data at {offset:#x}"), error))
     }
 }

@@ -90,10 +90,7 @@ impl Image {
                 && (written.start | written.end).is_multiple_of(geometry.subcluster_size()),
             "a fill is of whole subclusters in all new clusters: {written:?}"
         );
-        let offset = geometry.host_offset(allocation.start).0 + skip;
-        self.storage
-            .write_at(WriteKind::NewCluster, offset, data)
-            .map_err(|error| Error::io(format!("data at {offset:#x}"), error))?;
+        self.write_data(WriteKind::NewCluster, allocation.start, skip, data)?;
         self.uncommitted.fetch_add(data.len() as u64, Ordering::Relaxed);
         Ok(Filled { start: allocation.start, written, new: Some(allocation), geometry })
     }
@@ -140,10 +137,7 @@ impl Image {
             (written.start | written.end).is_multiple_of(geometry.subcluster_size()),
             "a fill is of whole subclusters: {written:?}"
         );
-        let offset = geometry.host_offset(start).0 + skip;
-        self.storage
-            .write_at(WriteKind::Data, offset, data)
-            .map_err(|error| Error::io(format!("data at {offset:#x}"), error))?;
+        self.write_data(WriteKind::Data, start, skip, data)?;
         Ok(Filled { start, written, new: None, geometry })
     }
 
@@ -373,8 +367,7 @@ impl Image {
             let part = |subcluster: GuestSubcluster| {
                 subcluster.0.clamp(whole.start.0, whole.end.0) - whole.start.0
             };
-            let (from, to) = (part(subclusters.start), part(subclusters.end));
-            let mask = ((1_u64 << to) - (1_u64 << from)) as u32;
+            let mask = geometry.subcluster_mask(part(subclusters.start)..part(subclusters.end));
             let before = self.watch(self.reader.entry(at))?;
             let after = becomes(at, before, mask);
             if after != before {

@@ -95,8 +95,9 @@ impl Image {
         let per_cluster = u64::from(geometry.subclusters());
         let of = |at: GuestSubcluster| -> Result<(Destination, u64)> {
             let (cluster, place) = geometry.cluster_of(at);
-            let there = (per_cluster - u64::from(place)).min(range.end.0 - at.0);
-            let filled = ((1_u64 << (u64::from(place) + there)) - (1_u64 << place)) as u32;
+            let place = u64::from(place);
+            let there = (per_cluster - place).min(range.end.0 - at.0);
+            let filled = geometry.subcluster_mask(place..place + there);
             let destination = match self.watch(self.reader.entry(cluster))? {
                 L2Entry::Standard { host: Some((host, true)), .. } => Destination::Own(host),
                 L2Entry::Standard { host: Some((host, false)), allocated, .. }
