@@ -36,6 +36,7 @@ use sim::{Action, Fault, HostFailure, Recorded, Repeat, SimStorage};
 
 mod ledger;
 mod locks;
+mod lookups;
 
 use ledger::{Ledger, Moment, UNIT};
 

@@ -74,13 +74,20 @@ impl L2Table {
         self.judged.as_ref().map_or(Fault::None, |judged| judged.fault(index))
     }
 
-    /// Decodes the entry at `index`. An entry whose refcount could not be read has no COPIED bit
-    /// here, so that a write goes to a new cluster.
+    /// Decodes the entry at `index`.
+    ///
+    /// # Errors
+    /// As [`L2Table::decode`].
+    pub fn entry(&self, index: usize, geometry: &Geometry) -> Result<L2Entry> {
+        self.decode(index, self.raw(index), geometry)
+    }
+
+    /// Decodes `raw`, which [`L2Table::raw`] has returned for `index`. An entry whose refcount
+    /// could not be read has no COPIED bit here, so that a write goes to a new cluster.
     ///
     /// # Errors
     /// [`host::ErrorKind::Corrupt`] for a bad entry.
-    pub fn entry(&self, index: usize, geometry: &Geometry) -> Result<L2Entry> {
-        let raw = self.raw(index);
+    pub fn decode(&self, index: usize, raw: RawL2Entry, geometry: &Geometry) -> Result<L2Entry> {
         match &self.judged {
             None => Ok(L2Entry::decode(raw, geometry)?),
             Some(judged) => judged.entry(index, raw, self.host, geometry),

@@ -261,8 +261,11 @@ fn run_at(
     if geometry.has_extended_l2() {
         return subcluster_run_at(table, index, in_cluster, max, geometry);
     }
-    let first = table.raw(index).descriptor;
-    let mapping = table.entry(index, geometry)?.mapping(0);
+    // Another thread may replace a standard entry at any time, unless the caller holds its range.
+    // The entry is therefore read once: the mapping and the following entries that belong to the
+    // run are derived from the same word.
+    let first = table.raw(index);
+    let mapping = table.decode(index, first, geometry)?.mapping(0);
     let fault = table.fault(index);
     let cluster_size = geometry.cluster_size();
     // Difference between the raw entries of two neighbouring clusters of one run.
@@ -275,7 +278,7 @@ fn run_at(
     };
     let wanted = (in_cluster + max).div_ceil(cluster_size) as usize;
     let mut clusters = 1;
-    let mut expected = first;
+    let mut expected = first.descriptor;
     while clusters < wanted {
         expected = expected.wrapping_add(step);
         if table.raw(index + clusters).descriptor != expected

@@ -14,7 +14,7 @@
 //! **Invariants** (docs/invariants.md): I1 the mapping of a cluster changes only under an exclusive
 //! guard of its range; I2 on disk, refcounts are never below the number of references; I3 a
 //! published cluster was filled first (only [`Image::fill`], [`Image::fill_by_cloning`] and
-//! `fill_own` make a [`Filled`]); I6 both words of an extended entry change together.
+//! `fill_own` make a [`Filled`]); I6 a lookup sees an entry as it was or as it is.
 //!
 //! With extended L2 entries, each of the 32 subclusters of a cluster has a mapping of its own.
 //! Everything in this module counts in subclusters; without extended entries a cluster is one. The
