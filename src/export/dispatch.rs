@@ -5,7 +5,8 @@
 //! |---|---|---|
 //! | read | `read_local`, on the receiving thread | `read_cached`, same thread; then a worker |
 //! | write | `write_local`, on the receiving thread (1) | a worker; it flushes for O_DSYNC |
-//! | fsync, and close after a write | | the flush thread |
+//! | fsync | the receiving thread, if no write came since the last one | the flush thread |
+//! | close | the receiving thread, if no write came since the last fsync | the flush thread |
 //! | fallocate, lseek | | a worker |
 //! | everything else | the receiving thread | |
 //!
@@ -132,6 +133,7 @@ impl Dispatcher {
                 self.write(offset, Durability::of_write(flags), reply)
             }
             Operation::Close if !file_system.needs_flush() => reply.send(Ok(&[])),
+            Operation::Sync if file_system.flush_local() == Answer::Done(()) => reply.send(Ok(&[])),
             Operation::Close | Operation::Sync => {
                 let reply = reply.later();
                 self.workers.flush(Box::new(move |flushed| reply.send(flushed.map(|()| &[][..]))));

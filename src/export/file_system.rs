@@ -158,6 +158,13 @@ pub trait FileSystem: Send + Sync + std::fmt::Debug {
     /// EIO and similar; every call once a host fdatasync has failed (P7).
     fn flush(&self) -> Result<(), Errno>;
 
+    /// Does what [`FileSystem::flush`] does, if it takes no waiting because a flush has covered
+    /// every change that was answered. Otherwise returns [`Answer::Miss`]. Bytes that copy-on-read
+    /// or a stream has copied up since are no change: what the disk shows is the same without them.
+    fn flush_local(&self) -> Answer<()> {
+        Answer::Miss
+    }
+
     /// Returns whether a change was made that no flush has covered. If there is none, close(2) has
     /// nothing to wait for.
     fn needs_flush(&self) -> bool;

@@ -112,9 +112,10 @@ pub struct Cost {
 /// Current load of the guest. Cheap enough to be queried for every chunk of a stream.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Activity {
-    /// Five kinds of requests: reads and writes that were answered at once; reads and writes that
-    /// had to wait (for a backing file, an allocation, or a range); flushes. They are kept apart
-    /// because costs of different kinds cannot be compared.
+    /// Six kinds of requests: reads, writes and flushes that were answered at once; reads and
+    /// writes that had to wait (for a backing file, an allocation, or a range), and flushes that
+    /// had something to flush. They are kept apart because costs of different kinds cannot be
+    /// compared.
     pub costs: [Cost; Activity::KINDS],
     /// Whether a request that may take long (a waiting read or write, or a flush) is in flight.
     pub is_waiting: bool,
@@ -126,7 +127,7 @@ pub struct Activity {
 
 impl Activity {
     /// Number of kinds of requests in `costs`.
-    pub const KINDS: usize = 5;
+    pub const KINDS: usize = 6;
 }
 
 /// The counters of a disk.
@@ -138,10 +139,11 @@ pub(super) struct Stats {
     flushes: Counter,
     discards: Counter,
     backing_reads: Counter,
-    /// The reads that were not answered at once; `waited_writes` likewise. They are also counted in
-    /// `reads` and `writes`.
+    /// The reads that were not answered at once; `waited_writes` and `waited_flushes` likewise.
+    /// They are also counted in `reads`, `writes` and `flushes`.
     waited_reads: Counter,
     waited_writes: Counter,
+    waited_flushes: Counter,
     /// Incremented by misses only, so a hit does not touch it.
     misses: AtomicU64,
     copied_up: Copies,
@@ -184,6 +186,7 @@ impl Stats {
             backing_reads: Counter::default(),
             waited_reads: Counter::default(),
             waited_writes: Counter::default(),
+            waited_flushes: Counter::default(),
             misses: AtomicU64::new(0),
             copied_up: Copies::default(),
             streamed: AtomicU64::new(0),
@@ -244,8 +247,13 @@ impl Stats {
 
     /// Runs `work` and counts it as a guest flush.
     pub fn flush(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
-        let _running = InFlight::new(&self.flushes);
-        self.count([&self.flushes], 0, work)
+        let _running = InFlight::new(&self.waited_flushes);
+        self.count([&self.flushes, &self.waited_flushes], 0, work)
+    }
+
+    /// Counts a guest flush that had nothing to flush.
+    pub fn flush_of_nothing(&self) {
+        let _ = self.count([&self.flushes], 0, || Ok(()));
     }
 
     /// Runs `work` and counts it as a guest discard of `len` bytes.
@@ -334,7 +342,9 @@ impl Stats {
 
     /// The current load of the guest. Requests that end during the call may be counted in part.
     pub fn activity(&self) -> Activity {
-        let (waited_reads, waited_writes) = (self.waited_reads.cost(), self.waited_writes.cost());
+        let waited_reads = self.waited_reads.cost();
+        let waited_writes = self.waited_writes.cost();
+        let waited_flushes = self.waited_flushes.cost();
         let at_once = |all: Cost, waited: Cost| Cost {
             operations: all.operations.saturating_sub(waited.operations),
             time: all.time.saturating_sub(waited.time),
@@ -344,14 +354,15 @@ impl Stats {
             costs: [
                 at_once(self.reads.cost(), waited_reads),
                 at_once(self.writes.cost(), waited_writes),
+                at_once(self.flushes.cost(), waited_flushes),
                 waited_reads,
                 waited_writes,
-                self.flushes.cost(),
+                waited_flushes,
             ],
-            is_waiting: [&self.waited_reads, &self.waited_writes, &self.flushes]
+            is_waiting: [&self.waited_reads, &self.waited_writes, &self.waited_flushes]
                 .into_iter()
                 .any(is_running),
-            is_flushing: is_running(&self.flushes),
+            is_flushing: is_running(&self.waited_flushes),
             idle: self.idle(),
         }
     }
@@ -493,6 +504,6 @@ mod tests {
             "the one that slept: {:?}",
             reads.latency
         );
-        assert_eq!(stats.activity().costs[2].operations, 1, "the one that waited");
+        assert_eq!(stats.activity().costs[3].operations, 1, "the one that waited");
     }
 }

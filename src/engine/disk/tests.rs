@@ -774,10 +774,14 @@ fn requests_are_counted_once() {
     assert_eq!(numbers(stats.flushes), count(0, 1, 0));
     assert_eq!(stats.highest_written, 262_144 + 512);
 
+    disk.count_flush_of_nothing();
+    disk.count_flush_of_nothing();
+    assert_eq!(numbers(disk.stats().flushes), count(0, 3, 0));
     let activity = disk.activity();
-    // At once: the second read, the zeroes. After a wait: the first read, the write. One flush.
-    assert_eq!(activity.costs.map(|cost| cost.operations), [1, 1, 1, 1, 1]);
-    let [read, _, waited, ..] = activity.costs;
+    // At once: the second read, the zeroes, the flushes of nothing. After a wait: the first read,
+    // the write, the other flush.
+    assert_eq!(activity.costs.map(|cost| cost.operations), [1, 1, 2, 1, 1, 1]);
+    let [read, _, _, waited, ..] = activity.costs;
     assert_eq!(read.time + waited.time, stats.reads.time);
     assert!(!activity.is_waiting && !activity.is_flushing && activity.idle.is_some());
 }

@@ -14,7 +14,7 @@ use engine::disk::DiskOptions;
 use qcow2::format::BackingFormat;
 use qcow2::image::Image;
 use sim::start::Start;
-use sim::{Action, SimStorage};
+use sim::{Action, Fault, HostFailure, Repeat, SimStorage};
 
 /// Size in bytes. It is not a multiple of the cluster size, so that the disk ends inside a cluster.
 const SIZE: u64 = 1_000_448;
@@ -107,9 +107,46 @@ fn a_disk_that_was_taken_over_is_flushed_by_the_next_close() {
     let times = rig.handler.getattr().unwrap().times;
     rig.handler.taken_over();
     assert!(rig.handler.needs_flush());
+    assert_eq!(rig.handler.flush_local(), Answer::Miss);
     assert_eq!(rig.handler.getattr().unwrap().times, times);
     rig.handler.flush().unwrap();
     assert!(!rig.handler.needs_flush());
+}
+
+/// Protects: P1, P7. A flush is answered at once only if an earlier one has covered every change,
+/// and never after a barrier has failed. A copy from below is no change. Every flush is counted.
+#[test]
+fn a_flush_of_nothing_is_answered_at_once() {
+    let (file, handler, _scratch) = in_memory();
+    let is_done = || handler.flush_local() == Answer::Done(());
+    assert!(is_done());
+    handler.write(0, &[1; 100], Durability::Later).unwrap();
+    assert!(!is_done() && !is_done());
+    handler.flush().unwrap();
+    assert!(is_done());
+    assert_eq!(handler.write_local(0, &[2; 100]), Ok(Answer::Done(100)));
+    assert!(!is_done());
+    handler.flush().unwrap();
+    handler.fallocate(0, 512, PUNCH_HOLE | KEEP_SIZE).unwrap();
+    assert!(!is_done());
+    handler.flush().unwrap();
+    assert_eq!(handler.disk.stats().flushes.operations, 5);
+    handler.write(0, &[3; 100], Durability::Later).unwrap();
+    file.inject(Fault {
+        matches: Box::new(|operation| operation.action == Action::Sync),
+        after: 0,
+        failure: HostFailure::Errno(5),
+        times: Repeat::Once,
+    });
+    assert_eq!(handler.flush(), Err(Errno::IO));
+    assert!(!is_done());
+    handler.durable.store(u64::MAX, Ordering::Release);
+    assert!(!is_done(), "the image cannot be written any more");
+
+    let rig = rig(false);
+    read(&rig.handler, 0, 4);
+    assert!(rig.handler.disk.stats().copied_up.bytes > 0);
+    assert_eq!(rig.handler.flush_local(), Answer::Done(()));
 }
 
 #[test]

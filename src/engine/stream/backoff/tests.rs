@@ -8,8 +8,8 @@ const LATE: Duration = Duration::from_micros(200);
 const SECOND: Duration = Duration::from_secs(1);
 
 const READ: usize = 0;
-const MISS: usize = 2;
-const FLUSH: usize = 4;
+const MISS: usize = 3;
+const FLUSH: usize = 5;
 
 fn micros(micros: u64) -> Duration {
     Duration::from_micros(micros)
