@@ -420,7 +420,8 @@ impl Bring<'_> {
 }
 
 /// Rests for as long as `backoff` asks. A job with a speed does not rest, because its user has set
-/// how fast it runs.
+/// how fast it runs. Until the next call, the job's thread and its readers leave the processor to
+/// others between two pieces of their work, if the guest is active or the job has a speed.
 fn give_way(disk: &Disk, control: &Control, backoff: Option<&mut Backoff>) -> Next {
     let Some(backoff) = backoff else { return Next::Continue };
     while control.is_unlimited() {
@@ -429,5 +430,7 @@ fn give_way(disk: &Disk, control: &Control, backoff: Option<&mut Backoff>) -> Ne
             return Next::Cancel;
         }
     }
+    host::background::set_gives_way(!control.is_unlimited() || backoff.is_guest_active());
+    host::background::let_others_run();
     Next::Continue
 }

@@ -60,6 +60,11 @@ struct ReadRun {
 }
 
 impl Ahead {
+    /// Whether nothing was read.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Returns the error of reading any of these clusters, which are still missing. The error is
     /// returned once: a caller that tries again makes the read again.
     pub(super) fn check(&mut self, missing: &Range<u64>) -> Result<()> {
@@ -222,6 +227,41 @@ mod tests {
         ));
         let image = Image::open(overlay.clone()).unwrap();
         (Disk::for_tests(image, Some(Chain::of_raw(base.clone()))), base, content, overlay)
+    }
+
+    /// Protects: a thread that gives way holds a piece of whole clusters at a time, and the rest of
+    /// what it copies up stays free for the guest. The result is the same.
+    #[test]
+    fn a_thread_that_gives_way_holds_a_piece_at_a_time() {
+        const PIECE: u64 = host::background::PIECE as u64;
+        for (bits, held) in [(15, PIECE), (16, PIECE), (18, 1 << 18)] {
+            let size = 1 << 20;
+            let content: Vec<u8> = (0..size).map(|at| (at / 512 % 255 + 1) as u8).collect();
+            let backing = Some(("base.raw", BackingFormat::Raw));
+            let overlay = SimStorage::checked(NewImage::file_for_tests(bits, size, backing));
+            let base = Chain::of_raw(SimStorage::new(content.clone()));
+            let disk = Disk::for_tests(Image::open(overlay.clone()).unwrap(), Some(base));
+            let data = Action::Write(host::storage::WriteKind::NewCluster);
+            let hold = overlay.hold(move |operation| operation.action == data);
+            std::thread::scope(|scope| {
+                let stream = scope.spawn(|| {
+                    host::background::set_gives_way(true);
+                    let ahead = disk.read_ahead(disk.to_read(0..size, 1));
+                    disk.populate_read(0..size, 1, ahead).unwrap()
+                });
+                hold.wait_for(1);
+                assert!(disk.in_flight.try_shared(0..1).is_none());
+                assert!(disk.in_flight.try_shared(held - 1..held).is_none());
+                assert!(disk.in_flight.try_shared(held..size).is_some(), "2^{bits}");
+                drop(hold);
+                assert_eq!(stream.join().unwrap().copied, size);
+            });
+            let mut read = vec![0; size as usize];
+            disk.read(0, &mut read).unwrap();
+            assert!(read == content);
+            disk.detach_backing(1, None).unwrap();
+            disk.close().unwrap();
+        }
     }
 
     fn reads_fail(base: &SimStorage) {

@@ -24,6 +24,7 @@ use super::write_out::Placed;
 use super::{Ahead, CopyPause, Disk, Local};
 use crate::chain::{Chain, Cloneable, Content};
 use host::Result;
+use host::background::{PIECE, Unmarked, gives_way, let_others_run};
 use host::mutants::{Step, without};
 use host::storage::{Ask, Storage};
 use host::sync::{Mutex, rank};
@@ -186,18 +187,37 @@ impl Disk {
         // A hint: the missing clusters are mapped again under the exclusive guard.
         for run in self.runs(aligned.start..end) {
             let run = run?;
-            if run.mapping() == Mapping::Unallocated && self.chain().is_some() {
-                let held = self.in_flight.exclusive(self.aligned(&run.range));
-                // A guest that waits for this range waits for what is read under the guard.
-                let _unmarked = host::background::Unmarked::new();
-                let of_run = self.populate_held(&held, run.range, depth, ahead, placed)?;
-                self.stats.streamed(of_run.copied);
-                populated += of_run;
-            } else {
+            if run.mapping() != Mapping::Unallocated || self.chain().is_none() {
                 populated.skipped += run.extent.len;
+                continue;
+            }
+            let mut at = run.range.start;
+            while at < run.range.end {
+                let piece = at..self.end_of_piece(at, ahead).min(run.range.end);
+                at = piece.end;
+                let of_piece = {
+                    let held = self.in_flight.exclusive(self.aligned(&piece));
+                    // A guest that waits for this range waits for what is read under the guard.
+                    let _unmarked = Unmarked::new();
+                    self.populate_held(&held, piece, depth, ahead, placed)?
+                };
+                let_others_run();
+                self.stats.streamed(of_piece.copied);
+                populated += of_piece;
             }
         }
         Ok(populated)
+    }
+
+    /// The end of what is held at once from `at` on: a piece of whole clusters if the calling
+    /// thread gives way. What is cloned is not read ahead, and is not cut, because a large clone
+    /// takes hardly longer than a small one.
+    fn end_of_piece(&self, at: u64, ahead: &Ahead) -> u64 {
+        if !gives_way() || ahead.is_empty() {
+            return u64::MAX;
+        }
+        let piece = (PIECE as u64).next_multiple_of(self.cluster_size());
+        (at - at % piece).saturating_add(piece)
     }
 
     /// As [`Disk::populate_read`], for a range that the caller holds exclusively.

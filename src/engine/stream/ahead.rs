@@ -37,6 +37,8 @@ const LOOK: Duration = Duration::from_millis(100);
 struct ReadAheadRequest {
     disk: Arc<Disk>,
     work: ReaderWork,
+    /// Whether the guest is active, so that the reader gives way to it.
+    gives_way: bool,
     answer: Sender<Ahead>,
 }
 
@@ -104,7 +106,9 @@ impl Readers {
     fn send(&mut self, work: ReaderWork, answer: Sender<Ahead>) -> bool {
         let requests = self.requests.get_or_insert_with(|| start_readers(self.priority));
         let disk = Arc::clone(&self.disk);
-        requests.send(ReadAheadRequest { disk, work, answer }).is_ok()
+        // The job's thread and its readers give way at the same time.
+        let gives_way = host::background::gives_way();
+        requests.send(ReadAheadRequest { disk, work, gives_way, answer }).is_ok()
     }
 }
 
@@ -194,7 +198,8 @@ fn start_readers(priority: Priority) -> Sender<ReadAheadRequest> {
             if priority == Priority::Low {
                 host::background::lower_priority(NICE);
             }
-            for ReadAheadRequest { disk, work, answer } in requests {
+            for ReadAheadRequest { disk, work, gives_way, answer } in requests {
+                host::background::set_gives_way(gives_way);
                 let bytes = match work {
                     ReaderWork::Read(to_read) => disk.read_ahead(to_read),
                     ReaderWork::Bring { range, depth } => disk.bring_ahead(range, depth),

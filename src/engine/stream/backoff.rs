@@ -63,6 +63,7 @@ pub(super) struct Backoff {
     window: Option<Moment>,
     /// The last time at which the guest's activity changed.
     active: Option<Moment>,
+    is_active: bool,
     /// When the last probe ended.
     learnt: Option<Instant>,
 }
@@ -90,6 +91,7 @@ impl Backoff {
     pub fn next(&mut self, now: Instant, activity: &Activity) -> Option<Duration> {
         let moment = Moment { at: now, activity: *activity };
         let is_active = self.notice(&moment);
+        self.is_active = is_active;
         let Some(rest) = &mut self.resting else {
             if !is_active {
                 self.window = None;
@@ -124,6 +126,11 @@ impl Backoff {
         let next = if rest.quiet.is_none() { settled.min(rest.until) } else { rest.until };
         let wait = next.saturating_duration_since(now);
         Some(if wait.is_zero() || activity.is_flushing { LOOK } else { wait })
+    }
+
+    /// Whether the guest was active at the last call of [`Backoff::next`].
+    pub fn is_guest_active(&self) -> bool {
+        self.is_active
     }
 
     /// Whether the guest is active. Remembers the last change of its activity.

@@ -22,6 +22,7 @@ use super::{
 use crate::attributes::{
     BASE_NOTE, LONGEST_BASE_NOTE, LONGEST_STREAM_NOTE, OPEN_MARK, STREAM_NOTE,
 };
+use crate::background;
 use crate::error::{Context, InUse};
 use crate::mutants::{Step, without};
 use crate::{Error, ErrorKind};
@@ -400,7 +401,11 @@ impl ReadAt for FileStorage {
         let mut done = 0;
         while done < inside.len() {
             let at = offset + done as u64;
-            match retry_on_intr(|| rustix::io::pread(&self.file, &mut inside[done..], at))? {
+            let end = done + background::piece(inside.len() - done);
+            if done > 0 {
+                background::let_others_run();
+            }
+            match retry_on_intr(|| rustix::io::pread(&self.file, &mut inside[done..end], at))? {
                 0 if without(Step::ShrunkFileIsAnError) => {
                     inside[done..].fill(0);
                     break;

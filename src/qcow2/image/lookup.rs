@@ -245,6 +245,8 @@ pub(super) fn inflate(
     compressed: &[u8],
     cluster: &mut [u8],
 ) -> Result<()> {
+    // A thread that gives way takes as long for one cluster as others for a piece.
+    host::background::let_others_run();
     decompress(compression, compressed, cluster)
         .map_err(|error| Error::from(error).context(format!("compressed data at {host}")))
 }

@@ -10,6 +10,7 @@ use super::judged::Judged;
 use super::l2_table::L2Table;
 use super::slots::{CHUNK, L1Chunk, Slot, Slots, claimed_chunks};
 use crate::format::{Geometry, Header, HostCluster, L1Entry, L2Entry, RawL2Entry};
+use host::background::Unmarked;
 use host::mutants::{Step, without};
 use host::storage::ReadAt;
 use host::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -318,6 +319,8 @@ impl Tables {
     /// Reads one chunk of the L1 table of an image that is open for reading only.
     fn load_chunk(&self, l1_index: usize) -> Result<()> {
         let _loader = self.loaders[l1_index / CHUNK % LOADERS].lock();
+        // A guest's request may wait for the lock.
+        let _unmarked = Unmarked::new();
         let slots = self.slots.read();
         let chunk = &slots.chunks[l1_index / CHUNK];
         if chunk.slots.get().is_some() || chunk.is_empty.load(Ordering::Acquire) {
@@ -362,6 +365,8 @@ impl Tables {
     fn load(&self, l1_index: usize) -> Result<()> {
         let _loader =
             (!without(Step::OneLoaderPerTable)).then(|| self.loaders[l1_index % LOADERS].lock());
+        // A guest's request may wait for the lock.
+        let _unmarked = Unmarked::new();
         let l1_entry = {
             let slots = self.slots.read();
             let slot = slots.of_table(l1_index);
