@@ -120,6 +120,8 @@ mutants! {
     OnePassAtATime = "one-pass-at-a-time",
     /// P1: a flush waits for a pass that began after the flush was called.
     FlushWaitsForNextPass = "flush-waits-for-next-pass",
+    /// P2: the commit timer hears of the first table that becomes dirty.
+    FirstDirtyTableIsSignalled = "first-dirty-table-is-signalled",
     /// R13: one thread loads a given table into memory.
     OneLoaderPerTable = "one-loader-per-table",
     /// H11: a dirty table is not evicted from memory.

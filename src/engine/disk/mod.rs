@@ -382,6 +382,16 @@ impl Disk {
         self.overlay.flush_if_dirty()
     }
 
+    /// Whether metadata is dirty that no running pass has taken.
+    fn is_dirty(&self) -> bool {
+        self.overlay.is_dirty()
+    }
+
+    /// Channel that yields when metadata becomes dirty that [`Disk::flush_if_dirty`] has to write.
+    fn became_dirty(&self) -> Receiver<()> {
+        self.overlay.became_dirty()
+    }
+
     /// Channel that yields when so much metadata waits for write-back that [`Disk::flush_if_dirty`]
     /// should be called before the next tick of the commit timer.
     pub fn commit_wanted(&self) -> Receiver<()> {

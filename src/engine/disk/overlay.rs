@@ -66,6 +66,16 @@ impl Overlay {
         self.writable().map_or(Ok(()), |image| image.close().map(|()| image.end_writing()))
     }
 
+    /// As [`Image::is_dirty`].
+    pub fn is_dirty(&self) -> bool {
+        self.writable().is_some_and(Image::is_dirty)
+    }
+
+    /// As [`Image::became_dirty`].
+    pub fn became_dirty(&self) -> Receiver<()> {
+        self.writable().map_or_else(never, Image::became_dirty)
+    }
+
     /// As [`Image::commit_wanted`].
     pub fn commit_wanted(&self) -> Receiver<()> {
         self.writable().map_or_else(never, Image::commit_wanted)

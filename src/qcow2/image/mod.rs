@@ -366,6 +366,13 @@ impl Image {
         self.commit_wanted.1.clone()
     }
 
+    /// Returns a channel that yields after the first change of a guest's mapping since the last
+    /// pass has copied the tables. While it yields nothing and [`Image::is_dirty`] is false, a
+    /// commit timer need not run (P2).
+    pub fn became_dirty(&self) -> Receiver<()> {
+        self.reader.tables.became_dirty()
+    }
+
     /// Requests a commit, after a change of the mapping, if many new clusters are uncommitted or
     /// many tables are dirty.
     fn ask_for_commit(&self) {

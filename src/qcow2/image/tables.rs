@@ -5,6 +5,8 @@ use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
+use crossbeam_channel::{Receiver, Sender, bounded};
+
 use super::allocator::Allocator;
 use super::judged::Judged;
 use super::l2_table::L2Table;
@@ -62,6 +64,8 @@ pub(super) struct Tables {
     slots: RwLock<{ rank::SLOTS }, Slots>,
     loaders: [Mutex<{ rank::TABLE_LOAD }, ()>; LOADERS],
     dirty: Mutex<{ rank::LEAF }, Dirty>,
+    /// See [`Tables::became_dirty`].
+    became_dirty: (Sender<()>, Receiver<()>),
     /// L1 indexes of resident tables, oldest first.
     resident: Mutex<{ rank::LEAF }, VecDeque<usize>>,
     resident_bytes: AtomicUsize,
@@ -109,6 +113,7 @@ impl Tables {
             slots: RwLock::new(Slots { len, chunks }),
             loaders: Default::default(),
             dirty: Mutex::default(),
+            became_dirty: bounded(1),
             resident: Mutex::default(),
             resident_bytes: AtomicUsize::new(0),
             memory,
@@ -279,6 +284,10 @@ impl Tables {
         let mut dirty = self.dirty.lock();
         if !table.queued.swap(true, Ordering::AcqRel) {
             dirty.list.push(l1_index);
+            if dirty.list.len() == 1 && !without(Step::FirstDirtyTableIsSignalled) {
+                // The channel is full if nobody has looked since the last signal.
+                let _ = self.became_dirty.0.try_send(());
+            }
         }
         for (_, changed) in &mut dirty.watched {
             changed.insert(l1_index);
@@ -584,6 +593,11 @@ impl Tables {
         }
         drop(slots);
         self.writing_back.store(false, Ordering::SeqCst);
+    }
+
+    /// Returns a channel that yields after a table was put on the empty list of the next pass.
+    pub fn became_dirty(&self) -> Receiver<()> {
+        self.became_dirty.1.clone()
     }
 
     /// Returns whether a pass would have work.

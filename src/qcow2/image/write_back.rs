@@ -155,7 +155,8 @@ impl Image {
         given_up
     }
 
-    pub(super) fn is_dirty(&self) -> bool {
+    /// Returns whether metadata is dirty that no running pass has taken.
+    pub fn is_dirty(&self) -> bool {
         self.reader.tables.is_dirty()
             || self.allocator.is_dirty()
             || self.header_change.lock().is_some()
