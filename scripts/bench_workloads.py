@@ -545,7 +545,7 @@ def big(bench):
 
 def growth(bench):
     title = "As the image grows (metadata only: data reads as zeros)"
-    sizes = (1, 10, 100)
+    sizes = (1, 10, 100, 1000)
     ways = (("d1", "depth 1", ("--ioengine=psync",)), ("d32", "depth 32", ("--ioengine=libaio", "--iodepth=32")))
     for way, label, _ in ways:
         for gib in sizes:
@@ -619,6 +619,6 @@ SECTIONS = {
     "during": (during, "read and fsync latency while an unlimited stream runs"),
     "fsync": (fsync, "fsync latency with and without an allocation to make durable"),
     "big": (big, "start and memory with a 1 TiB image"),
-    "growth": (growth, "reads as the image grows from 1 to 100 GiB"),
+    "growth": (growth, "reads as the image grows from 1 to 1000 GiB"),
     "fragments": (fragments, "reads as the image is fragmented"),
 }
