@@ -5,8 +5,7 @@
 //! |---|---|---|
 //! | read | `read_local`, on the receiving thread | `read_cached`, same thread; then a worker |
 //! | write | `write_local`, on the receiving thread (1) | a worker; it flushes for O_DSYNC |
-//! | fsync | the receiving thread, if no write came since the last one | the flush thread |
-//! | close | the receiving thread, if no write came since the last fsync | the flush thread |
+//! | fsync, close | the receiving thread, if a flush has covered every change | the flush thread |
 //! | fallocate, lseek | | a worker |
 //! | everything else | the receiving thread | |
 //!

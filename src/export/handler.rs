@@ -160,9 +160,8 @@ impl Handler {
         if range.is_empty() {
             return Ok(Answer::Done(()));
         }
-        let (offset, len) = (range.start, range.end - range.start);
-        let local =
-            change(range).map_err(|error| self.failed(what, Some((offset, len)), &error))?;
+        let local = change(range.clone())
+            .map_err(|error| self.failed_to_change(what, range.clone(), &error))?;
         if local == Local::Done {
             self.wrote();
         }
@@ -259,11 +258,18 @@ impl Handler {
         }
     }
 
-    /// Counts a change, after it has returned and before its reply is sent, so that the next close
-    /// flushes.
+    /// Counts a change, after it has returned and before its reply is sent, so that the next fsync
+    /// or close flushes.
     fn wrote(&self) {
         self.attributes.touch();
         self.written.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// As [`Handler::failed`], for a change, which is counted: a part of it may have been made, and
+    /// a client that has seen it may flush it.
+    fn failed_to_change(&self, what: &'static str, range: Range<u64>, error: &Error) -> Errno {
+        self.written.fetch_add(1, Ordering::AcqRel);
+        self.failed(what, Some((range.start, range.end - range.start)), error)
     }
 
     fn failed_at(&self, what: &'static str, offset: u64, len: usize, error: &Error) -> Errno {
@@ -383,7 +389,7 @@ impl FileSystem for Handler {
                 Ok(Answer::Done(len))
             }
             Ok(local) => Ok(Answer::of(local, len)),
-            Err(error) => Err(self.failed_at("write", offset, len, &error)),
+            Err(error) => Err(self.failed_to_change("write", offset..offset + len as u64, &error)),
         }
     }
 
@@ -395,10 +401,9 @@ impl FileSystem for Handler {
     ) -> Result<Answer<usize>, Errno> {
         let len = self.writable(offset, data.len())?;
         if len > 0 {
-            let local = self
-                .disk
-                .write_without_base(offset, &data[..len])
-                .map_err(|error| self.failed_at("write", offset, len, &error))?;
+            let local = self.disk.write_without_base(offset, &data[..len]).map_err(|error| {
+                self.failed_to_change("write", offset..offset + len as u64, &error)
+            })?;
             if local != Local::Done {
                 return Ok(Answer::Below);
             }
@@ -413,9 +418,9 @@ impl FileSystem for Handler {
     fn write(&self, offset: u64, data: &[u8], durability: Durability) -> Result<usize, Errno> {
         let len = self.writable(offset, data.len())?;
         if len > 0 {
-            self.disk
-                .write(offset, &data[..len])
-                .map_err(|error| self.failed_at("write", offset, len, &error))?;
+            self.disk.write(offset, &data[..len]).map_err(|error| {
+                self.failed_to_change("write", offset..offset + len as u64, &error)
+            })?;
             self.wrote();
         }
         if durability == Durability::Now && !without(Step::SyncedWritesFlush) {

@@ -29,7 +29,7 @@
 //! **Invariants:** `Disk` gets only ranges that lie within it. A reply is sent exactly once, by the
 //! thread that has the result, and carries the number of its request, which has bit 63 set if the
 //! request was sent again. Each change is counted as written before its reply is sent, so that
-//! a later close flushes it.
+//! a later fsync or close flushes it; so is one that has failed, because a part may have been made.
 
 #![forbid(unsafe_code)]
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]

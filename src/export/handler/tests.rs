@@ -11,6 +11,7 @@ use super::*;
 use engine::chain::Gate;
 use engine::create::{CreateOptions, create};
 use engine::disk::DiskOptions;
+use host::storage::WriteKind;
 use qcow2::format::BackingFormat;
 use qcow2::image::Image;
 use sim::start::Start;
@@ -131,13 +132,19 @@ fn a_flush_of_nothing_is_answered_at_once() {
     assert!(!is_done());
     handler.flush().unwrap();
     assert_eq!(handler.disk.stats().flushes.operations, 5);
-    handler.write(0, &[3; 100], Durability::Later).unwrap();
-    file.inject(Fault {
-        matches: Box::new(|operation| operation.action == Action::Sync),
+    let fails_once = |action| Fault {
+        matches: Box::new(move |operation| operation.action == action),
         after: 0,
         failure: HostFailure::Errno(5),
         times: Repeat::Once,
-    });
+    };
+    file.inject(fails_once(Action::Write(WriteKind::Data)));
+    assert_eq!(handler.write_local(1 << 10, &[2; 100]), Err(Errno::IO));
+    assert!(!is_done(), "a part may have been written");
+    handler.flush().unwrap();
+    assert!(is_done());
+    handler.write(0, &[3; 100], Durability::Later).unwrap();
+    file.inject(fails_once(Action::Sync));
     assert_eq!(handler.flush(), Err(Errno::IO));
     assert!(!is_done());
     handler.durable.store(u64::MAX, Ordering::Release);
