@@ -120,6 +120,8 @@ mutants! {
     OnePassAtATime = "one-pass-at-a-time",
     /// P1: a flush waits for a pass that began after the flush was called.
     FlushWaitsForNextPass = "flush-waits-for-next-pass",
+    /// I2: what an entry may name after a failure of the journal is not given back.
+    NamedIsNotGivenBack = "named-is-not-given-back",
     /// P2: the commit timer hears of the first table that becomes dirty.
     FirstDirtyTableIsSignalled = "first-dirty-table-is-signalled",
     /// R13: one thread loads a given table into memory.

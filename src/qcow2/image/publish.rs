@@ -30,7 +30,11 @@ impl Allocation<'_> {
 
 impl Drop for Allocation<'_> {
     fn drop(&mut self) {
-        if self.len > 0 && !without(Step::UnpublishedIsGivenBack) {
+        // If the journal has failed, entries in memory name the clusters, and reads go on. Another
+        // request that has called `check_usable` before the image was latched must not get them.
+        // The next open finds what is leaked.
+        let may_be_named = !self.image.is_usable() && !without(Step::NamedIsNotGivenBack);
+        if self.len > 0 && !may_be_named && !without(Step::UnpublishedIsGivenBack) {
             self.image.allocator.give_back(self.start, self.len);
         }
     }

@@ -73,6 +73,11 @@ fn a_journal_that_cannot_be_written_latches() {
     journal.fail(false);
     assert!(!image.is_usable());
     put(&image, 3, 3).unwrap_err();
+    // A request that has looked before the latch may still allocate.
+    let Mapping::Data { host, .. } = image.map(GuestOffset(2 * CLUSTER), 1).unwrap().mapping else {
+        panic!("the entry is set");
+    };
+    assert_ne!(image.allocator.allocate(1).unwrap().0, host);
     image.flush().unwrap_err();
     let next = successor(&file, &journal).unwrap();
     assert_eq!((byte_of(&next, 1), byte_of(&next, 2)), (Some(1), None));
