@@ -1,12 +1,12 @@
 //! The commit timer: makes writes that no flush has covered durable within a second or two (P2).
 //!
 //! ```text
-//! clean ── a table becomes dirty ─► waits COMMIT_INTERVAL ──► writes back ─┐
-//!   ▲  └─ QUIET has passed ───────►                                        │
-//!   └───────────────────── nothing is dirty ◄──────────────────────────────┘
+//! clean ── something becomes dirty ─► waits COMMIT_INTERVAL ──► writes back ─┐
+//!   ▲  └─ QUIET has passed ──────────►                                        │
+//!   └──────────────────── nothing is dirty ◄──────────────────────────────────┘
 //! ```
-//! A disk that is not written to wakes its timer once in [`QUIET`]: hundreds of idle disks on one
-//! host must not keep its processors awake.
+//! A disk whose metadata does not change wakes its timer once in [`QUIET`]: hundreds of idle disks
+//! on one host must not keep its processors awake.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,12 +22,12 @@ use super::Disk;
 /// other program requests a write-back.
 pub const COMMIT_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How often the timer looks for dirty metadata that it got no signal of: refcounts that were freed
+/// How often the timer looks for dirty metadata without a signal: for refcounts that changed
 /// without a change of a table, which cost leaked clusters at most.
 const QUIET: Duration = Duration::from_secs(60);
 
-/// Time since the commit timer finished its last pass, or since a pass became due. Clones share the
-/// same time. A pass that hangs, for example in fdatasync(2), lets the age grow.
+/// Time since the commit timer finished its last pass, or since it was told that one is necessary.
+/// Clones share the same time. A pass that hangs, for example in fdatasync(2), lets the age grow.
 #[derive(Clone, Debug)]
 pub struct CommitAge {
     start: Instant,
@@ -89,8 +89,8 @@ impl CommitTimer {
             let mut last = None;
             let (wanted, became_dirty) = (disk.commit_wanted(), disk.became_dirty());
             loop {
-                // A table that becomes dirty after this look leaves a signal, also one that a pass
-                // of a flush puts back because it could not write it.
+                // What becomes dirty after this look leaves a signal, also what the pass of a flush
+                // puts back because it could not write it.
                 if !disk.is_dirty() {
                     age.rest();
                     select! {

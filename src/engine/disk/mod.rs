@@ -387,13 +387,13 @@ impl Disk {
         self.overlay.is_dirty()
     }
 
-    /// Channel that yields when metadata becomes dirty that [`Disk::flush_if_dirty`] has to write.
+    /// As [`qcow2::image::Image::became_dirty`]; yields nothing for a read-only disk.
     fn became_dirty(&self) -> Receiver<()> {
         self.overlay.became_dirty()
     }
 
     /// Channel that yields when so much metadata waits for write-back that [`Disk::flush_if_dirty`]
-    /// should be called before the next tick of the commit timer.
+    /// should be called at once, and not after the interval of the commit timer.
     pub fn commit_wanted(&self) -> Receiver<()> {
         self.overlay.commit_wanted()
     }

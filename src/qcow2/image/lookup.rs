@@ -234,7 +234,8 @@ impl ImageReader {
         self.storage()
             .read_at(host.0, &mut compressed)
             .map_err(|error| Error::io(format!("compressed data at {host}"), error))?;
-        inflate(self.header.read().compression, host, &compressed, cluster)
+        let compression = self.header.read().compression;
+        inflate(compression, host, &compressed, cluster)
     }
 }
 

@@ -366,9 +366,10 @@ impl Image {
         self.commit_wanted.1.clone()
     }
 
-    /// Returns a channel that yields after the first change of a guest's mapping since the last
-    /// pass has copied the tables. While it yields nothing and [`Image::is_dirty`] is false, a
-    /// commit timer need not run (P2).
+    /// Returns a channel that yields when a pass has become necessary: after the first change of a
+    /// table since the last pass has taken the tables, after a header write that failed, and after
+    /// a pass that has left something to the next one. While it yields nothing and
+    /// [`Image::is_dirty`] is false, a commit timer need not run (P2).
     pub fn became_dirty(&self) -> Receiver<()> {
         self.reader.tables.became_dirty()
     }
@@ -467,6 +468,7 @@ impl Image {
         self.storage.read_at(at, &mut before).map_err(|error| Error::io("header", error))?;
         if let Err(error) = self.storage.write_at(WriteKind::Header, at, bytes) {
             *on_disk = Some((at, before));
+            self.reader.tables.signal_dirty();
             return Err(Error::io("header", error));
         }
         self.barrier(Step::BarrierAfterHeader)

@@ -285,8 +285,7 @@ impl Tables {
         if !table.queued.swap(true, Ordering::AcqRel) {
             dirty.list.push(l1_index);
             if dirty.list.len() == 1 && !without(Step::FirstDirtyTableIsSignalled) {
-                // The channel is full if nobody has looked since the last signal.
-                let _ = self.became_dirty.0.try_send(());
+                self.signal_dirty();
             }
         }
         for (_, changed) in &mut dirty.watched {
@@ -595,7 +594,14 @@ impl Tables {
         self.writing_back.store(false, Ordering::SeqCst);
     }
 
-    /// Returns a channel that yields after a table was put on the empty list of the next pass.
+    /// Makes the channel of [`Tables::became_dirty`] yield.
+    pub fn signal_dirty(&self) {
+        // The channel is full if the signal before this one was not taken yet.
+        let _ = self.became_dirty.0.try_send(());
+    }
+
+    /// Returns a channel that yields after a table was put on the empty list of the next pass, and
+    /// after [`Tables::signal_dirty`].
     pub fn became_dirty(&self) -> Receiver<()> {
         self.became_dirty.1.clone()
     }

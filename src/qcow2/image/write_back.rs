@@ -120,6 +120,10 @@ impl Image {
             let pass = RunningPass { image: self, number: passes.begun, has_ended: false };
             drop(passes);
             let result = self.write_back_pass();
+            // Refcounts that the pass has lowered, or what it could not write.
+            if self.is_dirty() {
+                self.reader.tables.signal_dirty();
+            }
             pass.end(&result);
             return result;
         }
