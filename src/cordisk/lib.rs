@@ -101,17 +101,18 @@
 //! the range exclusively, [`qcow2::image`] allocates clusters and fills them, and `publish` puts
 //! their L2 entries into the tables in memory. Nothing is durable yet. A flush, a write with
 //! O_DSYNC, or the commit timer runs the write-back pass, which writes the tables in the order of
-//! rule 4.
+//! rule 4. A flush that has no write to cover is answered at once.
 //!
 //! # The path of a streamed chunk
 //!
 //! `engine/stream.rs` first brings the pieces of its course (`stream/course.rs`): what lies beside
 //! the guest's reads, of which `disk/touches.rs` tells it, and the order that `daemon/order.rs` has
-//! found. Then it walks the disk in chunks of 512 KiB. Reader threads read the next chunks from
-//! the backing chain (`stream/ahead.rs`) without holding a range. The job's thread then stops at
-//! its checkpoint (pause, cancel, rate limit). `Disk::populate_read` holds the clusters
-//! exclusively, reads their mapping again, writes or clones the clusters that are still missing,
-//! and publishes them. After the last chunk, `disk/detach.rs` walks all tables, drains the
+//! found. Then it walks the disk in chunks of 512 KiB. Reader threads read the next chunks from the
+//! backing chain (`stream/ahead.rs`) without holding a range. The job's thread then stops at its
+//! checkpoint (pause, cancel, rate limit). `Disk::populate_read` holds the clusters exclusively,
+//! reads their mapping again, writes or clones the clusters that are still missing, and publishes
+//! them. While the guest is active, these threads work in pieces of 64 KiB and yield after each
+//! (`host::background`). After the last chunk, `disk/detach.rs` walks all tables, drains the
 //! requests, checks the clusters that changed meanwhile, and removes the backing link from the
 //! header.
 //!
@@ -196,7 +197,7 @@
 //! * Pins of remote files are an extension of the qcow2 header, beside the name that they belong
 //!   to: QEMU keeps it, and a copy of the image has it. Extended attributes are lost too easily.
 //! * Flushes share a pass by counting passes (`image/write_back.rs`) instead of asking a committer
-//!   thread. The commit timer calls the same function once a second.
+//!   thread. The commit timer calls the same function a second after a table has become dirty.
 //! * The number of local bytes is counted by walking the tables, in a bounded part of the time
 //!   (`disk/allocation_statistics.rs`). So the number cannot differ from the tables, and no request
 //!   has to update a counter.

@@ -5,16 +5,17 @@
 //! The mark belongs to the thread and not to a request, because a read of a stream goes through the
 //! same layers as one of a guest, and only the last one, which asks the server, looks at the mark.
 //!
-//! While a guest is active, such a thread also gives way on the processor: it does its work in
-//! pieces, and lets other threads run between two of them. A thread that wakes up because a request
-//! has come, or its answer, does not replace a thread that runs: Linux lets that one use up its
-//! time slice, of a few milliseconds, whatever their nice values (EEVDF, Linux 6.6 and later). On
-//! two processors, 512 KiB that were copied in one call therefore delayed one request in a thousand
-//! by 2 ms; in pieces of 64 KiB it is 0.4 ms.
+//! Threads of a stream also give way on the processor while the guest is active: they do their work
+//! in pieces, and let other threads run between two of them. A thread that wakes up because a
+//! request has come, or its answer, does not replace a thread that runs: Linux lets that one use up
+//! its time slice, of a few milliseconds, whatever their nice values (EEVDF, Linux 6.6 and later).
+//! On two processors, 512 KiB that were copied in one call therefore delayed one request in a
+//! thousand by 2 ms; in pieces of 64 KiB it is 0.4 ms.
 
 use std::cell::Cell;
 
-/// The most bytes that a thread which gives way reads, or copies up, before it lets others run.
+/// The most bytes that a thread which gives way reads before it lets others run, or copies up after
+/// it has read them ahead, if clusters are not larger.
 pub const PIECE: usize = 64 << 10;
 
 thread_local! {
@@ -65,8 +66,8 @@ pub fn piece(len: usize) -> usize {
     if gives_way() { len.min(PIECE) } else { len }
 }
 
-/// Lets other threads run, if the calling thread gives way. It holds nothing that a guest may wait
-/// for.
+/// Lets other threads run, if the calling thread gives way. The caller must hold no guard and no
+/// lock for which a guest's request may wait, unless it has made an [`Unmarked`].
 pub fn let_others_run() {
     if gives_way() {
         std::thread::yield_now();

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::Disk;
 use super::runs::MappedRun;
 use crate::chain::{Chain, Content};
+use host::background::Unmarked;
 use host::mutants::{Step, without};
 use host::storage::Ask;
 use host::{Error, ErrorKind, Result};
@@ -48,6 +49,8 @@ impl Disk {
             return Ok(());
         }
         self.is_about_to_detach(&chain);
+        // Guests wait for the drain below, and for locks of the flush under it.
+        let _unmarked = Unmarked::new();
         // Most of the work is done before the guest has to wait. This includes asking a file server
         // for the version of a layer, so that a server that hangs delays no guest request.
         if !without(Step::LayersAskedBeforeDetach) {

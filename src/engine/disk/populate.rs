@@ -210,8 +210,8 @@ impl Disk {
     }
 
     /// The end of what is held at once from `at` on: a piece of whole clusters if the calling
-    /// thread gives way. What is cloned is not read ahead, and is not cut, because a large clone
-    /// takes hardly longer than a small one.
+    /// thread gives way. A range of which nothing was read ahead is not cut: it is cloned, and a
+    /// large clone takes hardly longer than a small one.
     fn end_of_piece(&self, at: u64, ahead: &Ahead) -> u64 {
         if !gives_way() || ahead.is_empty() {
             return u64::MAX;

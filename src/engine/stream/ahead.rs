@@ -37,7 +37,7 @@ const LOOK: Duration = Duration::from_millis(100);
 struct ReadAheadRequest {
     disk: Arc<Disk>,
     work: ReaderWork,
-    /// Whether the guest is active, so that the reader gives way to it.
+    /// Whether the reader gives way on the processor, as the job's thread does.
     gives_way: bool,
     answer: Sender<Ahead>,
 }
