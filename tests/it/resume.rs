@@ -2,7 +2,7 @@
 //! options; a stream that has ended by itself does not.
 
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -311,8 +311,11 @@ fn a_paused_stream_is_paused_after_a_restart() {
     let stood = client.job()["offset"].clone();
     assert_ne!(stood, json!(0));
     drop(client);
-    // The fsync writes the tables, which say what was copied.
-    fs::File::open(disk.path()).and_then(|file| file.sync_all()).expect("fsync");
+    // The fsync of a write writes all tables, which say what was copied.
+    let file = File::options().write(true).open(disk.path()).expect("open");
+    file.write_all_at(&rig.content[..512], 0).expect("write");
+    file.sync_all().expect("fsync");
+    drop(file);
     disk.kill9();
     let disk = again(&rig.scratch, &rig.overlay).qmp().start_settled();
     let mut client = disk.client();

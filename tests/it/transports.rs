@@ -303,7 +303,7 @@ fn an_idle_disk_gives_the_memory_of_its_queues_back() {
                 part.copy_from_slice(&Pattern::new(number as u32, round + 5).bytes(start, MIB));
             }
             let (sender, writers) = crossbeam_channel::unbounded();
-            disk.signal_server(Signal::STOP);
+            disk.stop_server();
             std::thread::scope(|scope| {
                 for (number, part) in want.chunks(MIB as usize).enumerate() {
                     let (file, start, sender) = (&file, number as u64 * MIB, &sender);

@@ -308,6 +308,20 @@ impl Daemon {
         kill_process(self.server_pid(), signal).expect("signal");
     }
 
+    /// Stops the serving process, and waits until each of its threads has stopped: one that runs
+    /// when the signal is sent may answer another request.
+    pub fn stop_server(&self) {
+        self.signal_server(Signal::STOP);
+        let tasks = format!("/proc/{}/task", self.server_pid().as_raw_nonzero());
+        let has_stopped = |task: fs::DirEntry| {
+            let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('T'))
+        };
+        wait_until("every thread has stopped", || {
+            fs::read_dir(&tasks).expect("threads").flatten().all(has_stopped)
+        });
+    }
+
     /// Returns what the processes wrote to stdout and stderr.
     pub fn log(&self) -> String {
         let text = fs::read_to_string(&self.log).unwrap_or_default();
