@@ -68,7 +68,7 @@
 //!        ─▶ export/wire.rs                             its bytes become an Operation
 //!        ─▶ export/dispatch.rs                         which thread does the work
 //!             ├─▶ handler.rs ─▶ Disk::read_local       same thread: the overlay has every byte
-//!             ├─▶ handler.rs ─▶ Disk::read_cached      same thread: the host has it in memory
+//!             ├─▶ handler.rs ─▶ Disk::read_cached      same thread: it is in memory
 //!             └─▶ workers.rs ─▶ Disk::read_and_answer  worker of the pool "below":
 //!                   Chain::read ─▶ reply ─▶ copies are written ─▶ Image::publish
 //! ```

@@ -1,9 +1,10 @@
 //! The commit timer: makes writes that no flush has covered durable within a second or two (P2).
 //!
 //! ```text
-//! clean ── something becomes dirty ─► waits COMMIT_INTERVAL ──► writes back ─┐
-//!   ▲  └─ QUIET has passed ──────────►                                        │
-//!   └──────────────────── nothing is dirty ◄──────────────────────────────────┘
+//! clean         a signal that something is dirty, or QUIET has passed   -> waiting
+//! waiting       COMMIT_INTERVAL has passed, or much metadata waits      -> writing back
+//! writing back  nothing is dirty at its end                             -> clean
+//! writing back  something is dirty at its end                           -> waiting
 //! ```
 //! A disk whose metadata does not change wakes its timer once in [`QUIET`]: hundreds of idle disks
 //! on one host must not keep its processors awake.
