@@ -430,7 +430,8 @@ fn give_way(disk: &Disk, control: &Control, backoff: Option<&mut Backoff>) -> Ne
             return Next::Cancel;
         }
     }
-    host::background::set_gives_way(!control.is_unlimited() || backoff.is_guest_active());
+    let is_active = backoff.is_guest_active(Instant::now());
+    host::background::set_gives_way(!control.is_unlimited() || is_active);
     host::background::let_others_run();
     Next::Continue
 }

@@ -216,4 +216,28 @@ mod tests {
             until(|| disk.stats().commits == 1);
         });
     }
+
+    /// Protects: R11. A header that a failed write may have changed is put back without a flush,
+    /// although the timer had nothing to do before.
+    #[test]
+    fn a_header_that_could_not_be_written_is_put_back() {
+        let file = SimStorage::new(Start::new("commit", 3, 16, 4, 1 << 20).bytes());
+        let disk = Arc::new(Disk::for_tests(Image::open(file.clone()).unwrap(), None));
+        disk.close().unwrap();
+        let age = CommitAge::new();
+        let _timer = CommitTimer::start(&disk, age.clone());
+        until(|| age.last.load(Ordering::Relaxed) == u64::MAX);
+        let before = file.bytes();
+        file.inject(sim::Fault {
+            matches: Box::new(|operation| {
+                operation.action == sim::Action::Write(host::storage::WriteKind::Header)
+            }),
+            after: 0,
+            failure: sim::HostFailure::ShortBy(0, 28),
+            times: sim::Repeat::Once,
+        });
+        disk.grow(1 << 21).unwrap_err();
+        until(|| !disk.is_dirty());
+        assert!(file.bytes()[..104] == before[..104], "the header is the old one");
+    }
 }

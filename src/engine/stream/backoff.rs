@@ -63,7 +63,6 @@ pub(super) struct Backoff {
     window: Option<Moment>,
     /// The last time at which the guest's activity changed.
     active: Option<Moment>,
-    is_active: bool,
     /// When the last probe ended.
     learnt: Option<Instant>,
 }
@@ -91,7 +90,6 @@ impl Backoff {
     pub fn next(&mut self, now: Instant, activity: &Activity) -> Option<Duration> {
         let moment = Moment { at: now, activity: *activity };
         let is_active = self.notice(&moment);
-        self.is_active = is_active;
         let Some(rest) = &mut self.resting else {
             if !is_active {
                 self.window = None;
@@ -128,9 +126,9 @@ impl Backoff {
         Some(if wait.is_zero() || activity.is_flushing { LOOK } else { wait })
     }
 
-    /// Whether the guest was active at the last call of [`Backoff::next`].
-    pub fn is_guest_active(&self) -> bool {
-        self.is_active
+    /// Whether the guest was active lately, as far as [`Backoff::next`] was told.
+    pub fn is_guest_active(&self, now: Instant) -> bool {
+        self.active.is_some_and(|last| now < last.at + IDLE)
     }
 
     /// Whether the guest is active. Remembers the last change of its activity.
@@ -143,7 +141,7 @@ impl Backoff {
             let at = if recently { Some(moment.at) } else { moment.at.checked_sub(IDLE) };
             self.active = at.map(|at| Moment { at, activity: moment.activity });
         }
-        self.active.is_some_and(|last| moment.at < last.at + IDLE)
+        self.is_guest_active(moment.at)
     }
 
     /// Adjusts the rest once per window, if enough requests were seen.

@@ -120,7 +120,7 @@ impl Image {
             let pass = RunningPass { image: self, number: passes.begun, has_ended: false };
             drop(passes);
             let result = self.write_back_pass();
-            // Refcounts that the pass has lowered, or what it could not write.
+            // The pass may have lowered refcounts, or put back what it could not write.
             if self.is_dirty() {
                 self.reader.tables.signal_dirty();
             }

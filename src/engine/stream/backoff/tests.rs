@@ -99,9 +99,9 @@ fn an_idle_guest_is_given_nothing() {
     world.run(IDLE + LONGEST, READ, Duration::ZERO, Duration::ZERO);
     let no_more = world.run(SECOND, READ, Duration::ZERO, Duration::ZERO);
     assert_eq!((no_more.chunks, no_more.longest_rest), (1000, Duration::ZERO));
-    assert!(!world.backoff.is_guest_active());
+    assert!(!world.backoff.is_guest_active(world.now));
     world.run(2 * LONGEST, READ, micros(100), micros(100));
-    assert!(world.backoff.is_guest_active());
+    assert!(world.backoff.is_guest_active(world.now));
 }
 
 /// Protects: the cost of reads, misses and flushes stays within the factor, and the stream uses the

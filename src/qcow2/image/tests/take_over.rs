@@ -62,8 +62,9 @@ fn a_full_journal_is_a_pass() {
     assert!((0..80).all(|cluster| byte_of(&next, cluster) == Some(0)));
 }
 
-/// Protects: P17. If a change cannot be recorded, its request fails and the image accepts no
-/// further one: a later write in place would be acknowledged and lost.
+/// Protects: P17, I2. If a change cannot be recorded, its request fails and the image accepts no
+/// further one: a later write in place would be acknowledged and lost. The new cluster that the
+/// entry in memory names is not handed out again.
 #[test]
 fn a_journal_that_cannot_be_written_latches() {
     let (file, journal, image) = journaled(16);
