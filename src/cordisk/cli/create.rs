@@ -36,7 +36,14 @@ pub(super) struct CreateArgs {
     /// Whether each cluster has 32 subclusters, which are copied up one by one. QEMU can read such
     /// an image from version 5.2 on; clusters have at least 16K [default: on, off with a cluster
     /// size]
-    #[arg(long, value_name = "on|off", num_args = 0..=1, require_equals = true, default_missing_value = "on", value_parser = parse_switch)]
+    #[arg(
+        long,
+        value_name = "on|off",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "on",
+        value_parser = parse_switch,
+    )]
     extended_l2: Option<bool>,
     /// The same options in the words of qemu-img: cluster_size=SIZE, extended_l2=on|off, separated
     /// by commas; may be given several times
