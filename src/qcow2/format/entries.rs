@@ -182,6 +182,37 @@ pub struct RawL2Entry {
     pub bitmap: u64,
 }
 
+/// Returns the words of a table as it is in a file: big-endian.
+pub fn be_words(bytes: &[u8]) -> impl Iterator<Item = u64> {
+    bytes.as_chunks().0.iter().map(|&word| u64::from_be_bytes(word))
+}
+
+/// Returns the entries that the words of an L2 table make up.
+pub fn raw_entries<'a>(
+    words: &'a [u64],
+    geometry: &Geometry,
+) -> impl Iterator<Item = RawL2Entry> + use<'a> {
+    words.chunks_exact(geometry.l2_entry_words()).map(|entry| RawL2Entry {
+        descriptor: entry[0],
+        bitmap: entry.get(1).copied().unwrap_or(0),
+    })
+}
+
+impl RawL2Entry {
+    /// Returns whether this entry is valid and names the host cluster after that of `before`, a
+    /// valid entry, with the same flags. Says no of entries that [`L2Entry::decode`] would have to
+    /// look at.
+    #[inline]
+    pub fn is_next_of(self, before: RawL2Entry, geometry: &Geometry) -> bool {
+        let (allocated, zero) = (self.bitmap as u32, (self.bitmap >> 32) as u32);
+        self.descriptor == before.descriptor.wrapping_add(geometry.cluster_size())
+            && (self.descriptor ^ before.descriptor) & !OFFSET == 0
+            && before.descriptor & COMPRESSED == 0
+            && before.descriptor & OFFSET != 0
+            && allocated & zero == 0
+    }
+}
+
 /// A decoded L2 entry: what it says of all subclusters of its cluster.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum L2Entry {
@@ -406,6 +437,35 @@ mod tests {
             Ok(L2Entry::Standard { host: Some((HostCluster(5), false)), allocated: 0, zero: 1 }),
             "without extended L2 entries there is no bitmap"
         );
+    }
+
+    /// Protects: V24, V30. A table that is loaded skips the decoding of such entries.
+    #[test]
+    fn the_next_entry_is_valid_and_names_the_next_cluster() {
+        let extended = geometry(3, 16).with_extended_l2().unwrap();
+        let last = OFFSET & !0xffff;
+        let mut bits: Vec<u64> = (0..64).map(|bit| 1 << bit).collect();
+        bits.push(0);
+        for g in [geometry(2, 9), geometry(3, 16), extended] {
+            for before in [0, 0x5_0000, last, COMPRESSED | 0x5_0000, ZERO, 0x5_0001, 1 << 40] {
+                for flags in [0, COPIED] {
+                    let before = RawL2Entry { descriptor: before | flags, bitmap: 0 };
+                    let Ok(valid) = L2Entry::decode(before, &g) else { continue };
+                    let next = before.descriptor.wrapping_add(g.cluster_size());
+                    for (flip, bitmap) in bits.iter().flat_map(|a| bits.iter().map(move |b| (a, b)))
+                    {
+                        let bitmap = if g.has_extended_l2() { bitmap | bitmap >> 7 } else { 0 };
+                        let raw = RawL2Entry { descriptor: next ^ flip, bitmap };
+                        let host = valid.host().map(|(host, copied)| (host.0 + 1, copied));
+                        let decoded = L2Entry::decode(raw, &g).ok().and_then(|entry| entry.host());
+                        let is_next = host.is_some()
+                            && decoded.map(|(host, copied)| (host.0, copied)) == host
+                            && (raw.descriptor ^ before.descriptor) & !OFFSET == 0;
+                        assert_eq!(raw.is_next_of(before, &g), is_next, "{before:x?} {raw:x?}");
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ pub use compressed::decompress;
 pub use coords::{
     ClusterCount, Geometry, GuestCluster, GuestOffset, GuestSubcluster, HostCluster, HostOffset,
 };
-pub use entries::{L1Entry, L2Entry, Mapping, RawL2Entry};
+pub use entries::{L1Entry, L2Entry, Mapping, RawL2Entry, be_words, raw_entries};
 pub use header::{
     BackingFormat, BackingReference, CompressionType, Header, HeaderPatch, NewImage, Qcow2Facts,
     feature, patch, printable,

@@ -18,7 +18,7 @@
 //! a table meanwhile (R16). Freed clusters are therefore kept apart from clusters that were free
 //! when the image was opened.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
@@ -34,6 +34,9 @@ use host::sync::{Mutex, rank};
 use host::{Error, ErrorKind, Result};
 
 mod compare;
+mod named;
+
+pub(super) use named::Unreadable;
 
 /// Largest refcount table, in bytes (V9; QEMU: QCOW_MAX_REFTABLE_SIZE).
 const MAX_TABLE_BYTES: u64 = 8 << 20;
@@ -61,9 +64,6 @@ pub(super) struct Allocator {
 #[derive(Debug)]
 struct AllocatorState {
     refcounts: RefcountTable,
-    /// Clusters of the header, of tables and of refcount blocks. Guest data must not be in them
-    /// (V24, V27, R16).
-    metadata: HashSet<u64>,
     /// Known free clusters that were free when the image was opened, all below `searched`. They are
     /// used for tables and for data.
     gaps: Gaps,
@@ -85,16 +85,17 @@ impl Allocator {
     pub fn open(storage: Arc<dyn Storage>, header: &Header) -> Result<Self> {
         let geometry = header.geometry;
         let cluster_size = geometry.cluster_size();
-        let refcounts = RefcountTable::open(storage.clone(), header)?;
+        let mut refcounts = RefcountTable::open(storage.clone(), header)?;
         let (table, table_clusters) = refcounts.place();
         let l1_start = header.l1_table_offset >> geometry.cluster_bits();
         let l1_clusters = (u64::from(header.l1_size) * 8).div_ceil(cluster_size);
-        let mut metadata: HashSet<u64> = std::iter::once(0).collect();
-        metadata.extend(table.0..table.0 + table_clusters);
-        metadata.extend(l1_start..l1_start + l1_clusters);
+        refcounts.add_metadata(0);
+        let tables = (table.0..table.0 + table_clusters).chain(l1_start..l1_start + l1_clusters);
+        tables.for_each(|cluster| _ = refcounts.add_metadata(cluster));
         let mut covered = 0;
-        for (index, block) in refcounts.blocks() {
-            if !metadata.insert(block.0) {
+        let blocks: Vec<(usize, HostCluster)> = refcounts.blocks().collect();
+        for (index, block) in blocks {
+            if !refcounts.add_metadata(block.0) {
                 let offset = geometry.host_offset(block);
                 return Err(corrupt(format!(
                     "refcount table, index {index}: block at {offset} overlaps other metadata"
@@ -104,11 +105,10 @@ impl Allocator {
         }
         // Clusters that no refcount block covers are free, however large the file or device is.
         // They need no search and are used next.
-        let behind_metadata = metadata.iter().max().map_or(0, |last| last + 1);
-        let end = storage.size().div_ceil(cluster_size).min(covered).max(behind_metadata);
+        let end =
+            storage.size().div_ceil(cluster_size).min(covered).max(refcounts.end_of_metadata());
         let state = AllocatorState {
             refcounts,
-            metadata,
             gaps: Gaps::default(),
             freed: Gaps::default(),
             searched: 1,
@@ -134,7 +134,7 @@ impl Allocator {
     pub fn claim_l2_table(&self, cluster: HostCluster, l1_index: usize) -> Result<()> {
         let mut state = self.state.lock();
         state.end = state.end.max(cluster.0 + 1);
-        if !state.metadata.insert(cluster.0) {
+        if !state.refcounts.add_metadata(cluster.0) {
             return Err(corrupt(format!(
                 "L1 table, index {l1_index}: L2 table at {} overlaps other metadata",
                 self.geometry.host_offset(cluster)
@@ -159,7 +159,7 @@ impl Allocator {
         let state = &mut *state;
         let offset = |cluster| self.geometry.host_offset(HostCluster(cluster));
         for cluster in named.iter().flat_map(Range::clone) {
-            if state.metadata.contains(&cluster) {
+            if state.refcounts.is_metadata(cluster) {
                 let at = offset(cluster);
                 return Err(corrupt(format!("the journal names {at}, which is metadata")));
             }
@@ -232,12 +232,12 @@ impl Allocator {
             named.get(next).is_some_and(|hosts| hosts.start <= cluster)
         };
         let free = (index * entries..(index + 1) * entries)
-            .find(|&cluster| !is_named(cluster) && !state.metadata.contains(&cluster));
+            .find(|&cluster| !is_named(cluster) && !state.refcounts.is_metadata(cluster));
         let Some(free) = free else {
             return Err(corrupt(format!("the journal leaves no space for refcount block {index}")));
         };
         state.refcounts.add_block(index, free);
-        state.metadata.insert(free);
+        state.refcounts.add_metadata(free);
         state.end = state.end.max(free + 1);
         state.refcounts.set(free, 1)
     }
@@ -248,13 +248,11 @@ impl Allocator {
         let mut state = self.state.lock();
         state.refcounts.evict();
         let offset = self.geometry.host_offset(cluster);
-        if state.metadata.contains(&cluster.0) && !without(Step::DataIsNoMetadata) {
+        if state.refcounts.is_metadata(cluster.0) && !without(Step::DataIsNoMetadata) {
             return Err(corrupt(format!("cluster at {offset} is metadata")));
         }
-        // A reserved cluster is counted but has no reference yet. An entry that names it could
-        // expose a cluster that is handed out next.
-        let counted =
-            if state.reserved.contains(&cluster.0) { 0 } else { state.refcounts.get(cluster.0)? };
+        let is_reserved = state.has_reserved(&(cluster.0..cluster.0 + 1));
+        let counted = if is_reserved { 0 } else { state.refcounts.get(cluster.0)? };
         match (counted, in_place) {
             (0, _) if !without(Step::DataIsCounted) => {
                 Err(corrupt(format!("cluster at {offset} is in use but its refcount is zero")))
@@ -269,7 +267,7 @@ impl Allocator {
     /// Does the part of [`Allocator::check_data`] that needs no refcount: an L2 entry must not name
     /// metadata.
     pub fn check_is_no_metadata(&self, cluster: HostCluster) -> Result<()> {
-        if self.state.lock().metadata.contains(&cluster.0) && !without(Step::DataIsNoMetadata) {
+        if self.state.lock().refcounts.is_metadata(cluster.0) && !without(Step::DataIsNoMetadata) {
             return Err(corrupt(format!(
                 "cluster at {} is metadata",
                 self.geometry.host_offset(cluster)
@@ -321,7 +319,7 @@ impl Allocator {
         let mut state = self.state.lock();
         let (cluster, _) = self.take_unused(&mut state, 1)?;
         // Under the same lock: from now on, an entry that names the cluster must be refused.
-        state.metadata.insert(cluster);
+        state.refcounts.add_metadata(cluster);
         Ok(HostCluster(cluster))
     }
 
@@ -332,7 +330,7 @@ impl Allocator {
             log::warn!("cluster {} stays leaked: {error}", cluster.0);
             return;
         }
-        state.metadata.remove(&cluster.0);
+        state.refcounts.remove_metadata(cluster.0);
         state.add_gap(cluster.0);
     }
 
@@ -390,7 +388,7 @@ impl Allocator {
             let free = state.refcounts.free_in(searched..stop)?;
             state.searched = stop;
             for cluster in free {
-                if !state.metadata.contains(&cluster) && !state.freed.contains(cluster) {
+                if !state.refcounts.is_metadata(cluster) && !state.freed.contains(cluster) {
                     state.gaps.add(cluster);
                 }
             }
@@ -459,7 +457,7 @@ impl Allocator {
         for index in start / entries..wanted {
             if !state.refcounts.has_block(index) {
                 state.refcounts.add_block(index, next);
-                state.metadata.insert(next);
+                state.refcounts.add_metadata(next);
                 next += 1;
             }
         }
@@ -489,7 +487,8 @@ impl Allocator {
         state.refcounts.resize(capacity);
         match self.extend(state, clusters) {
             Ok(start) => {
-                state.metadata.extend(start..start + clusters);
+                (start..start + clusters)
+                    .for_each(|cluster| _ = state.refcounts.add_metadata(cluster));
                 // A second growth inside `extend` would have left a table that is too short for its
                 // entries.
                 assert_eq!(state.refcounts.capacity(), capacity);
@@ -509,7 +508,7 @@ impl Allocator {
         let mut state = self.state.lock();
         state.refcounts.evict();
         let start = self.extend(&mut state, clusters)?;
-        state.metadata.extend(start..start + clusters);
+        (start..start + clusters).for_each(|cluster| _ = state.refcounts.add_metadata(cluster));
         Ok(HostCluster(start))
     }
 
@@ -640,7 +639,7 @@ impl Allocator {
             state.refcounts.set(cluster, refcount - references)?;
             free.remove();
             if refcount == references {
-                state.metadata.remove(&cluster);
+                state.refcounts.remove_metadata(cluster);
                 // No cluster from the end on was handed out, so it is no guest's, and the
                 // allocation at the end of the file finds it.
                 if cluster < state.end {
@@ -729,10 +728,16 @@ impl AllocatorState {
         }
     }
 
+    /// Returns whether one of these clusters is reserved: it is counted, but has no reference yet.
+    /// An entry that names it could expose a cluster that is handed out next.
+    fn has_reserved(&self, clusters: &Range<u64>) -> bool {
+        clusters.start < self.reserved.end && self.reserved.start < clusters.end
+    }
+
     /// Returns whether a cluster must not be handed out at the end of the file even if its refcount
     /// is zero.
     fn is_spoken_for(&self, cluster: u64) -> bool {
-        self.metadata.contains(&cluster) || self.freed.contains(cluster)
+        self.refcounts.is_metadata(cluster) || self.freed.contains(cluster)
     }
 
     /// Returns the last cluster of a range that is counted or spoken for.

@@ -46,6 +46,7 @@ mod gaps;
 mod grow;
 mod helpers;
 mod inflated;
+mod judge;
 mod judged;
 mod l2_table;
 mod late_search;

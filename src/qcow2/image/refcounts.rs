@@ -1,16 +1,20 @@
 //! The refcount table and its blocks in memory. Blocks are loaded on demand, dirty pieces are
 //! tracked, and the table can move.
 //!
-//! This module stores counts only. The allocator decides which clusters are handed out.
+//! This module stores counts, and which clusters are metadata. The allocator decides which clusters
+//! are handed out.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
+use self::data::DataClusters;
 use super::changed::ChangedClusters;
-use crate::format::{Geometry, Header, HostCluster, RefcountBlock, decode_table_entry};
+use crate::format::{Geometry, Header, HostCluster, RefcountBlock, be_words, decode_table_entry};
 use host::storage::ReadAt;
 use host::{Error, ErrorKind, Result};
+
+mod data;
 
 /// Size of the pieces in which a refcount block is written back, in bytes.
 const PIECE: usize = 4096;
@@ -76,6 +80,11 @@ pub(super) struct RefcountTable {
     dirty: BTreeSet<(usize, usize)>,
     /// Blocks whose table entry is not on disk.
     new_blocks: BTreeSet<usize>,
+    /// Clusters of the header, of tables and of refcount blocks. Guest data must not be in them
+    /// (V24, V27, R16).
+    metadata: BTreeSet<u64>,
+    /// What `blocks` and `metadata` say, for many more blocks than are in memory.
+    data: DataClusters,
     /// Every cluster whose refcount was set, while a late search for leaks needs to know.
     pub changed: Option<ChangedClusters>,
 }
@@ -90,8 +99,7 @@ impl RefcountTable {
             .read_at(header.refcount_table_offset, &mut raw)
             .map_err(|error| Error::io("refcount table", error))?;
         let mut entries = Vec::with_capacity(raw.len() / 8);
-        for (index, raw) in raw.chunks_exact(8).enumerate() {
-            let raw = raw.iter().fold(0, |value, &byte| value << 8 | u64::from(byte));
+        for (index, raw) in be_words(&raw).enumerate() {
             let block = decode_table_entry(raw, &geometry).map_err(|error| {
                 Error::from(error).context(format!("refcount table, index {index}"))
             })?;
@@ -118,6 +126,8 @@ impl RefcountTable {
             entries,
             dirty: BTreeSet::new(),
             new_blocks: BTreeSet::new(),
+            metadata: BTreeSet::new(),
+            data: DataClusters::new(geometry.refblock_entries()),
             changed: None,
         })
     }
@@ -149,10 +159,14 @@ impl RefcountTable {
             .is_some_and(|&cluster| cluster != 0)
     }
 
+    /// Returns how many clusters a block counts.
+    fn per_block(&self) -> u64 {
+        self.geometry.refblock_entries()
+    }
+
     /// Returns the index of the block that counts a cluster, and the index inside that block.
     pub fn index_of(&self, cluster: u64) -> (u64, u64) {
-        let entries = self.geometry.refblock_entries();
-        (cluster / entries, cluster % entries)
+        (cluster / self.per_block(), cluster % self.per_block())
     }
 
     /// Returns the refcount of a cluster; zero if no block covers it.
@@ -195,6 +209,7 @@ impl RefcountTable {
     #[cfg(test)]
     pub fn limit_memory(&mut self, bytes: usize) {
         self.memory = bytes;
+        self.data.memory = bytes;
     }
 
     #[cfg(test)]
@@ -232,9 +247,80 @@ impl RefcountTable {
             return Err(corrupt(format!("refcount of cluster {cluster} overflows")));
         }
         block.set(entry as usize, value);
+        if self.data.has_block(index) {
+            self.data.set(cluster, value == 1 && !self.metadata.contains(&cluster));
+        }
         self.change(cluster);
         let piece = ((entry << self.geometry.refcount_order()) / 8) as usize / PIECE;
         self.dirty.insert((index as usize, piece));
+        Ok(())
+    }
+
+    /// Marks a cluster as metadata. Returns whether it was none before.
+    pub fn add_metadata(&mut self, cluster: u64) -> bool {
+        self.data.set(cluster, false);
+        self.metadata.insert(cluster)
+    }
+
+    /// Records that a cluster, whose refcount is zero now, is no longer metadata.
+    pub fn remove_metadata(&mut self, cluster: u64) {
+        self.metadata.remove(&cluster);
+    }
+
+    /// Returns whether a cluster is metadata.
+    pub fn is_metadata(&self, cluster: u64) -> bool {
+        self.metadata.contains(&cluster)
+    }
+
+    /// Returns the end of the last cluster that is metadata, as a cluster number.
+    pub fn end_of_metadata(&self) -> u64 {
+        self.metadata.last().map_or(0, |last| last + 1)
+    }
+
+    /// Returns whether all of these clusters are known to have a refcount of one and to be no
+    /// metadata. Reads nothing.
+    pub fn are_known_data(&self, clusters: &Range<u64>) -> bool {
+        self.data.contain(clusters)
+    }
+
+    /// Returns whether L2 entries may name these clusters: none is metadata or has a refcount of
+    /// zero, and all have one if the entries say COPIED (V24, V27, R9).
+    ///
+    /// # Errors
+    /// The index of a refcount block that cannot be read.
+    pub fn may_be_named(&mut self, clusters: &Range<u64>, in_place: bool) -> Result<bool, u64> {
+        if self.metadata.range(clusters.clone()).next().is_some() {
+            return Ok(false);
+        }
+        let mut at = clusters.start;
+        while at < clusters.end {
+            self.evict();
+            let (index, first) = self.index_of(at);
+            let len = (clusters.end - at).min(self.per_block() - first);
+            self.know(index)?;
+            let Some(block) = self.block(index).map_err(|_| index)? else { return Ok(false) };
+            let mut counts = (first..first + len).map(|index| block.get(index as usize));
+            if !counts.all(|count| count == 1 || count > 1 && !in_place) {
+                return Ok(false);
+            }
+            at += len;
+        }
+        Ok(true)
+    }
+
+    /// Makes the clusters under a block known, if there is one.
+    fn know(&mut self, index: u64) -> Result<(), u64> {
+        if !self.has_block(index) || self.data.has_block(index) {
+            return Ok(());
+        }
+        self.block(index).map_err(|_| index)?;
+        let first = index * self.per_block();
+        if let Some(block) = &self.blocks[index as usize] {
+            self.data.fill(index, |at| block.get(at) == 1);
+            for &cluster in self.metadata.range(first..first + self.per_block()) {
+                self.data.set(cluster, false);
+            }
+        }
         Ok(())
     }
 

@@ -8,8 +8,8 @@ use std::sync::OnceLock;
 
 use super::allocator::Allocator;
 use super::l2_table::L2Table;
-use super::tables::{be64, corrupt};
-use crate::format::{Header, L1Entry};
+use super::tables::corrupt;
+use crate::format::{Header, L1Entry, be_words};
 use host::storage::ReadAt;
 use host::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use host::sync::{RwLock, rank};
@@ -104,7 +104,7 @@ pub(super) fn claimed_chunks(
     storage
         .read_at(header.l1_table_offset, &mut raw)
         .map_err(|error| Error::io("L1 table", error))?;
-    let raw: Vec<u64> = raw.chunks_exact(8).map(be64).collect();
+    let raw: Vec<u64> = be_words(&raw).collect();
     for (index, &raw) in raw.iter().enumerate() {
         let entry = L1Entry::decode(raw, &geometry)
             .map_err(|error| Error::from(error).context(format!("L1 table, index {index}")))?;

@@ -2,16 +2,15 @@
 //! loaded, and evicted only when it is clean.
 
 use std::collections::{BTreeSet, VecDeque};
-use std::ops::Range;
 use std::sync::Arc;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::allocator::Allocator;
-use super::judged::Judged;
+use super::judge::judge;
 use super::l2_table::L2Table;
 use super::slots::{CHUNK, L1Chunk, Slot, Slots, claimed_chunks};
-use crate::format::{Geometry, Header, HostCluster, L1Entry, L2Entry, RawL2Entry};
+use crate::format::{Geometry, Header, HostCluster, L1Entry, RawL2Entry, be_words};
 use host::background::Unmarked;
 use host::mutants::{Step, without};
 use host::storage::ReadAt;
@@ -26,7 +25,7 @@ const LOADERS: usize = 16;
 
 /// Value in memory of a word of a table entry that lies outside the file. It is no valid L1 entry
 /// and no valid descriptor of an L2 entry.
-const OUTSIDE: u64 = u64::MAX;
+pub(super) const OUTSIDE: u64 = u64::MAX;
 
 /// L1 indexes of tables that a pass has to write, and of tables that changed since a watch began.
 #[derive(Debug, Default)]
@@ -351,21 +350,26 @@ impl Tables {
                 .map_err(|error| Error::io(format!("{which} table at {offset:#x}"), error))?;
         }
         let mut table = Vec::with_capacity(words);
-        table.extend(raw.chunks_exact(8).map(be64));
+        table.extend(be_words(&raw));
         table.resize(words, OUTSIDE);
         Ok(table)
     }
 
-    /// Reads the entries of the L2 table at a host offset in bytes, as [`Tables::read_table`] does.
-    fn read_l2_table(&self, offset: u64, geometry: &Geometry) -> Result<Vec<RawL2Entry>> {
+    /// Reads the words of the L2 table at a host offset in bytes, as [`Tables::read_table`] does.
+    fn read_l2_table(&self, offset: u64, geometry: &Geometry) -> Result<Vec<u64>> {
         let per_entry = geometry.l2_entry_words();
-        let words = self.read_table("L2", offset, geometry.l2_entries() as usize * per_entry)?;
-        let entry = |words: &[u64]| RawL2Entry {
+        let mut words =
+            self.read_table("L2", offset, geometry.l2_entries() as usize * per_entry)?;
+        if per_entry > 1 {
             // An entry that lies only in part inside the file lies outside.
-            descriptor: if words.contains(&OUTSIDE) { OUTSIDE } else { words[0] },
-            bitmap: words.get(1).copied().unwrap_or(0),
-        };
-        Ok(words.chunks_exact(per_entry).map(entry).collect())
+            for entry in words.chunks_exact_mut(per_entry).rev() {
+                match entry.contains(&OUTSIDE) {
+                    true => entry[0] = OUTSIDE,
+                    false => break,
+                }
+            }
+        }
+        Ok(words)
     }
 
     /// Loads a table into memory. The lock in `loaders` admits one thread per table, so that a
@@ -397,13 +401,14 @@ impl Tables {
         if offset.0 >= self.storage.size() {
             return Err(of_l1(corrupt(format!("L2 table at {offset} is outside the file"))));
         }
-        let entries = self.read_l2_table(offset.0, &geometry)?;
-        let judged = self.judge(&entries, &geometry);
+        let words = self.read_l2_table(offset.0, &geometry)?;
+        let allocator = self.allocator.as_deref();
+        let judged = judge(&words, &geometry, self.storage.size(), allocator);
         if let Some(why) = judged.as_ref().and_then(|judged| judged.first_bad()) {
             self.found_corruption(format!("L2 table at {offset}, {why}"));
         }
         let mut in_place = entry.in_place;
-        if let Some(allocator) = &self.allocator
+        if let Some(allocator) = allocator
             && entry.in_place
         {
             match allocator.refcount(entry.table) {
@@ -420,87 +425,11 @@ impl Tables {
             }
         }
         self.evict();
-        let words = entries
-            .iter()
-            .flat_map(|raw| {
-                [raw.descriptor, raw.bitmap].into_iter().take(geometry.l2_entry_words())
-            })
-            .map(AtomicU64::new)
-            .collect();
+        let words = words.into_iter().map(AtomicU64::new).collect();
         let table = Box::new(L2Table::new(entry.table, in_place, words, judged, &geometry));
         self.account(l1_index, &table);
         *self.slots.read().of_table(l1_index).table.write() = Some(table);
         Ok(())
-    }
-
-    /// Checks the entries of a table as read from disk (V24 to V27, V30). Returns the bad ones, if
-    /// any. For a backing file it checks only what reading needs.
-    fn judge(&self, entries: &[RawL2Entry], geometry: &Geometry) -> Option<Box<Judged>> {
-        let size = self.storage.size();
-        let mut judged: Option<Box<Judged>> = None;
-        let new = || Box::new(Judged::new(entries.len()));
-        let mut data = Vec::new();
-        let mut lost_its_end = false;
-        for (index, &raw) in entries.iter().enumerate() {
-            match referenced(raw, geometry, size) {
-                Ok((clusters, in_place)) if self.allocator.is_some() => {
-                    data.extend(clusters.map(|cluster| (HostCluster(cluster), in_place, index)));
-                }
-                Ok(_) => {}
-                Err(error) => {
-                    lost_its_end |=
-                        raw.descriptor == OUTSIDE || L2Entry::decode(raw, geometry).is_ok();
-                    judged
-                        .get_or_insert_with(new)
-                        .set_bad(index, &error.context(format!("index {index}")));
-                }
-            }
-        }
-        // A file may end inside its last cluster, and the rest of that cluster reads as zeros. A
-        // file that has lost whole clusters has lost that rest as well, so zeros would be wrong
-        // there.
-        if lost_its_end {
-            for (index, &raw) in entries.iter().enumerate() {
-                if let Ok(entry) = L2Entry::decode(raw, geometry)
-                    && let L2Entry::Standard { host: Some((host, _)), allocated, .. } = entry
-                    && size.saturating_sub(geometry.host_offset(host).0)
-                        < u64::from(u32::BITS - allocated.leading_zeros())
-                            << geometry.subcluster_bits()
-                {
-                    let error = corrupt(format!(
-                        "index {index}: the file ends inside the cluster at {}",
-                        geometry.host_offset(host)
-                    ));
-                    judged.get_or_insert_with(new).set_bad(index, &error);
-                }
-            }
-        }
-        let Some(allocator) = &self.allocator else { return judged };
-        // Sorted in the order of the file, so that each refcount block is loaded once, wherever the
-        // entries point. A block that cannot be read is not tried again for every entry.
-        data.sort_unstable();
-        let mut unreadable = None;
-        for (cluster, in_place, index) in data {
-            let block = allocator.block_of(cluster);
-            let checked = if unreadable == Some(block) {
-                allocator.check_is_no_metadata(cluster)
-            } else {
-                allocator.check_data(cluster, in_place)
-            };
-            match checked {
-                Ok(()) if unreadable != Some(block) => {}
-                Err(error) if error.kind() == ErrorKind::Corrupt => {
-                    judged
-                        .get_or_insert_with(new)
-                        .set_bad(index, &error.context(format!("index {index}")));
-                }
-                Ok(()) | Err(_) => {
-                    unreadable = Some(block);
-                    judged.get_or_insert_with(new).set_unproven(index);
-                }
-            }
-        }
-        judged
     }
 
     /// Drops the oldest clean tables while memory use is above the limit, and looks at a bounded
@@ -671,38 +600,6 @@ impl Tables {
     pub fn set_size(&self, size: u64) {
         self.size.store(size, Ordering::Release);
     }
-}
-
-/// Returns the host clusters that an L2 entry names, and whether the entry says COPIED. `size` is
-/// the size of the file in bytes.
-fn referenced(raw: RawL2Entry, geometry: &Geometry, size: u64) -> Result<(Range<u64>, bool)> {
-    if raw.descriptor == OUTSIDE {
-        return Err(corrupt("the entry is outside the file".into()));
-    }
-    match L2Entry::decode(raw, geometry)? {
-        L2Entry::Standard { host: None, .. } => Ok((0..0, false)),
-        L2Entry::Compressed { at, len } => {
-            let end =
-                at.0.checked_add(u64::from(len)).filter(|&end| end <= size.next_multiple_of(512));
-            let Some(end) = end else {
-                return Err(corrupt(format!("compressed cluster at {at} is outside the file")));
-            };
-            Ok((geometry.host_cluster(at).0..((end - 1) >> geometry.cluster_bits()) + 1, false))
-        }
-        L2Entry::Standard { host: Some((host, in_place)), .. } => {
-            if geometry.host_offset(host).0 >= size {
-                return Err(corrupt(format!(
-                    "cluster at {} is outside the file",
-                    geometry.host_offset(host)
-                )));
-            }
-            Ok((host.0..host.0 + 1, in_place))
-        }
-    }
-}
-
-pub(super) fn be64(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
 }
 
 pub(super) fn corrupt(text: String) -> Error {

@@ -12,6 +12,7 @@ use sim::{Action, Fault, HostFailure, Operation, Repeat, SimStorage};
 
 mod bad_entries;
 mod compressed_run;
+mod judge;
 mod late_search;
 mod leaks;
 mod refcount_growth;

@@ -67,7 +67,7 @@ impl Allocator {
                 compared.is_unclear |= refcount > 1;
                 continue;
             }
-            let is_metadata = state.metadata.contains(&cluster);
+            let is_metadata = state.refcounts.is_metadata(cluster);
             let counted = references.get(cluster) + u64::from(is_metadata);
             if refcount < counted {
                 return Err(corrupt(format!(

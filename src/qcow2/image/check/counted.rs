@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::time::Instant;
 
-use crate::format::{Geometry, Header, RefcountBlock};
+use crate::format::{Geometry, Header, RefcountBlock, be_words};
 use host::storage::ReadAt;
 use host::{Error, Result};
 
@@ -51,7 +51,7 @@ impl<'a> Counted<'a> {
         storage
             .read_at(header.refcount_table_offset, &mut raw)
             .map_err(|error| Error::io("refcount table", error))?;
-        let table = raw.chunks_exact(8).map(|raw| BlockEntry(super::be64(raw))).collect();
+        let table = be_words(&raw).map(BlockEntry).collect();
         Ok(Counted { storage, geometry, table, blocks: HashMap::new(), order: VecDeque::new() })
     }
 

@@ -384,7 +384,3 @@ impl Image {
         self.watch(self.allocator.give_back_leaks(&leaks.0))
     }
 }
-
-fn be64(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0, |value, &byte| value << 8 | u64::from(byte))
-}

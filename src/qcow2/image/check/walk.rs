@@ -7,8 +7,8 @@
 
 use super::counted::Counted;
 use super::references::References;
-use super::{CheckReport, Finding, Leak, be64};
-use crate::format::{Geometry, Header, RefcountBlock};
+use super::{CheckReport, Finding, Leak};
+use crate::format::{Geometry, Header, RawL2Entry, RefcountBlock, be_words, raw_entries};
 use host::storage::ReadAt;
 use host::{Error, ErrorKind, Result};
 
@@ -162,7 +162,7 @@ impl<'a> Walk<'a> {
             .map_err(|error| Error::io("L1 table", error))?;
         let mut table = vec![0; self.geometry.cluster_size() as usize];
         let mut tables = 0;
-        for (l1_index, entry) in raw.chunks_exact(8).map(be64).enumerate() {
+        for (l1_index, entry) in be_words(&raw).enumerate() {
             if entry == 0 {
                 continue;
             }
@@ -199,9 +199,9 @@ impl<'a> Walk<'a> {
     fn l2_table(&mut self, table: &[u8], flags: bool) -> Result<()> {
         let cluster_size = self.geometry.cluster_size();
         let mut contiguous = None;
-        let entry_bytes = 8 * self.geometry.l2_entry_words();
-        for (index, raw) in table.chunks_exact(entry_bytes).enumerate() {
-            let (entry, bitmap) = (be64(&raw[..8]), be64(&raw[8..]));
+        let words: Vec<u64> = be_words(table).collect();
+        for (index, raw) in raw_entries(&words, &self.geometry).enumerate() {
+            let RawL2Entry { descriptor: entry, bitmap } = raw;
             if entry & COMPRESSED != 0 {
                 if entry & COPIED != 0 {
                     self.corruption(Finding::CopiedCompressed { offset: self.compressed(entry).0 });

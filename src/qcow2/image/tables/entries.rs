@@ -4,8 +4,9 @@
 
 use std::ops::Range;
 
-use super::{LOADERS, Tables, referenced};
-use crate::format::{L1Entry, L2Entry, RawL2Entry};
+use super::{LOADERS, Tables};
+use crate::format::{L1Entry, L2Entry, RawL2Entry, raw_entries};
+use crate::image::judge::referenced;
 use crate::image::slots::CHUNK;
 use host::sync::atomic::Ordering;
 use host::{Error, Result};
@@ -43,7 +44,7 @@ impl Tables {
         mut f: impl FnMut(Range<u64>, bool) -> Result<()>,
     ) -> Result<()> {
         let geometry = self.geometry();
-        let entries = self.raw_entries(l1_index)?;
+        let entries = self.entries_of(l1_index)?;
         // Taken after the entries: the file has grown before a request stores an entry that names
         // a cluster at the new end.
         let size = self.storage.size();
@@ -64,7 +65,7 @@ impl Tables {
     /// Returns the entries of a table: those in memory if the table is there, and those on disk
     /// otherwise, which are the same until the table is loaded. A thread that loads the table or
     /// gives it another cluster waits for the lock in `loaders`.
-    fn raw_entries(&self, l1_index: usize) -> Result<Vec<RawL2Entry>> {
+    fn entries_of(&self, l1_index: usize) -> Result<Vec<RawL2Entry>> {
         let geometry = self.geometry();
         let count = geometry.l2_entries() as usize;
         let _loader = self.loaders[l1_index % LOADERS].lock();
@@ -78,6 +79,7 @@ impl Tables {
         };
         let entry = L1Entry::decode(l1_entry, &geometry).map_err(Error::from)?;
         let Some(entry) = entry else { return Ok(Vec::new()) };
-        self.read_l2_table(geometry.host_offset(entry.table).0, &geometry)
+        let words = self.read_l2_table(geometry.host_offset(entry.table).0, &geometry)?;
+        Ok(raw_entries(&words, &geometry).collect())
     }
 }
