@@ -144,8 +144,9 @@ impl Disk {
     /// overlay does not.
     ///
     /// Only the missing clusters are held, so a backing file that hangs does not delay requests for
-    /// the clusters beside them. When this returns, the host has been asked to start writing the
-    /// copied clusters to disk (`write_out.rs`).
+    /// the clusters beside them. Waits first for a pass of write-back if much data is not durable.
+    /// When this returns, the host has been asked to start writing the copied clusters to disk
+    /// (`write_out.rs`).
     ///
     /// # Errors
     /// I/O errors of the overlay or of a layer, [`host::ErrorKind::NoSpace`], corruption. Clusters
@@ -166,6 +167,7 @@ impl Disk {
         mut ahead: Ahead,
     ) -> Result<Populated> {
         self.check_range(&range)?;
+        self.bound_unwritten();
         let mut placed = Placed::default();
         let populated = self.populate_missing(range, depth, &mut ahead, &mut placed);
         // No range is held any more. Clusters that were copied before an error are written out as

@@ -7,6 +7,9 @@
 //! which also makes the stream shorter. A disk that cannot keep up then slows down the stream, for
 //! which no guest request waits, instead of the flush.
 //!
+//! What is left in the page cache all the same is bounded: a stream waits for a pass of write-back
+//! when it has written more than a set number of bytes since the last one began.
+//!
 //! **Invariants:** only what a stream has stored is written out early, and only after their
 //! range guard is released. Clusters written by a guest, or copied up by its reads, are not: their
 //! requests must not be delayed.
@@ -14,6 +17,7 @@
 use std::ops::Range;
 
 use super::Disk;
+use host::background::Unmarked;
 
 /// Host ranges of new clusters in the overlay's file, in bytes and in the order of writing.
 /// Adjacent ranges are merged.
@@ -40,6 +44,24 @@ impl Disk {
     }
 }
 
+impl Disk {
+    /// Waits for a pass of write-back if much data that streams and requests have written is not
+    /// durable. Called by the threads of a stream. The caller holds no range.
+    ///
+    /// An error is only logged. If it concerns the disk as a whole, the next write of the stream
+    /// meets it as well.
+    pub(super) fn bound_unwritten(&self) {
+        let Some(image) = self.overlay.writable().filter(|image| image.has_much_unwritten()) else {
+            return;
+        };
+        // A guest's flush may wait for the pass.
+        let _unmarked = Unmarked::new();
+        if let Err(error) = image.flush_if_dirty() {
+            log::debug!("a pass for a stream: {error}");
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -56,6 +78,11 @@ mod tests {
 
     /// A disk with copy-on-read above a base in which only cluster 5 is zero.
     fn disk() -> (Disk, Arc<SimStorage>) {
+        disk_with_limit(u64::MAX)
+    }
+
+    /// The same disk, with a limit of the bytes that a stream leaves in the page cache.
+    fn disk_with_limit(unwritten: u64) -> (Disk, Arc<SimStorage>) {
         let size = CLUSTERS * CLUSTER;
         let content: Vec<u8> = (0..size)
             .map(|at| if at / CLUSTER == 5 { 0 } else { 1 + (at / CLUSTER) as u8 })
@@ -65,7 +92,8 @@ mod tests {
             size,
             Some(("base.raw", BackingFormat::Raw)),
         ));
-        let image = Image::open(overlay.clone()).unwrap();
+        let mut image = Image::open(overlay.clone()).unwrap();
+        image.limit_unwritten(unwritten);
         (
             Disk::for_tests(image, Some(Chain::of_raw(SimStorage::new(content)))).copying_up(true),
             overlay,
@@ -118,6 +146,48 @@ mod tests {
         disk.write(0, &buf).unwrap();
         disk.flush().unwrap();
         assert_eq!(overlay.write_outs(), all, "nothing is left to be copied");
+    }
+
+    fn populate_one_by_one(disk: &Disk) {
+        for cluster in 0..CLUSTERS {
+            disk.populate(cluster * CLUSTER..(cluster + 1) * CLUSTER, 1).unwrap();
+        }
+    }
+
+    /// Protects: what a stream has written and no barrier has made durable is bounded. The stream
+    /// waits for a pass, and goes on after it.
+    #[test]
+    fn a_stream_waits_for_what_it_has_written() {
+        let (disk, overlay) = disk_with_limit(3 * CLUSTER);
+        let copied = || disk.stats().streamed / CLUSTER;
+        let hold = overlay.hold(|operation| operation.action == Action::Sync);
+        std::thread::scope(|scope| {
+            let stream = scope.spawn(|| populate_one_by_one(&disk));
+            hold.wait_for(1);
+            assert_eq!(copied(), 3, "no barrier has succeeded");
+            drop(hold);
+            stream.join().unwrap();
+        });
+        assert_eq!(copied(), CLUSTERS - 1, "one cluster is zero");
+        assert_eq!(disk.stats().commits, 4, "after 3, 6, 9 and 12 clusters");
+    }
+
+    /// Protects: a pass that fails for a moment does not end the stream that waited for it.
+    #[test]
+    fn a_failed_pass_does_not_end_a_stream() {
+        let (disk, overlay) = disk_with_limit(3 * CLUSTER);
+        overlay.inject(Fault {
+            matches: Box::new(|operation| operation.action == Action::Write(WriteKind::L2Table)),
+            after: 0,
+            failure: HostFailure::Errno(28),
+            times: Repeat::Once,
+        });
+        populate_one_by_one(&disk);
+        assert_eq!(overlay.failures(), 1);
+        assert_eq!(disk.stats().streamed / CLUSTER, CLUSTERS - 1);
+        assert_eq!(disk.stats().commits, 3, "the first of the four has failed");
+        disk.flush().unwrap();
+        assert!(!disk.is_dirty());
     }
 
     /// Protects: when a chunk fails half way, the clusters that were copied before the error stay,

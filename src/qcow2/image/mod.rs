@@ -89,7 +89,11 @@ const HEADER_AREA: u64 = 2 << 20;
 const OVERLAY_TABLE_MEMORY: usize = 64 << 20;
 /// A commit is requested when this many bytes in new clusters are not committed. The limit bounds
 /// how long the next flush of the guest takes, and, with the journal, what a crash leaks.
-const UNCOMMITTED_DATA: u64 = 256 << 20;
+const UNCOMMITTED_DATA: u64 = 128 << 20;
+/// A background thread waits for a pass when this many bytes of data in new clusters may not be on
+/// disk. Twice as much as that after which a pass is requested: a disk that is fast enough makes
+/// the thread wait for nothing.
+const UNWRITTEN_DATA: u64 = 2 * UNCOMMITTED_DATA;
 
 /// Memory for the L2 tables of one backing file, in bytes. It is smaller than the overlay's because
 /// a stream reads each table once.
@@ -210,6 +214,11 @@ pub struct Image {
     barriers: Mutex<{ rank::BARRIER }, ()>,
     /// Bytes that were written into new clusters since the last pass began.
     uncommitted: AtomicU64,
+    /// Bytes that were written, and not cloned, into new clusters or unused parts of clusters since
+    /// the last pass began.
+    unwritten: AtomicU64,
+    /// See [`UNWRITTEN_DATA`].
+    unwritten_limit: u64,
     /// Whether the last pass failed to lower the refcounts of the clusters it had freed.
     unreleased: AtomicBool,
     /// Signalled when a commit should not wait for the timer.
@@ -287,6 +296,8 @@ impl Image {
             header_change: Mutex::new(None),
             barriers: Mutex::new(()),
             uncommitted: AtomicU64::new(0),
+            unwritten: AtomicU64::new(0),
+            unwritten_limit: UNWRITTEN_DATA,
             unreleased: AtomicBool::new(false),
             commit_wanted: bounded(1),
             failed: AtomicBool::new(false),
@@ -361,6 +372,12 @@ impl Image {
         self.reader.tables.limit_memory(bytes);
     }
 
+    /// Sets after how many bytes [`Image::has_much_unwritten`] is true.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn limit_unwritten(&mut self, bytes: u64) {
+        self.unwritten_limit = bytes;
+    }
+
     /// Returns a channel that yields when so much is uncommitted that its receiver should flush
     /// without waiting for the timer.
     pub fn commit_wanted(&self) -> Receiver<()> {
@@ -385,6 +402,14 @@ impl Image {
             // The channel is full if a request is already pending.
             let _ = self.commit_wanted.0.try_send(());
         }
+    }
+
+    /// Returns whether so much data was written into new clusters since the last pass began that
+    /// background threads should wait for a pass before they write more. This bounds the data of a
+    /// stream that is in the page cache only: with what the running pass writes, twice
+    /// [`UNWRITTEN_DATA`].
+    pub fn has_much_unwritten(&self) -> bool {
+        self.unwritten.load(Ordering::Relaxed) >= self.unwritten_limit
     }
 
     /// Returns whether a change of the mapping may have to wait for a pass, because the journal is

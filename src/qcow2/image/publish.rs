@@ -96,6 +96,7 @@ impl Image {
         );
         self.write_data(WriteKind::NewCluster, allocation.start, skip, data)?;
         self.uncommitted.fetch_add(data.len() as u64, Ordering::Relaxed);
+        self.unwritten.fetch_add(data.len() as u64, Ordering::Relaxed);
         Ok(Filled { start: allocation.start, written, new: Some(allocation), geometry })
     }
 
@@ -142,6 +143,7 @@ impl Image {
             "a fill is of whole subclusters: {written:?}"
         );
         self.write_data(WriteKind::Data, start, skip, data)?;
+        self.unwritten.fetch_add(data.len() as u64, Ordering::Relaxed);
         Ok(Filled { start, written, new: None, geometry })
     }
 

@@ -175,6 +175,7 @@ impl Image {
         let _one_at_a_time = (!without(Step::OnePassAtATime)).then(|| self.write_back.lock());
         self.check_usable()?;
         self.uncommitted.store(0, Ordering::Relaxed);
+        self.unwritten.store(0, Ordering::Relaxed);
         // The frees are taken before the header is restored. A header write that fails after this
         // point names clusters that are queued later, so they are not among these frees. The header
         // is restored before a table is written that only the old header leads to, and before
