@@ -57,6 +57,7 @@ use serde::{Deserialize, Serialize};
 use super::Transport;
 use super::dispatch::{Dispatcher, MAX_IO};
 use super::session::SessionEnding;
+use super::workers::Buffer;
 use host::error::Context;
 use host::{Error, ErrorKind, Result};
 use uring::{Anchor, EntryMemory, Places, Port, QueueOrder, Ring, RingEntry, ring};
@@ -267,14 +268,13 @@ impl Rings {
             ] {
                 let port = Port::new(ring, device, queue, Arc::clone(&order))
                     .context(|| "duplicating /dev/fuse")?;
-                let buffer = vec![0; LARGE].into_boxed_slice();
                 let server = QueueServer {
                     port,
                     queue,
                     dispatcher: dispatcher.clone(),
                     mailbox,
                     address,
-                    buffer,
+                    buffer: Buffer::default(),
                     role,
                     catch_up: CatchUp::Done,
                     is_leaving: false,

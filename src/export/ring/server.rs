@@ -12,6 +12,7 @@ use rustix::thread::CpuSet;
 
 use super::super::dispatch::{Dispatcher, MAX_IO, Reply};
 use super::super::wire::{self, Operation};
+use super::super::workers::Buffer;
 use super::LARGE;
 use super::parcels::{Mailbox, MailboxAddress, Parcel, Pending, answer, fill};
 use super::successor::{CatchUp, QueueStart};
@@ -46,8 +47,9 @@ pub(super) struct QueueServer {
     pub(super) mailbox: Mailbox,
     /// The address of its own mailbox.
     pub(super) address: MailboxAddress,
-    /// Scratch memory for reads that are answered before they are finished.
-    pub(super) buffer: Box<[u8]>,
+    /// Scratch memory for reads that are answered before they are finished. It grows with the
+    /// requests of the queue: most queues of a host with many CPUs have none.
+    pub(super) buffer: Buffer,
     pub(super) role: ServerRole,
     pub(super) catch_up: CatchUp,
     /// Whether [`Parcel::Leave`] has arrived.
@@ -186,7 +188,11 @@ impl QueueServer {
             is_large,
             handed_in: &mut handed_in,
         };
-        self.dispatcher.serve(operation, reply, &mut self.buffer);
+        let scratch = match operation {
+            Operation::Read { len, .. } if !is_large => self.buffer.first(len as usize),
+            _ => &mut [],
+        };
+        self.dispatcher.serve(operation, reply, scratch);
         if let (CatchUp::Asked { token, left }, Some(arrived)) = (self.catch_up, echo)
             && token == arrived
         {
