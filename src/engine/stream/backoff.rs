@@ -9,7 +9,8 @@
 //! every WINDOW    compare the mean cost of each kind of request with its cost without a stream:
 //!                 too high: double the rest; otherwise: shorten it by a quarter, in the end to 0
 //! every PROBE     one rest of SETTLE + QUIET; the cost of requests in the quiet part is their
-//!                 cost without a stream
+//!                 cost without a stream. If no request ends in SETTLE, and the stream needs no
+//!                 rests so far, the probe ends there, and the next one is due after IDLE
 //! a flush runs    the stream rests until the flush has ended, because the flush would have to
 //!                 wait for every chunk that is written meanwhile
 //! always          a chunk is copied after LONGEST at the latest
@@ -63,8 +64,8 @@ pub(super) struct Backoff {
     window: Option<Moment>,
     /// The last time at which the guest's activity changed.
     active: Option<Moment>,
-    /// When the last probe ended.
-    learnt: Option<Instant>,
+    /// When the next probe is due; `None` before the first one.
+    probe_at: Option<Instant>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -76,7 +77,7 @@ struct Moment {
 /// A rest that has begun.
 #[derive(Clone, Copy, Debug)]
 struct Rest {
-    begun: Instant,
+    begun: Moment,
     until: Instant,
     /// The rest is long enough to measure requests without the stream.
     is_probe: bool,
@@ -96,16 +97,24 @@ impl Backoff {
                 return None;
             }
             self.judge(&moment);
-            let is_probe = self.learnt.is_none_or(|learnt| now >= learnt + PROBE);
+            let is_probe = self.probe_at.is_none_or(|due| now >= due);
             let length = if is_probe { self.rest.max(SETTLE + QUIET) } else { self.rest };
             if length.is_zero() && !activity.is_flushing {
                 return None;
             }
-            self.resting = Some(Rest { begun: now, until: now + length, is_probe, quiet: None });
+            self.resting = Some(Rest { begun: moment, until: now + length, is_probe, quiet: None });
             return Some(if activity.is_flushing { LOOK } else { length.min(SETTLE) });
         };
-        let settled = rest.begun + SETTLE;
+        let settled = rest.begun.at + SETTLE;
         if rest.quiet.is_none() && now >= settled {
+            // A guest with so few requests gives nothing to measure, and may have been active for a
+            // moment only: most streams would begin with a rest for nothing.
+            let is_silent = !activity.is_waiting && rest.begun.activity.costs == activity.costs;
+            if rest.is_probe && is_silent && self.rest.is_zero() {
+                self.resting = None;
+                self.probe_at = Some(now + IDLE);
+                return None;
+            }
             rest.quiet = Some(moment);
             if rest.is_probe {
                 // Waits end late, so the measured part is counted from now.
@@ -114,7 +123,7 @@ impl Backoff {
         }
         // The rest may also have been longer because the job was paused meanwhile. It can be
         // measured all the same, because the stream was quiet.
-        let waits_for_flush = activity.is_flushing && now < rest.begun + LONGEST;
+        let waits_for_flush = activity.is_flushing && now < rest.begun.at + LONGEST;
         if !is_active || now >= rest.until && !waits_for_flush {
             let quiet = rest.quiet;
             self.resting = None;
@@ -182,7 +191,7 @@ impl Backoff {
     /// enough.
     fn learn(&mut self, moment: &Moment, quiet: Option<Moment>) {
         let Some(quiet) = quiet.filter(|quiet| moment.at >= quiet.at + QUIET) else { return };
-        self.learnt = Some(moment.at);
+        self.probe_at = Some(moment.at + PROBE);
         for (cost, without) in
             mean_costs(&quiet.activity, &moment.activity).into_iter().zip(&mut self.without)
         {

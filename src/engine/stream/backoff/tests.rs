@@ -217,10 +217,37 @@ fn a_probe_is_long_enough() {
     let mut busy = Activity { idle: Some(micros(10)), ..Activity::default() };
     assert_eq!(backoff.next(start, &busy), Some(SETTLE));
     let late = start + SETTLE + micros(2000);
+    busy.costs[READ] = Cost { operations: 1, time: QUIET };
     assert_eq!(backoff.next(late, &busy), Some(QUIET));
-    busy.costs[READ] = Cost { operations: 100, time: QUIET };
+    busy.costs[READ] = Cost { operations: 101, time: 2 * QUIET };
     assert_eq!(backoff.next(late + QUIET, &busy), None);
-    assert_eq!((backoff.learnt, backoff.without[READ]), (Some(late + QUIET), Some(QUIET / 100)));
-    // The next probe is one second away.
-    assert_eq!(backoff.next(late + QUIET, &busy), None);
+    let due = Some(late + QUIET + PROBE);
+    assert_eq!((backoff.probe_at, backoff.without[READ]), (due, Some(QUIET / 100)));
+    assert_eq!(backoff.next(late + QUIET, &busy), None, "the next probe is one second away");
+}
+
+/// Protects: a stream that begins just after the guest's last request does not rest for long. A
+/// guest that asks again is noticed soon, and one that waits for an answer is not taken for idle.
+#[test]
+fn a_guest_that_asks_for_nothing_ends_a_probe() {
+    let (mut backoff, start) = (Backoff::default(), Instant::now() + SECOND);
+    let mut busy = Activity { idle: Some(micros(10)), ..Activity::default() };
+    assert_eq!(backoff.next(start, &busy), Some(SETTLE));
+    let settled = start + SETTLE;
+    assert_eq!(backoff.next(settled, &busy), None);
+    assert_eq!(backoff.next(settled + CHUNK, &busy), None, "the next chunk follows at once");
+    busy.costs[READ].operations += 1;
+    assert_eq!(backoff.next(settled + IDLE, &busy), Some(SETTLE), "the guest asks again");
+    busy.is_waiting = true;
+    assert_eq!(backoff.next(settled + IDLE + SETTLE, &busy), Some(QUIET));
+
+    // A guest that needs the rests keeps them, although nothing came for a moment.
+    let mut world = World::new();
+    world.run(5 * SECOND, READ, micros(100), micros(20_000));
+    assert!(world.backoff.rest > Duration::ZERO);
+    world.backoff.resting = None;
+    world.backoff.probe_at = None;
+    let (now, activity) = (world.now, world.activity);
+    assert_eq!(world.backoff.next(now, &activity), Some(SETTLE));
+    assert!(world.backoff.next(now + SETTLE, &activity).is_some());
 }
