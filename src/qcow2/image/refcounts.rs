@@ -11,6 +11,7 @@ use std::sync::Arc;
 use self::data::DataClusters;
 use super::changed::ChangedClusters;
 use crate::format::{Geometry, Header, HostCluster, RefcountBlock, be_words, decode_table_entry};
+use host::mutants::{Step, without};
 use host::storage::ReadAt;
 use host::{Error, ErrorKind, Result};
 
@@ -258,7 +259,9 @@ impl RefcountTable {
 
     /// Marks a cluster as metadata. Returns whether it was none before.
     pub fn add_metadata(&mut self, cluster: u64) -> bool {
-        self.data.set(cluster, false);
+        if !without(Step::MetadataIsNotKnownAsData) {
+            self.data.set(cluster, false);
+        }
         self.metadata.insert(cluster)
     }
 

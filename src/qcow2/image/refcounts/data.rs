@@ -64,8 +64,8 @@ impl DataClusters {
         true
     }
 
-    /// Records all clusters of the block at `index`, which is not known yet. `is_data` is called
-    /// with the index of a cluster inside the block. Forgets the oldest block if there are too many.
+    /// Records all clusters of the block at `index`, which is not known yet. `is_data` gets the
+    /// index of a cluster inside the block. Forgets the oldest block if there are too many.
     pub fn fill(&mut self, index: u64, is_data: impl Fn(usize) -> bool) {
         debug_assert!(!self.has_block(index));
         let word = |first: u64| {

@@ -86,8 +86,8 @@ fn table(geometry: &Geometry, clusters: u64, noise: u64, random: &mut Random) ->
 }
 
 /// Protects: V24 to V27, V30, R9. The check of whole runs finds a fault in exactly those entries in
-/// which the check of one entry finds one: across refcount blocks, beside metadata, reserved clusters
-/// and the end of the file, while clusters are allocated and given back.
+/// which the check of one entry finds one: across refcount blocks, beside metadata, reserved
+/// clusters and the end of the file, while clusters are allocated and given back.
 #[test]
 fn runs_have_the_faults_of_their_entries() {
     let mut random = Random::of_test(31);
