@@ -406,8 +406,8 @@ impl Image {
 
     /// Returns whether so much data was written into new clusters since the last pass began that
     /// background threads should wait for a pass before they write more. This bounds the data of a
-    /// stream that is in the page cache only: with what the running pass writes, twice
-    /// [`UNWRITTEN_DATA`].
+    /// stream that is in the page cache only: 256 MiB, and as much again that the running pass
+    /// writes.
     pub fn has_much_unwritten(&self) -> bool {
         self.unwritten.load(Ordering::Relaxed) >= self.unwritten_limit
     }
