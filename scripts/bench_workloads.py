@@ -609,7 +609,8 @@ def fragments(bench):
         image = bench.path("fragments.qcow2")
         metadata_only(image, gib, gib)
         shuffle_clusters(image, part / 100, bench.options.seed)
-        run("qemu-img", "check", "-q", image)
+        if gib == 1:  # With 16 million clusters all over the file it takes minutes.
+            run("qemu-img", "check", "-q", image)
         for target in bench.turns(bench.of(qcow2_only=True)):
             disk = target.put_up(Setup("", str(image)))
             bench.check(disk, size=gib * GIB, source=None)

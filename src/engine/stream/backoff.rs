@@ -9,8 +9,8 @@
 //! every WINDOW    compare the mean cost of each kind of request with its cost without a stream:
 //!                 too high: double the rest; otherwise: shorten it by a quarter, in the end to 0
 //! every PROBE     one rest of SETTLE + QUIET; the cost of requests in the quiet part is their
-//!                 cost without a stream. If no request ends in SETTLE, and the stream needs no
-//!                 rests so far, the probe ends there, and the next one is due after IDLE
+//!                 cost without a stream. If no request ends in SETTLE of the first probe, and
+//!                 none waits, that probe ends there, and the next one is due after IDLE
 //! a flush runs    the stream rests until the flush has ended, because the flush would have to
 //!                 wait for every chunk that is written meanwhile
 //! always          a chunk is copied after LONGEST at the latest
@@ -107,10 +107,10 @@ impl Backoff {
         };
         let settled = rest.begun.at + SETTLE;
         if rest.quiet.is_none() && now >= settled {
-            // A guest with so few requests gives nothing to measure, and may have been active for a
-            // moment only: most streams would begin with a rest for nothing.
+            // The guest may have been active for a moment before the stream: most streams would
+            // begin with a rest for nothing.
             let is_silent = !activity.is_waiting && rest.begun.activity.costs == activity.costs;
-            if rest.is_probe && is_silent && self.rest.is_zero() {
+            if self.probe_at.is_none() && is_silent {
                 self.resting = None;
                 self.probe_at = Some(now + IDLE);
                 return None;

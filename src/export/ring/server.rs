@@ -47,8 +47,8 @@ pub(super) struct QueueServer {
     pub(super) mailbox: Mailbox,
     /// The address of its own mailbox.
     pub(super) address: MailboxAddress,
-    /// Scratch memory for reads that are answered before they are finished. It grows with the
-    /// requests of the queue: most queues of a host with many CPUs have none.
+    /// Scratch memory for reads that are answered before they are finished, as large as the largest
+    /// such read so far. A server of a CPU on which no program reads has none.
     pub(super) buffer: Buffer,
     pub(super) role: ServerRole,
     pub(super) catch_up: CatchUp,
@@ -189,7 +189,11 @@ impl QueueServer {
             handed_in: &mut handed_in,
         };
         let scratch = match operation {
-            Operation::Read { len, .. } if !is_large => self.buffer.first(len as usize),
+            Operation::Read { len, .. }
+                if len as usize <= LARGE && matches!(self.role, ServerRole::Home { .. }) =>
+            {
+                self.buffer.first(len as usize)
+            }
             _ => &mut [],
         };
         self.dispatcher.serve(operation, reply, scratch);

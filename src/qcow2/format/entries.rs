@@ -200,8 +200,7 @@ pub fn raw_entries<'a>(
 
 impl RawL2Entry {
     /// Returns whether this entry is valid and names the host cluster after that of `before`, a
-    /// valid entry, with the same flags. Says no of entries that [`L2Entry::decode`] would have to
-    /// look at.
+    /// valid entry, with the same flags.
     #[inline]
     pub fn is_next_of(self, before: RawL2Entry, geometry: &Geometry) -> bool {
         let (allocated, zero) = (self.bitmap as u32, (self.bitmap >> 32) as u32);

@@ -2,8 +2,8 @@
 //!
 //! A table has thousands of entries, and the whole table is checked before the first of them is
 //! used. The check therefore begins with all clusters that the table names, as runs of clusters
-//! that follow each other in the file. Only a table that is not all good is checked entry by entry,
-//! to find which ones are bad.
+//! that follow each other in the file. Only if refcounts or metadata contradict one of them are all
+//! entries checked one by one, to find which ones are bad.
 
 use std::ops::Range;
 

@@ -215,7 +215,7 @@ pub struct Image {
     /// Bytes that were written into new clusters since the last pass began.
     uncommitted: AtomicU64,
     /// Bytes that were written, and not cloned, into new clusters or unused parts of clusters since
-    /// the last pass began.
+    /// the last pass that has not failed began.
     unwritten: AtomicU64,
     /// See [`UNWRITTEN_DATA`].
     unwritten_limit: u64,
@@ -404,10 +404,10 @@ impl Image {
         }
     }
 
-    /// Returns whether so much data was written into new clusters since the last pass began that
-    /// background threads should wait for a pass before they write more. This bounds the data of a
-    /// stream that is in the page cache only: 256 MiB, and as much again that the running pass
-    /// writes.
+    /// Returns whether so much data was written into new clusters, and into unused parts of
+    /// clusters, since the last pass began that background threads should wait for a pass before
+    /// they write more. This bounds the data of a stream that is in the page cache only: 256 MiB,
+    /// and as much again that the running pass writes.
     pub fn has_much_unwritten(&self) -> bool {
         self.unwritten.load(Ordering::Relaxed) >= self.unwritten_limit
     }

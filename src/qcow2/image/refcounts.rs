@@ -189,8 +189,8 @@ impl RefcountTable {
     }
 
     /// Drops the oldest clean blocks while there are too many in memory, and looks at a bounded
-    /// number of them. Called at the start of an operation only: the blocks that it loads stay
-    /// until it ends, so that it cannot fail half-way.
+    /// number of them. An operation that changes refcounts calls this at its start only: the blocks
+    /// that it loads stay until it ends, so that it cannot fail half-way.
     pub fn evict(&mut self) {
         let most = self.memory >> self.geometry.cluster_bits();
         let mut tries = self.resident.len().min(1024);
@@ -210,7 +210,7 @@ impl RefcountTable {
     #[cfg(test)]
     pub fn limit_memory(&mut self, bytes: usize) {
         self.memory = bytes;
-        self.data.memory = bytes;
+        self.data.room = bytes;
     }
 
     #[cfg(test)]
@@ -311,9 +311,9 @@ impl RefcountTable {
         Ok(true)
     }
 
-    /// Makes the clusters under a block known, if there is one.
+    /// Makes the clusters under a block known, if there is one, and memory for it.
     fn know(&mut self, index: u64) -> Result<(), u64> {
-        if !self.has_block(index) || self.data.has_block(index) {
+        if !self.has_block(index) || self.data.has_block(index) || !self.data.has_room() {
             return Ok(());
         }
         self.block(index).map_err(|_| index)?;

@@ -119,7 +119,11 @@ impl Image {
             passes.running = true;
             let pass = RunningPass { image: self, number: passes.begun, has_ended: false };
             drop(passes);
+            let unwritten = self.unwritten.swap(0, Ordering::Relaxed);
             let result = self.write_back_pass();
+            if result.is_err() {
+                self.unwritten.fetch_add(unwritten, Ordering::Relaxed);
+            }
             // The pass may have lowered refcounts, or put back what it could not write.
             if self.is_dirty() {
                 self.reader.tables.signal_dirty();
@@ -175,7 +179,6 @@ impl Image {
         let _one_at_a_time = (!without(Step::OnePassAtATime)).then(|| self.write_back.lock());
         self.check_usable()?;
         self.uncommitted.store(0, Ordering::Relaxed);
-        self.unwritten.store(0, Ordering::Relaxed);
         // The frees are taken before the header is restored. A header write that fails after this
         // point names clusters that are queued later, so they are not among these frees. The header
         // is restored before a table is written that only the old header leads to, and before

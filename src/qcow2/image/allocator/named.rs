@@ -3,8 +3,8 @@
 use super::Allocator;
 use crate::image::judge::NamedRun;
 
-/// Runs that are checked under one hold of the lock of the allocator. Requests that allocate wait
-/// that long.
+/// Runs that are looked up under one hold of the lock of the allocator, without I/O. Requests that
+/// allocate wait that long.
 const CHECKED_AT_ONCE: usize = 256;
 
 /// A refcount block cannot be read.
@@ -36,15 +36,14 @@ impl Allocator {
         }
         // In the order of the file, so that each refcount block is loaded once.
         unknown.sort_unstable_by_key(|run| run.clusters.start);
-        for runs in unknown.chunks(CHECKED_AT_ONCE) {
+        for run in unknown {
+            // Taken for each run, because it may have to load a block.
             let mut state = self.state.lock();
-            for run in runs {
-                let may_be_named = state.refcounts.may_be_named(&run.clusters, run.in_place);
-                if !may_be_named.map_err(|block| Unreadable { block })?
-                    || state.has_reserved(&run.clusters)
-                {
-                    return Ok(false);
-                }
+            let may_be_named = state.refcounts.may_be_named(&run.clusters, run.in_place);
+            if !may_be_named.map_err(|block| Unreadable { block })?
+                || state.has_reserved(&run.clusters)
+            {
+                return Ok(false);
             }
         }
         Ok(true)

@@ -4,11 +4,10 @@
 //!
 //! With refcounts of 16 bits this takes a sixteenth of the memory of the blocks.
 
-use std::collections::VecDeque;
 use std::ops::Range;
 
-/// Memory for the bits of one image, in bytes: those of 2 TiB with clusters of 64 KiB.
-const MEMORY: usize = 4 << 20;
+/// Most memory for the bits of one image, in bytes: those of 8 TiB with clusters of 64 KiB.
+const MEMORY: usize = 16 << 20;
 
 /// Clusters whose refcount is one and that are not metadata, as far as it is known: for the
 /// clusters under some of the refcount blocks.
@@ -16,12 +15,12 @@ const MEMORY: usize = 4 << 20;
 pub(super) struct DataClusters {
     /// Clusters that one block counts: a power of two.
     per_block: u64,
-    /// For each block that is known, one bit for each of its clusters.
+    /// For each block that is known, one bit for each of its clusters. A block that is known stays
+    /// so: tables whose clusters lie under more blocks than the limit allows would otherwise push
+    /// out what the next one needs.
     blocks: Vec<Option<Box<[u64]>>>,
-    /// Indexes of the known blocks, oldest first.
-    known: VecDeque<usize>,
-    /// Limit for all bits, in bytes.
-    pub memory: usize,
+    /// Bytes that may still be used for further blocks.
+    pub room: usize,
 }
 
 impl DataClusters {
@@ -32,7 +31,7 @@ impl DataClusters {
     /// If that is no power of two.
     pub fn new(per_block: u64) -> Self {
         assert!(per_block.is_power_of_two());
-        DataClusters { per_block, blocks: Vec::new(), known: VecDeque::new(), memory: MEMORY }
+        DataClusters { per_block, blocks: Vec::new(), room: MEMORY }
     }
 
     /// Returns the index of the block that counts a cluster, and the index inside that block. The
@@ -64,27 +63,33 @@ impl DataClusters {
         true
     }
 
+    /// Returns whether there is memory for one more block.
+    pub fn has_room(&self) -> bool {
+        self.room >= self.block_bytes()
+    }
+
+    fn block_bytes(&self) -> usize {
+        self.per_block.div_ceil(64) as usize * 8
+    }
+
     /// Records all clusters of the block at `index`, which is not known yet. `is_data` gets the
-    /// index of a cluster inside the block. Forgets the oldest block if there are too many.
+    /// index of a cluster inside the block.
+    ///
+    /// # Panics
+    /// If there is no memory for it ([`DataClusters::has_room`]).
     pub fn fill(&mut self, index: u64, is_data: impl Fn(usize) -> bool) {
         debug_assert!(!self.has_block(index));
+        self.room = self.room.checked_sub(self.block_bytes()).expect("the caller asks for room");
         let word = |first: u64| {
             let in_word = first..self.per_block.min(first + 64);
             in_word.rev().fold(0, |bits, at| bits << 1 | u64::from(is_data(at as usize)))
         };
         let bits: Box<[u64]> = (0..self.per_block).step_by(64).map(word).collect();
-        let most = (self.memory / (bits.len() * 8)).max(1);
-        while self.known.len() >= most
-            && let Some(oldest) = self.known.pop_front()
-        {
-            self.blocks[oldest] = None;
-        }
         let index = index as usize;
         if self.blocks.len() <= index {
             self.blocks.resize(index + 1, None);
         }
         self.blocks[index] = Some(bits);
-        self.known.push_back(index);
     }
 
     /// Records one cluster, if its block is known.
@@ -105,24 +110,26 @@ mod tests {
     use super::*;
     use sim::random::Random;
 
-    /// Protects: V24, V27. The bits are those of a plain list, and only those of the blocks that
-    /// were filled last are kept.
+    /// Protects: V24, V27. The bits are those of a plain list, for as many blocks as there is memory
+    /// for.
     #[test]
     fn bits_are_those_of_a_list() {
         let mut random = Random::of_test(7);
         for per_block in [8, 64, 256] {
             let mut list = vec![false; 10 * per_block as usize];
             let mut data = DataClusters::new(per_block);
-            data.memory = 3 * (per_block as usize).div_ceil(64) * 8;
+            data.room = 3 * (per_block as usize).div_ceil(64) * 8;
             let mut filled: Vec<u64> = Vec::new();
             for _ in 0..3000 {
                 let at = random.below(10 * per_block);
                 match random.below(4) {
                     0 if !filled.contains(&(at / per_block)) => {
                         let index = at / per_block;
-                        data.fill(index, |bit| list[(index * per_block) as usize + bit]);
-                        filled.push(index);
-                        filled.drain(..filled.len().saturating_sub(3));
+                        assert_eq!(data.has_room(), filled.len() < 3);
+                        if data.has_room() {
+                            data.fill(index, |bit| list[(index * per_block) as usize + bit]);
+                            filled.push(index);
+                        }
                     }
                     0..=2 => {
                         list[at as usize] = random.below(20) > 0;
