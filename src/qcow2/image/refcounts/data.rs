@@ -110,8 +110,8 @@ mod tests {
     use super::*;
     use sim::random::Random;
 
-    /// Protects: V24, V27. The bits are those of a plain list, for as many blocks as there is memory
-    /// for.
+    /// Protects: V24, V27. The bits are those of a plain list, for as many blocks as the memory is
+    /// enough.
     #[test]
     fn bits_are_those_of_a_list() {
         let mut random = Random::of_test(7);
