@@ -110,6 +110,8 @@ mutants! {
     DataIsNoMetadata = "data-is-no-metadata",
     /// V27: guest data is not written to clusters that count as free.
     DataIsCounted = "data-is-counted",
+    /// V24: a table that is loaded again is checked again if its bytes are others.
+    ReloadsAreCompared = "reloads-are-compared",
     /// V24: a cluster that becomes metadata is no longer known as one that an entry may name.
     MetadataIsNotKnownAsData = "metadata-is-not-known-as-data",
     /// R15: a reference that is not counted cannot be dropped.

@@ -18,11 +18,18 @@ use host::{Error, Result};
 /// L1 entries that are read together: one page (4096 bytes) of the table.
 pub(super) const CHUNK: usize = 512;
 
+/// The bit of [`Slot::checked`] that says that there was a check.
+pub(super) const IS_GOOD: u64 = 1 << 32;
+
 /// One L1 entry, and its L2 table if that is in memory.
 #[derive(Debug, Default)]
 pub(super) struct Slot {
     /// The entry as it is on disk once everything is written back.
     pub l1_entry: AtomicU64,
+    /// CRC-32 of the table on disk when it was loaded last, plus [`IS_GOOD`], if the check found
+    /// nothing wrong with it; otherwise 0. A table that was evicted, and has the same bytes when it
+    /// is loaded again, is not checked again: it is as if it had stayed in memory.
+    pub checked: AtomicU64,
     /// The table, if it is in memory.
     pub table: RwLock<{ rank::SLOT }, Option<Box<L2Table>>>,
 }

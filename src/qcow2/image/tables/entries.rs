@@ -79,7 +79,7 @@ impl Tables {
         };
         let entry = L1Entry::decode(l1_entry, &geometry).map_err(Error::from)?;
         let Some(entry) = entry else { return Ok(Vec::new()) };
-        let words = self.read_l2_table(geometry.host_offset(entry.table).0, &geometry)?;
+        let (words, _) = self.read_l2_table(geometry.host_offset(entry.table).0, &geometry)?;
         Ok(raw_entries(&words, &geometry).collect())
     }
 }

@@ -237,6 +237,41 @@ fn an_unreadable_refcount_block_costs_nothing() {
     assert!(report.is_sound() && report.leaks == 0, "{:?}", report.findings);
 }
 
+/// Protects: V24. A table that was evicted is checked again when it is loaded, but only if its
+/// bytes are others than those that were checked.
+#[test]
+fn a_table_that_is_loaded_again_is_compared() {
+    let good = image();
+    let (l2, block) = (table(&good, 0), word(&good, word(&good, 48)));
+    let storage = SimStorage::new(good.state.lock().bytes.clone());
+    let mut image = Image::open(storage.clone()).unwrap();
+    // One table, and no refcount block.
+    image.reader.tables.limit_memory(0);
+    image.allocator.limit_memory(0);
+    image.begin_writing().unwrap();
+    let load = || {
+        reads(image.reader(), FAR).unwrap();
+        reads(image.reader(), 3)
+    };
+    assert_eq!((load().unwrap(), load().unwrap()), (4, 4));
+    storage.inject(Fault {
+        matches: Box::new(move |read| read.action == Action::Read && read.at == block),
+        after: 0,
+        failure: HostFailure::Errno(5),
+        times: Repeat::ForEver,
+    });
+    assert_eq!(load().unwrap(), 4);
+    assert_eq!(storage.failures(), 0, "the refcounts were not asked for");
+    storage.heal();
+
+    // Another process has changed the file.
+    let at = l2 + 3 * 8;
+    storage.write_at(WriteKind::L2Table, at, &(COPIED | 1 << 40).to_be_bytes()).unwrap();
+    let error = load().unwrap_err();
+    assert!(error.to_string().contains("index 3"), "{error}");
+    assert!(load().is_err(), "a bad table is checked again");
+}
+
 /// Protects: only the parts of an L1 table that are used are read, and its holes take no memory.
 #[test]
 fn an_l1_table_takes_memory_where_it_has_entries() {
