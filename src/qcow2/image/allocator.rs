@@ -36,7 +36,7 @@ use host::{Error, ErrorKind, Result};
 mod compare;
 mod named;
 
-pub(super) use named::Unreadable;
+pub(super) use named::{NamedRun, Unreadable};
 
 /// Largest refcount table, in bytes (V9; QEMU: QCOW_MAX_REFTABLE_SIZE).
 const MAX_TABLE_BYTES: u64 = 8 << 20;

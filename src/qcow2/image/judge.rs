@@ -7,20 +7,11 @@
 
 use std::ops::Range;
 
-use super::allocator::{Allocator, Unreadable};
+use super::allocator::{Allocator, NamedRun, Unreadable};
 use super::judged::Judged;
 use super::tables::{OUTSIDE, corrupt};
 use crate::format::{Geometry, HostCluster, L2Entry, RawL2Entry, raw_entries};
 use host::{ErrorKind, Result};
-
-/// Consecutive host clusters that entries of one table name, each once.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub(super) struct NamedRun {
-    /// The cluster numbers.
-    pub clusters: Range<u64>,
-    /// Whether the entries say COPIED.
-    pub in_place: bool,
-}
 
 /// Checks the entries of a table, given as the words that were read from disk. Returns the bad
 /// ones, if any. For a backing file (without an allocator) it checks only what reading needs.

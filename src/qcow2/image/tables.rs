@@ -1,5 +1,5 @@
-//! The L1 table and the L2 tables in memory. A table is loaded on demand, checked once when it is
-//! loaded, and evicted only when it is clean.
+//! The L1 table and the L2 tables in memory. A table is loaded on demand, checked when it is loaded
+//! unless the same bytes were good before, and evicted only when it is clean.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;

@@ -1,11 +1,21 @@
 //! Checks all clusters that the entries of one L2 table name, run by run.
 
+use std::ops::Range;
+
 use super::Allocator;
-use crate::image::judge::NamedRun;
 
 /// Runs that are looked up under one hold of the lock of the allocator, without I/O. Requests that
 /// allocate wait that long.
 const CHECKED_AT_ONCE: usize = 256;
+
+/// Consecutive host clusters that entries of one table name, each once.
+#[derive(Debug)]
+pub(in crate::image) struct NamedRun {
+    /// The cluster numbers.
+    pub clusters: Range<u64>,
+    /// Whether the entries say COPIED.
+    pub in_place: bool,
+}
 
 /// A refcount block cannot be read.
 #[derive(Clone, Copy, Debug)]
