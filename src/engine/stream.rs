@@ -206,6 +206,7 @@ fn copy_up(
     let _listening = course.follows_guest().then(|| Listening::new(disk, scout.as_ref()));
     let mut backoff = (priority == Priority::Low).then(Backoff::default);
     let mut forecast = Forecaster::new(len);
+    let walking = disk.walking();
     let mut ignored = None;
     // Chunks before this offset are not taken together.
     let mut alone_until = 0;
@@ -226,6 +227,8 @@ fn copy_up(
             return Outcome::Cancelled;
         }
         let speed = control.speed();
+        let copies_all_soon = depth == usize::MAX && speed == 0 && scout.is_none();
+        walking.is_at(copies_all_soon.then_some(offset));
         let known = match &scout {
             Some(scout) => scout.advance(Position { offset, speed }),
             None => forecast.turn(disk, depth, len, speed),

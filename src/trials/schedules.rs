@@ -172,7 +172,11 @@ impl Shape {
         host::storage::Storage::write_at(&*overlay, WriteKind::Header, 0, &bytes).unwrap();
         let mut image = Image::open(overlay.clone()).unwrap();
         image.limit_table_memory(self.tables);
-        let chain = self.based.then(|| Chain::of_raw(SimStorage::new(base.clone())));
+        let chain = self.based.then(|| {
+            let file = SimStorage::new(base.clone());
+            file.keep_in_memory(below(2) == 0);
+            Chain::of_raw(file)
+        });
         let disk = Disk::for_tests(image, chain).copying_up(true);
         if window.start > 0 {
             disk.discard(0..window.start).unwrap();
@@ -270,17 +274,27 @@ impl World {
         }));
     }
 
-    /// Reads must succeed even if copies fail (P5).
+    /// Reads like a server thread, and like a worker if that is not possible. Reads must succeed
+    /// even if copies fail (P5).
     fn read(&self, units: Range<usize>) {
         let at = self.bytes(&units).start;
         let mut buf = vec![0xa5; units.len() * UNIT];
         let began = self.ledger.now();
+        let check = |bytes: &[u8]| {
+            self.ledger.check(units.start, bytes, began, self.ledger.now(), "read");
+        };
         match self.disk.read_local(at, &mut buf).unwrap() {
-            Local::Done => {}
-            Local::Miss if self.disk.read_without_base(at, &mut buf).unwrap() == Local::Done => {}
-            Local::Miss | Local::Below => self.disk.read(at, &mut buf).unwrap(),
+            Local::Done => check(&buf),
+            Local::Miss if self.disk.read_without_base(at, &mut buf).unwrap() == Local::Done => {
+                check(&buf);
+            }
+            Local::Miss | Local::Below => {
+                let mut answer = |bytes: &[u8]| check(bytes);
+                if self.disk.read_cached(at, &mut buf, &mut answer).unwrap() != Local::Done {
+                    self.disk.read_and_answer(at, &mut buf, &mut answer).unwrap();
+                }
+            }
         }
-        self.ledger.check(units.start, &buf, began, self.ledger.now(), "read");
     }
 
     fn flush(&self) {
@@ -299,8 +313,10 @@ impl World {
     fn stream(&self) {
         let size = self.disk.size();
         let step = (1 + below(4)) * CLUSTER;
+        let walking = self.disk.walking();
         let mut at = 0;
         while at < size {
+            walking.is_at(Some(at));
             if self.expect(self.disk.populate(at..size.min(at + step), usize::MAX)).is_none() {
                 return;
             }

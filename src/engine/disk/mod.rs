@@ -63,6 +63,7 @@ mod seek;
 mod stats;
 mod to_do;
 mod touches;
+mod walk;
 mod write;
 mod write_out;
 
@@ -88,6 +89,7 @@ pub use stats::{
 pub(crate) use to_do::ToDo;
 pub(crate) use touches::GuestRead;
 pub use touches::{Brought, FirstTouch, MOST_TOUCHES, TouchRecord};
+pub use walk::Walking;
 
 use allocation_statistics::StatisticsCache;
 use base::BeforeDetach;
@@ -96,6 +98,7 @@ use overlay::Overlay;
 use populate::FillHealth;
 use stats::Stats;
 use touches::Touches;
+use walk::Walk;
 
 /// Options of [`Disk::open`].
 #[derive(Clone, Debug)]
@@ -164,6 +167,7 @@ pub struct Disk {
     bounces: Bounces,
     stats: Stats,
     touches: Touches,
+    walk: Walk,
     before_detach: OnceLock<BeforeDetach>,
     /// The last failed guest request. Locked only by failing requests and by status queries.
     failure: Mutex<{ rank::LEAF }, Option<GuestFailure>>,
@@ -193,6 +197,7 @@ impl Disk {
             bounces: Bounces::new(),
             stats: Stats::new(),
             touches: Touches::new(),
+            walk: Walk::new(),
             before_detach: OnceLock::new(),
             failure: Mutex::default(),
             statistics_cache: StatisticsCache::default(),
@@ -285,6 +290,18 @@ impl Disk {
     /// brought: without the first `skip` runs, and at most `most`.
     pub fn first_touches(&self, skip: usize, most: usize) -> TouchRecord {
         self.touches.record(skip, most)
+    }
+
+    /// For a stream that is about to walk over the disk: through the value that is returned, it
+    /// tells reads where it is, so that they need not copy up what it is about to copy.
+    pub fn walking(&self) -> Walking<'_> {
+        Walking(&self.walk)
+    }
+
+    /// The position that a stream told last.
+    #[cfg(test)]
+    pub(crate) fn walk_position(&self) -> Option<u64> {
+        self.walk.position()
     }
 
     /// Begins to collect what the guest reads below, for [`Disk::news_of_reads`]. The channel is

@@ -445,13 +445,7 @@ impl Disk {
     ) -> Result<Option<PendingCopy<'a>>> {
         let len = (copied.end - copied.start) as usize;
         let read = |bytes: &mut [u8]| -> Result<bool> {
-            let is_there = self.stats.read_below(len, || {
-                Ok(match chain.read_cached(copied.start, bytes) {
-                    true => Local::Done,
-                    false => Local::Below,
-                })
-            });
-            Ok(is_there? == Local::Done)
+            Ok(self.read_below_cached(chain, copied.start, bytes)? == Local::Done)
         };
         let bytes = if len == buf.len() {
             read(buf)?.then_some(Copied::Buffer(len))

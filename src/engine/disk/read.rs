@@ -1,6 +1,8 @@
 //! Reads: from the overlay alone where possible, otherwise with copy-on-read of the missing
 //! clusters.
 
+use std::ops::Range;
+
 use super::populate::PendingCopy;
 use super::{Disk, Local};
 use crate::chain::Chain;
@@ -74,7 +76,8 @@ impl Disk {
     /// is missing in the overlay, and the host has the bytes of the base in memory.
     ///
     /// Otherwise as [`Disk::read_and_answer`]. The copy is stored after the reply, and is written
-    /// to the overlay alone, as a write in place is.
+    /// to the overlay alone, as a write in place is; where a stream is about to copy the range up,
+    /// it is left to the stream (`walk.rs`).
     ///
     /// # Errors
     /// As [`Disk::read_local`].
@@ -84,25 +87,51 @@ impl Disk {
         buf: &mut [u8],
         answer: &mut dyn FnMut(&[u8]),
     ) -> Result<Local> {
+        let range = offset..offset.saturating_add(buf.len() as u64);
+        let leaves_copy = self.walk.comes_to(&range);
         let mut pending = None;
         let local = self.stats.read(buf.len(), || {
-            pending = self.read_missing_now(offset, buf)?;
+            if leaves_copy {
+                return self.read_below_now(range.clone(), buf);
+            }
+            pending = self.read_missing_now(range.clone(), buf)?;
             Ok(if pending.is_some() { Local::Done } else { Local::Below })
         })?;
-        if let Some(pending) = pending {
+        if local == Local::Done {
             // Before the reply: the guest's next read may be recorded by another thread.
-            self.touches.missed(&(offset..offset + buf.len() as u64));
+            self.touches.missed(&range);
             answer(buf);
             self.stats.missed();
+        }
+        if let Some(pending) = pending {
             self.store_copies(pending, buf)?;
         }
         Ok(local)
     }
 
+    /// Fills `buf` if all of it is missing in the overlay and the bytes are in memory. Nothing is
+    /// copied up.
+    fn read_below_now(&self, range: Range<u64>, buf: &mut [u8]) -> Result<Local> {
+        self.check_range(&range)?;
+        // As for every read: no request changes the range while its bytes are read.
+        let (Some(_shared), Some(chain)) = (self.in_flight.try_shared(range.clone()), self.chain())
+        else {
+            return Ok(Local::Below);
+        };
+        let extent = self.map(range.start, buf.len() as u64)?;
+        if extent.mapping != Mapping::Unallocated || extent.len < buf.len() as u64 {
+            return Ok(Local::Below);
+        }
+        self.read_below_cached(&chain, range.start, buf)
+    }
+
     /// Fills `buf` if all of it is missing in the overlay and the bytes are in memory. Returns the
     /// copy to store; `None` if the read has to wait.
-    fn read_missing_now(&self, offset: u64, buf: &mut [u8]) -> Result<Option<PendingCopy<'_>>> {
-        let range = offset..offset.saturating_add(buf.len() as u64);
+    fn read_missing_now(
+        &self,
+        range: Range<u64>,
+        buf: &mut [u8],
+    ) -> Result<Option<PendingCopy<'_>>> {
         self.check_range(&range)?;
         let Some(image) = self.overlay.writable() else { return Ok(None) };
         let copied = self.aligned_to_subclusters(&range);
@@ -123,11 +152,11 @@ impl Disk {
         else {
             return Ok(None);
         };
-        let extent = image.map(GuestOffset(offset), buf.len() as u64)?;
+        let extent = image.map(GuestOffset(range.start), buf.len() as u64)?;
         if extent.mapping != Mapping::Unallocated || extent.len < buf.len() as u64 {
             return Ok(None);
         }
-        self.copy_cached(&chain, held, copied, offset, buf)
+        self.copy_cached(&chain, held, copied, range.start, buf)
     }
 
     /// Reads, and copies up the missing clusters if copy-on-read is on. A copy that fails does not
@@ -259,6 +288,18 @@ impl Disk {
     /// Reads from the backing chain, and counts the read.
     pub(super) fn read_below(&self, chain: &Chain, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.stats.read_below(buf.len(), || chain.read(offset, buf))
+    }
+
+    /// As [`Disk::read_below`], if the host has the bytes in memory.
+    pub(super) fn read_below_cached(
+        &self,
+        chain: &Chain,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<Local> {
+        self.stats.read_below(buf.len(), || {
+            Ok(if chain.read_cached(offset, buf) { Local::Done } else { Local::Below })
+        })
     }
 
     pub(super) fn map(&self, at: u64, max: u64) -> Result<qcow2::image::Extent> {

@@ -535,6 +535,32 @@ fn chunks_are_read_together_and_nobody_waits_for_them() {
     disk.close().unwrap();
 }
 
+/// Protects: reads leave their copies to a stream only while one runs that copies up everything as
+/// fast as it can.
+#[test]
+fn reads_hear_where_a_fast_stream_is() {
+    let beyond = 6 * STREAM_CHUNK;
+    for (options, told) in [
+        (StreamOptions::new("job0"), Some(beyond)),
+        (StreamOptions { speed: 1 << 40, ..StreamOptions::new("job0") }, None),
+        (StreamOptions { depth: Some(1), ..StreamOptions::new("job0") }, None),
+    ] {
+        let (disk, base, _) = simulated(16, 8);
+        let held =
+            base.hold(move |operation| operation.action == Action::Read && operation.at >= beyond);
+        let jobs = Jobs::new();
+        start(&disk, &jobs, options.clone()).unwrap();
+        held.wait_for(1);
+        wait_until("it waits", || jobs.query()[0].progress.offset == beyond);
+        // The position is told after the checkpoint that follows the last chunk.
+        wait_until("it says where it is", || disk.walk_position() == told);
+        drop(held);
+        jobs.settle("job0", PATIENCE);
+        assert_eq!(jobs.last().unwrap().error, None);
+        assert_eq!(disk.walk_position(), None, "{options:?}");
+    }
+}
+
 /// Protects: a job that is slow or paused reads little beyond its offset, and reading ahead does
 /// not change the offset.
 #[test]

@@ -2,6 +2,7 @@
 //! left to the blocking path.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::*;
 use crate::chain::Chain;
@@ -126,6 +127,44 @@ fn everything_else_is_left_to_who_may_wait() {
         Local::Below,
         "reads do not copy up"
     );
+    rig.disk.close().unwrap();
+}
+
+/// Protects: a read that a stream is about to copy up anyway is answered from memory and leaves no
+/// copy, also where another one reads the same cluster. It counts as a miss. A read behind the
+/// position of the stream, or of bytes that are not in memory, copies up.
+#[test]
+fn a_copy_is_left_to_the_stream_that_is_on_its_way() {
+    let rig = rig();
+    // Told for later than any moment of this test.
+    rig.disk.walk.is_at(8 * CLUSTER, Instant::now() + Duration::from_secs(3600));
+    let reader = rig.disk.in_flight.shared(9 * CLUSTER..9 * CLUSTER + 1);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            assert_eq!(rig.cached(9 * CLUSTER + 7, 512), rig.shown(9 * CLUSTER + 7, 512));
+        });
+    });
+    drop(reader);
+    let end = SIZE - 512;
+    assert_eq!(rig.cached(end, 512), rig.shown(end, 512), "its cluster ends behind the disk");
+    assert_eq!(rig.cached(6 * CLUSTER, 3 * CLUSTER), rig.shown(6 * CLUSTER, 3 * CLUSTER));
+    assert!((0..CLUSTERS).filter(|&cluster| rig.is_local(cluster)).eq([6, 7, 8]));
+    let stats = rig.disk.stats();
+    assert_eq!((stats.reads.operations, stats.misses, stats.copied_up.operations), (3, 3, 1));
+    assert_eq!(stats.backing_reads.bytes, 512 + 512 + 3 * CLUSTER, "and nothing around them");
+
+    assert_eq!(rig.cached(8 * CLUSTER, 2 * CLUSTER), None, "half of it is in the overlay");
+    let held = rig.disk.in_flight.exclusive(20 * CLUSTER..21 * CLUSTER);
+    std::thread::scope(|scope| {
+        scope.spawn(|| assert_eq!(rig.cached(20 * CLUSTER, 512), None, "another request has it"));
+    });
+    drop(held);
+    rig.base.keep_in_memory(false);
+    assert_eq!(rig.cached(21 * CLUSTER, 512), None, "not in memory");
+    let mut buf = [0; 512];
+    rig.disk.read(21 * CLUSTER, &mut buf).unwrap();
+    assert_eq!(Some(buf.to_vec()), rig.shown(21 * CLUSTER, 512));
+    assert!(rig.is_local(21));
     rig.disk.close().unwrap();
 }
 
