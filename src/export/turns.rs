@@ -1,10 +1,8 @@
 //! Decides which threads wait for requests at /dev/fuse: all of them, or one that polls.
 //!
-//! A client that sends one request at a time waits for two wake-ups per request: that of a thread
-//! here, and its own. Where the threads sleep on idle processors, these wake-ups cost more than
-//! everything else together (half of 37 µs on a virtual machine). A thread that polls needs none.
-//! But the kernel wakes a thread that waits in read(2) for every request, even if another one takes
-//! it, so the others must not wait there meanwhile.
+//! A thread that polls saves a client that sends one request at a time two wake-ups per request
+//! (`polling.rs`). But the kernel wakes a thread that waits in read(2) for every request, even if
+//! another one takes it, so the others must not wait there meanwhile.
 //!
 //! ```text
 //! all read   every thread waits in read(2); the kernel gives each request to one of them
@@ -12,15 +10,13 @@
 //!    │ └── the next request did not come within POLL, or there was one more when a request was
 //!    │     read, MOST_CROWDED times in a row, or a request was served for longer than LOOK
 //!    ▼
-//! one polls  ALONE or more requests in a row came one at a time and soon: the thread that has
-//!            served the last one polls /dev/fuse before it waits. The others park, each after the
-//!            next request that the kernel gives it.
+//! one polls  enough requests in a row came one at a time and soon: the thread that has served the
+//!            last one polls /dev/fuse before it waits. The others park, each after the next
+//!            request that the kernel gives it.
 //! ```
 //! A parked thread looks every [`LOOK`] whether the one that polls has served a request. If it has
 //! not, because it hangs in one or there is none, all read again: a file that hangs stops at most
 //! one thread, and a disk without requests has all its threads in read(2), and no timer.
-//!
-//! QEMU's event loop polls in the same way, for at most 32 µs by default (`poll-max-ns`).
 //!
 //! **Touches:** poll(2) with a timeout of zero, parking of threads.
 //! **Never:** reads a request; parks the thread that is to poll.
@@ -37,15 +33,11 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// The longest time that a thread polls before it waits in read(2).
-const POLL: Duration = Duration::from_micros(32);
-/// Requests that come one at a time, each within [`SOON`] of the last one of the same thread,
-/// before a thread polls. They become twice as many each time that it has polled in vain, and as
-/// few again when it has polled [`ALONE`] times with success.
-const ALONE: u32 = 32;
-const MOST_ALONE: u32 = 8192;
-/// Two threads that take turns have each every second request, so this is twice the time of one
-/// request as the client sees it, wake-ups included.
+use super::polling::{POLL, Polling, may_poll};
+
+/// The time since its last request within which a thread's next one comes soon. Two threads that
+/// take turns have each every second request, so this is twice the time of one request as the
+/// client sees it, wake-ups included.
 const SOON: Duration = Duration::from_micros(200);
 /// How many requests in a row may find one more behind them, before all threads read again.
 const MOST_CROWDED: u32 = 4;
@@ -67,7 +59,7 @@ pub(super) struct Turns {
     /// Requests that were served.
     served: AtomicU64,
     threads: Vec<OnceLock<Thread>>,
-    /// Whether a thread may poll: it must not take the only processor from its client.
+    /// [`may_poll`].
     may_poll: bool,
     /// [`POLL`], [`SOON`] and [`LOOK`].
     poll: Duration,
@@ -78,8 +70,7 @@ pub(super) struct Turns {
 impl Turns {
     /// For this many threads.
     pub(super) fn new(threads: usize) -> Arc<Turns> {
-        let processors = thread::available_parallelism().map_or(1, usize::from);
-        Turns::with(threads, processors > 1, [POLL, SOON, LOOK])
+        Turns::with(threads, may_poll(), [POLL, SOON, LOOK])
     }
 
     fn with(threads: usize, may_poll: bool, [poll, soon, look]: [Duration; 3]) -> Arc<Turns> {
@@ -130,12 +121,8 @@ impl Turns {
 pub(super) struct ReaderTurn {
     turns: Arc<Turns>,
     number: usize,
-    /// Requests in a row that came alone and soon.
-    alone: u32,
-    /// The thread polls when `alone` reaches this number.
-    needed: u32,
-    /// Requests in a row that came while this thread polled.
-    found: u32,
+    /// Counts the requests that came alone and soon.
+    polling: Polling,
     /// Requests in a row that had one more behind them.
     crowded: u32,
     /// When the last request was served.
@@ -147,7 +134,7 @@ impl ReaderTurn {
     pub(super) fn new(turns: Arc<Turns>, number: usize) -> ReaderTurn {
         let _ = turns.threads[number].set(thread::current());
         let done = Instant::now();
-        ReaderTurn { turns, number, alone: 0, needed: ALONE, found: 0, crowded: 0, done }
+        ReaderTurn { turns, number, polling: Polling::costly(), crowded: 0, done }
     }
 
     /// Returns when this thread is to read a request from `device`: at once, after it was parked,
@@ -163,7 +150,8 @@ impl ReaderTurn {
                     return;
                 }
                 _ => {
-                    if !self.poll(device) {
+                    if !self.polling.poll(self.done, self.turns.poll, || has_request(device)) {
+                        self.polling.in_vain();
                         self.turns.all_read(self.number);
                     }
                     return;
@@ -175,7 +163,7 @@ impl ReaderTurn {
     /// Parks until the thread of this number does not poll any more, or serves nothing.
     fn park(&mut self, polling: usize) {
         let turns = &self.turns;
-        self.alone = 0;
+        self.polling.begin_again();
         turns.parked.fetch_add(1, Ordering::SeqCst);
         let is_polling = || turns.polling.load(Ordering::SeqCst) == polling;
         let (mut served, mut looked) = (turns.served.load(Ordering::SeqCst), Instant::now());
@@ -194,26 +182,6 @@ impl ReaderTurn {
         turns.parked.fetch_sub(1, Ordering::SeqCst);
     }
 
-    /// Polls for a request, for [`POLL`] at most. Returns whether one has come.
-    fn poll(&mut self, device: &OwnedFd) -> bool {
-        while self.done.elapsed() < self.turns.poll {
-            if has_request(device) {
-                self.found = self.found.saturating_add(1);
-                if self.found >= ALONE {
-                    self.needed = ALONE;
-                }
-                return true;
-            }
-            // The client may have to run on this processor.
-            thread::yield_now();
-        }
-        if self.found < ALONE {
-            self.needed = MOST_ALONE.min(self.needed * 2);
-        }
-        self.found = 0;
-        false
-    }
-
     /// Notes that this thread has read a request from `device`.
     pub(super) fn begins(&mut self, device: &OwnedFd) {
         let is_polling = self.turns.polling.load(Ordering::Relaxed) == self.number;
@@ -225,8 +193,7 @@ impl ReaderTurn {
         }
         let others = self.turns.serving.fetch_add(1, Ordering::SeqCst);
         let is_soon = self.done.elapsed() < self.turns.soon;
-        let is_alone = others == 0 && is_soon && !is_crowded;
-        self.alone = if is_alone { self.alone.saturating_add(1) } else { 0 };
+        self.polling.came(others == 0 && is_soon && !is_crowded);
     }
 
     /// Notes that the request is served, or passed on to another thread.
@@ -235,8 +202,8 @@ impl ReaderTurn {
         turns.served.fetch_add(1, Ordering::SeqCst);
         turns.serving.fetch_sub(1, Ordering::SeqCst);
         self.done = Instant::now();
-        if self.alone >= self.needed && turns.may_poll {
-            self.alone = 0;
+        if self.polling.is_due() && turns.may_poll {
+            self.polling.begin_again();
             // If another thread polls, this one parks.
             let _ = turns.polling.compare_exchange(
                 ALL_READ,

@@ -6,17 +6,24 @@
 //! ends when the kernel has released all of them, or when it leaves them to another process.
 
 use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::thread::CpuSet;
 
 use super::super::dispatch::{Dispatcher, MAX_IO, Reply};
+use super::super::polling::{POLL, Pace, Polling};
 use super::super::wire::{self, Operation};
 use super::super::workers::Buffer;
 use super::LARGE;
 use super::parcels::{Mailbox, MailboxAddress, Parcel, Pending, answer, fill};
 use super::successor::{CatchUp, QueueStart};
 use uring::{Anchor, Completion, Port, ReplyData, RingEntry};
+
+/// A request has come soon if any server of the session has begun to wait within this time: the
+/// time of one request as the client sees it, wake-ups included.
+const SOON: Duration = Duration::from_micros(100);
 
 /// Which of the two servers of a queue this is.
 pub(super) enum ServerRole {
@@ -52,6 +59,12 @@ pub(super) struct QueueServer {
     pub(super) buffer: Buffer,
     pub(super) role: ServerRole,
     pub(super) catch_up: CatchUp,
+    /// Counts the requests that came soon.
+    pub(super) polling: Polling,
+    /// Of the session.
+    pub(super) pace: Arc<Pace>,
+    /// [`may_poll`](super::super::polling::may_poll).
+    pub(super) may_poll: bool,
     /// Whether [`Parcel::Leave`] has arrived.
     pub(super) is_leaving: bool,
 }
@@ -92,7 +105,7 @@ impl QueueServer {
     /// until [`Parcel::Leave`].
     fn serve(&mut self) -> io::Result<()> {
         while !matches!(self.role, ServerRole::Home { alive: 0, .. }) {
-            self.port.wait()?;
+            self.wait()?;
             let ticked = self.completions()?;
             while let Ok(parcel) = self.mailbox.parcels.try_recv() {
                 match parcel {
@@ -112,6 +125,30 @@ impl QueueServer {
                 self.port.give_back()?;
             }
             self.catch_up()?;
+        }
+        Ok(())
+    }
+
+    /// Hands in the answers, and waits for a completion; polls before it sleeps, if requests come
+    /// soon.
+    fn wait(&mut self) -> io::Result<()> {
+        let begun = Instant::now();
+        self.pace.waits(begun);
+        let polls = self.polling.is_due() && self.may_poll && !self.port.has_more();
+        if polls {
+            // The client gets its answer, and may run here as soon as this thread yields.
+            self.port.push()?;
+            let port = &mut self.port;
+            if self.polling.poll(begun, POLL, || port.has_more()) {
+                return self.port.wait();
+            }
+        }
+        self.port.wait()?;
+        let is_soon = self.pace.since(Instant::now()) < SOON;
+        match polls {
+            false => self.polling.came(is_soon),
+            true if is_soon && self.pace.has_changed(begun) => self.polling.moved(),
+            true => self.polling.in_vain(),
         }
         Ok(())
     }
