@@ -112,9 +112,9 @@
 //! checkpoint (pause, cancel, rate limit). `Disk::populate_read` holds the clusters exclusively,
 //! reads their mapping again, writes or clones the clusters that are still missing, and publishes
 //! them. While the guest is active, these threads work in pieces of 64 KiB and yield after each
-//! (`host::background`), and reads ahead of the walk leave their copies to it, if their bytes are
-//! in memory (`disk/walk.rs`). After the last chunk, `disk/detach.rs` walks all tables, drains the
-//! requests, checks the clusters that changed meanwhile, and removes the backing link from the
+//! (`host::background`), and small reads ahead of the walk leave their copies to it, if their bytes
+//! are in memory (`disk/walk.rs`). After the last chunk, `disk/detach.rs` walks all tables, drains
+//! the requests, checks the clusters that changed meanwhile, and removes the backing link from the
 //! header.
 //!
 //! # The path of a `speed`

@@ -38,7 +38,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::disk::{Disk, Populated, ToDo};
+use crate::disk::{Disk, Populated, ToDo, WalkReport};
 use crate::job::{Control, ErrorAction, Failure, Next, OnError, Outcome, Work};
 use ahead::{READ_AHEAD, ReadAhead};
 use backoff::Backoff;
@@ -206,29 +206,31 @@ fn copy_up(
     let _listening = course.follows_guest().then(|| Listening::new(disk, scout.as_ref()));
     let mut backoff = (priority == Priority::Low).then(Backoff::default);
     let mut forecast = Forecaster::new(len);
-    let walking = disk.walking();
+    let report = disk.walk_report();
     let mut ignored = None;
     // Chunks before this offset are not taken together.
     let mut alone_until = 0;
-    // The scout hears of a pause before the job's thread waits in a checkpoint. If the pause begins
-    // between the two, what the scout has said so far is still fetched.
-    let tell_pause = || {
-        if let Some(scout) = scout.as_ref().filter(|_| control.is_paused()) {
-            scout.pause();
-        }
-    };
+    let mut shares_blocks = false;
     while offset < len {
-        tell_pause();
-        let bring = Bring { disk, control, depth, course, scout: scout.as_ref(), offset };
-        if bring.pieces(&mut pieces, backoff.as_mut(), tell_pause) == Next::Cancel
+        let bring = Bring {
+            disk,
+            control,
+            depth,
+            course,
+            scout: scout.as_ref(),
+            report: &report,
+            shares_blocks,
+            offset,
+        };
+        bring.tell_pause();
+        if bring.pieces(&mut pieces, backoff.as_mut()) == Next::Cancel
             || give_way(disk, control, backoff.as_mut()) == Next::Cancel
             || control.checkpoint() == Next::Cancel
         {
             return Outcome::Cancelled;
         }
+        bring.tell_position();
         let speed = control.speed();
-        let copies_all_soon = depth == usize::MAX && speed == 0 && scout.is_none();
-        walking.is_at(copies_all_soon.then_some(offset));
         let known = match &scout {
             Some(scout) => scout.advance(Position { offset, speed }),
             None => forecast.turn(disk, depth, len, speed),
@@ -238,7 +240,7 @@ fn copy_up(
         }
         // While the chunk is not there, the job is paused or cancelled as at a checkpoint.
         let go_on = || {
-            tell_pause();
+            bring.tell_pause();
             control.rest(Duration::ZERO) == Next::Continue
         };
         let Some(bytes) = ahead.take(offset, go_on) else { return Outcome::Cancelled };
@@ -248,6 +250,8 @@ fn copy_up(
             let cloned = leading_chunks(disk, step, depth, ToDo::Clone);
             end += cloned;
             if cloned > 0 {
+                // What the guest reads now would not be in the page cache of the overlay.
+                shares_blocks = true;
                 ahead.start_again(end);
             }
         }
@@ -357,32 +361,52 @@ impl Drop for Listening<'_> {
     }
 }
 
-/// What the job's thread needs to bring pieces between two chunks of the walk.
+/// What the job's thread needs between two chunks of the walk.
 struct Bring<'a> {
     disk: &'a Arc<Disk>,
     control: &'a Control,
     depth: usize,
     course: &'a Course,
     scout: Option<&'a Scout>,
+    report: &'a WalkReport<'a>,
+    /// See [`ToDo::Clone`].
+    shares_blocks: bool,
     /// Where the walk is.
     offset: u64,
 }
 
 impl Bring<'_> {
+    /// Tells the scout and the guest's reads of a pause, before the job's thread waits in a
+    /// checkpoint. If the pause begins between the two, what the scout has said so far is still
+    /// fetched, and reads trust the last position for a while.
+    fn tell_pause(&self) {
+        if self.control.is_paused() {
+            if let Some(scout) = self.scout {
+                scout.pause();
+            }
+            self.report.is_at(None);
+        }
+    }
+
+    /// Tells the guest's reads where the walk is, if they may leave their copies to it.
+    fn tell_position(&self) {
+        let copies_all_soon = self.depth == usize::MAX
+            && self.control.is_unlimited()
+            && self.scout.is_none()
+            && !self.shares_blocks;
+        self.report.is_at(copies_all_soon.then_some(self.offset));
+    }
+
     /// Copies up pieces: those of the order that are left, and those near the guest's reads whose
     /// bytes have come.
-    fn pieces(
-        &self,
-        pieces: &mut Pieces,
-        mut backoff: Option<&mut Backoff>,
-        tell_pause: impl Fn(),
-    ) -> Next {
+    fn pieces(&self, pieces: &mut Pieces, mut backoff: Option<&mut Backoff>) -> Next {
         loop {
-            tell_pause();
+            self.tell_pause();
             // No byte is read for a job that is paused.
             if self.control.checkpoint() == Next::Cancel {
                 return Next::Cancel;
             }
+            self.tell_position();
             match self.scout {
                 Some(scout) => {
                     let speed = self.control.speed();

@@ -10,17 +10,19 @@
 //! polls    no request came within the time                       -> sleeps
 //! ```
 //! `needed` becomes twice as large with each time in vain, up to a bound that depends on what such
-//! a time costs others, and small again after [`FEW`] requests that came in time. A client that is
-//! always a bit slower therefore does not cost a processor.
+//! a time costs others, and small again after [`FEW`] requests in a row that came in time: the time
+//! that is spent for a client which is always a bit slower is small.
 //!
 //! **Clients that move.** The servers of rings are bound to processors, and the client of a server
 //! takes turns with it on one of them. But the scheduler, when it wakes the client, sees that the
 //! server runs there, and may move the client to a processor that is idle, which costs more than
 //! the request; its next request goes to the server of that processor. If the servers poll, no
 //! processor is as idle as that, and the client stays. On two processors that takes the scheduler
-//! some milliseconds. So a server's time is not in vain if another server had a request meanwhile
+//! a while. So a server's time is not in vain if another server had a request meanwhile
 //! ([`Pace`]). With many processors, one of them is always idle, and the client moves for ever;
-//! after [`MOST_MOVES`] times in a row the server therefore gives up for a while.
+//! after [`MOST_MOVES`] such times the server therefore gives up for [`REST`], which bounds them to
+//! 3 % of a processor. It gives up as well when other threads have had the processor for long
+//! while it polled: a thread that sleeps would have replaced them when its request came.
 //!
 //! QEMU's event loop polls in the same way, for at most 32 µs by default (`poll-max-ns`).
 //!
@@ -38,12 +40,15 @@ pub(super) const POLL: Duration = Duration::from_micros(32);
 /// before times in vain are forgotten.
 const FEW: u32 = 32;
 
-/// The most requests in a row that may be needed.
-const MOST: u32 = 8192;
-
-/// How many times in a row the client may have moved before the thread gives up for [`MOST`]
-/// requests. Where the client moves for ever, polling costs a tenth of a processor.
+/// How many times a request may have come to another thread, without [`FEW`] requests in a row that
+/// came in time, before the thread gives up.
 const MOST_MOVES: u32 = 1024;
+
+/// A thread that has polled for this many times the time that it wanted to was not on a processor.
+const TOO_LONG: u32 = 16;
+
+/// How long a thread does not poll after it has given up.
+const REST: Duration = Duration::from_secs(1);
 
 /// The state of one thread.
 #[derive(Debug)]
@@ -52,23 +57,32 @@ pub(super) struct Polling {
     soon: u32,
     /// The thread polls when `soon` reaches this number.
     needed: u32,
+    /// What `needed` is at most.
+    most_needed: u32,
     /// Requests in a row that came while this thread polled.
     found: u32,
-    /// Times in a row that a request came to another thread meanwhile.
+    /// Times that a request came to another thread meanwhile, since `found` was [`FEW`].
     moved: u32,
-    /// What `needed` is at most after times in vain.
-    most_in_vain: u32,
+    /// The thread does not poll before this time.
+    rests_until: Option<Instant>,
 }
 
 impl Polling {
-    /// Of a thread for which a time in vain costs no more than that time.
+    /// Of a thread whose polling keeps no other thread from its work.
     pub(super) const fn cheap() -> Polling {
-        Polling { soon: 0, needed: FEW, found: 0, moved: 0, most_in_vain: 2 * FEW }
+        Polling {
+            soon: 0,
+            needed: FEW,
+            most_needed: 2 * FEW,
+            found: 0,
+            moved: 0,
+            rests_until: None,
+        }
     }
 
-    /// Of a thread for which other threads have to wait while it polls.
+    /// Of a thread for which others have to park while it polls.
     pub(super) const fn costly() -> Polling {
-        Polling { most_in_vain: MOST, ..Polling::cheap() }
+        Polling { most_needed: 256 * FEW, ..Polling::cheap() }
     }
 
     /// Notes that a request has come, and whether it came soon after the last one.
@@ -82,12 +96,12 @@ impl Polling {
     }
 
     /// Whether enough requests in a row came soon.
-    pub(super) fn is_due(&self) -> bool {
-        self.soon >= self.needed
+    pub(super) fn is_due(&self, now: Instant) -> bool {
+        self.soon >= self.needed && self.rests_until.is_none_or(|until| until <= now)
     }
 
-    /// Polls until `has_request`, or until `time` after `since`. Returns whether it has one;
-    /// otherwise [`Polling::in_vain`] or [`Polling::moved`] has to follow.
+    /// Polls until `has_request`, or until `time` after `since`. Returns whether it has one in
+    /// time; otherwise [`Polling::in_vain`] or [`Polling::woke`] has to follow.
     pub(super) fn poll(
         &mut self,
         since: Instant,
@@ -95,45 +109,58 @@ impl Polling {
         mut has_request: impl FnMut() -> bool,
     ) -> bool {
         loop {
-            // Other threads may have had the processor for longer than `time`: there is one more
-            // look after that.
-            let is_over = since.elapsed() >= time;
+            let elapsed = since.elapsed();
+            if elapsed >= time {
+                if elapsed >= time * TOO_LONG {
+                    self.give_up(since + elapsed);
+                }
+                return false;
+            }
             if has_request() {
-                self.moved = 0;
                 self.found = self.found.saturating_add(1);
                 if self.found >= FEW {
-                    self.needed = FEW;
+                    (self.needed, self.moved) = (FEW, 0);
                 }
                 return true;
-            }
-            if is_over {
-                return false;
             }
             // The client may have to run on this processor.
             thread::yield_now();
         }
     }
 
+    /// Notes that a request has come after this thread has slept. `polled` says whether it has
+    /// polled before that, `soon` whether any server of the session had a request shortly before,
+    /// and `elsewhere` whether another one had a request since this one began to wait.
+    pub(super) fn woke(&mut self, now: Instant, polled: bool, soon: bool, elsewhere: bool) {
+        if !polled {
+            self.came(soon);
+        } else if soon && elsewhere {
+            self.found = 0;
+            self.moved += 1;
+            if self.moved >= MOST_MOVES {
+                self.give_up(now);
+            }
+        } else {
+            self.in_vain();
+        }
+    }
+
     /// Notes that no request has come while this thread polled.
     pub(super) fn in_vain(&mut self) {
         if self.found < FEW {
-            self.needed = self.needed.max(self.most_in_vain.min(self.needed * 2));
+            self.needed = self.most_needed.min(self.needed * 2);
         }
-        (self.found, self.moved, self.soon) = (0, 0, 0);
+        (self.found, self.soon) = (0, 0);
     }
 
-    /// Notes that another thread has had a request while this thread polled.
-    pub(super) fn moved(&mut self) {
-        self.moved += 1;
-        if self.moved >= MOST_MOVES {
-            self.needed = MOST;
-            (self.found, self.moved, self.soon) = (0, 0, 0);
-        }
+    fn give_up(&mut self, now: Instant) {
+        self.rests_until = Some(now + REST);
+        (self.found, self.moved, self.soon) = (0, 0, 0);
     }
 }
 
-/// When the servers of a session had nothing to do for the last time, in nanoseconds after the
-/// first field. It is written when a server begins to wait, not for each request.
+/// When a server of a session began to wait for the last time, in nanoseconds after the first
+/// field.
 #[derive(Debug)]
 pub(super) struct Pace(Instant, AtomicU64);
 
@@ -142,7 +169,7 @@ impl Pace {
         Pace(Instant::now(), AtomicU64::new(0))
     }
 
-    /// A server begins to wait.
+    /// A server begins to wait, because it has served its last request.
     pub(super) fn waits(&self, now: Instant) {
         self.1.store(self.nanos(now), Ordering::Relaxed);
     }
@@ -152,7 +179,7 @@ impl Pace {
         self.1.load(Ordering::Relaxed) != self.nanos(begun)
     }
 
-    /// The time since any server has begun to wait.
+    /// The time since a server has begun to wait.
     pub(super) fn since(&self, now: Instant) -> Duration {
         Duration::from_nanos(self.nanos(now).saturating_sub(self.1.load(Ordering::Relaxed)))
     }
@@ -178,52 +205,105 @@ mod tests {
         (0..times).for_each(|_| polling.came(true));
     }
 
+    fn is_due(polling: &Polling) -> bool {
+        polling.is_due(Instant::now())
+    }
+
+    fn finds(polling: &mut Polling, times: u32) {
+        for _ in 0..times {
+            assert!(polling.poll(Instant::now(), HOUR, || true));
+        }
+    }
+
     /// Protects: a thread polls after a row of requests that came soon, and not after a row that a
     /// late one has ended.
     #[test]
     fn a_row_of_soon_requests_makes_a_thread_poll() {
-        let mut polling = Polling::costly();
-        came_soon(&mut polling, FEW - 1);
-        polling.came(false);
-        came_soon(&mut polling, FEW - 1);
-        assert!(!polling.is_due());
-        came_soon(&mut polling, 1);
-        assert!(polling.is_due());
+        let mut polling = Polling::cheap();
+        let woke = |polling: &mut Polling, times, soon| {
+            (0..times).for_each(|_| polling.woke(Instant::now(), false, soon, true));
+        };
+        woke(&mut polling, FEW - 1, true);
+        woke(&mut polling, 1, false);
+        woke(&mut polling, FEW - 1, true);
+        assert!(!is_due(&polling));
+        woke(&mut polling, 1, true);
+        assert!(is_due(&polling));
+        polling.begin_again();
+        assert!(!is_due(&polling));
     }
 
-    /// Protects: the number of looks is not that of a single one, and a request that is there when
-    /// the time is over is found.
+    /// Protects: the thread looks until a request is there or the time is over.
     #[test]
-    fn a_request_is_found_also_when_the_time_is_over() {
-        let mut polling = Polling::costly();
+    fn a_request_is_found_in_time() {
+        let mut polling = Polling::cheap();
         let mut looks = 0;
         assert!(polling.poll(Instant::now(), HOUR, || {
             looks += 1;
             looks == 5
         }));
-        assert!(polling.poll(Instant::now(), Duration::ZERO, || true));
-        assert!(!polling.poll(Instant::now(), Duration::ZERO, || false));
-        assert_eq!((polling.found, polling.needed), (2, FEW), "nothing is noted yet");
+        assert!(!polling.poll(Instant::now(), Duration::ZERO, || unreachable!("it is over")));
     }
 
-    /// Protects: a client that moves does not end the polling, and one that moves for ever does.
+    /// Protects: each time in vain doubles what is needed, up to a bound, and a row of requests
+    /// that came in time makes it small again.
+    #[test]
+    fn times_in_vain_make_a_thread_poll_less() {
+        for (mut polling, row) in [
+            (Polling::costly(), vec![64, 128, 256, 512, 1024, 2048, 4096, 8192, 8192]),
+            (Polling::cheap(), vec![64, 64]),
+        ] {
+            for wanted in row {
+                // The client is slower than the thread polls.
+                polling.woke(Instant::now(), true, true, false);
+                came_soon(&mut polling, wanted - 1);
+                assert!(!is_due(&polling), "{wanted}");
+                came_soon(&mut polling, 1);
+                assert!(is_due(&polling), "{wanted}");
+            }
+            finds(&mut polling, FEW);
+            polling.in_vain();
+            came_soon(&mut polling, FEW);
+            assert!(is_due(&polling), "the last time in vain came after many that were not");
+        }
+    }
+
+    /// Protects: a client that moves does not end the polling; if it moves for ever, single
+    /// requests that come in time do not help, and the thread gives up for a while.
     #[test]
     fn a_client_may_move_for_a_while() {
-        let mut polling = Polling::costly();
+        let mut polling = Polling::cheap();
         came_soon(&mut polling, FEW);
-        for _ in 1..MOST_MOVES {
-            polling.moved();
+        let now = Instant::now();
+        for move_ in 1..MOST_MOVES {
+            polling.woke(now, true, true, true);
+            if move_ % 10 == 0 {
+                finds(&mut polling, FEW - 1);
+            }
         }
-        assert!(polling.is_due());
-        assert!(polling.poll(Instant::now(), Duration::ZERO, || true));
-        for _ in 1..MOST_MOVES {
-            polling.moved();
-        }
-        assert!(polling.is_due());
-        polling.moved();
-        assert_eq!((polling.is_due(), polling.needed), (false, MOST));
-        polling.in_vain();
-        assert_eq!(polling.needed, MOST);
+        assert!(polling.is_due(now));
+        polling.woke(now, true, true, true);
+        came_soon(&mut polling, FEW);
+        assert!(!polling.is_due(now) && !polling.is_due(now + REST / 2));
+        assert!(polling.is_due(now + REST));
+
+        polling.woke(now, true, true, true);
+        finds(&mut polling, FEW);
+        assert_eq!((polling.moved, polling.needed), (0, FEW), "the client stays");
+    }
+
+    /// Protects: a thread that other threads have kept from the processor while it polled sleeps
+    /// for a while.
+    #[test]
+    fn a_thread_that_gets_no_processor_gives_up() {
+        let mut polling = Polling::cheap();
+        came_soon(&mut polling, FEW);
+        let time = Duration::from_micros(1);
+        let long_ago = Instant::now().checked_sub(TOO_LONG * time).unwrap();
+        assert!(!polling.poll(long_ago, time, || unreachable!("it is over")));
+        came_soon(&mut polling, FEW);
+        assert!(!is_due(&polling));
+        assert!(polling.is_due(Instant::now() + REST));
     }
 
     /// Protects: the pace of a session is that of all of its servers.
@@ -238,35 +318,5 @@ mod tests {
         assert!(pace.has_changed(first));
         assert_eq!(pace.since(second), Duration::ZERO);
         assert_eq!(pace.since(first), Duration::ZERO, "a clock that was read before");
-    }
-
-    #[test]
-    fn a_time_in_vain_that_costs_little_is_soon_forgotten() {
-        let mut polling = Polling::cheap();
-        for _ in 0..9 {
-            polling.in_vain();
-        }
-        came_soon(&mut polling, 2 * FEW);
-        assert!(polling.is_due());
-    }
-
-    /// Protects: each time in vain doubles what is needed, up to a bound, and a row of requests
-    /// that came in time makes it small again.
-    #[test]
-    fn times_in_vain_make_a_thread_poll_less() {
-        let mut polling = Polling::costly();
-        for wanted in [64, 128, 256, 512, 1024, 2048, 4096, 8192, 8192] {
-            polling.in_vain();
-            came_soon(&mut polling, wanted - 1);
-            assert!(!polling.is_due(), "{wanted}");
-            came_soon(&mut polling, 1);
-            assert!(polling.is_due(), "{wanted}");
-        }
-        for _ in 0..FEW {
-            assert!(polling.poll(Instant::now(), Duration::ZERO, || true));
-        }
-        polling.in_vain();
-        came_soon(&mut polling, FEW);
-        assert!(polling.is_due(), "the last time in vain came after many that were not");
     }
 }

@@ -202,7 +202,7 @@ impl ReaderTurn {
         turns.served.fetch_add(1, Ordering::SeqCst);
         turns.serving.fetch_sub(1, Ordering::SeqCst);
         self.done = Instant::now();
-        if self.polling.is_due() && turns.may_poll {
+        if self.polling.is_due(self.done) && turns.may_poll {
             self.polling.begin_again();
             // If another thread polls, this one parks.
             let _ = turns.polling.compare_exchange(

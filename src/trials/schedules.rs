@@ -313,10 +313,10 @@ impl World {
     fn stream(&self) {
         let size = self.disk.size();
         let step = (1 + below(4)) * CLUSTER;
-        let walking = self.disk.walking();
+        let report = self.disk.walk_report();
         let mut at = 0;
         while at < size {
-            walking.is_at(Some(at));
+            report.is_at(Some(at));
             if self.expect(self.disk.populate(at..size.min(at + step), usize::MAX)).is_none() {
                 return;
             }

@@ -89,7 +89,7 @@ pub use stats::{
 pub(crate) use to_do::ToDo;
 pub(crate) use touches::GuestRead;
 pub use touches::{Brought, FirstTouch, MOST_TOUCHES, TouchRecord};
-pub use walk::Walking;
+pub use walk::WalkReport;
 
 use allocation_statistics::StatisticsCache;
 use base::BeforeDetach;
@@ -294,8 +294,8 @@ impl Disk {
 
     /// For a stream that is about to walk over the disk: through the value that is returned, it
     /// tells reads where it is, so that they need not copy up what it is about to copy.
-    pub fn walking(&self) -> Walking<'_> {
-        Walking(&self.walk)
+    pub fn walk_report(&self) -> WalkReport<'_> {
+        WalkReport(&self.walk)
     }
 
     /// The position that a stream told last.

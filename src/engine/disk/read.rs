@@ -10,8 +10,9 @@ use host::Result;
 use host::mutants::{Step, without};
 use qcow2::format::{GuestOffset, Mapping};
 
-/// Most bytes that [`Disk::read_cached`] and [`Disk::write_local`] store in new clusters. The limit
-/// keeps them short, because they run on a server thread, which other requests wait for.
+/// Most bytes that [`Disk::read_cached`] reads or stores, and that [`Disk::write_local`] stores in
+/// new clusters. The limit keeps them short, because they run on a server thread, which other
+/// requests wait for.
 pub(super) const AT_ONCE: u64 = 128 << 10;
 
 impl Disk {
@@ -99,7 +100,10 @@ impl Disk {
         })?;
         if local == Local::Done {
             // Before the reply: the guest's next read may be recorded by another thread.
-            self.touches.missed(&range);
+            match leaves_copy {
+                true => self.touches.missed_and_left(&range),
+                false => self.touches.missed(&range),
+            }
             answer(buf);
             self.stats.missed();
         }
@@ -113,6 +117,9 @@ impl Disk {
     /// copied up.
     fn read_below_now(&self, range: Range<u64>, buf: &mut [u8]) -> Result<Local> {
         self.check_range(&range)?;
+        if buf.len() as u64 > AT_ONCE {
+            return Ok(Local::Below);
+        }
         // As for every read: no request changes the range while its bytes are read.
         let (Some(_shared), Some(chain)) = (self.in_flight.try_shared(range.clone()), self.chain())
         else {

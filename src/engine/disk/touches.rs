@@ -128,6 +128,14 @@ impl Touches {
         self.touch(blocks(range), true);
     }
 
+    /// As [`Touches::missed`], but the range stays below: the guest may read it again and again,
+    /// and only the first time counts.
+    pub fn missed_and_left(&self, range: &Range<u64>) {
+        if blocks(range).any(|block| !self.seen.contains(block)) {
+            self.missed(range);
+        }
+    }
+
     /// A read of the range was answered by the overlay.
     pub fn hit(&self, range: &Range<u64>) {
         if self.brought.load(Ordering::Relaxed) == 0 {
@@ -330,5 +338,18 @@ mod tests {
         assert_eq!(part.touches, record.touches[MOST_TOUCHES - 3..MOST_TOUCHES - 1]);
         assert_eq!((part.further, touches.record(MOST_TOUCHES + 1, 1).touches.len()), (1, 0));
         assert!(record.is_whole);
+    }
+
+    /// Protects: what stays below is recorded and told once, however often the guest reads it.
+    #[test]
+    fn what_stays_below_is_touched_once() {
+        let touches = Touches::new();
+        let _woken = touches.listen();
+        for range in [0..BLOCK, 0..BLOCK, 10..20, BLOCK - 1..BLOCK + 1, BLOCK..BLOCK + 1] {
+            touches.missed_and_left(&range);
+        }
+        assert_eq!(touches.news().len(), 2);
+        let record = touches.record(0, usize::MAX);
+        assert_eq!(record.touches.iter().map(|touch| touch.len).sum::<u64>(), 2 * BLOCK);
     }
 }

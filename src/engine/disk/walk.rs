@@ -1,26 +1,25 @@
-//! Where the walk of a stream is. A read ahead of it, whose bytes the host has in memory, leaves
-//! the copy to the stream.
+//! Where the walk of a stream is. A small read ahead of it, whose bytes the host has in memory,
+//! leaves the copy to the stream.
 //!
 //! Such a read costs the same whether the overlay or the base answers it. Its copy would be a
 //! write to the overlay's file. The threads that serve the guest, the stream's and the host's
 //! write-back would wait for each other's writes, because each takes the lock of the inode (on
-//! ext4 in `ext4_buffered_write_iter` and `ext4_map_blocks`). Beside a stream, one read in a
-//! thousand took more than 700 µs with the copies of reads, and more than 130 µs without them.
-//!
-//! What is not in memory, or must be decompressed, is copied up as without a stream: to read it
-//! twice would cost more.
+//! ext4 in `ext4_buffered_write_iter` and `ext4_map_blocks`): docs/performance.md has what a guest
+//! feels of that. Reads that go to workers copy up as without a stream, among them those of bytes
+//! that are not in memory or must be decompressed: to read these twice would cost more.
 //!
 //! **Touches:** the clock. **Never:** the image. **Locks:** none.
-//! **Invariants:** only the walk of a stream that copies up everything, without a limit of its
-//! speed, from local files, is known here, and each position for [`TRUST`] only. Where a stream is
-//! paused, waits for its base or has ended, reads copy up soon after.
+//! **Invariants:** only the walk of a stream is known here that copies everything up, without a
+//! speed, from local files, and does not share blocks; and each position for [`TRUST`] only. Where
+//! a stream is paused, waits for its base or has ended, reads copy up soon after.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long a position counts. A stream that makes progress tells a new one for each chunk, and
-/// its longest rest is a tenth of this.
+use host::sync::atomic::{AtomicU64, Ordering};
+
+/// How long a position counts. A stream tells its position for each chunk and for each piece that
+/// it copies in between, and its longest rest is a tenth of this.
 const TRUST: Duration = Duration::from_secs(1);
 
 /// No walk is known.
@@ -32,9 +31,8 @@ pub(super) struct Walk {
     opened: Instant,
     /// Guest offset in bytes: everything from here on is copied up soon.
     offset: AtomicU64,
-    /// When `offset` was told, in milliseconds after `opened`. A reader that sees a new offset
-    /// with an old time, or the other way round, copies up for nothing, or leaves a copy to a walk
-    /// that has told its position within [`TRUST`].
+    /// When `offset` was told, in milliseconds after `opened`. A reader may load the time of one
+    /// position and the offset of the one before it: the walk was there a moment ago.
     told: AtomicU64,
 }
 
@@ -57,7 +55,9 @@ impl Walk {
 
     /// The walk is at guest offset `offset`, in bytes; [`NOWHERE`] if there is none.
     pub fn is_at(&self, offset: u64, now: Instant) {
-        self.told.store(self.millis(now), Ordering::Relaxed);
+        if offset != NOWHERE {
+            self.told.store(self.millis(now), Ordering::Relaxed);
+        }
         self.offset.store(offset, Ordering::Relaxed);
     }
 
@@ -72,11 +72,11 @@ impl Walk {
     }
 }
 
-/// Tells where the walk of a stream is, until it is dropped. At most one exists for each disk.
+/// Tells where the walk of a stream is, until it is dropped. A disk has at most one stream.
 #[derive(Debug)]
-pub struct Walking<'a>(pub(super) &'a Walk);
+pub struct WalkReport<'a>(pub(super) &'a Walk);
 
-impl Walking<'_> {
+impl WalkReport<'_> {
     /// The stream copies up everything from guest offset `offset` on, in bytes, as fast as it can;
     /// with `None`, reads copy up for themselves.
     pub fn is_at(&self, offset: Option<u64>) {
@@ -84,7 +84,7 @@ impl Walking<'_> {
     }
 }
 
-impl Drop for Walking<'_> {
+impl Drop for WalkReport<'_> {
     fn drop(&mut self) {
         self.is_at(None);
     }
@@ -111,7 +111,7 @@ mod tests {
         }
         // The clock of the reader was read before that of the stream.
         assert!(walk.comes_to_at(&(4096..8192), || now - Duration::from_millis(5)));
-        drop(Walking(&walk));
+        drop(WalkReport(&walk));
         assert!(!walk.comes_to(&(4096..8192)));
     }
 }

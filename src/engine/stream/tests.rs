@@ -535,15 +535,16 @@ fn chunks_are_read_together_and_nobody_waits_for_them() {
     disk.close().unwrap();
 }
 
-/// Protects: reads leave their copies to a stream only while one runs that copies up everything as
-/// fast as it can.
+/// Protects: reads leave their copies to a stream only while one runs that copies everything up, as
+/// fast as it can, and shares no blocks.
 #[test]
 fn reads_hear_where_a_fast_stream_is() {
     let beyond = 6 * STREAM_CHUNK;
+    let whole = StreamOptions::new("job0");
     for (options, told) in [
-        (StreamOptions::new("job0"), Some(beyond)),
-        (StreamOptions { speed: 1 << 40, ..StreamOptions::new("job0") }, None),
-        (StreamOptions { depth: Some(1), ..StreamOptions::new("job0") }, None),
+        (whole.clone(), Some(beyond)),
+        (StreamOptions { speed: 1 << 40, ..whole.clone() }, None),
+        (StreamOptions { depth: Some(1), ..whole }, None),
     ] {
         let (disk, base, _) = simulated(16, 8);
         let held =
@@ -551,9 +552,13 @@ fn reads_hear_where_a_fast_stream_is() {
         let jobs = Jobs::new();
         start(&disk, &jobs, options.clone()).unwrap();
         held.wait_for(1);
-        wait_until("it waits", || jobs.query()[0].progress.offset == beyond);
-        // The position is told after the checkpoint that follows the last chunk.
-        wait_until("it says where it is", || disk.walk_position() == told);
+        wait_until("it waits for its base", || jobs.query()[0].progress.offset == beyond);
+        let hear = |what, told| wait_until(what, || disk.walk_position() == told);
+        // The position is told before the checkpoint that follows the last chunk.
+        hear("it says where it is", told);
+        jobs.pause("job0").unwrap();
+        hear("it is paused", None);
+        jobs.resume("job0").unwrap();
         drop(held);
         jobs.settle("job0", PATIENCE);
         assert_eq!(jobs.last().unwrap().error, None);
@@ -672,6 +677,22 @@ fn what_can_be_cloned_is_not_read() {
     disk.read(0, &mut read).unwrap();
     assert!(read == content);
     disk.close().unwrap();
+}
+
+/// Protects: reads copy up for themselves beside a stream that shares blocks, because what it
+/// brings is not in the page cache of the overlay.
+#[test]
+fn a_stream_that_shares_blocks_takes_over_no_copies() {
+    let (disk, base, _) = on_host(16, 40, 4096);
+    let held = base
+        .hold(|operation| operation.action == Action::CloneFrom && operation.at > 2 * CLONE_STEP);
+    let jobs = Jobs::new();
+    start(&disk, &jobs, StreamOptions::new("job0")).unwrap();
+    held.wait_for(1);
+    assert_eq!(disk.walk_position(), None);
+    drop(held);
+    jobs.settle("job0", PATIENCE);
+    assert_eq!(jobs.last().unwrap().error, None);
 }
 
 /// Protects: a stream rests while a guest's flush runs, but a flush that never ends does not stop

@@ -21,8 +21,9 @@ use super::parcels::{Mailbox, MailboxAddress, Parcel, Pending, answer, fill};
 use super::successor::{CatchUp, QueueStart};
 use uring::{Anchor, Completion, Port, ReplyData, RingEntry};
 
-/// A request has come soon if any server of the session has begun to wait within this time: the
-/// time of one request as the client sees it, wake-ups included.
+/// A request that wakes a server has come soon if it is this short a time since a server of the
+/// session has served another one, which is when that server has begun to wait. Longer than one
+/// request takes for a client, wake-ups included.
 const SOON: Duration = Duration::from_micros(100);
 
 /// Which of the two servers of a queue this is.
@@ -129,12 +130,15 @@ impl QueueServer {
         Ok(())
     }
 
-    /// Hands in the answers, and waits for a completion; polls before it sleeps, if requests come
-    /// soon.
+    /// Hands in the answers, and waits for a completion. A home server polls before it sleeps, if
+    /// requests come soon after each other.
     fn wait(&mut self) -> io::Result<()> {
+        if !self.may_poll || matches!(self.role, ServerRole::Lane { .. }) {
+            return self.port.wait();
+        }
         let begun = Instant::now();
         self.pace.waits(begun);
-        let polls = self.polling.is_due() && self.may_poll && !self.port.has_more();
+        let polls = self.polling.is_due(begun) && !self.port.has_more();
         if polls {
             // The client gets its answer, and may run here as soon as this thread yields.
             self.port.push()?;
@@ -144,12 +148,8 @@ impl QueueServer {
             }
         }
         self.port.wait()?;
-        let is_soon = self.pace.since(Instant::now()) < SOON;
-        match polls {
-            false => self.polling.came(is_soon),
-            true if is_soon && self.pace.has_changed(begun) => self.polling.moved(),
-            true => self.polling.in_vain(),
-        }
+        let now = Instant::now();
+        self.polling.woke(now, polls, self.pace.since(now) < SOON, self.pace.has_changed(begun));
         Ok(())
     }
 

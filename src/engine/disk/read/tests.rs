@@ -154,6 +154,7 @@ fn a_copy_is_left_to_the_stream_that_is_on_its_way() {
     assert_eq!(stats.backing_reads.bytes, 512 + 512 + 3 * CLUSTER, "and nothing around them");
 
     assert_eq!(rig.cached(8 * CLUSTER, 2 * CLUSTER), None, "half of it is in the overlay");
+    assert_eq!(rig.cached(10 * CLUSTER, AT_ONCE + 1), None, "too large");
     let held = rig.disk.in_flight.exclusive(20 * CLUSTER..21 * CLUSTER);
     std::thread::scope(|scope| {
         scope.spawn(|| assert_eq!(rig.cached(20 * CLUSTER, 512), None, "another request has it"));
