@@ -402,6 +402,12 @@ def during(bench):
     for kind, label in kinds:
         for _, name in PERCENTILES:
             bench.row("during-%s-%s" % (kind, name), title, "%s, %s" % (label, name), "us", "low")
+    for kind, label in kinds:
+        bench.row("idle-%s-p99.9" % kind, title, "%s, p99.9, after the stream" % label, "us", "low")
+        # An export of QEMU may hang at the end of its stream.
+        own = [target for target in one_stream_transport(bench) if target.key.startswith("cordisk")]
+        for target in bench.turns(own):
+            record_percentiles(bench, "idle-" + kind, target, latencies_after(bench, kind, target))
     enough = 200 if bench.options.quick else 1000
     for kind, _ in kinds:
         for target in bench.turns(one_stream_transport(bench)):
@@ -421,6 +427,21 @@ def during(bench):
                 if len(latencies) >= enough:
                     break
             record_percentiles(bench, "during-" + kind, target, latencies)
+
+
+def latencies_after(bench, kind, target):
+    """The same requests as beside a stream, after its end: nothing is copied any more."""
+    disk, overlay, session = start_stream(bench, "raw", target)
+    session.execute("block-stream", **{"device": target.device(), "job-id": "bench"})
+    finish_stream(session)
+    session.socket.close()
+    chance, found = random.Random(bench.options.seed), []
+    with Reader(disk.path) as reader:
+        for _ in range(2000 if bench.options.quick else 20000):
+            measure_one(bench, reader, kind, chance, found)
+    disk.take_down()
+    bench.settle(overlay)
+    return found
 
 
 def latencies_during(bench, disk, session, kind, target):
@@ -458,13 +479,17 @@ def latencies_during(bench, disk, session, kind, target):
 
 def measure_until(bench, over, reader, kind, chance, found):
     while not over.is_set():
-        offset = chance.randrange(0, bench.size, PAGE)
-        begun = time.perf_counter()
-        if kind == "read":
-            reader.read_quietly(offset)
-        else:
-            reader.sync()
-        found.append(time.perf_counter() - begun)
+        measure_one(bench, reader, kind, chance, found)
+
+
+def measure_one(bench, reader, kind, chance, found):
+    offset = chance.randrange(0, bench.size, PAGE)
+    begun = time.perf_counter()
+    if kind == "read":
+        reader.read_quietly(offset)
+    else:
+        reader.sync()
+    found.append(time.perf_counter() - begun)
 
 
 def kill_if_stuck(disk, found, over):
