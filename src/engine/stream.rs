@@ -369,7 +369,7 @@ struct Bring<'a> {
     course: &'a Course,
     scout: Option<&'a Scout>,
     report: &'a WalkReport<'a>,
-    /// See [`ToDo::Clone`].
+    /// Whether the stream has shared blocks with the base instead of copying them.
     shares_blocks: bool,
     /// Where the walk is.
     offset: u64,

@@ -7,10 +7,11 @@
 //!                                               └─ workers ─ pools ─▶ handler ─▶ Disk::read, …
 //!                                                       └─ flush thread ─▶ handler ─▶ Disk::flush
 //! ```
-//! A transport (`device`, `ring`) reads requests and writes replies. `turns` decides which threads
-//! of /dev/fuse wait for requests, `polling` whether a thread polls before it sleeps. `wire` parses
-//! and encodes their bytes. `dispatch` decides which thread does the work. `notify` sends what no
-//! request has asked for. The crate fuser answers the kernel's INIT; it does nothing else here.
+//! A transport (`device`, `ring`) reads requests and writes replies. `turns` decides
+//! which threads of /dev/fuse wait for requests, `polling` whether a thread polls before
+//! it sleeps. `wire` parses and encodes their bytes. `dispatch` decides which thread does
+//! the work. `notify` sends what no request has asked for. The crate fuser answers the
+//! kernel's INIT; it does nothing else here.
 //!
 //! Files are opened for direct I/O: this process acknowledges each write, and the kernel caches
 //! only the pages of shared mappings, which Linux supports since 6.6. The kernel's write-back cache

@@ -1,28 +1,30 @@
 //! Decides whether a thread polls for its next request before it sleeps, and polls.
 //!
-//! A client that sends its next request soon after an answer waits for two wake-ups per request:
-//! that of a thread here, and its own. Where the threads sleep on idle processors, these wake-ups
-//! cost more than everything else together (half of 37 µs on a virtual machine). A thread that
-//! polls needs none.
+//! A client that sends its next request soon after an answer waits for two wake-ups per
+//! request: that of a thread here, and its own. Where the threads sleep on idle
+//! processors, these wake-ups cost more than everything else together (half of 37 µs on a
+//! virtual machine). A thread that polls needs none.
 //!
 //! ```text
 //! sleeps   `needed` requests in a row came soon                  -> polls before it sleeps
 //! polls    no request came within the time                       -> sleeps
 //! ```
-//! `needed` becomes twice as large with each time in vain, up to a bound that depends on what such
-//! a time costs others, and small again after [`FEW`] requests in a row that came in time: the time
-//! that is spent for a client which is always a bit slower is small.
+//! `needed` becomes twice as large with each time in vain, up to a bound that depends on
+//! what such a time costs others, and small again after [`FEW`] requests in a row that
+//! came in time: the time that is spent for a client which is always a bit slower is
+//! small.
 //!
-//! **Clients that move.** The servers of rings are bound to processors, and the client of a server
-//! takes turns with it on one of them. But the scheduler, when it wakes the client, sees that the
-//! server runs there, and may move the client to a processor that is idle, which costs more than
-//! the request; its next request goes to the server of that processor. If the servers poll, no
-//! processor is as idle as that, and the client stays. On two processors that takes the scheduler
-//! a while. So a server's time is not in vain if another server had a request meanwhile
-//! ([`Pace`]). With many processors, one of them is always idle, and the client moves for ever;
-//! after [`MOST_MOVES`] such times the server therefore gives up for [`REST`], which bounds them to
-//! 3 % of a processor. It gives up as well when other threads have had the processor for long
-//! while it polled: a thread that sleeps would have replaced them when its request came.
+//! **Clients that move.** The servers of rings are bound to processors, and the client of
+//! a server takes turns with it on one of them. But the scheduler, when it wakes the
+//! client, sees that the server runs there, and may move the client to a processor that
+//! is idle, which costs more than the request; its next request goes to the server of
+//! that processor. If the servers poll, no processor is as idle as that, and the client
+//! stays. On two processors that takes the scheduler a while. So a server's time is not
+//! in vain if another server had a request meanwhile ([`Pace`]). With many processors,
+//! one of them is always idle, and the client moves for ever; after [`MOST_MOVES`] such
+//! times the server therefore gives up for [`REST`], which bounds them to 3 % of its
+//! processor. It gives up as well when other threads have had the processor for long
+//! while it polled, because each request that is polled for may have to wait for them.
 //!
 //! QEMU's event loop polls in the same way, for at most 32 µs by default (`poll-max-ns`).
 //!
@@ -36,15 +38,16 @@ use std::time::{Duration, Instant};
 /// The longest time that a thread polls before it sleeps.
 pub(super) const POLL: Duration = Duration::from_micros(32);
 
-/// Requests in a row that came soon, before a thread polls, and requests that came while it polled,
-/// before times in vain are forgotten.
+/// Requests in a row that came soon, before a thread polls, and requests that came while
+/// it polled, before times in vain are forgotten.
 const FEW: u32 = 32;
 
-/// How many times a request may have come to another thread, without [`FEW`] requests in a row that
-/// came in time, before the thread gives up.
+/// How many times a request may have come to another thread, without [`FEW`] requests in
+/// a row that came in time, before the thread gives up.
 const MOST_MOVES: u32 = 1024;
 
-/// A thread that has polled for this many times the time that it wanted to was not on a processor.
+/// A thread that has polled for this many times the time that it wanted to was not on a
+/// processor.
 const TOO_LONG: u32 = 16;
 
 /// How long a thread does not poll after it has given up.
@@ -128,9 +131,10 @@ impl Polling {
         }
     }
 
-    /// Notes that a request has come after this thread has slept. `polled` says whether it has
-    /// polled before that, `soon` whether any server of the session had a request shortly before,
-    /// and `elsewhere` whether another one had a request since this one began to wait.
+    /// Notes that a request has come after this thread has slept. `polled` says whether
+    /// it has polled before that, `soon` whether any server of the session had a request
+    /// shortly before, and `elsewhere` whether another one had a request since this one
+    /// began to wait.
     pub(super) fn woke(&mut self, now: Instant, polled: bool, soon: bool, elsewhere: bool) {
         if !polled {
             self.came(soon);
@@ -159,8 +163,8 @@ impl Polling {
     }
 }
 
-/// When a server of a session began to wait for the last time, in nanoseconds after the first
-/// field.
+/// When a server of a session began to wait for the last time, in nanoseconds after the
+/// first field.
 #[derive(Debug)]
 pub(super) struct Pace(Instant, AtomicU64);
 
@@ -189,8 +193,8 @@ impl Pace {
     }
 }
 
-/// Whether the threads of this process may poll: they must not take the only processor from their
-/// clients. To be called by a thread that is not bound to a processor.
+/// Whether the threads of this process may poll: they must not take the only processor
+/// from their clients. To be called by a thread that is not bound to a processor.
 pub(super) fn may_poll() -> bool {
     thread::available_parallelism().is_ok_and(|processors| processors.get() > 1)
 }
@@ -215,8 +219,8 @@ mod tests {
         }
     }
 
-    /// Protects: a thread polls after a row of requests that came soon, and not after a row that a
-    /// late one has ended.
+    /// Protects: a thread polls after a row of requests that came soon, and not after a
+    /// row that a late one has ended.
     #[test]
     fn a_row_of_soon_requests_makes_a_thread_poll() {
         let mut polling = Polling::cheap();
@@ -245,8 +249,8 @@ mod tests {
         assert!(!polling.poll(Instant::now(), Duration::ZERO, || unreachable!("it is over")));
     }
 
-    /// Protects: each time in vain doubles what is needed, up to a bound, and a row of requests
-    /// that came in time makes it small again.
+    /// Protects: each time in vain doubles what is needed, up to a bound, and a row of
+    /// requests that came in time makes it small again.
     #[test]
     fn times_in_vain_make_a_thread_poll_less() {
         for (mut polling, row) in [
@@ -292,8 +296,8 @@ mod tests {
         assert_eq!((polling.moved, polling.needed), (0, FEW), "the client stays");
     }
 
-    /// Protects: a thread that other threads have kept from the processor while it polled sleeps
-    /// for a while.
+    /// Protects: a thread that other threads have kept from the processor while it polled
+    /// sleeps for a while.
     #[test]
     fn a_thread_that_gets_no_processor_gives_up() {
         let mut polling = Polling::cheap();

@@ -13,18 +13,20 @@
 //! of `device` serve the requests that stay on /dev/fuse (FUSE_FORGET). After the unmount all
 //! entries complete with ENOTCONN, and the threads end.
 //!
-//! A queue's home server runs on the CPU that its requests come from. That is best for small
-//! requests: the client and the server take turns, and no other CPU has to be woken (measured:
-//! 110,000 reads of 4 KiB per second at depth 1, against 27,000 where the scheduler chooses the
-//! CPU). The server polls for its next request before it sleeps (`polling.rs`): a scheduler that
-//! sees an idle CPU wakes the client there, from where its next request goes to another queue
-//! (measured on two CPUs of a virtual machine: 45,000 reads per second, 62,000 with polling).
+//! A queue's home server runs on the CPU that its requests come from. That is best for
+//! small requests: the client and the server take turns, and no other CPU has to be woken
+//! (measured: 110,000 reads of 4 KiB per second at depth 1, against 27,000 where the
+//! scheduler chooses the CPU). The server polls for its next request before it sleeps
+//! (`polling.rs`): a scheduler that sees an idle CPU wakes the client there, from where
+//! its next request goes to another queue (measured on two CPUs of a virtual machine:
+//! 45,000 reads per second, 62,000 with polling).
 //!
-//! Copying the data of a large request takes longer than waking a thread. So while several requests
-//! wait, large ones go to the *lane*, a second server of the queue that may run on any CPU. The
-//! lane hands its answers to the kernel itself, because half of the copying is done in that call.
-//! The entry's next request therefore arrives at the lane as well. If that is a small request, its
-//! answer goes to the kernel through the home server, whether the lane or a worker has made it.
+//! Copying the data of a large request takes longer than waking a thread. So while
+//! several requests wait, large ones go to the *lane*, a second server of the queue that
+//! may run on any CPU. The lane hands its answers to the kernel itself, because half of
+//! the copying is done in that call. The entry's next request therefore arrives at the
+//! lane as well. If that is a small request, its answer goes to the kernel through the
+//! home server, whether the lane or a worker has made it.
 //!
 //! **When this process is killed**, another one continues with the same memory of the entries, see
 //! the crate `uring`. It finds in each entry a request that was not answered, and serves it; an

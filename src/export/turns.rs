@@ -1,8 +1,8 @@
 //! Decides which threads wait for requests at /dev/fuse: all of them, or one that polls.
 //!
-//! A thread that polls saves a client that sends one request at a time two wake-ups per request
-//! (`polling.rs`). But the kernel wakes a thread that waits in read(2) for every request, even if
-//! another one takes it, so the others must not wait there meanwhile.
+//! A thread that polls saves a client that sends one request at a time two wake-ups per
+//! request (`polling.rs`). But the kernel wakes a thread that waits in read(2) for every
+//! request, even if another one takes it, so the others must not wait there meanwhile.
 //!
 //! ```text
 //! all read   every thread waits in read(2); the kernel gives each request to one of them
@@ -35,9 +35,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::polling::{POLL, Polling, may_poll};
 
-/// The time since its last request within which a thread's next one comes soon. Two threads that
-/// take turns have each every second request, so this is twice the time of one request as the
-/// client sees it, wake-ups included.
+/// The time since its last request within which a thread's next one comes soon. Two
+/// threads that take turns have each every second request, so this is twice the time of
+/// one request as the client sees it, wake-ups included.
 const SOON: Duration = Duration::from_micros(200);
 /// How many requests in a row may find one more behind them, before all threads read again.
 const MOST_CROWDED: u32 = 4;

@@ -10,9 +10,9 @@ use host::Result;
 use host::mutants::{Step, without};
 use qcow2::format::{GuestOffset, Mapping};
 
-/// Most bytes that [`Disk::read_cached`] reads or stores, and that [`Disk::write_local`] stores in
-/// new clusters. The limit keeps them short, because they run on a server thread, which other
-/// requests wait for.
+/// Most bytes that [`Disk::read_cached`] reads or stores, and that [`Disk::write_local`]
+/// stores in new clusters. The limit keeps them short, because they run on a server
+/// thread, which other requests wait for.
 pub(super) const AT_ONCE: u64 = 128 << 10;
 
 impl Disk {
@@ -76,9 +76,9 @@ impl Disk {
     /// Reads what [`Disk::read_local`] could not, if that needs no waiting either: all of the range
     /// is missing in the overlay, and the host has the bytes of the base in memory.
     ///
-    /// Otherwise as [`Disk::read_and_answer`]. The copy is stored after the reply, and is written
-    /// to the overlay alone, as a write in place is; where a stream is about to copy the range up,
-    /// it is left to the stream (`walk.rs`).
+    /// Otherwise as [`Disk::read_and_answer`]. The copy is stored after the reply, and is
+    /// written to the overlay alone, as a write in place is; where a stream is about to
+    /// copy the range up, it is left to the stream (`walk.rs`).
     ///
     /// # Errors
     /// As [`Disk::read_local`].
@@ -113,8 +113,8 @@ impl Disk {
         Ok(local)
     }
 
-    /// Fills `buf` if all of it is missing in the overlay and the bytes are in memory. Nothing is
-    /// copied up.
+    /// Fills `buf` if all of it is missing in the overlay and the bytes are in memory.
+    /// Nothing is copied up.
     fn read_below_now(&self, range: Range<u64>, buf: &mut [u8]) -> Result<Local> {
         self.check_range(&range)?;
         if buf.len() as u64 > AT_ONCE {

@@ -1,25 +1,27 @@
-//! Where the walk of a stream is. A small read ahead of it, whose bytes the host has in memory,
-//! leaves the copy to the stream.
+//! Where the walk of a stream is. A small read ahead of it, whose bytes the host has in
+//! memory, leaves the copy to the stream.
 //!
-//! Such a read costs the same whether the overlay or the base answers it. Its copy would be a
-//! write to the overlay's file. The threads that serve the guest, the stream's and the host's
-//! write-back would wait for each other's writes, because each takes the lock of the inode (on
-//! ext4 in `ext4_buffered_write_iter` and `ext4_map_blocks`): docs/performance.md has what a guest
-//! feels of that. Reads that go to workers copy up as without a stream, among them those of bytes
-//! that are not in memory or must be decompressed: to read these twice would cost more.
+//! Such a read costs the same whether the overlay or the base answers it. Its copy would
+//! be a write to the overlay's file. The threads that serve the guest, the stream's and
+//! the host's write-back would wait for each other's writes, because each takes the lock
+//! of the inode (on ext4 in `ext4_buffered_write_iter` and `ext4_map_blocks`):
+//! docs/performance.md has what a guest feels of that. Reads that go to workers copy up
+//! as without a stream, among them those of bytes that are not in memory or must be
+//! decompressed: to read these twice would cost more.
 //!
 //! **Touches:** the clock. **Never:** the image. **Locks:** none.
-//! **Invariants:** only the walk of a stream is known here that copies everything up, without a
-//! speed, from local files, and does not share blocks; and each position for [`TRUST`] only. Where
-//! a stream is paused, waits for its base or has ended, reads copy up soon after.
+//! **Invariants:** only the walk of a stream is known here that copies everything up,
+//! without a speed, from local files, and does not share blocks; and each position for
+//! [`TRUST`] only. Where a stream is paused, waits for its base or has ended, reads copy
+//! up soon after.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use host::sync::atomic::{AtomicU64, Ordering};
 
-/// How long a position counts. A stream tells its position for each chunk and for each piece that
-/// it copies in between, and its longest rest is a tenth of this.
+/// How long a position counts. A stream tells its position for each chunk and for each
+/// piece that it copies in between, and its longest rest is a tenth of this.
 const TRUST: Duration = Duration::from_secs(1);
 
 /// No walk is known.
@@ -31,8 +33,9 @@ pub(super) struct Walk {
     opened: Instant,
     /// Guest offset in bytes: everything from here on is copied up soon.
     offset: AtomicU64,
-    /// When `offset` was told, in milliseconds after `opened`. A reader may load the time of one
-    /// position and the offset of the one before it: the walk was there a moment ago.
+    /// When `offset` was told, in milliseconds after `opened`. A reader may load the time
+    /// of one position and the offset of the one before it: the walk was there a moment
+    /// ago.
     told: AtomicU64,
 }
 
@@ -72,13 +75,14 @@ impl Walk {
     }
 }
 
-/// Tells where the walk of a stream is, until it is dropped. A disk has at most one stream.
+/// Tells where the walk of a stream is, until it is dropped. A disk has at most one
+/// stream.
 #[derive(Debug)]
 pub struct WalkReport<'a>(pub(super) &'a Walk);
 
 impl WalkReport<'_> {
-    /// The stream copies up everything from guest offset `offset` on, in bytes, as fast as it can;
-    /// with `None`, reads copy up for themselves.
+    /// The stream copies up everything from guest offset `offset` on, in bytes, as fast
+    /// as it can; with `None`, reads copy up for themselves.
     pub fn is_at(&self, offset: Option<u64>) {
         self.0.is_at(offset.unwrap_or(NOWHERE), Instant::now());
     }

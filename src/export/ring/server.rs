@@ -21,9 +21,9 @@ use super::parcels::{Mailbox, MailboxAddress, Parcel, Pending, answer, fill};
 use super::successor::{CatchUp, QueueStart};
 use uring::{Anchor, Completion, Port, ReplyData, RingEntry};
 
-/// A request that wakes a server has come soon if it is this short a time since a server of the
-/// session has served another one, which is when that server has begun to wait. Longer than one
-/// request takes for a client, wake-ups included.
+/// A request that wakes a server has come soon if it is this short a time since a server
+/// of the session has served another one, which is when that server has begun to wait.
+/// Longer than one request takes for a client, wake-ups included.
 const SOON: Duration = Duration::from_micros(100);
 
 /// Which of the two servers of a queue this is.
@@ -130,8 +130,8 @@ impl QueueServer {
         Ok(())
     }
 
-    /// Hands in the answers, and waits for a completion. A home server polls before it sleeps, if
-    /// requests come soon after each other.
+    /// Hands in the answers, and waits for a completion. A home server polls before it
+    /// sleeps, if requests come soon after each other.
     fn wait(&mut self) -> io::Result<()> {
         if !self.may_poll || matches!(self.role, ServerRole::Lane { .. }) {
             return self.port.wait();
