@@ -51,7 +51,7 @@ const MOST_MOVES: u32 = 1024;
 const TOO_LONG: u32 = 16;
 
 /// How long a thread does not poll after it has given up.
-const REST: Duration = Duration::from_secs(1);
+pub(super) const REST: Duration = Duration::from_secs(1);
 
 /// The state of one thread.
 #[derive(Debug)]

@@ -14,26 +14,32 @@
 //!            last one polls /dev/fuse before it waits. The others park, each after the next
 //!            request that the kernel gives it.
 //! ```
+//! Where all read, one thread at a time lets other threads run once (sched_yield) before it waits,
+//! if it has served requests beside another one: a client with several requests in flight is often
+//! about to send the next ones, and then neither the thread nor the client has to be woken. Reads at
+//! depth 32: 167 000 a second instead of 148 000.
+//!
 //! A parked thread looks every [`LOOK`] whether the one that polls has served a request. If it has
 //! not, because it hangs in one or there is none, all read again: a file that hangs stops at most
 //! one thread, and a disk without requests has all its threads in read(2), and no timer.
 //!
-//! **Touches:** poll(2) with a timeout of zero, parking of threads.
+//! **Touches:** poll(2) with a timeout of zero, sched_yield(2), parking of threads.
 //! **Never:** reads a request; parks the thread that is to poll.
 //! **Locks:** none.
 //! **Invariants:** a thread parks only while another one is to poll. That one unparks it when it
 //! has polled in vain, and when it ends; and a parked thread frees itself after at most two
-//! [`LOOK`]s in which no request was served.
+//! [`LOOK`]s in which no request was served. While a thread lets others run, the other threads of
+//! the session are where the kernel can wake them, or serve.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::polling::{POLL, Polling, may_poll};
+use super::polling::{POLL, Polling, REST, may_poll};
 
 /// The time since its last request within which a thread's next one comes soon. Two
 /// threads that take turns have each every second request, so this is twice the time of
@@ -43,6 +49,14 @@ const SOON: Duration = Duration::from_micros(200);
 const MOST_CROWDED: u32 = 4;
 /// How often a parked thread looks whether the thread that polls still comes forward.
 const LOOK: Duration = Duration::from_millis(2);
+
+/// A thread that has let others run for longer than this competes with threads that compute, behind
+/// which the next request would have to wait: it does not do so again for [`REST`]. While a client
+/// sends 32 requests, it is 128 to 512 µs.
+const LONG_YIELD: Duration = Duration::from_millis(2);
+
+#[cfg(test)]
+const HOUR: Duration = Duration::from_secs(3600);
 
 /// Value of [`Turns::polling`]: all threads wait in read(2).
 const ALL_READ: usize = usize::MAX;
@@ -58,41 +72,47 @@ pub(super) struct Turns {
     serving: AtomicU32,
     /// Requests that were served.
     served: AtomicU64,
+    /// Whether a thread lets others run before it waits in read(2).
+    yields: AtomicBool,
     threads: Vec<OnceLock<Thread>>,
     /// [`may_poll`].
     may_poll: bool,
-    /// [`POLL`], [`SOON`] and [`LOOK`].
+    /// [`POLL`], [`SOON`], [`LOOK`] and [`LONG_YIELD`].
     poll: Duration,
     soon: Duration,
     look: Duration,
+    long_yield: Duration,
 }
 
 impl Turns {
     /// For this many threads.
     pub(super) fn new(threads: usize) -> Arc<Turns> {
-        Turns::with(threads, may_poll(), [POLL, SOON, LOOK])
+        Turns::with(threads, may_poll(), [POLL, SOON, LOOK, LONG_YIELD])
     }
 
-    fn with(threads: usize, may_poll: bool, [poll, soon, look]: [Duration; 3]) -> Arc<Turns> {
+    fn with(threads: usize, may_poll: bool, times: [Duration; 4]) -> Arc<Turns> {
+        let [poll, soon, look, long_yield] = times;
         Arc::new(Turns {
             polling: AtomicUsize::new(ALL_READ),
             parked: AtomicUsize::new(0),
             serving: AtomicU32::new(0),
             served: AtomicU64::new(0),
+            yields: AtomicBool::new(false),
             threads: (0..threads).map(|_| OnceLock::new()).collect(),
             may_poll,
             poll,
             soon,
             look,
+            long_yield,
         })
     }
 
     /// As [`Turns::new`], but a thread may poll on a single processor, the client may take any time
-    /// between two requests, and a parked thread looks at intervals of `look`.
+    /// between two requests, other threads may run for any time, and a parked thread looks at
+    /// intervals of `look`.
     #[cfg(test)]
     pub(super) fn for_tests(threads: usize, look: Duration) -> Arc<Turns> {
-        const HOUR: Duration = Duration::from_secs(3600);
-        Turns::with(threads, true, [HOUR, HOUR, look])
+        Turns::with(threads, true, [HOUR, HOUR, look, HOUR])
     }
 
     /// Lets all threads wait in read(2), if the thread of this number is the one that polls.
@@ -125,6 +145,10 @@ pub(super) struct ReaderTurn {
     polling: Polling,
     /// Requests in a row that had one more behind them.
     crowded: u32,
+    /// Whether another thread served a request when this one had read its last one.
+    is_beside_others: bool,
+    /// Before this time, the thread does not let others run.
+    rests_until: Option<Instant>,
     /// When the last request was served.
     done: Instant,
 }
@@ -134,7 +158,15 @@ impl ReaderTurn {
     pub(super) fn new(turns: Arc<Turns>, number: usize) -> ReaderTurn {
         let _ = turns.threads[number].set(thread::current());
         let done = Instant::now();
-        ReaderTurn { turns, number, polling: Polling::costly(), crowded: 0, done }
+        ReaderTurn {
+            turns,
+            number,
+            polling: Polling::costly(),
+            crowded: 0,
+            is_beside_others: false,
+            rests_until: None,
+            done,
+        }
     }
 
     /// Returns when this thread is to read a request from `device`: at once, after it was parked,
@@ -142,7 +174,10 @@ impl ReaderTurn {
     pub(super) fn wait(&mut self, device: &OwnedFd) {
         loop {
             match self.turns.polling.load(Ordering::SeqCst) {
-                ALL_READ => return,
+                ALL_READ => {
+                    self.let_others_run(device);
+                    return;
+                }
                 polling if polling != self.number => self.park(polling),
                 // The kernel wakes those that still wait in read(2). Each of them gets one of the
                 // next requests, and parks after it.
@@ -157,6 +192,30 @@ impl ReaderTurn {
                     return;
                 }
             }
+        }
+    }
+
+    /// Lets other threads run once, if this thread serves requests beside others and none waits.
+    /// Returns whether it did.
+    fn let_others_run(&mut self, device: &OwnedFd) -> bool {
+        if !self.is_beside_others
+            || self.rests_until.is_some_and(|until| self.done < until)
+            || has_request(device)
+            || self.turns.yields.swap(true, Ordering::SeqCst)
+        {
+            return false;
+        }
+        let begun = Instant::now();
+        thread::yield_now();
+        self.turns.yields.store(false, Ordering::SeqCst);
+        self.has_yielded(begun, Instant::now());
+        true
+    }
+
+    /// Notes for how long other threads have run.
+    fn has_yielded(&mut self, begun: Instant, now: Instant) {
+        if now.saturating_duration_since(begun) > self.turns.long_yield {
+            self.rests_until = Some(now + REST);
         }
     }
 
@@ -194,6 +253,7 @@ impl ReaderTurn {
         let others = self.turns.serving.fetch_add(1, Ordering::SeqCst);
         let is_soon = self.done.elapsed() < self.turns.soon;
         self.polling.came(others == 0 && is_soon && !is_crowded);
+        self.is_beside_others = others > 0;
     }
 
     /// Notes that the request is served, or passed on to another thread.
@@ -226,5 +286,55 @@ impl Drop for ReaderTurn {
     /// The thread ends: the others must see the end of the mount as well.
     fn drop(&mut self) {
         self.turns.all_read(self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    /// Protects: a thread lets others run only beside another thread that serves, only if no
+    /// request waits, and only one thread at a time does.
+    #[test]
+    fn a_thread_among_others_lets_them_run_before_it_waits() {
+        let (mut client, device) = UnixStream::pair().unwrap();
+        let device = OwnedFd::from(device);
+        let turns = Turns::for_tests(2, LOOK);
+        let [mut first, mut second] =
+            [0, 1].map(|number| ReaderTurn::new(Arc::clone(&turns), number));
+        first.begins(&device);
+        first.ends();
+        assert!(!first.let_others_run(&device), "it serves alone");
+
+        first.begins(&device);
+        second.begins(&device);
+        second.ends();
+        turns.yields.store(true, Ordering::SeqCst);
+        assert!(!second.let_others_run(&device), "another thread does so");
+        turns.yields.store(false, Ordering::SeqCst);
+        assert!(second.let_others_run(&device));
+        assert!(second.let_others_run(&device), "the last one has ended");
+
+        client.write_all(b"request").unwrap();
+        assert!(!second.let_others_run(&device), "a request waits");
+    }
+
+    /// Protects: a thread that has waited for long behind others sleeps for a while instead.
+    #[test]
+    fn a_thread_behind_others_that_compute_does_not_let_them_run_again() {
+        let (_client, device) = UnixStream::pair().unwrap();
+        let device = OwnedFd::from(device);
+        let mut turn = ReaderTurn::new(Turns::for_tests(1, LOOK), 0);
+        turn.is_beside_others = true;
+        let now = turn.done;
+        turn.has_yielded(now, now + HOUR);
+        assert!(turn.let_others_run(&device));
+        turn.has_yielded(now, now + 2 * HOUR);
+        assert!(!turn.let_others_run(&device));
+        turn.done = now + 2 * HOUR + REST;
+        assert!(turn.let_others_run(&device));
     }
 }
