@@ -269,7 +269,6 @@ fn run_at(
     // run are derived from the same word.
     let first = table.raw(index);
     let mapping = table.decode(index, first, geometry)?.mapping(0);
-    let fault = table.fault(index);
     let cluster_size = geometry.cluster_size();
     // Difference between the raw entries of two neighbouring clusters of one run.
     let step = match mapping {
@@ -280,17 +279,7 @@ fn run_at(
         }
     };
     let wanted = (in_cluster + max).div_ceil(cluster_size) as usize;
-    let mut clusters = 1;
-    let mut expected = first.descriptor;
-    while clusters < wanted {
-        expected = expected.wrapping_add(step);
-        if table.raw(index + clusters).descriptor != expected
-            || table.fault(index + clusters) != fault
-        {
-            break;
-        }
-        clusters += 1;
-    }
+    let clusters = table.series(index, first.descriptor, step, wanted);
     Ok(Extent { mapping, len: max.min(clusters as u64 * cluster_size - in_cluster) })
 }
 

@@ -51,6 +51,7 @@ mod judged;
 mod l2_table;
 mod late_search;
 mod lookup;
+mod packed;
 mod place;
 mod publish;
 mod refcounts;

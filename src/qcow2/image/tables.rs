@@ -208,8 +208,9 @@ impl Tables {
                 (None, Some(slot.table.write()))
             };
             let table = shared.as_deref().or(whole.as_deref()).and_then(Option::as_deref);
-            // The table was evicted meanwhile, or may not be changed in place: try again.
-            let Some(table) = table.filter(|table| table.in_place) else { continue };
+            // The table was evicted or packed meanwhile: try again.
+            let may_change = |table: &&L2Table| table.in_place && !table.is_packed();
+            let Some(table) = table.filter(may_change) else { continue };
             let mut set = |index: usize, raw: RawL2Entry| table.set(index, raw);
             let result = f(&mut set);
             // The table is queued after its dirty bits are set; see [`Tables::take_dirty`].
@@ -220,7 +221,16 @@ impl Tables {
 
     fn make_writable(&self, l1_index: usize) -> Result<()> {
         let allocator = self.allocator.as_deref().expect("only a writable image changes tables");
-        if self.with(l1_index, |table| table.in_place)? == Some(true) {
+        let (is_in_place, is_packed) = self
+            .with(l1_index, |table| (table.in_place, table.is_packed()))?
+            .unwrap_or((false, false));
+        if is_packed {
+            let slots = self.slots.read();
+            if let Some(table) = slots.of_table(l1_index).table.write().as_deref_mut() {
+                self.unpack(table);
+            }
+        }
+        if is_in_place {
             return Ok(());
         }
         let geometry = self.geometry();
@@ -238,6 +248,7 @@ impl Tables {
                 return Ok(());
             }
             Some(shared) => {
+                self.unpack(shared);
                 let old = shared.host;
                 shared.host = host;
                 shared.in_place = true;
@@ -270,6 +281,14 @@ impl Tables {
             }
         }
         Ok(())
+    }
+
+    /// Unpacks a table. Others are dropped for its memory when the next one is loaded, or at the
+    /// end of the next pass.
+    fn unpack(&self, table: &mut L2Table) {
+        let packed = table.bytes();
+        table.unpack();
+        self.resident_bytes.fetch_add(table.bytes() - packed, Ordering::Relaxed);
     }
 
     fn set_l1_entry(&self, slot: &Slot, host: HostCluster, geometry: &Geometry) {
@@ -415,7 +434,8 @@ impl Tables {
         let is_good = judged.is_none() && in_place == entry.in_place;
         self.evict();
         let words = words.into_iter().map(AtomicU64::new).collect();
-        let table = Box::new(L2Table::new(entry.table, in_place, words, judged, &geometry));
+        let mut table = Box::new(L2Table::new(entry.table, in_place, words, judged, &geometry));
+        table.pack(&geometry);
         self.account(l1_index, &table);
         let slots = self.slots.read();
         let slot = slots.of_table(l1_index);
@@ -456,10 +476,12 @@ impl Tables {
         (judged, in_place)
     }
 
-    /// Drops the oldest clean tables while memory use is above the limit, and looks at a bounded
-    /// number of tables. Does no I/O. See [`Tables::may_evict`] for write-back passes.
+    /// Packs the oldest clean tables while memory use is above the limit, and drops those that are
+    /// packed or do not become small. Looks at a bounded number of tables. Does no I/O. See
+    /// [`Tables::may_evict`] for write-back passes.
     fn evict(&self) {
-        let table_bytes = self.geometry().cluster_size() as usize;
+        let geometry = self.geometry();
+        let table_bytes = geometry.cluster_size() as usize;
         let mut tries = self.resident.lock().len().min(1024);
         while tries > 0
             && self.resident_bytes.load(Ordering::Relaxed) + table_bytes > self.memory
@@ -468,24 +490,25 @@ impl Tables {
             tries -= 1;
             let Some(l1_index) = self.resident.lock().pop_front() else { return };
             let slots = self.slots.read();
-            let evicted = match slots.of_table(l1_index).table.try_write() {
-                // Checked again under the write lock of the slot: a pass that starts now finds
-                // either no table or a clean one.
-                Some(mut slot)
-                    if slot.as_deref().is_some_and(|table| {
-                        table.is_clean() || without(Step::DirtyTablesStay)
-                    }) && self.may_evict() =>
-                {
-                    slot.take()
+            // Checked again under the write lock of the slot: a pass that starts now finds either no
+            // table or a clean one.
+            let mut stays = true;
+            if let Some(mut slot) = slots.of_table(l1_index).table.try_write()
+                && let Some(table) = slot.as_deref_mut()
+                && (table.is_clean() || without(Step::DirtyTablesStay))
+                && self.may_evict()
+            {
+                let bytes = table.bytes();
+                stays = table.is_clean() && table.pack(&geometry);
+                let left = if stays { table.bytes() } else { 0 };
+                self.resident_bytes.fetch_sub(bytes - left, Ordering::Relaxed);
+                if !stays {
+                    *slot = None;
                 }
-                _ => None,
-            };
+            }
             drop(slots);
-            match evicted {
-                Some(table) => {
-                    self.resident_bytes.fetch_sub(table.bytes(), Ordering::Relaxed);
-                }
-                None => self.resident.lock().push_back(l1_index),
+            if stays {
+                self.resident.lock().push_back(l1_index);
             }
         }
     }
@@ -587,6 +610,18 @@ impl Tables {
     #[cfg(test)]
     pub fn resident(&self) -> usize {
         self.resident.lock().len()
+    }
+
+    /// Returns the memory that the resident tables are counted with, after it was compared with what
+    /// they take.
+    #[cfg(test)]
+    pub fn resident_bytes(&self) -> usize {
+        let counted = self.resident_bytes.load(Ordering::Relaxed);
+        let resident = self.resident.lock().clone();
+        let slots = self.slots.read();
+        let bytes = |&index: &usize| slots.of_table(index).table.read().as_deref().unwrap().bytes();
+        assert_eq!(counted, resident.iter().map(bytes).sum::<usize>());
+        counted
     }
 
     /// Returns how many chunks of the L1 table are in memory.

@@ -538,38 +538,64 @@ fn guest_data_is_never_where_nothing_is_counted() {
     );
 }
 
-/// Protects: tables beyond the memory limit are evicted when clean, and a later load returns what
-/// was written to them.
+/// Protects: tables beyond the memory limit are packed or dropped when clean, and a later load
+/// returns what was written to them.
 #[test]
-fn evicted_tables_come_back() {
-    let bench = bench();
-    let mut image = Image::open(bench.memory.clone()).unwrap();
-    image.reader.tables.limit_memory(2 * CLUSTER as usize);
-    let bench = Bench { image, ..bench };
-    // A disk of 1 GiB has two L2 tables only, so it is grown to forty.
-    let drained = bench.lock.exclusive(0..u64::MAX);
-    bench.image.make_room(&drained, 20 << 30).unwrap();
-    bench.image.set_size(&drained, 20 << 30).unwrap();
-    drop(drained);
-    for round in 0..3u8 {
-        for table in 0..40u64 {
-            bench.store(table * 8192 + u64::from(round), round * 40 + table as u8).unwrap();
-            if table % 7 == 0 {
-                bench.image.flush().unwrap();
+fn packed_and_evicted_tables_come_back() {
+    // All forty tables have room if they are packed; no two tables have room in the second case.
+    for (memory, most) in [(2 * CLUSTER as usize, 40), (0, 3)] {
+        let bench = bench();
+        let mut image = Image::open(bench.memory.clone()).unwrap();
+        image.reader.tables.limit_memory(memory);
+        let bench = Bench { image, ..bench };
+        // A disk of 1 GiB has two L2 tables only, so it is grown to forty.
+        let drained = bench.lock.exclusive(0..u64::MAX);
+        bench.image.make_room(&drained, 20 << 30).unwrap();
+        bench.image.set_size(&drained, 20 << 30).unwrap();
+        drop(drained);
+        for round in 0..3u8 {
+            for table in 0..40u64 {
+                bench.store(table * 8192 + u64::from(round), round * 40 + table as u8).unwrap();
+                if table % 7 == 0 {
+                    bench.image.flush().unwrap();
+                }
             }
         }
-    }
-    bench.image.flush().unwrap();
-    for round in 0..3u8 {
-        for table in 0..40u64 {
-            assert_eq!(bench.reads(table * 8192 + u64::from(round)), round * 40 + table as u8);
+        bench.image.flush().unwrap();
+        for round in 0..3u8 {
+            for table in 0..40u64 {
+                assert_eq!(bench.reads(table * 8192 + u64::from(round)), round * 40 + table as u8);
+            }
+        }
+        let tables = &bench.image.reader.tables;
+        assert!(tables.resident() <= most, "{} tables in memory", tables.resident());
+        assert!(tables.resident_bytes() <= memory.max(3 * CLUSTER as usize));
+        if most == 40 {
+            assert_eq!(tables.resident(), 40, "packed tables are small");
         }
     }
-    assert!(
-        bench.image.reader.tables.resident() <= 3,
-        "{} tables in memory",
-        bench.image.reader.tables.resident()
-    );
+}
+
+/// Protects: the memory that is counted is that of the tables, however they were packed, unpacked
+/// and moved.
+#[test]
+fn the_memory_of_tables_is_counted() {
+    let bench = bench();
+    let tables = &bench.image.reader.tables;
+    bench.store(0, 1).unwrap();
+    bench.image.flush().unwrap();
+    assert_eq!(tables.resident_bytes(), CLUSTER as usize);
+    let bench = reopen(bench.memory.killed());
+    let tables = &bench.image.reader.tables;
+    assert_eq!(bench.reads(0), 1);
+    let packed = tables.resident_bytes();
+    assert!(packed < 200, "{packed} bytes for one run of data and one of nothing");
+    bench.store(1, 2).unwrap();
+    assert_eq!(tables.resident_bytes(), CLUSTER as usize);
+    bench.image.flush().unwrap();
+    assert_eq!([0, 1].map(|cluster| bench.reads(cluster)), [1, 2]);
+    let bench = reopen(bench.memory.killed());
+    assert_eq!([0, 1].map(|cluster| bench.reads(cluster)), [1, 2]);
 }
 
 /// Protects: P1, R3. A change that has returned is written by the next pass, even if another thread
