@@ -611,6 +611,11 @@ impl Port {
         !self.ring.completion().is_empty()
     }
 
+    /// Returns how many completions are in the ring.
+    pub fn completions(&mut self) -> usize {
+        self.ring.completion().len()
+    }
+
     /// Returns whether more work is ready: in the ring, or as soon as this thread enters the
     /// kernel.
     pub fn has_more(&mut self) -> bool {

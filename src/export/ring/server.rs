@@ -26,23 +26,43 @@ use uring::{Anchor, Completion, Port, ReplyData, RingEntry};
 /// Longer than one request takes for a client, wake-ups included.
 const SOON: Duration = Duration::from_micros(100);
 
+/// If at least this many requests wait behind a small one, the lane gets every second of
+/// them. 2 and 4 gave 222,000 and 196,000 reads per second at depth 32, and 1 cost four
+/// jobs of depth 1 a tenth of theirs.
+const MANY: usize = 2;
+
 /// Which of the two servers of a queue this is.
 pub(super) enum ServerRole {
     /// The server that registered the entries. `alive` counts the entries that the kernel has not
     /// released.
     Home { lane: MailboxAddress, alive: usize },
-    /// The server that gets large requests.
+    /// The server that shares the work while several requests wait.
     Lane { home: MailboxAddress },
 }
 
 impl ServerRole {
-    /// Returns the home server if it gets the next request of an entry that was answered here:
-    /// after a small request that has arrived at a lane. `None` if this server gets it.
-    fn next_home(&self, is_large: bool) -> Option<&MailboxAddress> {
+    /// Returns the home server if it gets the next request of an entry that was answered here: the
+    /// entry does not stay with this lane. `None` if this server gets it.
+    fn next_home(&self, stays: bool) -> Option<&MailboxAddress> {
         match self {
-            ServerRole::Lane { home } if !is_large => Some(home),
+            ServerRole::Lane { home } if !stays => Some(home),
             _ => None,
         }
+    }
+}
+
+/// Decides which of the small requests the lane gets.
+#[derive(Debug, Default)]
+pub(super) struct Share {
+    /// Whether the lane got the last one.
+    lane_had_last: bool,
+}
+
+impl Share {
+    /// Returns whether the lane gets a small request with so many others behind it.
+    fn is_for_lane(&mut self, waiting: usize) -> bool {
+        self.lane_had_last = waiting >= MANY && !self.lane_had_last;
+        self.lane_had_last
     }
 }
 
@@ -64,7 +84,8 @@ pub(super) struct QueueServer {
     pub(super) polling: Polling,
     /// Of the session.
     pub(super) pace: Arc<Pace>,
-    /// [`may_poll`](super::super::polling::may_poll).
+    pub(super) share: Share,
+    /// [`may_poll`](super::super::polling::may_poll): the process has more than one processor.
     pub(super) may_poll: bool,
     /// Whether [`Parcel::Leave`] has arrived.
     pub(super) is_leaving: bool,
@@ -198,14 +219,22 @@ impl QueueServer {
     /// Answers a request on this thread if that takes no waiting; otherwise passes it on.
     pub(super) fn request(&mut self, slot: usize, mut entry: RingEntry) -> io::Result<()> {
         let operation = operation(&mut entry);
-        let is_large = matches!(operation, Operation::Read { len, .. } | Operation::Write { len, .. } if len as usize >= LARGE);
-        match &self.role {
-            ServerRole::Home { lane, .. } if is_large && self.port.has_more() => {
-                lane.send(Parcel::Request(slot, entry));
-                return Ok(());
+        let data = match operation {
+            Operation::Read { len, .. } | Operation::Write { len, .. } => Some(len as usize),
+            _ => None,
+        };
+        let is_large = data.is_some_and(|len| len >= LARGE);
+        if let ServerRole::Home { lane, .. } = &self.role
+            && match data {
+                Some(LARGE..) => self.port.has_more(),
+                Some(_) => self.may_poll && self.share.is_for_lane(self.port.completions()),
+                None => false,
             }
-            _ => {}
+        {
+            lane.send(Parcel::Request(slot, entry));
+            return Ok(());
         }
+        let stays = is_large || self.port.has_more();
         let len = match operation {
             Operation::Write { len, .. } => (len as usize).min(MAX_IO),
             _ => 0,
@@ -223,6 +252,7 @@ impl QueueServer {
             entry: Some(entry),
             len,
             is_large,
+            stays,
             handed_in: &mut handed_in,
         };
         let scratch = match operation {
@@ -266,6 +296,8 @@ struct RingReply<'a> {
     /// Length of a write's data, in bytes.
     len: usize,
     is_large: bool,
+    /// Whether the entry stays with a lane that answers at once.
+    stays: bool,
     /// The result of handing the entry to the kernel.
     handed_in: &'a mut io::Result<()>,
 }
@@ -274,7 +306,7 @@ impl RingReply<'_> {
     /// Hands an answered entry to the kernel, through the port on which the entry's next request is
     /// to arrive.
     fn hand_in(&mut self, entry: RingEntry) {
-        match self.role.next_home(self.is_large) {
+        match self.role.next_home(self.stays) {
             Some(home) => home.send(Parcel::Answered(self.slot, entry)),
             None => *self.handed_in = self.port.commit(self.slot, entry),
         }
@@ -349,8 +381,20 @@ impl Drop for RingReply<'_> {
 mod tests {
     use super::*;
 
-    /// Protects: the entry of a small request does not stay with the lane, where its buffer would
-    /// serve no large request until the lane gets a small one again.
+    /// Protects: the lane gets every second small request while several wait, and none while not.
+    #[test]
+    fn the_lane_shares_small_requests_while_several_wait() {
+        let mut share = Share::default();
+        let mut lane = |waiting| share.is_for_lane(waiting);
+        assert_eq!(
+            [0, 1, MANY, MANY, 9, 9].map(&mut lane),
+            [false, false, true, false, true, false]
+        );
+        assert_eq!([9, 1, 9, 1, 1].map(&mut lane), [true, false, true, false, false]);
+    }
+
+    /// Protects: the entry of a small request does not stay with a lane for which nothing more
+    /// waits, where its next request would be a single one on another processor.
     #[test]
     fn the_entry_of_a_small_request_leaves_the_lane() {
         let (mailbox, home) = Mailbox::new().unwrap();
