@@ -31,6 +31,7 @@
 //! **Touches:** the clock, sched_yield(2). **Never:** reads a request. **Locks:** none.
 //! **Invariants:** a call polls for a bounded time, and lets others run between two looks.
 
+use std::num::NonZero;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -163,40 +164,65 @@ impl Polling {
     }
 }
 
-/// When a server of a session began to wait for the last time, in nanoseconds after the
-/// first field.
+/// When the servers of a session began to wait for the last time, in nanoseconds after the
+/// start.
 #[derive(Debug)]
-pub(super) struct Pace(Instant, AtomicU64);
+pub(super) struct Pace {
+    start: Instant,
+    /// Any of them.
+    last: AtomicU64,
+    /// Each of them; 0 if it has not waited.
+    of_each: Box<[AtomicU64]>,
+}
 
 impl Pace {
-    pub(super) fn new() -> Pace {
-        Pace(Instant::now(), AtomicU64::new(0))
+    /// For this many servers.
+    pub(super) fn new(servers: usize) -> Pace {
+        let of_each = (0..servers).map(|_| AtomicU64::new(0)).collect();
+        Pace { start: Instant::now(), last: AtomicU64::new(0), of_each }
     }
 
-    /// A server begins to wait, because it has served its last request.
-    pub(super) fn waits(&self, now: Instant) {
-        self.1.store(self.nanos(now), Ordering::Relaxed);
+    /// The server of this number begins to wait, because it has served its last request.
+    pub(super) fn waits(&self, server: usize, now: Instant) {
+        let nanos = self.nanos(now);
+        self.last.store(nanos, Ordering::Relaxed);
+        self.of_each[server].store(nanos, Ordering::Relaxed);
     }
 
     /// Whether another server has begun to wait since this one did, at `begun`.
     pub(super) fn has_changed(&self, begun: Instant) -> bool {
-        self.1.load(Ordering::Relaxed) != self.nanos(begun)
+        self.last.load(Ordering::Relaxed) != self.nanos(begun)
     }
 
     /// The time since a server has begun to wait.
     pub(super) fn since(&self, now: Instant) -> Duration {
-        Duration::from_nanos(self.nanos(now).saturating_sub(self.1.load(Ordering::Relaxed)))
+        let last = self.last.load(Ordering::Relaxed);
+        Duration::from_nanos(self.nanos(now).saturating_sub(last))
+    }
+
+    /// How many servers have begun to wait in the last `time`.
+    pub(super) fn active(&self, now: Instant, time: Duration) -> usize {
+        let now = self.nanos(now);
+        let is_active =
+            |&last: &u64| last > 0 && u128::from(now.saturating_sub(last)) < time.as_nanos();
+        self.of_each.iter().map(|last| last.load(Ordering::Relaxed)).filter(is_active).count()
     }
 
     fn nanos(&self, now: Instant) -> u64 {
-        u64::try_from(now.saturating_duration_since(self.0).as_nanos()).unwrap_or(u64::MAX)
+        u64::try_from(now.saturating_duration_since(self.start).as_nanos()).unwrap_or(u64::MAX)
     }
+}
+
+/// On how many processors the threads of this process may run. To be called by a thread
+/// that is not bound to one.
+pub(super) fn processors() -> usize {
+    thread::available_parallelism().map_or(1, NonZero::get)
 }
 
 /// Whether the threads of this process may poll: they must not take the only processor
 /// from their clients. To be called by a thread that is not bound to a processor.
 pub(super) fn may_poll() -> bool {
-    thread::available_parallelism().is_ok_and(|processors| processors.get() > 1)
+    processors() > 1
 }
 
 #[cfg(test)]
@@ -313,14 +339,18 @@ mod tests {
     /// Protects: the pace of a session is that of all of its servers.
     #[test]
     fn a_pace_is_that_of_all_servers() {
-        let pace = Pace::new();
-        let [first, second] = [1, 3].map(|micros| pace.0 + Duration::from_micros(micros));
-        pace.waits(first);
+        let pace = Pace::new(3);
+        let [first, second] = [1, 3].map(|micros| pace.start + Duration::from_micros(micros));
+        pace.waits(0, first);
         assert!(!pace.has_changed(first));
         assert_eq!(pace.since(second), Duration::from_micros(2));
-        pace.waits(second);
+        pace.waits(1, second);
         assert!(pace.has_changed(first));
         assert_eq!(pace.since(second), Duration::ZERO);
         assert_eq!(pace.since(first), Duration::ZERO, "a clock that was read before");
+        let active = |micros| pace.active(second, Duration::from_micros(micros));
+        assert_eq!([1, 2, 3].map(active), [1, 1, 2], "one server has never waited");
+        pace.waits(0, second);
+        assert_eq!(active(1), 2);
     }
 }

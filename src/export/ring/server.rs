@@ -51,18 +51,44 @@ impl ServerRole {
     }
 }
 
+/// A home server is active if it has served a request this short a time ago.
+const ACTIVE: Duration = Duration::from_millis(2);
+
+/// How often a home server looks whether processors are idle.
+const LOOK: Duration = Duration::from_millis(1);
+
 /// Decides which of the small requests the lane gets.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Share {
-    /// Whether the lane got the last one.
-    lane_had_last: bool,
+    /// On how many processors the servers may run.
+    processors: usize,
+    /// Whether there are two of them for each active home server: its own, and one for the lane.
+    has_processor: bool,
+    looked: Option<Instant>,
+    /// Whether the lane gets the next one behind which [`MANY`] wait.
+    is_lanes_turn: bool,
 }
 
 impl Share {
+    pub(super) fn new(processors: usize) -> Share {
+        Share { processors, has_processor: false, looked: None, is_lanes_turn: false }
+    }
+
+    /// Looks at times how many home servers are active.
+    fn look(&mut self, now: Instant, pace: &Pace) {
+        if self.looked.is_none_or(|looked| now.saturating_duration_since(looked) >= LOOK) {
+            self.looked = Some(now);
+            self.has_processor = 2 * pace.active(now, ACTIVE) <= self.processors;
+        }
+    }
+
     /// Returns whether the lane gets a small request with so many others behind it.
     fn is_for_lane(&mut self, waiting: usize) -> bool {
-        self.lane_had_last = waiting >= MANY && !self.lane_had_last;
-        self.lane_had_last
+        if !self.has_processor || waiting < MANY {
+            return false;
+        }
+        self.is_lanes_turn = !self.is_lanes_turn;
+        self.is_lanes_turn
     }
 }
 
@@ -85,7 +111,7 @@ pub(super) struct QueueServer {
     /// Of the session.
     pub(super) pace: Arc<Pace>,
     pub(super) share: Share,
-    /// [`may_poll`](super::super::polling::may_poll): the process has more than one processor.
+    /// [`may_poll`](super::super::polling::may_poll).
     pub(super) may_poll: bool,
     /// Whether [`Parcel::Leave`] has arrived.
     pub(super) is_leaving: bool,
@@ -158,7 +184,8 @@ impl QueueServer {
             return self.port.wait();
         }
         let begun = Instant::now();
-        self.pace.waits(begun);
+        self.pace.waits(usize::from(self.queue), begun);
+        self.share.look(begun, &self.pace);
         let polls = self.polling.is_due(begun) && !self.port.has_more();
         if polls {
             // The client gets its answer, and may run here as soon as this thread yields.
@@ -227,7 +254,7 @@ impl QueueServer {
         if let ServerRole::Home { lane, .. } = &self.role
             && match data {
                 Some(LARGE..) => self.port.has_more(),
-                Some(_) => self.may_poll && self.share.is_for_lane(self.port.completions()),
+                Some(_) => self.share.is_for_lane(self.port.completions()),
                 None => false,
             }
         {
@@ -384,13 +411,31 @@ mod tests {
     /// Protects: the lane gets every second small request while several wait, and none while not.
     #[test]
     fn the_lane_shares_small_requests_while_several_wait() {
-        let mut share = Share::default();
+        let mut share = Share { has_processor: true, ..Share::new(2) };
         let mut lane = |waiting| share.is_for_lane(waiting);
-        assert_eq!(
-            [0, 1, MANY, MANY, 9, 9].map(&mut lane),
-            [false, false, true, false, true, false]
-        );
-        assert_eq!([9, 1, 9, 1, 1].map(&mut lane), [true, false, true, false, false]);
+        assert_eq!([MANY, MANY, 9, 9, MANY].map(&mut lane), [true, false, true, false, true]);
+        assert_eq!([MANY - 1, 1, 0].map(&mut lane), [false; 3]);
+        assert_eq!([9, 9].map(&mut lane), [false, true]);
+    }
+
+    /// Protects: the lane gets small requests only if there is a processor for it beside those of
+    /// the home servers that are active.
+    #[test]
+    fn the_lane_needs_a_processor() {
+        let pace = Pace::new(4);
+        let mut share = Share::new(4);
+        assert!(!share.is_for_lane(9), "it has not looked");
+        let mut now = Instant::now();
+        for (active, expected) in [(0..1, true), (0..2, true), (0..3, false), (0..4, false)] {
+            now += ACTIVE;
+            active.for_each(|server| pace.waits(server, now));
+            share.look(now, &pace);
+            assert_eq!(share.has_processor, expected);
+        }
+        share.look(now + LOOK / 2, &Pace::new(4));
+        assert!(!share.has_processor, "it has looked a moment ago");
+        share.look(now + LOOK, &Pace::new(4));
+        assert!(share.has_processor);
     }
 
     /// Protects: the entry of a small request does not stay with a lane for which nothing more
