@@ -219,10 +219,10 @@ pub(super) fn processors() -> usize {
     thread::available_parallelism().map_or(1, NonZero::get)
 }
 
-/// Whether the threads of this process may poll: they must not take the only processor
-/// from their clients. To be called by a thread that is not bound to a processor.
-pub(super) fn may_poll() -> bool {
-    processors() > 1
+/// Whether the threads of a process with so many [`processors`] may poll: they must not take
+/// the only one from their clients.
+pub(super) fn may_poll(processors: usize) -> bool {
+    processors > 1
 }
 
 #[cfg(test)]

@@ -26,12 +26,12 @@
 //! server of the queue that may run on any CPU: all large ones, because copying their data
 //! takes longer than waking a thread, and every second small one (reads of 4 KiB at depth
 //! 32: 222,000 per second instead of 137,000, writes 184,000 instead of 102,000). Small ones
-//! only if there are twice as many processors as queues in use: where clients keep all of
-//! them busy, a lane takes time from the home servers (210,000 instead of 263,000). The lane
-//! hands its answers to the kernel itself: that is a part of the work, for a large request
-//! half of the copying. The entry's next request therefore arrives at the lane as well. If
-//! that is a small request, and the lane has no other one, its answer goes to the kernel
-//! through the home server, as does that of a worker to any small request.
+//! only if there are twice as many processors as queues of the session in use: where clients
+//! keep all of them busy, a lane takes time from the home servers (210,000 instead of
+//! 263,000). The lane hands its answers to the kernel itself: that is a part of the work, for
+//! a large request half of the copying. The entry's next request therefore arrives at the lane
+//! as well. If that is a small request, and no other one waits at the lane, its answer goes to
+//! the kernel through the home server, as does that of a worker to any small request.
 //!
 //! **When this process is killed**, another one continues with the same memory of the entries, see
 //! the crate `uring`. It finds in each entry a request that was not answered, and serves it; an
@@ -257,7 +257,7 @@ impl Rings {
         let mut addresses = Vec::new();
         let mut entries = self.entries.into_iter();
         let keepers = keepers(self.queues.len());
-        let (pace, may_poll) = (Arc::new(Pace::new(self.queues.len())), may_poll());
+        let (pace, processors) = (Arc::new(Pace::new(self.queues.len())), processors());
         for (number, (ring, lane_ring)) in self.queues.into_iter().enumerate() {
             let own: Vec<RingEntry> = entries.by_ref().take(depth).collect();
             let places = Places::of(&own);
@@ -291,8 +291,8 @@ impl Rings {
                     catch_up: CatchUp::Done,
                     polling: Polling::cheap(),
                     pace: Arc::clone(&pace),
-                    share: Share::new(processors()),
-                    may_poll,
+                    share: Share::new(processors),
+                    may_poll: may_poll(processors),
                     is_leaving: false,
                 };
                 let anchor = self.anchor.clone();

@@ -28,8 +28,7 @@
 //! **Locks:** none.
 //! **Invariants:** a thread parks only while another one is to poll. That one unparks it when it
 //! has polled in vain, and when it ends; and a parked thread frees itself after at most two
-//! [`LOOK`]s in which no request was served. While a thread lets others run, the other threads of
-//! the session are where the kernel can wake them, or serve.
+//! [`LOOK`]s in which no request was served. At most one thread lets others run at a time.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -39,7 +38,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::polling::{POLL, Polling, REST, may_poll};
+use super::polling::{POLL, Polling, REST, may_poll, processors};
 
 /// The time since its last request within which a thread's next one comes soon. Two
 /// threads that take turns have each every second request, so this is twice the time of
@@ -87,7 +86,7 @@ pub(super) struct Turns {
 impl Turns {
     /// For this many threads.
     pub(super) fn new(threads: usize) -> Arc<Turns> {
-        Turns::with(threads, may_poll(), [POLL, SOON, LOOK, LONG_YIELD])
+        Turns::with(threads, may_poll(processors()), [POLL, SOON, LOOK, LONG_YIELD])
     }
 
     fn with(threads: usize, may_poll: bool, times: [Duration; 4]) -> Arc<Turns> {

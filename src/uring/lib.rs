@@ -611,8 +611,8 @@ impl Port {
         !self.ring.completion().is_empty()
     }
 
-    /// Returns how many completions are in the ring.
-    pub fn completions(&mut self) -> usize {
+    /// Returns how many completions are in the ring: requests, and signals of other threads.
+    pub fn ready(&mut self) -> usize {
         self.ring.completion().len()
     }
 

@@ -3,11 +3,13 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{OFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal};
+use rustix::thread::CpuSet;
 use serde_json::json;
 
 use crate::support::{
@@ -241,6 +243,62 @@ fn large_requests_side_by_side() {
         }
     });
     assert!(runs(pid, "fuse-lane") > before, "all of it was done by the first servers");
+    drop(file);
+    disk.umount();
+    assert_same("in the image", &qemu::read_all(&rig.overlay), &want);
+}
+
+/// Protects: the second server of a queue takes a part of the small requests while several wait,
+/// and answers them like any other. The clients run on one processor, so that the other queues are
+/// not in use. All entries are returned, so that the disk can end.
+#[test]
+fn small_requests_side_by_side() {
+    requires!("/dev/fuse", "qemu-img");
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    if !has_uring() || processors < 2 {
+        return;
+    }
+    let (threads, range) = (16u64, 64 * KIB);
+    let rig = Rig::new(threads * range);
+    let disk = rig.mount().args(&["--transport", "uring"]).start();
+    let pid = u32::try_from(disk.server_pid().as_raw_nonzero().get()).expect("a pid");
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlags::DIRECT.bits().cast_signed())
+        .open(disk.path())
+        .expect("open");
+    let cpu = rustix::thread::sched_getcpu();
+    let before = runs(pid, "fuse-lane");
+    let is_over = AtomicBool::new(false);
+    let mut want = rig.content.clone();
+    std::thread::scope(|scope| {
+        for (number, part) in want.chunks_mut(range as usize).enumerate() {
+            let (file, is_over) = (&file, &is_over);
+            scope.spawn(move || {
+                let mut own = CpuSet::new();
+                own.set(cpu);
+                rustix::thread::sched_setaffinity(None, &own).expect("sched_setaffinity");
+                let start = number as u64 * range;
+                let mut round = 0;
+                while !is_over.load(Ordering::Relaxed) {
+                    let at = u64::from(round) * 4 * KIB % range;
+                    let bytes = Pattern::new(number as u32, round).bytes(start + at, 4 * KIB);
+                    part[at as usize..][..bytes.len()].copy_from_slice(&bytes);
+                    let write = |aligned: &mut [u8]| file.write_at(aligned, start + at);
+                    assert_eq!(direct(&bytes, |aligned| write(aligned).expect("write")).1, 4096);
+                    let read = |aligned: &mut [u8]| file.read_at(aligned, start + at);
+                    let (got, _) = direct(&[0; 4096], |aligned| read(aligned).expect("read"));
+                    assert_same("what was just written", &got, &bytes);
+                    round += 1;
+                }
+            });
+        }
+        let limit = Duration::from_secs(20);
+        let has_run = poll(limit, || (runs(pid, "fuse-lane") > before + 100).then_some(()));
+        is_over.store(true, Ordering::Relaxed);
+        assert!(has_run.is_some(), "all of it was done by the first servers");
+    });
     drop(file);
     disk.umount();
     assert_same("in the image", &qemu::read_all(&rig.overlay), &want);

@@ -41,8 +41,8 @@ pub(super) enum ServerRole {
 }
 
 impl ServerRole {
-    /// Returns the home server if it gets the next request of an entry that was answered here: the
-    /// entry does not stay with this lane. `None` if this server gets it.
+    /// Returns the home server, if this is a lane and the entry that it has answered does not stay
+    /// here.
     fn next_home(&self, stays: bool) -> Option<&MailboxAddress> {
         match self {
             ServerRole::Lane { home } if !stays => Some(home),
@@ -51,10 +51,10 @@ impl ServerRole {
     }
 }
 
-/// A home server is active if it has served a request this short a time ago.
+/// A home server is active if it has begun to wait this short a time ago.
 const ACTIVE: Duration = Duration::from_millis(2);
 
-/// How often a home server looks whether processors are idle.
+/// How often a server looks how many home servers are active.
 const LOOK: Duration = Duration::from_millis(1);
 
 /// Decides which of the small requests the lane gets.
@@ -62,7 +62,8 @@ const LOOK: Duration = Duration::from_millis(1);
 pub(super) struct Share {
     /// On how many processors the servers may run.
     processors: usize,
-    /// Whether there are two of them for each active home server: its own, and one for the lane.
+    /// Whether there are two of them for each active home server of the session: its own, and one
+    /// for the lane. What else the processors do is not known.
     has_processor: bool,
     looked: Option<Instant>,
     /// Whether the lane gets the next one behind which [`MANY`] wait.
@@ -180,12 +181,15 @@ impl QueueServer {
     /// Hands in the answers, and waits for a completion. A home server polls before it
     /// sleeps, if requests come soon after each other.
     fn wait(&mut self) -> io::Result<()> {
-        if !self.may_poll || matches!(self.role, ServerRole::Lane { .. }) {
+        if !self.may_poll {
             return self.port.wait();
         }
         let begun = Instant::now();
-        self.pace.waits(usize::from(self.queue), begun);
         self.share.look(begun, &self.pace);
+        if matches!(self.role, ServerRole::Lane { .. }) {
+            return self.port.wait();
+        }
+        self.pace.waits(usize::from(self.queue), begun);
         let polls = self.polling.is_due(begun) && !self.port.has_more();
         if polls {
             // The client gets its answer, and may run here as soon as this thread yields.
@@ -254,14 +258,15 @@ impl QueueServer {
         if let ServerRole::Home { lane, .. } = &self.role
             && match data {
                 Some(LARGE..) => self.port.has_more(),
-                Some(_) => self.share.is_for_lane(self.port.completions()),
+                Some(_) => self.share.is_for_lane(self.port.ready()),
                 None => false,
             }
         {
             lane.send(Parcel::Request(slot, entry));
             return Ok(());
         }
-        let stays = is_large || self.port.has_more();
+        let has_more = self.port.has_more() || !self.mailbox.parcels.is_empty();
+        let stays = is_large || has_more && self.share.has_processor;
         let len = match operation {
             Operation::Write { len, .. } => (len as usize).min(MAX_IO),
             _ => 0,

@@ -8,8 +8,9 @@
 //! included, therefore happen under the read lock of the table's slot, and extended entries change
 //! under its write lock ([`super::tables::Tables::change`]).
 //!
-//! A clean table whose entries are a few runs is kept [`Packed`]. It is packed and unpacked under
-//! the write lock of its slot, and unpacked before an entry changes.
+//! A table without faulty entries may be [`Packed`]: when it is loaded, and later, if memory is
+//! short, while it is clean. It is packed and unpacked under the write lock of its slot, and
+//! unpacked before an entry changes.
 
 use super::judged::{Fault, Judged};
 use super::packed::Packed;
@@ -239,11 +240,12 @@ impl L2Table {
         self.dirty.iter().any(|word| word.load(Ordering::Acquire) != 0)
     }
 
-    /// Returns the memory that the entries take, in bytes.
+    /// Returns the memory that the table takes, in bytes. Faults are not counted.
     pub fn bytes(&self) -> usize {
-        match &self.entries {
+        let entries = match &self.entries {
             Entries::Words(words) => words.len() * 8,
             Entries::Packed(packed) => packed.bytes(),
-        }
+        };
+        entries + size_of::<L2Table>() + size_of_val(&*self.dirty)
     }
 }

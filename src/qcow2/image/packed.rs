@@ -7,7 +7,9 @@ use crate::format::RawL2Entry;
 
 /// A table is packed only if it has at most one run for so many words, which makes it a twentieth
 /// of its size or less. Tests, whose tables are small, pack more of them.
-const WORDS_PER_RUN: usize = if cfg!(any(test, feature = "testing")) { 4 } else { 64 };
+const WORDS_PER_RUN: usize =
+    if cfg!(any(test, feature = "testing")) { 4 } else { WORDS_PER_RUN_OF_LARGE };
+const WORDS_PER_RUN_OF_LARGE: usize = 64;
 
 /// Entries that follow each other: from one to the next, the descriptor grows by the same amount,
 /// and the bitmap stays.
@@ -195,8 +197,7 @@ mod tests {
         assert_eq!(check(&in_runs(most)).runs.len(), most);
         assert!(pack(&in_runs(most + 1)).is_none());
         assert!(pack(&[]).is_none());
-        // What the program says of its size.
-        assert!(size_of::<Run>() * 20 < 64 * 8);
+        assert!(size_of::<Run>() * 20 <= WORDS_PER_RUN_OF_LARGE * 8);
     }
 
     /// Protects: a series is as long as entry by entry.

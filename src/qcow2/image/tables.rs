@@ -24,6 +24,9 @@ mod entries;
 /// Number of locks for table loads, and so the number of tables that can be loaded concurrently.
 const LOADERS: usize = 16;
 
+/// How many tables the load of one looks at for memory, so that it is not delayed for long.
+const MOST_LOOKS: usize = 1024;
+
 /// Value in memory of a word of a table entry that lies outside the file. It is no valid L1 entry
 /// and no valid descriptor of an L2 entry.
 pub(super) const OUTSIDE: u64 = u64::MAX;
@@ -283,8 +286,8 @@ impl Tables {
         Ok(())
     }
 
-    /// Unpacks a table. Others are dropped for its memory when the next one is loaded, or at the
-    /// end of the next pass.
+    /// Unpacks a table. Others make room for it when the next one is loaded, or at the end of the
+    /// next pass.
     fn unpack(&self, table: &mut L2Table) {
         let packed = table.bytes();
         table.unpack();
@@ -432,7 +435,7 @@ impl Tables {
             false => self.check(entry, &words, &geometry),
         };
         let is_good = judged.is_none() && in_place == entry.in_place;
-        self.evict();
+        self.evict(MOST_LOOKS);
         let words = words.into_iter().map(AtomicU64::new).collect();
         let mut table = Box::new(L2Table::new(entry.table, in_place, words, judged, &geometry));
         table.pack(&geometry);
@@ -476,18 +479,29 @@ impl Tables {
         (judged, in_place)
     }
 
-    /// Packs the oldest clean tables while memory use is above the limit, and drops those that are
-    /// packed or do not become small. Looks at a bounded number of tables. Does no I/O. See
-    /// [`Tables::may_evict`] for write-back passes.
-    fn evict(&self) {
+    /// Makes clean tables smaller while memory use is above the limit: packs them, oldest first, or
+    /// drops those that are many runs; and drops packed ones if that was not enough. Looks at `most`
+    /// tables. Does no I/O. See [`Tables::may_evict`] for write-back passes.
+    fn evict(&self, most: usize) {
+        let tables = self.resident.lock().len();
+        self.shrink(tables.min(most), false);
+        // Until all were looked at, some may be left that take more memory than packed ones.
+        if tables <= most {
+            self.shrink(tables, true);
+        }
+    }
+
+    /// Looks at so many tables, oldest first, while memory use is above the limit. Packs clean ones
+    /// or drops them; drops those that are packed only if `drops_packed`.
+    fn shrink(&self, tables: usize, drops_packed: bool) {
         let geometry = self.geometry();
-        let table_bytes = geometry.cluster_size() as usize;
-        let mut tries = self.resident.lock().len().min(1024);
-        while tries > 0
-            && self.resident_bytes.load(Ordering::Relaxed) + table_bytes > self.memory
-            && self.may_evict()
-        {
-            tries -= 1;
+        let next = geometry.cluster_size() as usize;
+        for _ in 0..tables {
+            if self.resident_bytes.load(Ordering::Relaxed) + next <= self.memory
+                || !self.may_evict()
+            {
+                return;
+            }
             let Some(l1_index) = self.resident.lock().pop_front() else { return };
             let slots = self.slots.read();
             // Checked again under the write lock of the slot: a pass that starts now finds either no
@@ -496,6 +510,7 @@ impl Tables {
             if let Some(mut slot) = slots.of_table(l1_index).table.try_write()
                 && let Some(table) = slot.as_deref_mut()
                 && (table.is_clean() || without(Step::DirtyTablesStay))
+                && (drops_packed || !table.is_packed())
                 && self.may_evict()
             {
                 let bytes = table.bytes();
@@ -514,7 +529,8 @@ impl Tables {
     }
 
     /// Returns false during a write-back pass: a table that is dropped after the pass copied it and
-    /// before the pass wrote it would be read back with its old content.
+    /// before the pass wrote it would be read back with its old content, and a table that is packed
+    /// then would be dirty again if the pass fails.
     fn may_evict(&self) -> bool {
         without(Step::NoEvictionDuringPass) || !self.writing_back.load(Ordering::SeqCst)
     }
@@ -547,8 +563,8 @@ impl Tables {
     /// Ends a pass after everything that [`Tables::take_dirty`] returned is on disk.
     pub fn written(&self) {
         self.writing_back.store(false, Ordering::SeqCst);
-        // Tables that could not be evicted while they were dirty can be now.
-        self.evict();
+        // Tables that were dirty, and those that have grown since the last pass, as they changed.
+        self.evict(usize::MAX);
     }
 
     /// Ends a pass that failed and marks everything that it took dirty again.

@@ -542,8 +542,8 @@ fn guest_data_is_never_where_nothing_is_counted() {
 /// returns what was written to them.
 #[test]
 fn packed_and_evicted_tables_come_back() {
-    // All forty tables have room if they are packed; no two tables have room in the second case.
-    for (memory, most) in [(2 * CLUSTER as usize, 40), (0, 3)] {
+    // All forty tables have room if they are packed; none has room in the second case.
+    for (memory, left) in [(2 * CLUSTER as usize, 40), (0, 0)] {
         let bench = bench();
         let mut image = Image::open(bench.memory.clone()).unwrap();
         image.reader.tables.limit_memory(memory);
@@ -562,36 +562,35 @@ fn packed_and_evicted_tables_come_back() {
             }
         }
         bench.image.flush().unwrap();
+        let tables = &bench.image.reader.tables;
+        assert_eq!(tables.resident(), left, "after the pass, with {memory} bytes");
+        assert!(tables.resident_bytes() <= memory);
         for round in 0..3u8 {
             for table in 0..40u64 {
                 assert_eq!(bench.reads(table * 8192 + u64::from(round)), round * 40 + table as u8);
             }
         }
-        let tables = &bench.image.reader.tables;
-        assert!(tables.resident() <= most, "{} tables in memory", tables.resident());
-        assert!(tables.resident_bytes() <= memory.max(3 * CLUSTER as usize));
-        if most == 40 {
-            assert_eq!(tables.resident(), 40, "packed tables are small");
-        }
+        assert_eq!(tables.resident(), left.max(1), "after reads");
     }
 }
 
-/// Protects: the memory that is counted is that of the tables, however they were packed, unpacked
-/// and moved.
+/// Protects: the memory that is counted is that of the tables, also after one was loaded and
+/// packed, and unpacked.
 #[test]
 fn the_memory_of_tables_is_counted() {
     let bench = bench();
     let tables = &bench.image.reader.tables;
     bench.store(0, 1).unwrap();
     bench.image.flush().unwrap();
-    assert_eq!(tables.resident_bytes(), CLUSTER as usize);
+    let unpacked = tables.resident_bytes();
+    assert!(unpacked > CLUSTER as usize);
     let bench = reopen(bench.memory.killed());
     let tables = &bench.image.reader.tables;
     assert_eq!(bench.reads(0), 1);
     let packed = tables.resident_bytes();
-    assert!(packed < 200, "{packed} bytes for one run of data and one of nothing");
+    assert!(packed < 300, "{packed} bytes for one run of data and one of nothing");
     bench.store(1, 2).unwrap();
-    assert_eq!(tables.resident_bytes(), CLUSTER as usize);
+    assert_eq!(tables.resident_bytes(), unpacked);
     bench.image.flush().unwrap();
     assert_eq!([0, 1].map(|cluster| bench.reads(cluster)), [1, 2]);
     let bench = reopen(bench.memory.killed());
