@@ -13,7 +13,7 @@ use rustix::thread::CpuSet;
 use serde_json::json;
 
 use crate::support::{
-    KIB, MIB, Pattern, Rig, Rng, assert_same, errno, poll, qemu, run_within, wait_until,
+    Daemon, KIB, MIB, Pattern, Rig, Rng, assert_same, errno, poll, qemu, run_within, wait_until,
 };
 
 const ENABLED: &str = "/sys/module/fuse/parameters/enable_uring";
@@ -191,6 +191,20 @@ fn runs(pid: u32, name: &str) -> u64 {
     named.filter_map(count).sum()
 }
 
+/// Mounts the disk over io_uring. Returns it with its serving process and the file, open for direct
+/// I/O.
+fn over_uring(rig: &Rig) -> (Daemon, u32, File) {
+    let disk = rig.mount().args(&["--transport", "uring"]).start();
+    let pid = u32::try_from(disk.server_pid().as_raw_nonzero().get()).expect("a pid");
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlags::DIRECT.bits().cast_signed())
+        .open(disk.path())
+        .expect("open");
+    (disk, pid, file)
+}
+
 /// Protects: requests that the second server of a queue takes are answered like any other: writes
 /// and reads, large ones, and small ones that arrive at its entries. All entries are returned, so
 /// that the disk can end. The run count of its thread shows that it took some.
@@ -202,14 +216,7 @@ fn large_requests_side_by_side() {
     }
     let (threads, rounds) = (8u64, 24u64);
     let rig = Rig::new(threads * MIB);
-    let disk = rig.mount().args(&["--transport", "uring"]).start();
-    let pid = u32::try_from(disk.server_pid().as_raw_nonzero().get()).expect("a pid");
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .custom_flags(OFlags::DIRECT.bits().cast_signed())
-        .open(disk.path())
-        .expect("open");
+    let (disk, pid, file) = over_uring(&rig);
     let before = runs(pid, "fuse-lane");
     let mut want = rig.content.clone();
     std::thread::scope(|scope| {
@@ -260,14 +267,7 @@ fn small_requests_side_by_side() {
     }
     let (threads, range) = (16u64, 64 * KIB);
     let rig = Rig::new(threads * range);
-    let disk = rig.mount().args(&["--transport", "uring"]).start();
-    let pid = u32::try_from(disk.server_pid().as_raw_nonzero().get()).expect("a pid");
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .custom_flags(OFlags::DIRECT.bits().cast_signed())
-        .open(disk.path())
-        .expect("open");
+    let (disk, pid, file) = over_uring(&rig);
     let cpu = rustix::thread::sched_getcpu();
     let before = runs(pid, "fuse-lane");
     let is_over = AtomicBool::new(false);

@@ -286,8 +286,8 @@ impl Tables {
         Ok(())
     }
 
-    /// Unpacks a table. Others make room for it when the next one is loaded, or at the end of the
-    /// next pass.
+    /// Unpacks a table. Others are packed or dropped for its memory when the next one is loaded, or
+    /// at the end of the next pass.
     fn unpack(&self, table: &mut L2Table) {
         let packed = table.bytes();
         table.unpack();
@@ -479,9 +479,9 @@ impl Tables {
         (judged, in_place)
     }
 
-    /// Makes clean tables smaller while memory use is above the limit: packs them, oldest first, or
-    /// drops those that are many runs; and drops packed ones if that was not enough. Looks at `most`
-    /// tables. Does no I/O. See [`Tables::may_evict`] for write-back passes.
+    /// Makes clean tables smaller while memory use is above the limit: packs them, oldest first,
+    /// or drops those that are many runs; and drops packed ones if that was not enough. Looks at
+    /// `most` tables. Does no I/O. See [`Tables::may_evict`] for write-back passes.
     fn evict(&self, most: usize) {
         let tables = self.resident.lock().len();
         self.shrink(tables.min(most), false);
@@ -504,8 +504,8 @@ impl Tables {
             }
             let Some(l1_index) = self.resident.lock().pop_front() else { return };
             let slots = self.slots.read();
-            // Checked again under the write lock of the slot: a pass that starts now finds either no
-            // table or a clean one.
+            // Checked again under the write lock of the slot: a pass that starts now finds either
+            // no table or a clean one.
             let mut stays = true;
             if let Some(mut slot) = slots.of_table(l1_index).table.try_write()
                 && let Some(table) = slot.as_deref_mut()
@@ -628,8 +628,8 @@ impl Tables {
         self.resident.lock().len()
     }
 
-    /// Returns the memory that the resident tables are counted with, after it was compared with what
-    /// they take.
+    /// Returns the memory that the resident tables are counted with, after it was compared with
+    /// what they take.
     #[cfg(test)]
     pub fn resident_bytes(&self) -> usize {
         let counted = self.resident_bytes.load(Ordering::Relaxed);

@@ -542,7 +542,7 @@ fn guest_data_is_never_where_nothing_is_counted() {
 /// returns what was written to them.
 #[test]
 fn packed_and_evicted_tables_come_back() {
-    // All forty tables have room if they are packed; none has room in the second case.
+    // All forty tables stay if they are packed; none stays in the second case.
     for (memory, left) in [(2 * CLUSTER as usize, 40), (0, 0)] {
         let bench = bench();
         let mut image = Image::open(bench.memory.clone()).unwrap();
