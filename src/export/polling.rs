@@ -219,8 +219,8 @@ pub(super) fn processors() -> usize {
     thread::available_parallelism().map_or(1, NonZero::get)
 }
 
-/// Whether the threads of a process with so many [`processors`] may poll: they must not take
-/// the only one from their clients.
+/// Whether the threads of a process with so many [`processors`] may poll: they must not
+/// take the only one from their clients.
 pub(super) fn may_poll(processors: usize) -> bool {
     processors > 1
 }

@@ -23,15 +23,16 @@
 //!
 //! A client with many requests in flight shares the CPU with the home server, and others
 //! are idle. So while several requests wait, a part of them goes to the *lane*, a second
-//! server of the queue that may run on any CPU: all large ones, because copying their data
-//! takes longer than waking a thread, and every second small one (reads of 4 KiB at depth
-//! 32: 222,000 per second instead of 137,000, writes 184,000 instead of 102,000). Small ones
-//! only if there are twice as many processors as queues of the session in use: where clients
-//! keep all of them busy, a lane takes time from the home servers (210,000 instead of
-//! 263,000). The lane hands its answers to the kernel itself: that is a part of the work, for
-//! a large request half of the copying. The entry's next request therefore arrives at the lane
-//! as well. If that is a small request, and no other one waits at the lane, its answer goes to
-//! the kernel through the home server, as does that of a worker to any small request.
+//! server of the queue that may run on any CPU: all large ones, because copying their
+//! data takes longer than waking a thread, and every second small one (reads of 4 KiB at
+//! depth 32: 222,000 per second instead of 137,000, writes 184,000 instead of 102,000).
+//! Small ones only if there are twice as many processors as queues of the session in use:
+//! where clients keep all of them busy, a lane takes time from the home servers (210,000
+//! instead of 263,000). The lane hands its answers to the kernel itself: that is a part
+//! of the work, for a large request half of the copying. The entry's next request
+//! therefore arrives at the lane as well. If that is a small request, and no other one
+//! waits at the lane, its answer goes to the kernel through the home server, as does that
+//! of a worker to any small request.
 //!
 //! **When this process is killed**, another one continues with the same memory of the entries, see
 //! the crate `uring`. It finds in each entry a request that was not answered, and serves it; an

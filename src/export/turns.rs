@@ -14,10 +14,10 @@
 //!            last one polls /dev/fuse before it waits. The others park, each after the next
 //!            request that the kernel gives it.
 //! ```
-//! Where all read, one thread at a time lets other threads run once (sched_yield) before it waits,
-//! if it has served requests beside another one: a client with several requests in flight is
-//! often about to send the next ones, and then neither the thread nor the client has to be
-//! woken. Reads at depth 32: 167 000 a second instead of 148 000.
+//! Where all read, one thread at a time lets other threads run once (sched_yield) before
+//! it waits, if it has served requests beside another one: a client with several requests
+//! in flight is often about to send the next ones, and then neither the thread nor the
+//! client has to be woken. Reads at depth 32: 167 000 a second instead of 148 000.
 //!
 //! A parked thread looks every [`LOOK`] whether the one that polls has served a request. If it has
 //! not, because it hangs in one or there is none, all read again: a file that hangs stops at most
@@ -49,9 +49,9 @@ const MOST_CROWDED: u32 = 4;
 /// How often a parked thread looks whether the thread that polls still comes forward.
 const LOOK: Duration = Duration::from_millis(2);
 
-/// A thread that has let others run for longer than this competes with threads that compute, behind
-/// which the next request would have to wait: it does not do so again for [`REST`]. While a client
-/// sends 32 requests, it is 128 to 512 µs.
+/// A thread that has let others run for longer than this competes with threads that
+/// compute, behind which the next request would have to wait: it does not do so again for
+/// [`REST`]. While a client sends 32 requests, it is 128 to 512 µs.
 const LONG_YIELD: Duration = Duration::from_millis(2);
 
 #[cfg(test)]
@@ -194,8 +194,8 @@ impl ReaderTurn {
         }
     }
 
-    /// Lets other threads run once, if this thread serves requests beside others and none waits.
-    /// Returns whether it did.
+    /// Lets other threads run once, if this thread serves requests beside others and none
+    /// waits. Returns whether it did.
     fn let_others_run(&mut self, device: &OwnedFd) -> bool {
         if !self.is_beside_others
             || self.rests_until.is_some_and(|until| self.done < until)

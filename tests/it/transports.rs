@@ -191,8 +191,8 @@ fn runs(pid: u32, name: &str) -> u64 {
     named.filter_map(count).sum()
 }
 
-/// Mounts the disk over io_uring. Returns it with its serving process and the file, open for direct
-/// I/O.
+/// Mounts the disk over io_uring. Returns it with its serving process and the file, open
+/// for direct I/O.
 fn over_uring(rig: &Rig) -> (Daemon, u32, File) {
     let disk = rig.mount().args(&["--transport", "uring"]).start();
     let pid = u32::try_from(disk.server_pid().as_raw_nonzero().get()).expect("a pid");
@@ -255,9 +255,10 @@ fn large_requests_side_by_side() {
     assert_same("in the image", &qemu::read_all(&rig.overlay), &want);
 }
 
-/// Protects: the second server of a queue takes a part of the small requests while several wait,
-/// and answers them like any other. The clients run on one processor, so that the other queues are
-/// not in use. All entries are returned, so that the disk can end.
+/// Protects: the second server of a queue takes a part of the small requests while
+/// several wait, and answers them like any other. The clients run on one processor, so
+/// that the other queues are not in use. All entries are returned, so that the disk can
+/// end.
 #[test]
 fn small_requests_side_by_side() {
     requires!("/dev/fuse", "qemu-img");
@@ -334,17 +335,10 @@ fn an_idle_disk_gives_the_memory_of_its_queues_back() {
     }
     let threads = 32u64;
     let rig = Rig::new(threads * MIB);
-    let disk = rig.mount().args(&["--transport", "uring"]).start();
-    let pid = u32::try_from(disk.server_pid().as_raw_nonzero().get()).expect("a pid");
+    let (disk, pid, file) = over_uring(&rig);
     // This read copies everything into the overlay, so that no other part of the program allocates
     // memory later.
     assert_same("all of it", &disk.read_all(), &rig.content);
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .custom_flags(OFlags::DIRECT.bits().cast_signed())
-        .open(disk.path())
-        .expect("open");
     let mut want = rig.content.clone();
     // The kernel has a queue for each possible CPU.
     let cpus = fs::read_to_string("/sys/devices/system/cpu/possible").expect("possible CPUs");

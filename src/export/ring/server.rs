@@ -41,8 +41,8 @@ pub(super) enum ServerRole {
 }
 
 impl ServerRole {
-    /// Returns the home server, if this is a lane and the entry that it has answered does not stay
-    /// here.
+    /// Returns the home server, if this is a lane and the entry that it has answered does
+    /// not stay here.
     fn next_home(&self, stays: bool) -> Option<&MailboxAddress> {
         match self {
             ServerRole::Lane { home } if !stays => Some(home),
@@ -62,8 +62,8 @@ const LOOK: Duration = Duration::from_millis(1);
 pub(super) struct Share {
     /// On how many processors the servers may run.
     processors: usize,
-    /// Whether there are two of them for each active home server of the session: its own, and one
-    /// for the lane. What else the processors do is not known.
+    /// Whether there are two of them for each active home server of the session: its own,
+    /// and one for the lane. What else the processors do is not known.
     has_processor: bool,
     looked: Option<Instant>,
     /// Whether the lane gets the next one behind which [`MANY`] wait.
@@ -413,7 +413,8 @@ impl Drop for RingReply<'_> {
 mod tests {
     use super::*;
 
-    /// Protects: the lane gets every second small request while several wait, and none while not.
+    /// Protects: the lane gets every second small request while several wait, and none
+    /// while not.
     #[test]
     fn the_lane_shares_small_requests_while_several_wait() {
         let mut share = Share { has_processor: true, ..Share::new(2) };
@@ -423,8 +424,8 @@ mod tests {
         assert_eq!([9, 9].map(&mut lane), [false, true]);
     }
 
-    /// Protects: the lane gets small requests only if there is a processor for it beside those of
-    /// the home servers that are active.
+    /// Protects: the lane gets small requests only if there is a processor for it beside
+    /// those of the home servers that are active.
     #[test]
     fn the_lane_needs_a_processor() {
         let pace = Pace::new(4);

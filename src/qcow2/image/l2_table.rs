@@ -8,9 +8,9 @@
 //! included, therefore happen under the read lock of the table's slot, and extended entries change
 //! under its write lock ([`super::tables::Tables::change`]).
 //!
-//! A table without faulty entries may be [`Packed`]: when it is loaded, and later, if memory is
-//! short, while it is clean. It is packed and unpacked under the write lock of its slot, and
-//! unpacked before an entry changes.
+//! A table without faulty entries may be [`Packed`]: when it is loaded, and later, if
+//! memory is short, while it is clean. It is packed and unpacked under the write lock of
+//! its slot, and unpacked before an entry changes.
 
 use super::judged::{Fault, Judged};
 use super::packed::Packed;
@@ -31,8 +31,8 @@ enum Entries {
     Packed(Packed),
 }
 
-/// One L2 table, shared by all threads that use the image. `host`, `in_place` and whether it is
-/// packed change only under the write lock of the table's slot.
+/// One L2 table, shared by all threads that use the image. `host`, `in_place` and whether
+/// it is packed change only under the write lock of the table's slot.
 #[derive(Debug)]
 pub(super) struct L2Table {
     /// The host cluster where the table is, or will be once it is written back.
@@ -88,9 +88,9 @@ impl L2Table {
         RawL2Entry { descriptor: word(0), bitmap: if self.entry_words > 1 { word(1) } else { 0 } }
     }
 
-    /// Returns how many entries from `index` on, at most `most`, have descriptors that grow by
-    /// `step` from one to the next, and the same fault. The first of them is `first`, as the caller
-    /// has read it.
+    /// Returns how many entries from `index` on, at most `most`, have descriptors that
+    /// grow by `step` from one to the next, and the same fault. The first of them is
+    /// `first`, as the caller has read it.
     pub fn series(&self, index: usize, first: u64, step: u64, most: usize) -> usize {
         if let Entries::Packed(packed) = &self.entries {
             return packed.series(index, first, step, most);

@@ -85,9 +85,9 @@ use write_back::GroupCommit;
 /// size: header, extensions and backing file name lie in the first cluster.
 const HEADER_AREA: u64 = 2 << 20;
 
-/// Memory for the L2 tables of the overlay, in bytes. Above it, clean tables are packed or dropped
-/// when one is loaded and at the end of a pass. 64 MiB map 512 GiB at 64 KiB clusters, and much
-/// more where tables can be packed.
+/// Memory for the L2 tables of the overlay, in bytes. Above it, clean tables are packed
+/// or dropped when one is loaded and at the end of a pass. 64 MiB map 512 GiB at 64 KiB
+/// clusters, and much more where tables can be packed.
 const OVERLAY_TABLE_MEMORY: usize = 64 << 20;
 /// A commit is requested when this many bytes in new clusters are not committed. The limit bounds
 /// how long the next flush of the guest takes, and, with the journal, what a crash leaks.
@@ -368,7 +368,8 @@ impl Image {
         self.check_usable().is_ok()
     }
 
-    /// Limits the memory for L2 tables: clean tables beyond `bytes` bytes are packed or dropped.
+    /// Limits the memory for L2 tables: clean tables beyond `bytes` bytes are packed or
+    /// dropped.
     #[cfg(any(test, feature = "testing"))]
     pub fn limit_table_memory(&mut self, bytes: usize) {
         self.reader.tables.limit_memory(bytes);

@@ -1,18 +1,20 @@
-//! The entries of one L2 table as runs, for a table that does not change. What was written in one
-//! piece is a few runs, and takes some hundred bytes instead of a whole cluster.
+//! The entries of one L2 table as runs, for a table that does not change. What was
+//! written in one piece is a few runs, and takes some hundred bytes instead of a whole
+//! cluster.
 //!
-//! **Invariants:** [`Packed::raw`] returns exactly the words that were packed, whatever they are.
+//! **Invariants:** [`Packed::raw`] returns exactly the words that were packed, whatever
+//! they are.
 
 use crate::format::RawL2Entry;
 
-/// A table is packed only if it has at most one run for so many words, which makes it a twentieth
-/// of its size or less. Tests, whose tables are small, pack more of them.
+/// A table is packed only if it has at most one run for so many words, which makes it a
+/// twentieth of its size or less. Tests, whose tables are small, pack more of them.
 const WORDS_PER_RUN: usize =
     if cfg!(any(test, feature = "testing")) { 4 } else { WORDS_PER_RUN_OF_LARGE };
 const WORDS_PER_RUN_OF_LARGE: usize = 64;
 
-/// Entries that follow each other: from one to the next, the descriptor grows by the same amount,
-/// and the bitmap stays.
+/// Entries that follow each other: from one to the next, the descriptor grows by the same
+/// amount, and the bitmap stays.
 #[derive(Clone, Copy, Debug)]
 struct Run {
     /// Index of the first entry.
@@ -35,7 +37,8 @@ pub(super) struct Packed {
 }
 
 impl Packed {
-    /// Packs the entries of a table with so many words; returns `None` if they are too many runs.
+    /// Packs the entries of a table with so many words; returns `None` if they are too
+    /// many runs.
     pub fn new(
         entries: impl Iterator<Item = RawL2Entry>,
         words: usize,
@@ -79,8 +82,8 @@ impl Packed {
         })
     }
 
-    /// Returns how many entries from `index` on, at most `most`, have descriptors that begin with
-    /// `first` and grow by `step` from one to the next.
+    /// Returns how many entries from `index` on, at most `most`, have descriptors that
+    /// begin with `first` and grow by `step` from one to the next.
     pub fn series(&self, index: usize, first: u64, step: u64, most: usize) -> usize {
         let end = self.entries.min(index.saturating_add(most));
         let (mut at, mut expected) = (index, first);

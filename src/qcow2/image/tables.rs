@@ -24,7 +24,8 @@ mod entries;
 /// Number of locks for table loads, and so the number of tables that can be loaded concurrently.
 const LOADERS: usize = 16;
 
-/// How many tables the load of one looks at for memory, so that it is not delayed for long.
+/// How many tables the load of one looks at for memory, so that it is not delayed for
+/// long.
 const MOST_LOOKS: usize = 1024;
 
 /// Value in memory of a word of a table entry that lies outside the file. It is no valid L1 entry
@@ -286,8 +287,8 @@ impl Tables {
         Ok(())
     }
 
-    /// Unpacks a table. Others are packed or dropped for its memory when the next one is loaded, or
-    /// at the end of the next pass.
+    /// Unpacks a table. Others are packed or dropped for its memory when the next one is
+    /// loaded, or at the end of the next pass.
     fn unpack(&self, table: &mut L2Table) {
         let packed = table.bytes();
         table.unpack();
@@ -479,9 +480,10 @@ impl Tables {
         (judged, in_place)
     }
 
-    /// Makes clean tables smaller while memory use is above the limit: packs them, oldest first,
-    /// or drops those that are many runs; and drops packed ones if that was not enough. Looks at
-    /// `most` tables. Does no I/O. See [`Tables::may_evict`] for write-back passes.
+    /// Makes clean tables smaller while memory use is above the limit: packs them, oldest
+    /// first, or drops those that are many runs; and drops packed ones if that was not
+    /// enough. Looks at `most` tables. Does no I/O. See [`Tables::may_evict`] for
+    /// write-back passes.
     fn evict(&self, most: usize) {
         let tables = self.resident.lock().len();
         self.shrink(tables.min(most), false);
@@ -491,8 +493,8 @@ impl Tables {
         }
     }
 
-    /// Looks at so many tables, oldest first, while memory use is above the limit. Packs clean ones
-    /// or drops them; drops those that are packed only if `drops_packed`.
+    /// Looks at so many tables, oldest first, while memory use is above the limit. Packs
+    /// clean ones or drops them; drops those that are packed only if `drops_packed`.
     fn shrink(&self, tables: usize, drops_packed: bool) {
         let geometry = self.geometry();
         let next = geometry.cluster_size() as usize;
@@ -528,9 +530,9 @@ impl Tables {
         }
     }
 
-    /// Returns false during a write-back pass: a table that is dropped after the pass copied it and
-    /// before the pass wrote it would be read back with its old content, and a table that is packed
-    /// then would be dirty again if the pass fails.
+    /// Returns false during a write-back pass: a table that is dropped after the pass
+    /// copied it and before the pass wrote it would be read back with its old content,
+    /// and a table that is packed then would be dirty again if the pass fails.
     fn may_evict(&self) -> bool {
         without(Step::NoEvictionDuringPass) || !self.writing_back.load(Ordering::SeqCst)
     }
@@ -628,8 +630,8 @@ impl Tables {
         self.resident.lock().len()
     }
 
-    /// Returns the memory that the resident tables are counted with, after it was compared with
-    /// what they take.
+    /// Returns the memory that the resident tables are counted with, after it was
+    /// compared with what they take.
     #[cfg(test)]
     pub fn resident_bytes(&self) -> usize {
         let counted = self.resident_bytes.load(Ordering::Relaxed);

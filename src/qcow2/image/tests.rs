@@ -538,8 +538,8 @@ fn guest_data_is_never_where_nothing_is_counted() {
     );
 }
 
-/// Protects: tables beyond the memory limit are packed or dropped when clean, and a later load
-/// returns what was written to them.
+/// Protects: tables beyond the memory limit are packed or dropped when clean, and a later
+/// load returns what was written to them.
 #[test]
 fn packed_and_evicted_tables_come_back() {
     // All forty tables stay if they are packed; none stays in the second case.
@@ -574,8 +574,8 @@ fn packed_and_evicted_tables_come_back() {
     }
 }
 
-/// Protects: the memory that is counted is that of the tables, also after one was loaded and
-/// packed, and unpacked.
+/// Protects: the memory that is counted is that of the tables, also after one was loaded
+/// and packed, and unpacked.
 #[test]
 fn the_memory_of_tables_is_counted() {
     let bench = bench();
