@@ -25,7 +25,7 @@
 //! are idle. So while several requests wait, a part of them goes to the *lane*, a second
 //! server of the queue that may run on any CPU: all large ones, because copying their
 //! data takes longer than waking a thread, and every second small one (reads of 4 KiB at
-//! depth 32: 222,000 per second instead of 137,000, writes 184,000 instead of 102,000).
+//! depth 32: 221,000 per second instead of 145,000, writes 171,000 instead of 115,000).
 //! Small ones only if there are twice as many processors as queues of the session in use:
 //! where clients keep all of them busy, a lane takes time from the home servers (210,000
 //! instead of 263,000). The lane hands its answers to the kernel itself: that is a part

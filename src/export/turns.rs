@@ -51,7 +51,7 @@ const LOOK: Duration = Duration::from_millis(2);
 
 /// A thread that has let others run for longer than this competes with threads that
 /// compute, behind which the next request would have to wait: it does not do so again for
-/// [`REST`]. While a client sends 32 requests, it is 128 to 512 µs.
+/// [`REST`]. Behind a client that sends 32 requests, it is 128 to 512 µs.
 const LONG_YIELD: Duration = Duration::from_millis(2);
 
 #[cfg(test)]
