@@ -24,8 +24,8 @@ mod entries;
 /// Number of locks for table loads, and so the number of tables that can be loaded concurrently.
 const LOADERS: usize = 16;
 
-/// How many tables the load of one looks at for memory, so that it is not delayed for
-/// long.
+/// How many tables the load of a table looks at to give memory back. More would delay the
+/// request that waits for the load.
 const MOST_LOOKS: usize = 1024;
 
 /// Value in memory of a word of a table entry that lies outside the file. It is no valid L1 entry
@@ -565,7 +565,7 @@ impl Tables {
     /// Ends a pass after everything that [`Tables::take_dirty`] returned is on disk.
     pub fn written(&self) {
         self.writing_back.store(false, Ordering::SeqCst);
-        // Tables that were dirty, and those that have grown since the last pass, as they changed.
+        // Tables that were dirty can be packed or dropped now, and changes have unpacked others.
         self.evict(usize::MAX);
     }
 
