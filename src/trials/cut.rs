@@ -180,7 +180,7 @@ impl Cutter<'_> {
                 let end = (at + len).min(self.cache_len);
                 let start = (*at).min(end);
                 self.cache[start as usize..end as usize].fill(0);
-                self.changed(index, None, start, end);
+                self.punched(index, start, end);
             }
             Recorded::Sync { covers } => {
                 let pending = std::mem::take(&mut self.pending);
@@ -228,6 +228,28 @@ impl Cutter<'_> {
                 lost: false,
                 change: Change::Sector(sector, content, hash),
             });
+        }
+    }
+
+    /// Adds the sectors that a punched hole changes. A sector that holds zeros on disk, and that no
+    /// pending piece changes, is the same in every state. A search for leaks punches up to 64 MiB
+    /// of such sectors, since the allocator counts clusters ahead and a later one is written behind
+    /// them; `choices` would need the square of their number in bytes.
+    fn punched(&mut self, record: usize, start: u64, end: u64) {
+        let written: HashSet<usize> = self
+            .pending
+            .iter()
+            .filter_map(|piece| match piece.change {
+                Change::Sector(sector, ..) => Some(sector),
+                Change::Length(_) => None,
+            })
+            .collect();
+        for sector in (start / 512) as usize..end.div_ceil(512) as usize {
+            let at = sector as u64 * 512;
+            let durable = &self.durable[sector * 512..][..512];
+            if written.contains(&sector) || durable != [0; 512] {
+                self.changed(record, None, at, at + 512);
+            }
         }
     }
 
