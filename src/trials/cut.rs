@@ -231,10 +231,11 @@ impl Cutter<'_> {
         }
     }
 
-    /// Adds the sectors that a punched hole changes. A sector that holds zeros on disk, and that no
-    /// pending piece changes, is the same in every state. A search for leaks punches up to 64 MiB
-    /// of such sectors, since the allocator counts clusters ahead and a later one is written behind
-    /// them; `choices` would need the square of their number in bytes.
+    /// Adds the sectors that a punched hole changes. A sector that holds zeros on disk,
+    /// and that no pending piece changes, is the same in every state. A search for leaks
+    /// punches up to 64 MiB of such sectors, since the allocator counts clusters ahead
+    /// and a later one is written behind them; `choices` would need the square of their
+    /// number in bytes.
     fn punched(&mut self, record: usize, start: u64, end: u64) {
         let written: HashSet<usize> = self
             .pending

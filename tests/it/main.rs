@@ -11,6 +11,7 @@
 mod support;
 
 mod after_death;
+mod allocated_ahead;
 mod architecture;
 mod bad_disk;
 mod bad_input;

@@ -26,7 +26,9 @@ use crate::background;
 use crate::error::{Context, InUse};
 use crate::mutants::{Step, without};
 use crate::{Error, ErrorKind};
+use ahead::Ahead;
 
+mod ahead;
 mod change;
 
 /// Unit of `st_blocks` in stat(2), in bytes, whatever the block size of the device.
@@ -81,6 +83,8 @@ pub struct FileStorage {
     /// Whether the file is on a tmpfs: the host has all of it in memory, unless it has swapped some
     /// of it out.
     is_in_memory: bool,
+    /// What was allocated ahead of the writes of new clusters.
+    ahead: Ahead,
 }
 
 impl FileStorage {
@@ -203,8 +207,8 @@ impl FileStorage {
                 format!("{}: not a regular file or block device", path.display()),
             ));
         };
-        let is_in_memory = rustix::fs::fstatfs(&file)
-            .is_ok_and(|kind| kind.f_type as u64 & 0xffff_ffff == TMPFS_MAGIC);
+        let file_system =
+            rustix::fs::fstatfs(&file).map_or(0, |kind| kind.f_type as u64 & 0xffff_ffff);
         Ok(FileStorage {
             path: path.to_path_buf(),
             file,
@@ -218,7 +222,8 @@ impl FileStorage {
             is_shared: false,
             is_file: kind.is_file(),
             keeps_time: AtomicBool::new(kind.is_file()),
-            is_in_memory,
+            is_in_memory: file_system == TMPFS_MAGIC,
+            ahead: Ahead::of(file_system, kind.is_file()),
         })
     }
 
@@ -488,7 +493,10 @@ impl ReadAt for FileStorage {
 }
 
 impl Storage for FileStorage {
-    fn write_at(&self, _kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()> {
+    fn write_at(&self, kind: WriteKind, offset: u64, data: &[u8]) -> io::Result<()> {
+        if kind == WriteKind::NewCluster {
+            self.ahead.before_new(&self.file, offset, data.len() as u64);
+        }
         let mut done = 0;
         while done < data.len() {
             match retry_on_intr(|| {
@@ -549,6 +557,10 @@ impl Storage for FileStorage {
             // A file system that ignores the advice writes back at the next fdatasync(2).
             let _ = rustix::fs::fadvise(&self.file, offset, Some(len), Advice::DontNeed);
         }
+    }
+
+    fn free_unused_blocks(&self) {
+        self.ahead.give_back(&self.file, self.size());
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -340,6 +340,12 @@ pub trait Storage: ReadAt {
     /// is sent.
     fn start_write_out(&self, _offset: u64, _len: u64) {}
 
+    /// Frees blocks behind the end of the file that this storage has allocated for writes
+    /// to come. The writer calls this after its last write: a write that runs at the same
+    /// time may be lost. A failure is only logged, since the next writer uses these
+    /// blocks.
+    fn free_unused_blocks(&self) {}
+
     /// Returns the space of the file system. `None` if it is unknown or does not matter: memory,
     /// block devices, file systems that do not report it.
     ///

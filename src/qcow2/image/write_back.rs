@@ -142,8 +142,9 @@ impl Image {
         if self.is_dirty() { self.flush() } else { Ok(()) }
     }
 
-    /// Flushes until nothing is dirty, including the refcounts that the last pass lowered. No
-    /// cluster is leaked after success.
+    /// Flushes until nothing is dirty, including the refcounts that the last pass
+    /// lowered, and frees the blocks of the host that were allocated ahead. No cluster is
+    /// leaked after success. The caller has ended all requests.
     ///
     /// # Errors
     /// As [`Image::flush`].
@@ -160,6 +161,7 @@ impl Image {
             }
             self.flush()?;
         }
+        self.storage.free_unused_blocks();
         given_up
     }
 
