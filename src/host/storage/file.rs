@@ -26,10 +26,10 @@ use crate::background;
 use crate::error::{Context, InUse};
 use crate::mutants::{Step, without};
 use crate::{Error, ErrorKind};
-use ahead::Ahead;
+use ext4::Ahead;
 
-mod ahead;
 mod change;
+mod ext4;
 
 /// Unit of `st_blocks` in stat(2), in bytes, whatever the block size of the device.
 const STAT_BLOCK: u64 = 512;
@@ -83,6 +83,8 @@ pub struct FileStorage {
     /// Whether the file is on a tmpfs: the host has all of it in memory, unless it has swapped some
     /// of it out.
     is_in_memory: bool,
+    /// Whether this is a regular file on ext4.
+    is_on_ext4: bool,
     /// What was allocated ahead of the writes of new clusters.
     ahead: Ahead,
 }
@@ -209,6 +211,7 @@ impl FileStorage {
         };
         let file_system =
             rustix::fs::fstatfs(&file).map_or(0, |kind| kind.f_type as u64 & 0xffff_ffff);
+        let is_on_ext4 = kind.is_file() && ext4::is_ext4(file_system);
         Ok(FileStorage {
             path: path.to_path_buf(),
             file,
@@ -223,7 +226,8 @@ impl FileStorage {
             is_file: kind.is_file(),
             keeps_time: AtomicBool::new(kind.is_file()),
             is_in_memory: file_system == TMPFS_MAGIC,
-            ahead: Ahead::of(file_system, kind.is_file()),
+            is_on_ext4,
+            ahead: Ahead::new(is_on_ext4),
         })
     }
 
@@ -499,9 +503,10 @@ impl Storage for FileStorage {
         }
         let mut done = 0;
         while done < data.len() {
-            match retry_on_intr(|| {
-                rustix::io::pwrite(&self.file, &data[done..], offset + done as u64)
-            })? {
+            let (at, left) = (offset + done as u64, &data[done..]);
+            let piece =
+                if self.is_on_ext4 { ext4::piece(kind, at, left.len()) } else { left.len() };
+            match retry_on_intr(|| rustix::io::pwrite(&self.file, &left[..piece], at))? {
                 0 => return Err(Errno::IO.into()),
                 len => done += len,
             }

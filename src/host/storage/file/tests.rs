@@ -383,6 +383,7 @@ fn a_file_without_attributes_says_so() {
         is_file: true,
         keeps_time: AtomicBool::new(true),
         is_in_memory: false,
+        is_on_ext4: false,
         ahead: Ahead::default(),
     };
     assert_eq!(storage.open_mark().unwrap(), OpenMark::Unsupported);
