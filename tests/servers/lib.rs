@@ -14,6 +14,7 @@ pub mod scripted;
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs;
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -91,12 +92,14 @@ fn path_with_sbin() -> String {
     format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
 }
 
-/// A port of 127.0.0.1 that was free just now.
+/// A port of 127.0.0.1 that was free just now. It is below those that the kernel chooses
+/// by itself: one of those can be given to another test before the server binds it, and
+/// `answers` can connect to itself on it, as TCP allows, before the server listens.
 pub fn free_port() -> u16 {
-    TcpListener::bind(("127.0.0.1", 0))
-        .and_then(|listener| listener.local_addr())
+    (0..1000)
+        .map(|_| 10_000 + (RandomState::new().build_hasher().finish() % 20_000) as u16)
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
         .expect("a free port of 127.0.0.1")
-        .port()
 }
 
 fn answers(port: u16) -> bool {
