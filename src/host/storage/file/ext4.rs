@@ -96,8 +96,8 @@ impl Ahead {
         let before = blocks();
         let len = range.end - range.start;
         match rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, range.start, len) {
-            // All blocks that were free are allocated now.
-            Err(Errno::NOSPC | Errno::DQUOT) => {}
+            // A part is allocated.
+            Err(Errno::NOSPC | Errno::DQUOT | Errno::INTR) => {}
             Err(_) => return,
             Ok(()) if blocks() >= before + len / 2 => {}
             // Another program has allocated them, so that this file is sure to have them: there is
