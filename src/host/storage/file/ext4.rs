@@ -222,4 +222,18 @@ mod tests {
         assert_eq!(ahead.next(u64::MAX - 1, 1), None);
         assert_eq!(ahead.next(u64::MAX, 1), None);
     }
+
+    /// Protects: P9: the end of the writer neither gives a file that was made shorter its old
+    /// size back, nor cuts off what it does not know of.
+    #[test]
+    fn p9_the_size_of_the_file_stays() {
+        let file = tempfile::tempfile().unwrap();
+        for (real, known) in [(4096, 8192), (8192, 4096), (8192, 8192)] {
+            file.set_len(real).unwrap();
+            let ahead = Ahead::new(true);
+            ahead.has_allocated.store(true, Ordering::Relaxed);
+            ahead.give_back(&file, known);
+            assert_eq!(file.metadata().unwrap().size(), real, "{known} bytes are known");
+        }
+    }
 }
