@@ -222,10 +222,9 @@ fn copy_up(
             shares_blocks,
             offset,
         };
-        bring.tell_pause();
         if bring.pieces(&mut pieces, backoff.as_mut()) == Next::Cancel
-            || give_way(disk, control, backoff.as_mut()) == Next::Cancel
-            || control.checkpoint() == Next::Cancel
+            || bring.give_way(backoff.as_mut()) == Next::Cancel
+            || bring.checkpoint() == Next::Cancel
         {
             return Outcome::Cancelled;
         }
@@ -239,10 +238,7 @@ fn copy_up(
             control.forecast(known);
         }
         // While the chunk is not there, the job is paused or cancelled as at a checkpoint.
-        let go_on = || {
-            bring.tell_pause();
-            control.rest(Duration::ZERO) == Next::Continue
-        };
+        let go_on = || bring.checkpoint() == Next::Continue;
         let Some(bytes) = ahead.take(offset, go_on) else { return Outcome::Cancelled };
         let mut end = len.min(offset + STREAM_CHUNK);
         if scout.is_none() && speed == 0 && offset >= alone_until {
@@ -376,16 +372,18 @@ struct Bring<'a> {
 }
 
 impl Bring<'_> {
-    /// Tells the scout and the guest's reads of a pause, before the job's thread waits in a
-    /// checkpoint. If the pause begins between the two, what the scout has said so far is still
-    /// fetched, and reads trust the last position for a while.
+    /// Waits while the job is paused or ahead of its rate limit.
+    fn checkpoint(&self) -> Next {
+        self.control.checkpoint(|| self.tell_pause())
+    }
+
+    /// Tells the scout and the guest's reads that the job's thread is about to wait for the
+    /// end of a pause.
     fn tell_pause(&self) {
-        if self.control.is_paused() {
-            if let Some(scout) = self.scout {
-                scout.pause();
-            }
-            self.report.is_at(None);
+        if let Some(scout) = self.scout {
+            scout.pause();
         }
+        self.report.is_at(None);
     }
 
     /// Tells the guest's reads where the walk is, if they may leave their copies to it.
@@ -401,9 +399,8 @@ impl Bring<'_> {
     /// bytes have come.
     fn pieces(&self, pieces: &mut Pieces, mut backoff: Option<&mut Backoff>) -> Next {
         loop {
-            self.tell_pause();
             // No byte is read for a job that is paused.
-            if self.control.checkpoint() == Next::Cancel {
+            if self.checkpoint() == Next::Cancel {
                 return Next::Cancel;
             }
             self.tell_position();
@@ -427,7 +424,7 @@ impl Bring<'_> {
             // No rest before a piece from beside the guest's reads that comes over a network: the
             // guest is about to wait for it. The stream rests before all others.
             if (piece.need == Need::Next || self.scout.is_none())
-                && give_way(self.disk, self.control, backoff.as_deref_mut()) == Next::Cancel
+                && self.give_way(backoff.as_deref_mut()) == Next::Cancel
             {
                 return Next::Cancel;
             }
@@ -444,21 +441,23 @@ impl Bring<'_> {
             }
         }
     }
-}
 
-/// Rests for as long as `backoff` asks. A job with a speed does not rest, because its user has set
-/// how fast it runs. Until the next call, the job's thread and its readers leave the processor to
-/// others between two pieces of their work, if the guest is active or the job has a speed.
-fn give_way(disk: &Disk, control: &Control, backoff: Option<&mut Backoff>) -> Next {
-    let Some(backoff) = backoff else { return Next::Continue };
-    while control.is_unlimited() {
-        let Some(rest) = backoff.next(Instant::now(), &disk.activity()) else { break };
-        if control.rest(rest) == Next::Cancel {
-            return Next::Cancel;
+    /// Rests for as long as `backoff` asks. A job with a speed does not rest, because its
+    /// user has set how fast it runs. Until the next call, the job's thread and its readers
+    /// leave the processor to others between two pieces of their work, if the guest is active
+    /// or the job has a speed.
+    fn give_way(&self, backoff: Option<&mut Backoff>) -> Next {
+        let Some(backoff) = backoff else { return Next::Continue };
+        while self.control.is_unlimited() {
+            let activity = self.disk.activity();
+            let Some(rest) = backoff.next(Instant::now(), &activity) else { break };
+            if self.control.rest(rest, || self.tell_pause()) == Next::Cancel {
+                return Next::Cancel;
+            }
         }
+        let is_active = backoff.is_guest_active(Instant::now());
+        host::background::set_gives_way(!self.control.is_unlimited() || is_active);
+        host::background::let_others_run();
+        Next::Continue
     }
-    let is_active = backoff.is_guest_active(Instant::now());
-    host::background::set_gives_way(!control.is_unlimited() || is_active);
-    host::background::let_others_run();
-    Next::Continue
 }

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use parking_lot::MutexGuard;
+
 use super::{
     ErrorAction, Failure, Forecast, IoStatus, JobEnding, JobEvent, JobsShared, Next, OnError,
     Outcome, Status, Work,
@@ -53,14 +55,17 @@ impl Control {
     /// be called before each chunk. A change of any of these ends the wait at once, except a lower
     /// speed; so does a cancel. After [`Next::Cancel`] the worker has to clean up and to call
     /// [`Control::finish`].
-    pub fn checkpoint(&self) -> Next {
-        self.wait(None)
+    ///
+    /// Calls `before_pause` once, without the lock of the registry, before the first wait
+    /// for a pause.
+    pub fn checkpoint(&self, before_pause: impl Fn()) -> Next {
+        self.wait(None, before_pause)
     }
 
     /// Runs a checkpoint that waits at least for `rest`, unless the job has a rate limit: the limit
     /// alone then sets its pace.
-    pub fn rest(&self, rest: Duration) -> Next {
-        self.wait(Some(Instant::now() + rest))
+    pub fn rest(&self, rest: Duration, before_pause: impl Fn()) -> Next {
+        self.wait(Some(Instant::now() + rest), before_pause)
     }
 
     /// The job's rate limit at present, in bytes per second; 0 is unlimited.
@@ -79,14 +84,21 @@ impl Control {
         self.shared.registry.lock().job(self.serial).user_paused
     }
 
-    fn wait(&self, not_before: Option<Instant>) -> Next {
+    fn wait(&self, not_before: Option<Instant>, before_pause: impl Fn()) -> Next {
         let mut registry = self.shared.registry.lock();
+        let mut knows_of_pause = false;
         loop {
             let held = registry.holds > 0;
             let job = registry.job(self.serial);
             if job.cancelled {
                 job.parked = false;
                 return Next::Cancel;
+            }
+            if job.user_paused && !knows_of_pause {
+                // The worker does nothing before this wait ends, so once is enough.
+                knows_of_pause = true;
+                MutexGuard::unlocked(&mut registry, &before_pause);
+                continue;
             }
             job.kicked = false;
             let delay = match job.user_paused || held && job.spec.len > 0 {

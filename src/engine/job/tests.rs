@@ -32,7 +32,7 @@ fn work(control: Control, len: u64) -> JoinHandle<()> {
     control.start();
     thread::spawn(move || {
         for _ in 0..len / CHUNK {
-            if control.checkpoint() == Next::Cancel {
+            if control.checkpoint(|| ()) == Next::Cancel {
                 return control.finish(Outcome::Cancelled, || {
                     unreachable!("a cancelled job takes no effect")
                 });
@@ -241,7 +241,7 @@ fn errors_that_stop_wait_for_a_user() {
                 wait_for(&resuming, |job| job.status == Status::Paused);
                 resuming.resume("j").unwrap();
             });
-            assert_eq!(control.checkpoint(), Next::Continue);
+            assert_eq!(control.checkpoint(|| ()), Next::Continue);
             user.join().unwrap();
             assert_eq!(jobs.query()[0].io_status, IoStatus::Ok);
         }
@@ -393,6 +393,36 @@ fn a_subscriber_that_does_not_read_blocks_nobody() {
     assert_eq!(words(&stalled).len(), 7000);
 }
 
+/// Protects: a worker hears of each pause before it waits for its end, also of a pause that
+/// comes while it rests, and may ask the registry meanwhile.
+#[test]
+fn a_worker_hears_of_each_pause_before_it_waits() {
+    let jobs = Jobs::new();
+    let control = jobs.create(spec("j")).unwrap();
+    control.start();
+    let (sender, heard) = crossbeam_channel::unbounded();
+    let registry = jobs.clone();
+    let worker = thread::spawn(move || {
+        let hears = || sender.send(registry.query()[0].paused).unwrap();
+        let rested = control.rest(Duration::from_secs(3600), hears);
+        let passed = control.checkpoint(hears);
+        control.finish(Outcome::Cancelled, || unreachable!("it is cancelled"));
+        (rested, passed)
+    });
+    wait_for(&jobs, |job| !job.busy);
+    assert!(heard.is_empty(), "a rest is no pause");
+    jobs.pause("j").unwrap();
+    assert_eq!(heard.recv_timeout(Duration::from_secs(10)), Ok(true));
+    jobs.resume("j").unwrap();
+    // The rest goes on after each pause.
+    jobs.pause("j").unwrap();
+    wait_for(&jobs, |job| job.status == Status::Paused);
+    jobs.resume("j").unwrap();
+    jobs.cancel("j", Force::No).unwrap();
+    assert_eq!(worker.join().unwrap(), (Next::Cancel, Next::Cancel));
+    assert!(heard.is_empty(), "a pause within the same wait is no news");
+}
+
 /// Protects: a worker that rests obeys at once, as in a checkpoint, and a job with a speed does not
 /// rest.
 #[test]
@@ -405,7 +435,7 @@ fn a_rest_ends_when_anybody_wants_something() {
         control.start();
         let (sender, ended) = crossbeam_channel::bounded(1);
         thread::spawn(move || {
-            let next = control.rest(FOR_EVER);
+            let next = control.rest(FOR_EVER, || ());
             control.finish(Outcome::Cancelled, || unreachable!("it is cancelled"));
             let _ = sender.send(next);
         });
