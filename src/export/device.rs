@@ -74,8 +74,13 @@ fn serve_all(
         let Some(request) = wire::request(bytes) else {
             return Err(io::Error::other(format!("{} bytes that are no request", bytes.len())));
         };
-        let reply =
-            DeviceReply { device, unique: request.unique, data: request.data, is_owed: true };
+        let reply = DeviceReply {
+            device,
+            turn: &turn,
+            unique: request.unique,
+            data: request.data,
+            is_owed: true,
+        };
         dispatcher.serve(request.operation, reply, scratch.bytes());
         turn.ends();
     }
@@ -166,6 +171,7 @@ fn try_to_write(device: &OwnedFd, unique: u64, answer: Result<&[u8], Errno>) -> 
 
 struct DeviceReply<'a> {
     device: &'a Arc<OwnedFd>,
+    turn: &'a ReaderTurn,
     unique: u64,
     data: &'a [u8],
     is_owed: bool,
@@ -198,6 +204,7 @@ impl Reply for DeviceReply<'_> {
     }
 
     fn send_now(self, answer: Result<&[u8], Errno>) {
+        self.turn.answers();
         self.send(answer);
     }
 

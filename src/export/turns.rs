@@ -19,6 +19,12 @@
 //! in flight is often about to send the next ones, and then neither the thread nor the
 //! client has to be woken. Reads at depth 32: 167 000 a second instead of 148 000.
 //!
+//! A thread that stores the copy of a read whose reply it has sent is not at work on a
+//! request in this sense: the client waits for nothing, and its next request is still one at
+//! a time. The thread that polls takes that one when the copy is stored. It takes about as
+//! long as the client needs; two threads in turn would both have to be woken, and would
+//! compete with the client. First reads of 4 KiB: 46 000 a second instead of 36 000.
+//!
 //! A parked thread looks every [`LOOK`] whether the one that polls has served a request. If it has
 //! not, because it hangs in one or there is none, all read again: a file that hangs stops at most
 //! one thread, and a disk without requests has all its threads in read(2), and no timer.
@@ -30,6 +36,7 @@
 //! has polled in vain, and when it ends; and a parked thread frees itself after at most two
 //! [`LOOK`]s in which no request was served. At most one thread lets others run at a time.
 
+use std::cell::Cell;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -67,7 +74,7 @@ pub(super) struct Turns {
     polling: AtomicUsize,
     /// Threads that are parked.
     parked: AtomicUsize,
-    /// Threads that serve a request.
+    /// Threads that serve a request whose reply they have not sent.
     serving: AtomicU32,
     /// Requests that were served.
     served: AtomicU64,
@@ -127,6 +134,12 @@ impl Turns {
         }
     }
 
+    /// Threads that serve a request whose reply they have not sent.
+    #[cfg(test)]
+    pub(super) fn unanswered(&self) -> u32 {
+        self.serving.load(Ordering::SeqCst)
+    }
+
     /// Whether a thread polls and all others are parked.
     #[cfg(test)]
     pub(super) fn one_polls(&self) -> bool {
@@ -144,6 +157,8 @@ pub(super) struct ReaderTurn {
     polling: Polling,
     /// Requests in a row that had one more behind them.
     crowded: u32,
+    /// Whether this thread counts in [`Turns::serving`].
+    is_counted: Cell<bool>,
     /// Whether another thread served a request when this one had read its last one.
     is_beside_others: bool,
     /// Before this time, the thread does not let others run.
@@ -162,6 +177,7 @@ impl ReaderTurn {
             number,
             polling: Polling::costly(),
             crowded: 0,
+            is_counted: Cell::new(false),
             is_beside_others: false,
             rests_until: None,
             done,
@@ -247,19 +263,30 @@ impl ReaderTurn {
         self.crowded = if is_crowded { self.crowded + 1 } else { 0 };
         if self.crowded >= MOST_CROWDED {
             self.crowded = 0;
+            self.polling.in_vain();
             self.turns.all_read(self.number);
         }
         let others = self.turns.serving.fetch_add(1, Ordering::SeqCst);
+        self.is_counted.set(true);
         let is_soon = self.done.elapsed() < self.turns.soon;
         self.polling.came(others == 0 && is_soon && !is_crowded);
         self.is_beside_others = others > 0;
     }
 
+    /// Notes that the reply is about to be sent. If the thread works on the request after
+    /// that, the next one is not beside it: a client that waits for each reply sends one
+    /// request at a time all the same.
+    pub(super) fn answers(&self) {
+        if self.is_counted.replace(false) {
+            self.turns.serving.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
     /// Notes that the request is served, or passed on to another thread.
     pub(super) fn ends(&mut self) {
+        self.answers();
         let turns = &self.turns;
         turns.served.fetch_add(1, Ordering::SeqCst);
-        turns.serving.fetch_sub(1, Ordering::SeqCst);
         self.done = Instant::now();
         if self.polling.is_due(self.done) && turns.may_poll {
             self.polling.begin_again();
@@ -319,6 +346,56 @@ mod tests {
 
         client.write_all(b"request").unwrap();
         assert!(!second.let_others_run(&device), "a request waits");
+    }
+
+    /// Protects: a request that comes while another thread only stores a copy comes alone,
+    /// and each request is taken off the count once.
+    #[test]
+    fn a_request_after_an_answer_comes_alone() {
+        let (_client, device) = UnixStream::pair().unwrap();
+        let device = OwnedFd::from(device);
+        let turns = Turns::for_tests(2, LOOK);
+        let [mut first, mut second] =
+            [0, 1].map(|number| ReaderTurn::new(Arc::clone(&turns), number));
+        for _ in 0..64 {
+            first.begins(&device);
+            first.answers();
+            second.begins(&device);
+            assert!(!second.is_beside_others);
+            first.ends();
+            assert_eq!(turns.unanswered(), 1);
+            second.ends();
+        }
+        assert_eq!(turns.unanswered(), 0);
+        assert_ne!(turns.polling.load(Ordering::SeqCst), ALL_READ);
+    }
+
+    /// Protects: threads that polled for a client with several requests do so again only after
+    /// twice as many requests.
+    #[test]
+    fn a_client_that_was_taken_for_a_single_one_is_so_later_the_next_time() {
+        let (mut client, device) = UnixStream::pair().unwrap();
+        let device = OwnedFd::from(device);
+        let turns = Turns::for_tests(1, LOOK);
+        let mut turn = ReaderTurn::new(Arc::clone(&turns), 0);
+        let needed = |turn: &mut ReaderTurn| {
+            (1..)
+                .find(|_| {
+                    turn.begins(&device);
+                    turn.ends();
+                    turn.turns.polling.load(Ordering::SeqCst) == 0
+                })
+                .unwrap()
+        };
+        let first = needed(&mut turn);
+        client.write_all(b"requests").unwrap();
+        while turns.polling.load(Ordering::SeqCst) == 0 {
+            turn.begins(&device);
+            turn.ends();
+        }
+        let mut bytes = [0; 8];
+        rustix::io::read(&device, &mut bytes).unwrap();
+        assert_eq!(needed(&mut turn), 2 * first);
     }
 
     /// Protects: a thread that has waited for long behind others sleeps for a while instead.

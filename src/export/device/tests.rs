@@ -19,6 +19,8 @@ use super::*;
 const MISS: u64 = 1 << 40;
 /// The stub answers this offset in [`FileSystem::read_cached`].
 const CACHED: u64 = MISS + (1 << 20);
+/// Like [`CACHED`], and after its answer waits until the test lets it go on.
+const CACHED_HANG: u64 = CACHED + (1 << 19);
 /// The task of a request at this offset panics.
 const PANIC: u64 = MISS + (2 << 20);
 /// A read at this offset waits on the thread that has received it, until the test lets it go on.
@@ -63,7 +65,8 @@ impl FileSystem for Stub {
 
     fn read_local(&self, offset: u64, buf: &mut [u8]) -> Result<Answer<usize>, Errno> {
         if offset >= MISS {
-            return Ok(if offset == CACHED { Answer::Below } else { Answer::Miss });
+            let is_cached = matches!(offset, CACHED | CACHED_HANG);
+            return Ok(if is_cached { Answer::Below } else { Answer::Miss });
         }
         if offset == HANG {
             let _until = self.hang.lock();
@@ -73,11 +76,14 @@ impl FileSystem for Stub {
     }
 
     fn read_cached(&self, offset: u64, buf: &mut [u8], answer: &mut ReadAnswer<'_>) -> Answer<()> {
-        if offset != CACHED {
+        if !matches!(offset, CACHED | CACHED_HANG) {
             return Answer::Below;
         }
         buf.fill(b'c');
         answer(Ok(buf));
+        if offset == CACHED_HANG {
+            let _until = self.hang.lock();
+        }
         // Simulates storing the copy after the reply: by then the client must not see this memory
         // any more.
         buf.fill(b'x');
@@ -346,6 +352,32 @@ fn one_thread_polls_for_a_client_that_asks_one_at_a_time() {
     // Ends when both threads have ended. The end of a socket is no request, and so an error.
     assert!(ended.iter().all(|result| result.is_err()));
     assert_eq!(Arc::strong_count(&turns), 1);
+}
+
+/// Protects: a thread that stores the copy of a read, whose reply it has sent, counts as idle for
+/// the decision whether the client asks one request at a time.
+#[test]
+fn a_copy_after_the_reply_is_no_second_request() {
+    let turns = Turns::for_tests(2, std::time::Duration::from_secs(3600));
+    let kernel = start_with(2, &turns);
+    let stub = Arc::clone(&kernel.stub);
+    let held = stub.hang.lock();
+    assert_eq!(kernel.ask(READ, &range(CACHED_HANG, 8, 0)), (0, vec![b'c'; 8]));
+    assert_eq!(turns.unanswered(), 0);
+    kernel.send(READ, 1, &range(HANG, 8, 0));
+    while turns.unanswered() != 1 {
+        std::thread::yield_now();
+    }
+    drop(held);
+    assert_eq!(kernel.receive(), (1, 0, vec![b'l'; 8]));
+    for asked in 0.. {
+        assert_eq!(kernel.ask(READ, &range(CACHED, 8, 0)), (0, vec![b'c'; 8]));
+        if turns.one_polls() {
+            break;
+        }
+        assert!(asked < 10_000, "no thread polls");
+    }
+    assert!(turns.unanswered() <= 1, "each request is counted once");
 }
 
 /// Protects: if the thread that polls hangs in a request, the parked one serves the others.
