@@ -74,8 +74,10 @@ pub(super) struct Turns {
     polling: AtomicUsize,
     /// Threads that are parked.
     parked: AtomicUsize,
-    /// Threads that serve a request whose reply they have not sent.
+    /// Threads at work on a request.
     serving: AtomicU32,
+    /// Those of them that have not sent its reply.
+    unanswered: AtomicU32,
     /// Requests that were served.
     served: AtomicU64,
     /// Whether a thread lets others run before it waits in read(2).
@@ -102,6 +104,7 @@ impl Turns {
             polling: AtomicUsize::new(ALL_READ),
             parked: AtomicUsize::new(0),
             serving: AtomicU32::new(0),
+            unanswered: AtomicU32::new(0),
             served: AtomicU64::new(0),
             yields: AtomicBool::new(false),
             threads: (0..threads).map(|_| OnceLock::new()).collect(),
@@ -137,7 +140,7 @@ impl Turns {
     /// Threads that serve a request whose reply they have not sent.
     #[cfg(test)]
     pub(super) fn unanswered(&self) -> u32 {
-        self.serving.load(Ordering::SeqCst)
+        self.unanswered.load(Ordering::SeqCst)
     }
 
     /// Whether a thread polls and all others are parked.
@@ -157,9 +160,9 @@ pub(super) struct ReaderTurn {
     polling: Polling,
     /// Requests in a row that had one more behind them.
     crowded: u32,
-    /// Whether this thread counts in [`Turns::serving`].
+    /// Whether this thread counts in [`Turns::unanswered`].
     is_counted: Cell<bool>,
-    /// Whether another thread served a request when this one had read its last one.
+    /// Whether another thread was at work when this one had read its last request.
     is_beside_others: bool,
     /// Before this time, the thread does not let others run.
     rests_until: Option<Instant>,
@@ -266,19 +269,18 @@ impl ReaderTurn {
             self.polling.in_vain();
             self.turns.all_read(self.number);
         }
-        let others = self.turns.serving.fetch_add(1, Ordering::SeqCst);
+        let others = self.turns.unanswered.fetch_add(1, Ordering::SeqCst);
         self.is_counted.set(true);
         let is_soon = self.done.elapsed() < self.turns.soon;
         self.polling.came(others == 0 && is_soon && !is_crowded);
-        self.is_beside_others = others > 0;
+        self.is_beside_others = self.turns.serving.fetch_add(1, Ordering::SeqCst) > 0;
     }
 
-    /// Notes that the reply is about to be sent. If the thread works on the request after
-    /// that, the next one is not beside it: a client that waits for each reply sends one
-    /// request at a time all the same.
+    /// Notes that the reply is about to be sent. The thread may work on the request after
+    /// that; a client that waits for each reply sends one request at a time all the same.
     pub(super) fn answers(&self) {
         if self.is_counted.replace(false) {
-            self.turns.serving.fetch_sub(1, Ordering::SeqCst);
+            self.turns.unanswered.fetch_sub(1, Ordering::SeqCst);
         }
     }
 
@@ -287,6 +289,7 @@ impl ReaderTurn {
         self.answers();
         let turns = &self.turns;
         turns.served.fetch_add(1, Ordering::SeqCst);
+        turns.serving.fetch_sub(1, Ordering::SeqCst);
         self.done = Instant::now();
         if self.polling.is_due(self.done) && turns.may_poll {
             self.polling.begin_again();
@@ -361,7 +364,7 @@ mod tests {
             first.begins(&device);
             first.answers();
             second.begins(&device);
-            assert!(!second.is_beside_others);
+            assert!(second.is_beside_others);
             first.ends();
             assert_eq!(turns.unanswered(), 1);
             second.ends();
