@@ -266,7 +266,6 @@ impl ReaderTurn {
         self.crowded = if is_crowded { self.crowded + 1 } else { 0 };
         if self.crowded >= MOST_CROWDED {
             self.crowded = 0;
-            self.polling.in_vain();
             self.turns.all_read(self.number);
         }
         let others = self.turns.unanswered.fetch_add(1, Ordering::SeqCst);
@@ -371,34 +370,6 @@ mod tests {
         }
         assert_eq!(turns.unanswered(), 0);
         assert_ne!(turns.polling.load(Ordering::SeqCst), ALL_READ);
-    }
-
-    /// Protects: threads that polled for a client with several requests do so again only after
-    /// twice as many requests.
-    #[test]
-    fn a_client_that_was_taken_for_a_single_one_is_so_later_the_next_time() {
-        let (mut client, device) = UnixStream::pair().unwrap();
-        let device = OwnedFd::from(device);
-        let turns = Turns::for_tests(1, LOOK);
-        let mut turn = ReaderTurn::new(Arc::clone(&turns), 0);
-        let needed = |turn: &mut ReaderTurn| {
-            (1..)
-                .find(|_| {
-                    turn.begins(&device);
-                    turn.ends();
-                    turn.turns.polling.load(Ordering::SeqCst) == 0
-                })
-                .unwrap()
-        };
-        let first = needed(&mut turn);
-        client.write_all(b"requests").unwrap();
-        while turns.polling.load(Ordering::SeqCst) == 0 {
-            turn.begins(&device);
-            turn.ends();
-        }
-        let mut bytes = [0; 8];
-        rustix::io::read(&device, &mut bytes).unwrap();
-        assert_eq!(needed(&mut turn), 2 * first);
     }
 
     /// Protects: a thread that has waited for long behind others sleeps for a while instead.
